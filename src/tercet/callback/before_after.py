@@ -1,0 +1,135 @@
+"""What training changed, to look at: a figure, and a few texts with their nearest neighbours."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch import Tensor
+
+from tercet.contract import Source
+
+matplotlib.use("Agg")  # a run has no screen
+from matplotlib import pyplot as plt
+
+PAIRED, OTHER = "#1b7f79", "#c9c9c9"
+
+
+@dataclass(frozen=True)
+class Look:
+    """Pairs as a model sees them: ``scores (N, N)``, the cosine of query i and document j."""
+
+    scores: Tensor
+
+    @property
+    def ranks(self) -> Tensor:
+        """``(N,)``: how many documents are nearer to the query than its own, 0 is best."""
+        return (self.scores > self.scores.diagonal()[:, None]).sum(1)
+
+    def recall(self, k: int) -> float:
+        """The share of queries with their document among the first ``k``."""
+        return float((self.ranks < k).float().mean())
+
+
+class BeforeAfter(pl.Callback):
+    """Looks at up to ``pairs`` held-out pairs before and after training; ``examples`` of them go into ``neighbours.md``.
+
+    A source of one column has no pairs: then only its evaluators speak, and nothing is drawn.
+    """
+
+    def __init__(self, source: Source, pairs: int, examples: int) -> None:
+        self.source = source
+        self.pairs = pairs
+        self.examples = examples
+        self.looks: dict[str, Look] = {}
+        self.texts: tuple[list[str], list[str]] | None = None
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look; draw once both stages are seen."""
+        if len(self.source.columns) < 2 or trainer.default_root_dir is None:
+            return
+        queries, documents = self._read()
+        encode = pl_module.encoding()  # type: ignore[operator]
+        x, y = F.normalize(encode(queries), dim=-1), F.normalize(encode(documents), dim=-1)
+        self.looks[str(pl_module.stage)] = Look(x @ y.T)
+        if len(self.looks) == 2 and trainer.is_global_zero:
+            folder = Path(trainer.default_root_dir)
+            path = folder / "before_after.png"
+            figure = draw(*self.looks.values())
+            figure.savefig(path, dpi=150)
+            (folder / "neighbours.md").write_text(self.neighbours(), encoding="utf-8")
+            for logger in trainer.loggers:
+                if hasattr(logger, "log_image"):
+                    logger.log_image(key="before_after", images=[str(path)])
+                elif isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_figure("before_after", figure, trainer.global_step)
+            plt.close(figure)
+
+    def _read(self) -> tuple[list[str], list[str]]:
+        if self.texts is None:
+            rows = self.source.rows()
+            if len(rows) > self.pairs:
+                rows = rows.shuffle(seed=0).select(range(self.pairs))
+            first, second = (list(rows[c]) for c in list(self.source.columns)[:2])
+            # A document that several queries share would make its other queries look like errors.
+            keep = [i for i, text in enumerate(second) if second.index(text) == i]
+            self.texts = [first[i] for i in keep], [second[i] for i in keep]
+        return self.texts
+
+    def neighbours(self) -> str:
+        """Markdown: queries whose rank changed, with the nearest document before and after."""
+        queries, documents = self._read()
+        before, after = self.looks.values()
+        step = max(1, len(queries) // self.examples)
+        parts = ["# Nearest neighbours before and after\n"]
+        for i in range(0, len(queries), step)[: self.examples]:
+            parts.append(f"\n> {queries[i]}\n\n| | rank | nearest |\n|---|---|---|")
+            for name, look in (("before", before), ("after", after)):
+                nearest = int(look.scores[i].argmax())
+                mark = " ✓" if nearest == i else ""
+                parts.append(f"| {name} | {int(look.ranks[i]) + 1} | {documents[nearest]}{mark} |")
+            parts.append(f"| sought | | {documents[i]} |")
+        return "\n".join(parts) + "\n"
+
+
+def draw(before: Look, after: Look) -> Any:
+    """Three panels: recall at every k, and how the cosines of pairs stand apart from all others, before and after."""
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), constrained_layout=True)
+    size = len(before.scores)
+    ks = sorted({round(10 ** (x / 20)) for x in range(int(20 * math.log10(size)) + 1)})
+    for look, name, color in ((before, "before", "#888888"), (after, "after", PAIRED)):
+        axes[0].plot(ks, [100 * look.recall(k) for k in ks], label=name, color=color, lw=2.5)
+        axes[0].annotate(
+            f"{100 * look.recall(1):.0f}", (1, 100 * look.recall(1)), (6, -4), textcoords="offset points", color=color
+        )
+    axes[0].set(
+        xscale="log",
+        xlabel=f"k of {size} documents",
+        ylabel="found among the k nearest (%)",
+        ylim=(0, 102),
+        title="Recall",
+    )
+    axes[0].legend(frameon=False, loc="lower right")
+    bins = torch.linspace(-0.4, 1, 57).tolist()
+    for axis, look, name in ((axes[1], before, "before"), (axes[2], after, "after")):
+        own = torch.eye(size, dtype=torch.bool)
+        axis.hist(look.scores[~own].tolist(), bins=bins, density=True, color=OTHER, label="other pairs")
+        axis.hist(look.scores[own].tolist(), bins=bins, density=True, color=PAIRED, alpha=0.75, label="true pairs")
+        axis.set(
+            xlabel="cosine",
+            yticks=[],
+            title=f"{name.capitalize()}: recall@1 {100 * look.recall(1):.0f} %",
+            xlim=(-0.4, 1),
+        )
+    axes[1].legend(frameon=False)
+    top = max(axes[1].get_ylim()[1], axes[2].get_ylim()[1])
+    for axis in axes[1:]:
+        axis.set_ylim(0, top)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure

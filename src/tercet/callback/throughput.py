@@ -1,0 +1,74 @@
+"""Speed, padding, memory and gradient norm, logged while training."""
+
+import resource
+import sys
+import time
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch.nn.utils import get_total_norm
+
+from tercet.contract import Batch, Ragged
+from tercet.distributed import world_size
+from tercet.objective.contrastive import Contrastive
+
+
+class Throughput(pl.Callback):
+    """Logs what a step costs.
+
+    ``train/sentences_per_second``, ``train/tokens_per_second``, ``train/padding`` (the share of computed tokens that
+    are padding), ``train/memory_gb`` (peak: of the device on CUDA, of this process elsewhere) and
+    ``train/gradient_norm`` (before clipping).
+
+    Rates are over all processes and smoothed over the last steps; a step is timed from the end of the one before it, so
+    that waiting for data counts, evaluation and checkpoints do not.
+    """
+
+    def __init__(self, smoothing: float) -> None:
+        self.smoothing = smoothing
+        self.start: float | None = None
+        self.rates: tuple[float, float] | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The first step starts now."""
+        self.start = time.perf_counter()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The time of an evaluation belongs to no step."""
+        self.start = time.perf_counter()
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: pl.Trainer, pl_module: Contrastive, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Count what the step has embedded."""
+        views = Ragged.cat(pl_module.views(batch).views)
+        now = time.perf_counter()
+        seconds = now - (self.start or now)
+        self.start = now
+        if seconds > 0:
+            fresh = (world_size() * len(views) / seconds, world_size() * len(views.ids) / seconds)
+            old = self.rates or fresh
+            s = self.smoothing
+            self.rates = (s * old[0] + (1 - s) * fresh[0], s * old[1] + (1 - s) * fresh[1])
+            pl_module.log_dict(
+                {"train/sentences_per_second": self.rates[0], "train/tokens_per_second": self.rates[1]},
+                batch_size=len(batch),
+            )
+        computed = pl_module.encoder.execution.padded_tokens(views.length)
+        pl_module.log_dict(
+            {"train/padding": 1 - len(views.ids) / max(computed, 1), "train/memory_gb": _peak_gb()},
+            batch_size=len(batch),
+        )
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        """The norm of the whole gradient, in the optimizer's own scale."""
+        grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        pl_module.log("train/gradient_norm", get_total_norm(grads), batch_size=1)
+
+
+def _peak_gb() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kibibytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

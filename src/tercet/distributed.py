@@ -1,0 +1,82 @@
+"""Several processes as one: gather with gradient, means over the global batch. The identity in a single process."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tercet.contract import Embedded, Terms
+
+
+def world_size() -> int:
+    """W, the number of processes."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number, 0 to W - 1."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def sizes(n: int, device: torch.device) -> list[int]:
+    """The number of rows in each process; ``n`` is this one's."""
+    if world_size() == 1:
+        return [n]
+    counts = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(world_size())]
+    dist.all_gather(counts, torch.tensor([n], device=device))
+    return [int(count) for count in counts]
+
+
+def _all_gather(x: Tensor, counts: list[int]) -> Tensor:
+    # all_gather wants equal shapes: the shorter ranks are filled up, and cut again.
+    filled = x.new_zeros(max(counts), *x.shape[1:])
+    filled[: len(x)] = x
+    parts = [torch.empty_like(filled) for _ in counts]
+    dist.all_gather(parts, filled)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+class _GatherRows(torch.autograd.Function):
+    """All processes' rows; the gradient of a row is the sum of what every process says about it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, counts: list[int]) -> Tensor:
+        ctx.counts = counts
+        return _all_gather(x, counts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0].contiguous()
+        dist.all_reduce(grad)
+        return torch.split(grad, ctx.counts)[rank()], None
+
+
+def gather_rows(x: Tensor) -> Tensor:
+    """``(n, ...)`` of each process to ``(sum n, ...)`` in all of them, in the order of ranks and without gradient."""
+    return x if world_size() == 1 else _all_gather(x, sizes(len(x), x.device))
+
+
+def gather(own: Embedded) -> Embedded:
+    """The keys of the global batch, with gradient; ranks may hold different numbers of rows."""
+    if world_size() == 1:
+        return own
+    counts = sizes(len(own), own.z.device)
+    rows: Tensor = _GatherRows.apply(own.z.transpose(0, 1).contiguous(), counts)  # type: ignore[no-untyped-call]
+    z = rows.transpose(0, 1)
+    uid, label, position = (_all_gather(x, counts) for x in (own.uid, own.label, own.position))
+    return Embedded(z, uid, label, position, _all_gather(own.content.T.contiguous(), counts).T)
+
+
+def mean(terms: Terms) -> tuple[Tensor, dict[str, Tensor]]:
+    """What to differentiate and what to log.
+
+    The first is W · total / (sum of all counts): DDP averages over W processes, so that the gradient is the one of a
+    single process on the global batch. The second holds the global means, ``loss`` among them.
+    """
+    names = ["loss", *terms.stats]
+    sums = torch.stack([x.detach().float() for x in (terms.count, terms.total, *terms.stats.values())])
+    if world_size() > 1:
+        dist.all_reduce(sums)
+    count = sums[0].clamp(min=1)
+    return world_size() * terms.total / count, dict(zip(names, sums[1:] / count, strict=True))

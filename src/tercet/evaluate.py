@@ -1,0 +1,63 @@
+"""The job of ``python -m tercet evaluate``: measure any model, also one that was not trained here."""
+
+from pathlib import Path
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from tercet import record
+from tercet.console import quiet, say
+from tercet.error import InputError
+from tercet.model import Encoding, TextEncoder
+from tercet.model.checkpoint import load_encoder
+from tercet.model.folder import load
+from tercet.paths import locate
+
+
+def run(cfg: DictConfig, output: Path) -> float | None:
+    """Print the table; write the metrics where ``output`` says."""
+    quiet()
+    target = Path(cfg.output) if cfg.output else None
+    if target is not None:
+        record.writable(target.parent)
+    evaluator = instantiate(cfg.evaluation)
+    encoder = open_model(cfg.model.path, cfg.model.pooling)
+    if cfg.model.max_length:
+        encoder.max_length = cfg.model.max_length
+    metrics = evaluator(Encoding(encoder.to(cfg.device), progress="evaluating"))
+    values = {f"test/{name}": value for name, value in metrics.items()}
+    show = getattr(evaluator, "table", None)
+    say(show(metrics) if show else "\n".join(f"{name}  {value:.4f}" for name, value in metrics.items()))
+    if target is not None:
+        record.metrics(target.parent, values, target.name)
+        say(f"Written to {target}")
+    return None
+
+
+def open_model(name: str, pooling: str | None) -> TextEncoder:
+    """From a run's folder, a checkpoint, a model's folder, or the hub."""
+    path = locate(name)
+    if path.is_file():
+        if pooling:
+            raise InputError(f"model.pooling={pooling}: a checkpoint records its own pooling. Leave model.pooling out.")
+        return load_encoder(path)
+    if (path / "metrics.json").is_file() and not (path / "model").is_dir():
+        raise InputError(
+            f"model={name} is a run without a model folder: it did not finish. Use a file of its checkpoints/."
+        )
+    if path.is_dir() and (path / "config.yaml").is_file():
+        name = str(path / "model") if (path / "model").is_dir() else _newest(path)
+        if name.endswith(".ckpt"):
+            return load_encoder(name)
+    elif path.suffix == ".ckpt":
+        raise InputError(f"model={name}: there is no such file.")
+    encoder, known = load(name, pooling)
+    say(f"pooling: {encoder.pooling} ({known})")
+    return encoder
+
+
+def _newest(run: Path) -> str:
+    found = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda p: (p.name != "best.ckpt", -p.stat().st_mtime))
+    if not found:
+        raise InputError(f"model={run} is a run without a model or a checkpoint: it stopped before its first one.")
+    return str(found[0])

@@ -1,0 +1,90 @@
+"""One process per device: started once, here, and never nested. Under torchrun or srun they exist already."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from tercet.console import say
+from tercet.error import InputError
+from tercet.mistakes import explain
+
+
+def launched() -> bool:
+    """Whether somebody else started this process as one of several."""
+    return "LOCAL_RANK" in os.environ or ("SLURM_LOCALID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1)
+
+
+def first_here() -> bool:
+    """Whether this is the first process on its node."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) == 0
+
+
+def processes(cfg: DictConfig) -> int:
+    """How many processes the trainer asks for on this machine."""
+    trainer = cfg.trainer
+    if trainer.num_nodes > 1:
+        raise InputError(
+            f"trainer.num_nodes={trainer.num_nodes}: several nodes need a launcher. Start train.py by torchrun or srun on "
+            "each of them, with the same RUN_ID; conf/trainer/multi_node.yaml shows the command."
+        )
+    if not isinstance(trainer.strategy, str) or not trainer.strategy.startswith(("ddp", "fsdp", "deepspeed")):
+        return 1
+    if isinstance(trainer.devices, int) and trainer.devices > 0:
+        return int(trainer.devices)
+    if OmegaConf.is_list(trainer.devices):
+        return len(trainer.devices)
+    return max(1, torch.cuda.device_count())
+
+
+def launch(worker: Callable[[dict[str, Any], str], float | None], cfg: DictConfig, output: Path) -> float | None:
+    """Run ``worker`` in every process; when one dies the others are ended, and its message is the run's."""
+    count = processes(cfg)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    plan = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=output.name,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        start_method="spawn",
+    )
+    say(f"{count} processes on this machine")
+    config = OmegaConf.to_container(cfg)
+    try:
+        results = elastic_launch(plan, _Reported(worker, output))(config, str(output))
+    except ChildFailedError as error:
+        message = output / "error.txt"
+        if message.is_file():
+            raise InputError(message.read_text(encoding="utf-8").strip()) from None
+        rank, failure = error.get_first_failure()
+        raise InputError(
+            f"process {rank} of {count} ended with exit code {failure.exitcode}: {failure.message}"
+        ) from error
+    value: float | None = results[0]
+    return value
+
+
+class _Reported:
+    """The worker, leaving its message in the run folder before it fails."""
+
+    def __init__(self, worker: Callable[[dict[str, Any], str], float | None], output: Path) -> None:
+        self.worker = worker
+        self.output = output
+        self.__qualname__ = "worker"  # the launcher prints it
+
+    def __call__(self, config: dict[str, Any], output: str) -> float | None:
+        try:
+            return self.worker(config, output)
+        except Exception as error:
+            (self.output / "error.txt").write_text(explain(error, "", "train") + "\n", encoding="utf-8")
+            if not os.environ.get("TERCET_DEBUG"):
+                raise SystemExit(1) from None
+            raise

@@ -1,0 +1,86 @@
+"""The way in: Hydra composes, the command runs, and what goes wrong becomes one message and exit code 1.
+
+Imports here are light: ``--help`` and a mistyped key are answered before torch is loaded.
+"""
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from tercet import mistakes
+from tercet.run_id import run_id
+
+COMMANDS = {
+    "train": "train, measured before and after (the same as train.py)",
+    "evaluate": "measure any model: model=<run, checkpoint, folder or hub id> evaluation=sts output=<file.json>",
+}
+
+
+def conf() -> str:
+    """The folder of the configuration: inside the installed package, or beside ``src`` in a checkout."""
+    here = Path(__file__).resolve().parent
+    inside = here / "conf"
+    return str(inside if inside.is_dir() else here.parents[1] / "conf")
+
+
+def main(command: str) -> None:
+    """Run a command of ``COMMANDS`` with the overrides in ``sys.argv``; leaves with 1 on a mistake, 130 on Ctrl-C."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back to us as they are
+    OmegaConf.register_new_resolver("run_id", run_id, use_cache=True, replace=True)
+    arguments = sys.argv[1:]
+    if command == "evaluate":
+        sys.argv[1:] = [_model_is_a_path(argument) for argument in arguments]
+    failed: list[str] = []
+    job = hydra.main(version_base="1.3", config_path=conf(), config_name=command)(_job(command, failed))
+    try:
+        job()
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+    except Exception as error:
+        report(error, conf(), command)
+        raise SystemExit(1) from None
+    raise SystemExit(1 if failed else 0)
+
+
+def _model_is_a_path(argument: str) -> str:
+    # `model` is a group of conf/, so Hydra would look for conf/model/<path>.yaml; quotes keep `=` and spaces in it.
+    name, equals, value = argument.partition("=")
+    if name != "model" or not equals:
+        return argument
+    escaped = value.strip("'\"").replace("'", "\\'")
+    return f"model.path='{escaped}'"
+
+
+def _job(command: str, failed: list[str]) -> Callable[[DictConfig], Any]:
+    def job(cfg: DictConfig) -> Any:
+        run: Callable[[DictConfig, Path], Any] = importlib.import_module(f"tercet.{command}").run
+        output = Path(HydraConfig.get().runtime.output_dir)
+        try:
+            return run(cfg, output)
+        except Exception as error:
+            text = report(error, conf(), command)
+            failed.append(text)
+            if HydraConfig.get().mode == RunMode.MULTIRUN:  # the sweep goes on, its summary points here
+                (output / "error.txt").write_text(text + "\n", encoding="utf-8")
+            return float("nan")
+
+    return job
+
+
+def report(error: Exception, conf_dir: str, command: str) -> str:
+    """Print what the user can do about the error; ``TERCET_DEBUG=1`` adds where it came from."""
+    text = mistakes.explain(error, conf_dir, command)
+    if os.environ.get("TERCET_DEBUG"):
+        traceback.print_exception(error)
+    print(f"error: {text}", file=sys.stderr, flush=True)
+    return text

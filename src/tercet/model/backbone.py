@@ -1,0 +1,105 @@
+"""Backbones and tokenizers of ``transformers``: from a hub id, a folder, an installed package, or at random."""
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import logging as transformers_logging
+
+from tercet.error import InputError
+from tercet.paths import locate
+
+PACKAGE = "pkg://"
+_DROPOUTS = (
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "dropout",
+    "attention_dropout",
+    "embedding_dropout",
+    "mlp_dropout",
+    "hidden_dropout",
+)
+
+
+def find(name: str, key: str) -> str:
+    """What ``from_pretrained`` understands: a folder's path, or the hub id unchanged.
+
+    ``pkg://package/folder`` is a folder that an installed Python package carries.
+    """
+    if name.startswith(PACKAGE):
+        package, _, folder = name.removeprefix(PACKAGE).partition("/")
+        spec = importlib.util.find_spec(package)
+        if spec is None or not spec.submodule_search_locations:
+            raise InputError(
+                f"{key}={name}: the package {package} is not installed. pip install {package.replace('_', '-')}"
+            )
+        return str(Path(spec.submodule_search_locations[0]) / folder)
+    path = locate(name)
+    if path.is_file():
+        raise InputError(f"{key}={name} is a file; a model's folder or a hub id is needed.")
+    return str(path) if path.is_dir() else name
+
+
+def _load(loader: Any, name: str, key: str, **options: Any) -> Any:
+    source = find(name, key)
+    level = transformers_logging.get_verbosity()
+    # What the loader calls unexpected or missing (a pooler, an LM head) is decided here, so its table would mislead.
+    transformers_logging.set_verbosity_error()
+    try:
+        return loader.from_pretrained(source, **options)
+    except Exception as error:
+        if Path(source).is_dir():
+            raise InputError(
+                f"{key}={name}: the folder {source} could not be read as a model: {_first_line(error)}"
+            ) from error
+        raise InputError(
+            f"{key}={name}: no such folder here, and the hub did not give it ({_first_line(error)}). "
+            f"Set {key} to a model's folder, a hub id that can be reached, or pkg://package/folder."
+        ) from error
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _set_dropout(config: Any, dropout: float | None) -> None:
+    if dropout is None:
+        return
+    if not 0 <= dropout < 1:
+        raise InputError(f"model.backbone.dropout={dropout}: a rate from 0 to below 1, or null for the model's own.")
+    for name in _DROPOUTS:
+        if hasattr(config, name):
+            setattr(config, name, dropout)
+
+
+def pretrained(name: str, dropout: float | None) -> PreTrainedModel:
+    """The encoder of that name with its weights; ``dropout`` replaces every rate of its configuration, null keeps them."""
+    config = _load(AutoConfig, name, "model.backbone.name")
+    _set_dropout(config, dropout)
+    model: PreTrainedModel = _load(AutoModel, name, "model.backbone.name", config=config)
+    return model
+
+
+def random(config: Mapping[str, Any], dropout: float | None) -> PreTrainedModel:
+    """An encoder with weights drawn at random; ``config`` holds ``model_type`` and what that configuration takes."""
+    values = dict(config)
+    kind = values.pop("model_type", None)
+    try:
+        built = AutoConfig.for_model(kind, **values)
+    except ValueError as error:
+        raise InputError(
+            f"model.backbone.config.model_type={kind}: transformers knows no such model ({_first_line(error)[:80]})."
+        ) from error
+    _set_dropout(built, dropout)
+    model: PreTrainedModel = AutoModel.from_config(built)
+    return model
+
+
+def tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of that name."""
+    loaded: PreTrainedTokenizerBase = _load(AutoTokenizer, name, "model.tokenizer.name")
+    return loaded

@@ -1,0 +1,55 @@
+"""The encoder inside a training checkpoint: self-contained, read with ``weights_only=True``."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+from tercet.error import InputError
+from tercet.model.encoder import TextEncoder
+from tercet.model.folder import _PLAIN, settings
+from tercet.model.head import Head
+
+KEY = "tercet_encoder"
+
+
+def describe(encoder: TextEncoder) -> dict[str, Any]:
+    """All that is needed beside the weights to build the encoder again, as plain values."""
+    with tempfile.TemporaryDirectory() as folder:
+        encoder.tokenizer.save_pretrained(folder)
+        files = {p.name: p.read_text(encoding="utf-8") for p in Path(folder).iterdir() if p.suffix in (".json", ".txt")}
+    return {"config": encoder.backbone.config.to_json_string(use_diff=False), "tokenizer": files, **settings(encoder)}
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """A checkpoint's content; no code in it is ever run."""
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is truncated, or is not one. "
+            "Use another file of the run's checkpoints/ folder."
+        ) from error
+    if not isinstance(content, dict) or KEY not in content:
+        raise InputError(f"{path} is a torch file, but no checkpoint of tercet: it holds no {KEY}.")
+    return content
+
+
+def load_encoder(path: str | Path) -> TextEncoder:
+    """Build the encoder that a checkpoint describes and give it the checkpoint's weights."""
+    content = read(path)
+    spec = content[KEY]
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in (("config.json", spec["config"]), *spec["tokenizer"].items()):
+            (Path(folder) / name).write_text(text, encoding="utf-8")
+        backbone = AutoModel.from_config(AutoConfig.from_pretrained(folder))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    encoder = TextEncoder(
+        backbone, tokenizer, spec["pooling"], Head(**spec["head"]), spec["normalize"], spec["max_length"], _PLAIN
+    )
+    prefix = "encoder."
+    weights = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
+    encoder.load_state_dict(weights)
+    return encoder

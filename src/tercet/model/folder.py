@@ -1,0 +1,193 @@
+"""A model as a folder: weights, tokenizer, and how its vectors are made, so that nobody can pick the wrong pooling.
+
+The layout is the one of sentence-transformers (``modules.json``), which opens it with the same vectors, and of
+transformers (``config.json``, ``model.safetensors``); ``tercet.json`` adds what neither knows (a head for training only).
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer
+from transformers.utils.hub import cached_file
+
+from tercet.error import InputError
+from tercet.model.backbone import _load, find
+from tercet.model.encoder import TextEncoder
+from tercet.model.execution import Execution
+from tercet.model.head import Head
+from tercet.model.pooling import NEEDS_ALL_LAYERS
+
+SETTINGS = "tercet.json"
+_MODES = {"cls": "cls", "cls_pooler": "cls", "max": "max", "last": "lasttoken"}
+_FLAGS = {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens", "lasttoken": "lasttoken"}
+_OURS = {"cls": "cls", "mean": "mean", "max": "max", "lasttoken": "last"}
+_ACTIVATIONS = {"none": "torch.nn.modules.linear.Identity", "tanh": "torch.nn.modules.activation.Tanh"}
+_PLAIN = Execution(order="sorted", chunk_tokens=None, recompute=False)
+
+
+def settings(encoder: TextEncoder) -> dict[str, Any]:
+    """How the encoder makes its vectors, as plain values."""
+    head = encoder.head
+    return {
+        "pooling": encoder.pooling,
+        "head": {"kind": head.kind, "dim": head.dim, "train_only": head.train_only},
+        "normalize": encoder.normalize,
+        "max_length": encoder.max_length,
+    }
+
+
+def save(encoder: TextEncoder, path: str | Path) -> None:
+    """Write the folder."""
+    folder = Path(path)
+    encoder.backbone.save_pretrained(folder)
+    if encoder.pooling in NEEDS_ALL_LAYERS:
+        _update(folder / "config.json", output_hidden_states=True)
+    encoder.tokenizer.save_pretrained(folder)
+    _write(folder / SETTINGS, settings(encoder))
+    if encoder.head.kind != "none":
+        save_file({k: v.contiguous() for k, v in encoder.head.state_dict().items()}, folder / "head.safetensors")
+    _write(folder / "sentence_bert_config.json", {"max_seq_length": encoder.max_length, "do_lower_case": False})
+    _write(folder / "modules.json", [{"idx": 0, "name": "0", "path": "", "type": _type("Transformer")}])
+    for kind, config, weights in _modules(encoder):
+        _add(folder, kind, config, weights)
+
+
+def _modules(encoder: TextEncoder) -> list[tuple[str, dict[str, Any], dict[str, Tensor]]]:
+    """What follows the transformer in sentence-transformers' words: kind, configuration, weights."""
+    hidden = encoder.backbone.config.hidden_size
+    layers = encoder.backbone.config.num_hidden_layers
+    modules: list[tuple[str, dict[str, Any], dict[str, Tensor]]] = []
+    if encoder.pooling in NEEDS_ALL_LAYERS:
+        chosen = {"first_last": 1, "static_last": 0, "top_two": layers - 1}[encoder.pooling]
+        weight = torch.zeros(layers + 1)
+        weight[[chosen, layers]] = 1.0
+        config = {"word_embedding_dimension": hidden, "num_hidden_layers": layers, "layer_start": 0}
+        modules.append(("WeightedLayerPooling", config, {"layer_weights": weight}))
+    mode = _MODES.get(encoder.pooling, "mean")
+    flags = {f"pooling_mode_{flag}": mode == name for name, flag in _FLAGS.items()}
+    modules.append(("Pooling", {"word_embedding_dimension": hidden, **flags}, {}))
+    if encoder.pooling == "cls_pooler":
+        modules.append(_dense(encoder.backbone.pooler.dense, "tanh"))  # type: ignore[union-attr]
+    if encoder.head.kind != "none" and not encoder.head.train_only:
+        modules.append(_dense(encoder.head.layer[0], "tanh" if encoder.head.kind == "mlp" else "none"))  # type: ignore[index]
+    if encoder.normalize:
+        modules.append(("Normalize", {}, {}))
+    return modules
+
+
+def _dense(linear: Any, activation: str) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+    config = {"in_features": linear.in_features, "out_features": linear.out_features, "bias": True}
+    weights = {"linear.weight": linear.weight.detach(), "linear.bias": linear.bias.detach()}
+    return "Dense", {**config, "activation_function": _ACTIVATIONS[activation]}, weights
+
+
+def _type(kind: str) -> str:
+    return f"sentence_transformers.models.{kind}"
+
+
+def _add(folder: Path, kind: str, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    modules = json.loads((folder / "modules.json").read_text())
+    place = f"{len(modules)}_{kind}"
+    (folder / place).mkdir(exist_ok=True)
+    if config:
+        _write(folder / place / "config.json", config)
+    if weights:
+        save_file({k: v.cpu().contiguous() for k, v in weights.items()}, folder / place / "model.safetensors")
+    modules.append({"idx": len(modules), "name": str(len(modules)), "path": place, "type": _type(kind)})
+    _write(folder / "modules.json", modules)
+
+
+def _write(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _update(path: Path, **values: Any) -> None:
+    _write(path, {**json.loads(path.read_text(encoding="utf-8")), **values})
+
+
+class Folder:
+    """Read access to a model's files, in a folder or on the hub."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.source = find(name, "model")
+
+    def path(self, file: str) -> Path | None:
+        """Where the file lies, or None."""
+        if Path(self.source).is_dir():
+            path = Path(self.source) / file
+            return path if path.is_file() else None
+        try:
+            found = cached_file(self.source, file, _raise_exceptions_for_missing_entries=False)
+        except OSError:
+            return None  # the loading of the weights, which follows, says what is wrong
+        return Path(found) if found else None
+
+    def json(self, file: str) -> Any:
+        """The file's content, or None."""
+        path = self.path(file)
+        return json.loads(path.read_text(encoding="utf-8")) if path else None
+
+
+def load(name: str, pooling: str | None = None) -> tuple[TextEncoder, str]:
+    """The encoder in a folder or on the hub, and how its pooling was known.
+
+    ``pooling`` overrides what the folder records; a folder that records none is read with the mean.
+    """
+    folder = Folder(name)
+    found = folder.json(SETTINGS) or _from_modules(folder)
+    known = (
+        "as the folder records"
+        if found
+        else "the folder records none: the mean is assumed, model.pooling=... changes it"
+    )
+    values = found or {"pooling": "mean", "head": {}, "normalize": False, "max_length": None}
+    if pooling:
+        values, known = {**values, "pooling": pooling}, "as model.pooling asks"
+    backbone = _load(AutoModel, name, "model")
+    tokenizer = _load(AutoTokenizer, name, "model")
+    head = Head(**{"kind": "none", "dim": None, "train_only": False, **values["head"]})
+    encoder = TextEncoder(
+        backbone, tokenizer, values["pooling"], head, values["normalize"], values["max_length"], _PLAIN
+    )
+    weights = values.get("weights") or folder.path("head.safetensors")
+    if head.kind != "none" and weights:
+        head.load_state_dict({k.replace("linear.", "layer.0."): v for k, v in load_file(weights).items()})
+    return encoder, known
+
+
+def _from_modules(folder: Folder) -> dict[str, Any] | None:
+    """The settings that sentence-transformers' files say, or None without such files."""
+    modules = folder.json("modules.json")
+    if modules is None:
+        return None
+    values: dict[str, Any] = {"pooling": None, "head": {}, "normalize": False}
+    values["max_length"] = (folder.json("sentence_bert_config.json") or {}).get("max_seq_length")
+    for module in modules[1:]:
+        kind = module["type"].rsplit(".", 1)[-1]
+        config = folder.json(f"{module['path']}/config.json") or {}
+        if kind == "Pooling":
+            values["pooling"] = _mode(config, folder.name)
+        elif kind == "Dense" and not values["head"]:
+            tanh = str(config["activation_function"]).endswith("Tanh")
+            values["head"] = {"kind": "mlp" if tanh else "linear", "dim": config["out_features"], "train_only": False}
+            values["weights"] = folder.path(f"{module['path']}/model.safetensors")
+        elif kind == "Normalize":
+            values["normalize"] = True
+        else:
+            raise InputError(f"model={folder.name}: its module {module['type']} is not one that tercet can run.")
+    return values
+
+
+def _mode(config: dict[str, Any], name: str) -> str:
+    modes = config.get("pooling_mode")
+    if modes is None:
+        modes = [mode for mode, flag in _FLAGS.items() if config.get(f"pooling_mode_{flag}")]
+    modes = [modes] if isinstance(modes, str) else list(modes)
+    if len(modes) != 1 or modes[0] not in _OURS:
+        raise InputError(f"model={name}: its pooling {modes} is not one of tercet's. Set model.pooling.")
+    return _OURS[modes[0]]

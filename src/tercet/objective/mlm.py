@@ -1,0 +1,90 @@
+"""SimCSE's auxiliary: predict masked tokens with the encoder that is being trained."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForMaskedLM
+
+from tercet.contract import Ragged, Terms
+from tercet.error import InputError
+from tercet.model import TextEncoder
+from tercet.model.backbone import _load
+
+
+@dataclass(frozen=True)
+class MaskedLM:
+    """Settings: the total is contrast + ``weight`` · masked LM (arXiv:2104.08821 section 6.3; 0.1 there, 0 is off).
+
+    ``probability`` of the tokens are chosen; 80 % of those become the mask, 10 % a random token, 10 % stay (Devlin et
+    al. 2019). Every view draws its own. Costs a second forward pass.
+    """
+
+    weight: float
+    probability: float
+
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            raise InputError(f"objective.mlm.weight={self.weight}: 0 (off) or more.")
+        if not 0 < self.probability < 1:
+            raise InputError(f"objective.mlm.probability={self.probability}: above 0 and below 1, 0.15 in the paper.")
+
+    def build(self, encoder: TextEncoder) -> "MaskedLMHead | None":
+        """The head on that encoder, or None where the weight is 0."""
+        return MaskedLMHead(self, encoder) if self.weight > 0 else None
+
+
+class MaskedLMHead(nn.Module):
+    """The language-model head that ``transformers`` has for the backbone, sharing the backbone itself.
+
+    Its weights are the pretrained ones where the backbone's own folder or hub id holds them, else drawn at random.
+    """
+
+    def __init__(self, settings: MaskedLM, encoder: TextEncoder) -> None:
+        super().__init__()
+        backbone, tokenizer = encoder.backbone, encoder.tokenizer
+        if tokenizer.mask_token_id is None:
+            raise InputError("objective.mlm.weight > 0: the tokenizer has no mask token. Use objective.mlm.weight=0.")
+        source = backbone.config._name_or_path
+        try:
+            lm = _load(AutoModelForMaskedLM, source, "model.backbone.name") if source else None
+            lm = lm or AutoModelForMaskedLM.from_config(backbone.config)
+        except ValueError as error:
+            kind = backbone.config.model_type
+            raise InputError(f"objective.mlm.weight > 0: transformers has no masked LM for {kind}. Use 0.") from error
+        setattr(lm, lm.base_model_prefix, backbone)
+        lm.tie_weights()
+        self.lm = lm
+        self.settings = settings
+        self.execution = encoder.execution
+        self.pad_id = encoder.pad_id
+        self.mask_id = int(tokenizer.mask_token_id)
+        self.words = len(tokenizer)
+        self.register_buffer("special", torch.tensor(sorted(set(tokenizer.all_special_ids))), persistent=False)
+
+    special: Tensor
+
+    def corrupt(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """``(T,)`` to the corrupted ids ``(T,)`` and the targets ``(T,)``, -100 where nothing is asked."""
+        chosen = (torch.rand(ids.shape, device=ids.device) < self.settings.probability) & ~torch.isin(ids, self.special)
+        fate = torch.rand(ids.shape, device=ids.device)
+        noise = torch.randint(self.words, ids.shape, device=ids.device)
+        replaced = torch.where(fate < 0.8, torch.full_like(ids, self.mask_id), torch.where(fate < 0.9, noise, ids))
+        return torch.where(chosen, replaced, ids), ids.masked_fill(~chosen, -100)
+
+    def forward(self, inputs: Ragged) -> Terms:
+        """``count`` is the number of chosen tokens: the mean is over the tokens of the global batch."""
+        corrupted, targets = self.corrupt(inputs.ids)
+        # Ids and targets travel as one row, so that any order and chunking keeps them together.
+        paired = Ragged(torch.stack([corrupted, targets], 1), inputs.length)
+        sums = self.execution.run(self._rows, paired, self.pad_id)
+        return Terms(sums[:, 0].sum(), sums[:, 1].detach().sum())
+
+    def _rows(self, paired: Tensor, mask: Tensor) -> Tensor:
+        """``(n, L, 2), (n, L) -> (n, 2)``: each row's summed cross entropy and number of targets."""
+        ids, targets = paired.unbind(-1)
+        targets = targets.masked_fill(mask == 0, -100)
+        logits = self.lm(input_ids=ids, attention_mask=mask).logits.float()
+        loss = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+        return torch.stack([loss.sum(1), (targets >= 0).sum(1).float()], 1)

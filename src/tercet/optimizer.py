@@ -1,0 +1,49 @@
+"""``module -> Optimizer``."""
+
+import re
+
+from torch import nn
+from torch.optim import AdamW
+
+from tercet.error import InputError
+
+
+def parameter_groups(module: nn.Module, lr: float, weight_decay: float, layer_decay: float) -> list[dict[str, object]]:
+    """No weight decay on biases, norms and scalars; the learning rate falls by ``layer_decay`` per layer below the top.
+
+    The embeddings count as the layer below the first; heads and what lies outside the layers keep the full rate
+    (Sun et al. 2019, arXiv:1905.05583, section 5.3.4).
+    """
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    depths = {name: _depth(name) for name, _ in named}
+    top = max((d for d in depths.values() if d is not None), default=0)
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, p in named:
+        depth = depths[name]
+        rate = lr if depth is None else lr * layer_decay ** (top - depth)
+        groups.setdefault((rate, weight_decay if p.ndim > 1 else 0.0), []).append(p)
+    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+
+
+def _depth(name: str) -> int | None:
+    """The number of a backbone's layer, -1 for its embeddings, None outside."""
+    if "backbone." not in name:
+        return None
+    if match := re.search(r"\.layers?\.(\d+)\.", name):
+        return int(match[1])
+    return -1 if "embed" in name else None
+
+
+def adamw(
+    module: nn.Module, lr: float, weight_decay: float, layer_decay: float, betas: tuple[float, float], eps: float
+) -> AdamW:
+    """AdamW over ``parameter_groups``; fused where the parameters are on CUDA."""
+    if not lr > 0:
+        raise InputError(f"optimizer.lr={lr}: a number above 0 is needed.")
+    if not 0 < layer_decay <= 1:
+        raise InputError(
+            f"optimizer.layer_decay={layer_decay}: above 0 and at most 1 (1: the same rate in every layer)."
+        )
+    cuda = any(p.is_cuda for p in module.parameters())
+    groups = parameter_groups(module, lr, weight_decay, layer_decay)
+    return AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=True if cuda else None)

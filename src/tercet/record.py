@@ -1,0 +1,98 @@
+"""What a run leaves behind: config.yaml, revision.txt, metrics.json, and the same in every logger."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.loggers import Logger
+
+from tercet.distributed import rank
+from tercet.error import InputError
+
+PACKAGES = ("tercet", "torch", "pytorch-lightning", "transformers", "datasets", "hydra-core", "torchmetrics", "wandb")
+
+
+def writable(output: Path) -> None:
+    """Raise ``InputError`` now rather than fail after training."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        probe = output / f".{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(
+            f"output_dir={output} cannot be written ({error.strerror}). Set output_dir to another folder."
+        ) from error
+
+
+def start(cfg: DictConfig, output: Path, data: Any, loggers: Sequence[Logger]) -> dict[str, Any]:
+    """Write the configuration and the state of code and data; tell the loggers."""
+    notes = {
+        "revision": revision(),
+        "data": {"name": data.name, "fingerprint": data.fingerprint()},
+        "versions": versions(),
+    }
+    config = {**_plain(cfg), **notes}
+    if rank() == 0 and int(os.environ.get("RANK", 0)) == 0:
+        (output / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
+        (output / "revision.txt").write_text(_text(notes), encoding="utf-8")
+    for logger in loggers:
+        logger.log_hyperparams(config)
+    return notes
+
+
+def _plain(cfg: DictConfig) -> dict[str, Any]:
+    values = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def close(loggers: Sequence[Logger]) -> None:
+    """W&B keeps one run open per process; the next job of a sweep needs its own."""
+    for logger in loggers:
+        if type(logger).__name__ == "WandbLogger" and rank() == 0:
+            logger.experiment.finish()  # type: ignore[attr-defined]
+
+
+def versions() -> dict[str, str]:
+    """The versions that decide a result."""
+    found = {"python": platform.python_version()}
+    installed = {d.name.lower(): d.version for d in importlib.metadata.distributions()}
+    return found | {package: installed[package] for package in PACKAGES if package in installed}
+
+
+def revision() -> str:
+    """The commit of the code, marked where files differ from it; the version where there is no repository."""
+    here = Path(__file__).resolve().parent
+    try:
+        said = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=here, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return f"no repository, tercet {importlib.metadata.version('tercet')}"
+    return said.stdout.strip()
+
+
+def _text(notes: dict[str, Any]) -> str:
+    lines = [f"code {notes['revision']}", f"data {notes['data']['name']} {notes['data']['fingerprint']}"]
+    return "\n".join([*lines, *(f"{name} {version}" for name, version in notes["versions"].items())]) + "\n"
+
+
+def metrics(output: Path, values: dict[str, float], name: str = "metrics.json") -> None:
+    """Write the metrics, all or none: a reader never sees half a file."""
+    path = output / name
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(dict(sorted(values.items())), indent=2) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def stage(values: dict[str, float], name: str) -> dict[str, float]:
+    """The metrics of one stage, without its name."""
+    return {key.removeprefix(f"{name}/"): value for key, value in values.items() if key.startswith(f"{name}/")}

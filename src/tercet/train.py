@@ -1,0 +1,118 @@
+"""The job of ``train.py``: build, check, measure, train, measure again, write down."""
+
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from tercet import launch, record
+from tercet.check import check
+from tercet.console import before_after, quiet, say
+from tercet.data import DataModule, evaluators
+from tercet.error import InputError
+from tercet.model.checkpoint import read
+from tercet.model.folder import save
+from tercet.objective.contrastive import Contrastive
+
+
+def run(cfg: DictConfig, output: Path) -> float | None:
+    """Train in this process, or in as many as the trainer asks for; returns the optimized metric."""
+    config = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    assert isinstance(config, DictConfig)
+    record.writable(output)
+    quiet()
+    data = instantiate(config.data.module)
+    check(config, get_class(config.objective._target_), data)
+    if not launch.launched():
+        data.prepare_data()  # mistakes in the data are found, and tokens cached, before any process is started
+        if launch.processes(config) > 1:
+            return launch.launch(worker, config, output)
+    return train(config, output, data)
+
+
+def worker(config: dict[str, Any], output: str) -> float | None:
+    """What each of several processes runs."""
+    quiet()
+    cfg = OmegaConf.create(config)
+    return train(cfg, Path(output), instantiate(cfg.data.module))
+
+
+def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
+    """One process's part of the run."""
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    if cfg.threads:
+        torch.set_num_threads(cfg.threads)
+    objective: Contrastive = instantiate(cfg.objective)
+    tests = evaluators([instantiate(cfg.test)])
+    loggers = [instantiate(logger) for logger in cfg.logger.values() if logger]
+    callbacks = [instantiate(callback) for callback in cfg.callback.values() if callback]
+    trainer: pl.Trainer = instantiate(cfg.trainer, logger=loggers, callbacks=callbacks, default_root_dir=str(output))
+    if launch.first_here():
+        data.prepare_data()
+    try:
+        notes = record.start(cfg, output, data, loggers)
+        metrics = measure(trainer, objective, tests, "before") if cfg.measure_before else {}
+        # The draws of the evaluation must not decide what training draws.
+        pl.seed_everything(cfg.seed, workers=True, verbose=False)
+        trainer.fit(objective, datamodule=data)
+        metrics |= numbers(trainer, "val/", "train/")
+        select(trainer, objective)
+        metrics |= measure(trainer, objective, tests, "test")
+        finish(trainer, objective, metrics, notes, output)
+    finally:
+        for logger in loggers:
+            logger.finalize("finished")
+        record.close(loggers)
+    return optimized(cfg, metrics)
+
+
+def measure(trainer: pl.Trainer, objective: Contrastive, tests: Any, stage: str) -> dict[str, float]:
+    """Run the test evaluator under the name of a stage."""
+    objective.stage = stage
+    trainer.test(objective, tests, verbose=False)
+    return numbers(trainer, f"{stage}/")
+
+
+def numbers(trainer: pl.Trainer, *prefixes: str) -> dict[str, float]:
+    """The trainer's last values of the metrics whose names start so."""
+    seen = trainer.callback_metrics.items()
+    return {name: float(value) for name, value in seen if name.startswith(prefixes)}
+
+
+def select(trainer: pl.Trainer, objective: Contrastive) -> None:
+    """Go back to the best checkpoint where a metric selects one."""
+    best = trainer.checkpoint_callback
+    path = getattr(best, "best_model_path", "")
+    if path and getattr(best, "monitor", None):
+        objective.load_state_dict(read(path)["state_dict"])
+        score = getattr(best, "best_model_score", None)
+        say(f"best {best.monitor}: {float(score):.4f}" if score is not None else "")  # type: ignore[union-attr]
+
+
+def finish(
+    trainer: pl.Trainer, objective: Contrastive, metrics: dict[str, float], notes: dict[str, Any], output: Path
+) -> None:
+    """Write the model and the metrics; show the table."""
+    if not trainer.is_global_zero:
+        return
+    save(objective.encoder, output / "model")
+    record.metrics(output, metrics)
+    before, after = (record.stage(metrics, stage) for stage in ("before", "test"))
+    say("\n" + before_after(before, after))
+    say(f"\n{trainer.global_step} steps, data {notes['data']['fingerprint']}. Written to {output}:")
+    for path in sorted(p for p in output.iterdir() if p.name != "hparams.yaml"):
+        say(f"  {path.name}{'/' if path.is_dir() else ''}")
+
+
+def optimized(cfg: DictConfig, metrics: dict[str, float]) -> float | None:
+    """The value that a sweeper gets back."""
+    if not cfg.optimized_metric:
+        return None
+    if cfg.optimized_metric not in metrics:
+        raise InputError(
+            f"optimized_metric={cfg.optimized_metric} was not measured. There are: {', '.join(sorted(metrics))}."
+        )
+    return metrics[cfg.optimized_metric]

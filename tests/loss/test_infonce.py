@@ -1,0 +1,82 @@
+"""InfoNCE against a twin written as the papers write it: loops over rows, no matrix."""
+
+import math
+
+import pytest
+import torch
+
+from tercet.contract import Embedded
+from tercet.error import InputError
+from tercet.loss import InfoNCE
+from tests.laws.test_loss import rows
+
+DEFAULTS = dict(
+    temperature=0.05, learn_temperature=False, similarity="cosine", direction="forward", hard_negative_weight=0.0
+)
+
+
+def similarity(x, y, kind):
+    return float(x @ y / (x.norm() * y.norm())) if kind == "cosine" else float(x @ y)
+
+
+def row_loss(batch, i, a, b, settings, hard):
+    """One anchor's loss: eq. 1, 5 and 8 of SimCSE, eq. 2 of SupCon, duplicates left out."""
+    t, kind = settings["temperature"], settings["similarity"]
+    positives, everyone = [], []
+    mine = {int(batch.content[a, i]), int(batch.content[b, i])}
+    for j in range(len(batch)):
+        s = similarity(batch.z[a, i], batch.z[b, j], kind) / t
+        same_label = batch.label[i] >= 0 and batch.label[i] == batch.label[j]
+        if batch.uid[i] == batch.uid[j] or same_label:
+            positives.append(s)
+            everyone.append(s)
+        elif int(batch.content[b, j]) not in mine:
+            everyone.append(s)
+        if hard and int(batch.content[2, j]) not in mine:
+            extra = settings["hard_negative_weight"] if batch.uid[i] == batch.uid[j] else 0.0
+            everyone.append(similarity(batch.z[a, i], batch.z[2, j], kind) / t + extra)
+    below = math.log(sum(math.exp(s) for s in everyone))
+    return sum(below - p for p in positives) / len(positives)
+
+
+@pytest.mark.parametrize("labels", ["none", "some", "one"])
+@pytest.mark.parametrize("views", [2, 3])
+@pytest.mark.parametrize("change", [{}, {"direction": "both"}, {"similarity": "dot", "temperature": 1.0},
+                                    {"hard_negative_weight": -0.7}])  # fmt: skip
+def test_equals_its_twin(labels, views, change):
+    settings = {**DEFAULTS, **change}
+    batch = rows(views=views, labels=labels)
+    expected = sum(row_loss(batch, i, 0, 1, settings, views == 3) for i in range(len(batch)))
+    if settings["direction"] == "both":
+        back = sum(row_loss(batch, i, 1, 0, settings, False) for i in range(len(batch)))
+        expected = (expected + back) / 2
+    assert float(InfoNCE(**settings).double()(batch, batch).total) == pytest.approx(expected)
+
+
+def test_a_duplicate_is_never_a_negative():
+    batch = rows(n=4, views=2, labels="none", duplicates=False)
+    content = batch.content.clone()
+    content[1, 3] = content[1, 0]
+    twin = Embedded(batch.z, batch.uid, batch.label, batch.position, content)
+    moved = batch.z.clone()
+    moved[1, 3] = moved[0, 0]  # as near to anchor 0 as can be
+    near = Embedded(moved, batch.uid, batch.label, batch.position, content)
+    loss = InfoNCE(**DEFAULTS).double()
+    first = slice(0, 1)
+    torch.testing.assert_close(loss(near.rows(first), near).total, loss(twin.rows(first), twin).total)
+
+
+def test_the_learned_temperature_moves_and_is_bounded():
+    loss = InfoNCE(**{**DEFAULTS, "learn_temperature": True})
+    batch = rows(views=2, labels="none")
+    loss(batch, batch).total.backward()
+    assert loss.scale.grad is not None and float(loss.scale.grad) != 0
+    with torch.no_grad():
+        loss.scale.fill_(50.0)
+    assert float(loss.temperature()) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": 0}, {"similarity": "l2"}, {"direction": "back"}])
+def test_wrong_settings_name_their_key(wrong):
+    with pytest.raises(InputError, match=f"loss.{next(iter(wrong))}="):
+        InfoNCE(**{**DEFAULTS, **wrong})
