@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from tercet.build import build
 from tercet.main import conf
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -57,7 +57,7 @@ def tiny(*overrides: str) -> list[str]:
 def encoder():
     """A tiny encoder; the same weights every time."""
     torch.manual_seed(0)
-    return instantiate(composed(*tiny()).model)
+    return build(composed(*tiny()).model)
 
 
 @pytest.fixture(autouse=True)

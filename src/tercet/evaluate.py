@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from tercet import record
+from tercet.build import build
 from tercet.console import quiet, say
 from tercet.error import InputError
 from tercet.model import Encoding, TextEncoder
@@ -20,7 +20,7 @@ def run(cfg: DictConfig, output: Path) -> float | None:
     target = Path(cfg.output) if cfg.output else None
     if target is not None:
         record.writable(target.parent)
-    evaluator = instantiate(cfg.evaluation)
+    evaluator = build(cfg.evaluation)
     encoder = open_model(cfg.model.path, cfg.model.pooling)
     if cfg.model.max_length:
         encoder.max_length = cfg.model.max_length

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from hydra.utils import get_class, instantiate
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from tercet import launch, record
+from tercet.build import build
 from tercet.check import check
 from tercet.console import before_after, quiet, say
 from tercet.data import DataModule, evaluators
@@ -24,7 +25,7 @@ def run(cfg: DictConfig, output: Path) -> float | None:
     assert isinstance(config, DictConfig)
     record.writable(output)
     quiet()
-    data = instantiate(config.data.module)
+    data = build(config.data.module)
     check(config, get_class(config.objective._target_), data)
     if not launch.launched():
         data.prepare_data()  # mistakes in the data are found, and tokens cached, before any process is started
@@ -37,7 +38,7 @@ def worker(config: dict[str, Any], output: str) -> float | None:
     """What each of several processes runs."""
     quiet()
     cfg = OmegaConf.create(config)
-    return train(cfg, Path(output), instantiate(cfg.data.module))
+    return train(cfg, Path(output), build(cfg.data.module))
 
 
 def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
@@ -45,11 +46,11 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    objective: Contrastive = instantiate(cfg.objective)
-    tests = evaluators([instantiate(cfg.test)])
-    loggers = [instantiate(logger) for logger in cfg.logger.values() if logger]
-    callbacks = [instantiate(callback) for callback in cfg.callback.values() if callback]
-    trainer: pl.Trainer = instantiate(cfg.trainer, logger=loggers, callbacks=callbacks, default_root_dir=str(output))
+    objective: Contrastive = build(cfg.objective)
+    tests = evaluators([build(cfg.test)])
+    loggers = [build(logger) for logger in cfg.logger.values() if logger]
+    callbacks = [build(callback) for callback in cfg.callback.values() if callback]
+    trainer: pl.Trainer = build(cfg.trainer, logger=loggers, callbacks=callbacks, default_root_dir=str(output))
     if launch.first_here():
         data.prepare_data()
     try:

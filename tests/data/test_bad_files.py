@@ -63,11 +63,11 @@ def test_folders(tmp_path):
     with pytest.raises(InputError, match="the folder is empty"):
         Files(str(tmp_path / "none"))
     (tmp_path / "none/x.doc").write_text("x")
-    with pytest.raises(InputError, match="the folder holds x.doc"):
+    with pytest.raises(InputError, match=r"the folder holds x.doc"):
         Files(str(tmp_path / "none"))
     for name in ("a.txt", "b.csv"):
         (tmp_path / name).write_text("text\nx\n")
-    with pytest.raises(InputError, match="mixes kinds \\(txt: a.txt, csv: b.csv\\)"):
+    with pytest.raises(InputError, match=r"mixes kinds \(txt: a.txt, csv: b.csv\)"):
         Files(str(tmp_path))
 
 
@@ -172,14 +172,33 @@ def test_cells_that_are_no_text(told):
     has(told("a.parquet", pa.table({"text": [1, 2]})), "column 'text' holds int64, not text", "data.columns")
 
 
-def test_labels_that_are_no_labels(told):
-    content = '{"text": "x", "y": 1.5}\n{"text": "x", "y": 2.0}\n'
-    has(told("a.jsonl", content, label="y"), "data.label", "holds 1.5", "whole numbers")
+def test_labels_and_positions_that_are_none(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["x", "x"], "half": [1.5, 2.0], "list": [[1], [2]], "word": ["a", "b"]}), path)
+    for options, parts in [
+        ({"label": "half"}, ("data.label=half", "holds 1.5", "whole numbers")),
+        ({"label": "list"}, ("data.label=list", "holds list", "text or integers")),
+        ({"position": "word"}, ("data.position=word", "holds 'a'", "whole numbers")),
+        ({"where": {"half": "word"}}, ("data.where", "holds double")),
+    ]:
+        with pytest.raises(InputError) as caught:
+            Files(str(path), columns=["text"], **options).rows()
+        has(str(caught.value), *parts)
+
+
+def test_another_separator(told):
+    has(told("a.csv", "text;kind\nx;1\n"), "line 1", "'text;kind'", "cut by ';'")
+    has(told("a.csv", "text\tkind\nx\t1\n"), "cut by '\\t'", "a .tsv file by tabs")
+    has(told("a.tsv", "text,kind\nx,1\n"), "cut by ','")
+
+
+def test_no_test_side(told):
+    has(told("a.txt", "x\n", split="test"), "data.held_out=0 leaves no test side")
 
 
 def test_streams_cannot_number_words(tmp_path):
     (tmp_path / "a.csv").write_text("text,y\nx,dog\n")
-    with pytest.raises(InputError, match=r"data.streaming.*data.label=y.*'dog'"):
+    with pytest.raises(InputError, match=r"data.label=y.*'dog'.*data.streaming=false"):
         list(Files(str(tmp_path / "a.csv"), label="y", streaming=True).rows())
 
 
@@ -188,7 +207,7 @@ def test_too_few_rows_to_hold_out(tmp_path):
     with pytest.raises(InputError, match=r"has 1 row.*data.held_out=5 needs 4 rows or more"):
         Files(str(tmp_path / "a.txt"), split="train", held_out=5).rows()
     (tmp_path / "a.txt").write_text("the same\n" * 20)
-    with pytest.raises(InputError, match="1 different value.* in 20 rows"):
+    with pytest.raises(InputError, match=r"1 different value.* in 20 rows"):
         Files(str(tmp_path / "a.txt"), split="train", held_out=5).rows()
 
 

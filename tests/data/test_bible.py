@@ -78,4 +78,4 @@ def test_bad_options():
     with pytest.raises(InputError, match=r"books \[8\]"):
         side("test", test_books=[8], validation_books=[8])
     with pytest.raises(InputError, match="no verse"):
-        side("test", test_books=[])
+        side("test", test_books=[]).rows()

@@ -29,7 +29,7 @@ def test_a_hub_that_cannot_be_reached(monkeypatch, online):
 def test_offline_is_quick(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     start = time.perf_counter()
-    with pytest.raises(InputError, match="data.path=some/data: no such file or folder here, and the hub gave none"):
+    with pytest.raises(InputError, match=r"data.path=some/data: no such file or folder here, and the hub gave none"):
         Files("some/data")
     assert time.perf_counter() - start < 5
 

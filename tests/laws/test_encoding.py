@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from hydra.utils import instantiate
 
+from tercet.build import build
 from tercet.contract import Batch, Ragged
 from tercet.model import Execution
 from tercet.model.pooling import POOLINGS
@@ -36,7 +36,7 @@ def gradients(module, batch, seed):
 def objective(name, execution, dropout=0.1, mlm=0.1):
     torch.manual_seed(0)
     cfg = composed(*tiny(f"objective={name}", f"model.backbone.dropout={dropout}", f"objective.mlm.weight={mlm}"))
-    module = instantiate(cfg.objective)
+    module = build(cfg.objective)
     module.encoder.execution = execution
     if module.mlm is not None:
         module.mlm.execution = execution
@@ -75,7 +75,7 @@ def test_chunks_do_not_change_the_gradient(name):
 @pytest.mark.parametrize("pooling", sorted(set(POOLINGS) - {"cls_pooler"}))
 def test_sorted_chunks_embed_as_single_rows_do(family, pooling):
     torch.manual_seed(0)
-    encoder = instantiate(composed(*FAMILIES[family], f"model.pooling={pooling}").model).eval()
+    encoder = build(composed(*FAMILIES[family], f"model.pooling={pooling}").model).eval()
     inputs = encoder.tokenize(TEXTS)
     alone = torch.cat([encoder(Ragged(row, torch.tensor([len(row)]))) for row in inputs.rows()])
     for plan in (Execution("given", None, False), Execution("sorted", None, False), Execution("sorted", 30, False)):

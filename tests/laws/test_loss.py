@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from hydra.utils import instantiate
 
+from tercet.build import build
 from tercet.contract import Embedded
 from tests.conftest import choices, composed
 
@@ -16,7 +16,7 @@ CASES = [(name, variant) for name in LOSSES for variant in VARIANTS.get(name, [[
 
 
 def loss_of(name, variant):
-    return instantiate(composed(f"loss={name}", *variant).loss).double()
+    return build(composed(f"loss={name}", *variant).loss).double()
 
 
 def rows(n=9, views=3, dim=6, labels="some", duplicates=True, seed=0):

@@ -30,7 +30,7 @@ def test_two_processes_learn_what_one_does(results, case):
 def test_training_moves_the_weights(results, case):
     cfg = worlds.config(case[0], *worlds.SETTINGS[case[1]])
     worlds.pl.seed_everything(0, verbose=False)
-    fresh = dict(worlds.instantiate(cfg.objective).named_parameters())
+    fresh = dict(worlds.build(cfg.objective).named_parameters())
     moved = max(float((w - fresh[n]).abs().max()) for n, w in results[0][case][0].items())
     assert moved > 1e-3
 

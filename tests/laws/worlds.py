@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import datasets
 import pytorch_lightning as pl
 import torch
-from hydra.utils import get_class, instantiate
+from hydra.utils import get_class
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from tercet.build import build
 from tercet.data.module import DataModule
 from tercet.model import tokenizer
 from tests.conftest import MINILM, TEXTS, choices, composed, tiny
@@ -68,7 +69,7 @@ def step(objective, settings, cache, world, batch_size, steps=2):
     """The weights after ``steps`` of clipped SGD, and how often each was reduced per step."""
     cfg = config(objective, *SETTINGS[settings])
     pl.seed_everything(0, verbose=False)
-    module = instantiate(cfg.objective)
+    module = build(cfg.objective)
     if module.mlm is not None:
         module.mlm.corrupt = first_token_masked  # its draws, too, differ between processes
     module.optimizer = lambda m: torch.optim.SGD(m.parameters(), lr=0.1)

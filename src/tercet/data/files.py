@@ -56,6 +56,8 @@ class Files:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise InputError(f"data.{name}={getattr(self, name)}: use one of {', '.join(choices)}.")
+        if self.split == "test" and self.held_out == 0:
+            raise InputError("data.held_out=0 leaves no test side. Use data.held_out=2 or more.")
         if isinstance(self.columns, str):
             raise InputError(f"data.columns={self.columns}: a list is needed, data.columns=[{self.columns}].")
         available = column_names(find(self.path))
@@ -140,7 +142,10 @@ def _stream(files: Files) -> Iterator[dict[str, Any]]:
 
 def _stream_labels(column: Any, path: str, name: str) -> Any:
     """A stream's values cannot be sorted: they must be numbers already."""
-    return pc.fill_null(whole(column, path, name, "data.streaming needs whole numbers in data.label"), -1)
+    try:
+        return pc.fill_null(whole(column, path, name, "data.label"), -1)
+    except InputError as error:
+        raise InputError(f"{error} With data.streaming=false words are numbered.") from error
 
 
 def _values(value: Any) -> list[Any]:

@@ -32,5 +32,5 @@ class Piece:
 
 
 def broken(place: str, what: str) -> InputError:
-    """A file that cannot be read, as said to the user."""
-    return InputError(f"{place}: {what}")
+    """A file that cannot be read, as said to the user: on one line, whatever the library below said."""
+    return InputError(f"{place}: {' '.join(what.split())}")

@@ -1,6 +1,7 @@
 """Where the rows are: a file, a folder of one kind of file, or a data set of the hub."""
 
 import difflib
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,25 +44,26 @@ def find(path: str) -> Place:
     if here.exists():
         return Place(path, _kind(path, here), (here,))
     # With a folder of the owner's name at hand, or a known ending, a file was meant.
-    if HUB_ID.fullmatch(path) and here.suffix.lower() not in {*KINDS, *PACKED} and not here.parent.is_dir():
+    folders = list(dict.fromkeys(p.parent.absolute() for p in (Path(path).expanduser(), here) if p.parent.is_dir()))
+    if HUB_ID.fullmatch(path) and here.suffix.lower() not in {*KINDS, *PACKED} and not folders:
         return Place(path, "hub", ())
-    raise InputError(f"data.path={path} does not exist.{_near(here)} data.path takes {ACCEPTED}.")
+    raise InputError(f"data.path={path} does not exist.{_near(here.name, folders)} data.path takes {ACCEPTED}.")
 
 
-def _near(here: Path) -> str:
-    folder = next((parent for parent in here.parents if parent.is_dir()), None)
-    if folder is None:
-        return ""
-    names = sorted(entry.name for entry in folder.iterdir() if entry.suffix.lower() in KINDS or entry.is_dir())
-    # A relative path starts in the working directory or in TERCET_DATA: say which was looked at.
-    looked = f" Looked in {folder.absolute()}"
-    if close := difflib.get_close_matches(here.name, names, n=3):
+def _near(name: str, folders: list[Path]) -> str:
+    """What the folders hold: a relative path starts in the working directory and in TERCET_DATA."""
+    entries = [e for f in folders for e in sorted(f.iterdir()) if e.suffix.lower() in KINDS or e.is_dir()]
+    names = [e.name for e in entries if not e.name.startswith(".")]
+    looked = f" Looked in {' and '.join(map(str, folders))}" if folders else " Its folder does not exist either"
+    if close := difflib.get_close_matches(name, names, n=3):
         return f"{looked}; near: {', '.join(close)}."
     return f"{looked}, which holds {', '.join(names[:8])}{' ...' if len(names) > 8 else ''}." if names else f"{looked}."
 
 
 def _kind(path: str, file: Path) -> str:
     suffix = file.suffix.lower()
+    if not os.access(file, os.R_OK):
+        raise InputError(f"data.path={path} may not be read by this user: change its permissions.")
     if suffix in KINDS:
         return KINDS[suffix]
     if suffix in PACKED:

@@ -67,4 +67,10 @@ def _table_columns(kind: str, path: Path, name: str) -> list[str]:
     if kind == "json":
         blocks = json_objects(path, name)
         return list(dict.fromkeys(key for _, _, rows in itertools.islice(blocks, 1) for row in rows for key in row))
-    return [column.strip() for column in csv_reader(path, name, kind).schema.names]
+    names = list(csv_reader(path, name, kind).schema.names)
+    if len(names) == 1 and (found := [mark for mark in (";", "\t", "|", ",") if mark in names[0]]):
+        raise broken(
+            name,
+            f"line 1, {names[0]!r}, seems to be cut by {found[0]!r}. A .csv file is cut by commas, a .tsv file by tabs.",
+        )
+    return names

@@ -1,5 +1,6 @@
 """CSV, JSON Lines and Parquet to pieces."""
 
+import contextlib
 import csv
 import json
 from collections.abc import Iterator, Sequence
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 
 from tercet.data.piece import ROWS, Piece, broken
 from tercet.data.plain import check_bytes, lines
+from tercet.error import InputError
 
 CSV_BLOCK = 1 << 24
 DELIMITER = {"csv": ",", "tsv": "\t"}
@@ -48,10 +50,11 @@ def read_csv(file: Path, place: str, kind: str, columns: Sequence[str]) -> Itera
         start += len(table)
 
 
-def _broken_csv(file: Path, place: str, kind: str, error: Exception) -> Exception:
+def _broken_csv(file: Path, place: str, kind: str, error: Exception) -> InputError:
+    """The first line that is at fault, found by a slower reader that counts lines."""
     check_bytes(file, place)
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        csv.field_size_limit(1 << 30)
+    csv.field_size_limit(1 << 30)
+    with contextlib.suppress(csv.Error), file.open(encoding="utf-8-sig", newline="") as stream:
         rows, width, start = csv.reader(stream, delimiter=DELIMITER[kind]), 0, 1
         for row in rows:
             width = width or len(row)

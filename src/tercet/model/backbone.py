@@ -47,6 +47,7 @@ def _load(loader: Any, name: str, key: str, **options: Any) -> Any:
     level = transformers_logging.get_verbosity()
     # What the loader calls unexpected or missing (a pooler, an LM head) is decided here, so its table would mislead.
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         return loader.from_pretrained(source, **options)
     except Exception as error:

@@ -1,0 +1,44 @@
+# `make train`: from nothing to a trained, measured encoder.  `make test`: lint, types and tests.
+PYTHON ?= python3
+BIN := .venv/bin
+SHARED := $(abspath $(wildcard ../shared/data))
+ifneq ($(SHARED),)
+export TERCET_DATA ?= $(SHARED)
+endif
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: train test test-all lint fix clean
+train: .venv/quickstart
+	@echo "Training. The same without make: $(BIN)/python train.py"
+	$(BIN)/python train.py
+
+test: lint
+	@echo "Testing$(if $(TERCET_DATA), with the data in TERCET_DATA=$(TERCET_DATA),; tests that need TERCET_DATA are skipped)."
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: lint
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fix: .venv/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv
+
+# torch comes first and alone: with it in place no other package asks for another build of it.
+.venv/torch: constraints.txt
+	@echo "Creating .venv with $$($(PYTHON) --version) and installing torch (a few minutes, once)."
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	@touch $@
+
+.venv/quickstart .venv/dev: .venv/%: .venv/torch pyproject.toml constraints.txt
+	@echo "Installing tercet[$*] with the versions of constraints.txt."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	@touch $@

@@ -1,0 +1,43 @@
+"""Queries and their documents from any source."""
+
+import logging
+from collections.abc import Sequence
+
+from tercet.contract import Source
+from tercet.error import InputError
+
+
+def text_pairs(source: Source, name: str) -> tuple[list[str], list[str], list[int]]:
+    """Queries, documents and labels (-1: none), row by row.
+
+    The first two columns of the source. A source of one column has its texts halved at the middle word: the first
+    half is the query, the second its document. That is no paraphrase, but it needs no label, and it moves with quality.
+    Texts of fewer than 4 words cannot be halved; they are left out, counted and said.
+    """
+    rows = source.rows()
+    columns = list(source.columns)
+    label = [int(x) for x in rows["label"]] if "label" in rows.column_names else [-1] * len(rows)
+    if len(columns) > 1:
+        first, second = list(rows[columns[0]]), list(rows[columns[1]])
+    else:
+        words = [text.split() for text in rows[columns[0]]]
+        long = [i for i, w in enumerate(words) if len(w) >= 4]
+        if len(long) < len(words):
+            logging.getLogger("tercet").warning(
+                "%s: %d of %d held-out texts have fewer than 4 words and are not searched for.",
+                name, len(words) - len(long), len(words),
+            )  # fmt: skip
+        first = [" ".join(words[i][: len(words[i]) // 2]) for i in long]
+        second = [" ".join(words[i][len(words[i]) // 2 :]) for i in long]
+        label = [label[i] for i in long]
+    if len(first) < 2:
+        raise InputError(
+            f"{name}: {len(first)} held-out pairs, but a search needs at least 2. Set data.held_out higher."
+        )
+    return first, second, label
+
+
+def numbered(texts: Sequence[str]) -> tuple[list[str], list[int]]:
+    """The distinct texts in order, and each row's number among them."""
+    place = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    return list(place), [place[text] for text in texts]
