@@ -1,5 +1,6 @@
 """What the terminal shows beside the progress bar."""
 
+import logging
 import sys
 import warnings
 
@@ -13,7 +14,10 @@ def say(line: str) -> None:
 
 
 def quiet() -> None:
-    """Silence what libraries say about choices that are made here on purpose."""
+    """Silence what libraries say about choices that are made here on purpose, and their tips."""
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.basicConfig(format="%(message)s")  # the counts of dropped rows
     for text in (
         ".*does not have many workers.*",
         ".*`LeafSpec` is deprecated.*",
@@ -21,6 +25,8 @@ def quiet() -> None:
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*It is recommended to use `self.log.*sync_dist=True.*",
         ".*lr_scheduler.step.*",
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*Experiment logs directory .* exists and is not empty.*",
         ".*Total length of `DataLoader` across ranks is zero.*",
         ".*Trying to infer the `batch_size`.*",
         ".*tensorboardX.*",

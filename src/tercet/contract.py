@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen, as Batch: Lightning rebuilds batches field by field in true half precision
 class Ragged:
     """N rows of token ids, one after the other and without padding: ``ids (T,)`` and ``length (N,)``.
 
@@ -47,7 +47,7 @@ class Ragged:
 Inputs = Ragged
 
 
-@dataclass(frozen=True)
+@dataclass
 class Batch:
     """V aligned columns of N examples.
 

@@ -54,7 +54,7 @@ class BeforeAfter(pl.Callback):
         if len(self.source.columns) < 2 or trainer.default_root_dir is None:
             return
         queries, documents = self._read()
-        encode = pl_module.encoding()  # type: ignore[operator]
+        encode = pl_module.encoding  # type: ignore[operator]
         x, y = F.normalize(encode(queries), dim=-1), F.normalize(encode(documents), dim=-1)
         self.looks[str(pl_module.stage)] = Look(x @ y.T)
         if len(self.looks) == 2 and trainer.is_global_zero:

@@ -4,10 +4,19 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import TQDMProgressBar
+from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm
 
 
 class Progress(TQDMProgressBar):
-    """Lightning's bar with the loss and the sentences per second."""
+    """Lightning's bar with the loss and the sentences per second; evaluations show a bar of their own."""
+
+    def init_test_tqdm(self) -> Tqdm:
+        """A bar over evaluators would stand at 0 of 1."""
+        return Tqdm(disable=True)
+
+    def init_validation_tqdm(self) -> Tqdm:
+        """As for tests."""
+        return Tqdm(disable=True)
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         """What stands behind the bar."""

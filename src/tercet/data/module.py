@@ -91,7 +91,8 @@ class DataModule(pl.LightningDataModule):
 
 def evaluators(members: Sequence[Evaluator]) -> "DataLoader[Evaluator]":
     """A loader whose batches are the evaluators themselves: Lightning's loops then run them."""
-    return DataLoader(list(members), batch_size=None, collate_fn=_same)  # type: ignore[arg-type]
+    # Bound methods, because Lightning opens dataclasses in a batch to move what is inside.
+    return DataLoader([member.__call__ for member in members], batch_size=None, collate_fn=_same)  # type: ignore[arg-type]
 
 
 def _same(evaluator: Evaluator) -> Evaluator:

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tercet.contract import Encode, Source
-from tercet.evaluation.pairs import text_pairs
+from tercet.error import InputError
+from tercet.evaluation.pairs import check_source, numbered, text_pairs
 
 
 def alignment(x: Tensor, y: Tensor) -> float:
@@ -17,34 +18,43 @@ def alignment(x: Tensor, y: Tensor) -> float:
     return float((x - y).square().sum(1).mean())
 
 
-def uniformity(x: Tensor, block: int = 2048) -> float:
+def uniformity(x: Tensor, block: int = 512) -> float:
     """Log E exp(-2 ||x - y||^2) over distinct pairs of rows (eq. 2 with t 2): ``(N, D)``; smaller is more spread.
 
-    A row is no pair with itself. In blocks: N x ``block`` numbers at a time.
+    A row is no pair with itself. In blocks: ``block`` x N numbers at a time.
     """
     x = F.normalize(x.double(), dim=-1)
+    square = x.square().sum(1)  # 1, and 0 for a zero row: collapse to zero must not look spread
     parts = []
     for start in range(0, len(x), block):
-        exponents = 4 * (x[start : start + block] @ x.T - 1)
-        exponents.diagonal(start).fill_(-math.inf)
+        rows, rest = slice(start, start + block), slice(start, None)  # each pair once: row before column
+        exponents = 4 * (x[rows] @ x[rest].T) - 2 * square[rows, None] - 2 * square[rest]
+        exponents.masked_fill_(torch.ones_like(exponents, dtype=torch.bool).tril(), -math.inf)
         parts.append(exponents.logsumexp((0, 1)))
-    return float(torch.stack(parts).logsumexp(0)) - math.log(len(x) * (len(x) - 1))
+    return float(torch.stack(parts).logsumexp(0)) - math.log(len(x) * (len(x) - 1) / 2)
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """``geometry/<name>/alignment`` of a source's pairs and ``/uniformity`` of its distinct texts."""
+    """``geometry/<name>/alignment`` of a source's pairs and ``/uniformity`` of its distinct texts.
+
+    The pairs are its first two columns; of a source of one column the halves of its texts, as for ``Retrieval``.
+    """
 
     name: str
     source: Source
 
+    def __post_init__(self) -> None:
+        check_source("geometry", self.name, self.source)
+
     def __call__(self, encode: Encode) -> dict[str, float]:
-        """Both, in one call of ``encode``."""
+        """Both, from one call of ``encode`` with each distinct text once."""
         first, second, _ = text_pairs(self.source, f"geometry of {self.name}")
-        texts = list(dict.fromkeys([*first, *second]))
-        z = encode([*first, *second, *texts])
-        x, y, unique = z.split([len(first), len(second), len(texts)])
+        texts, place = numbered([*first, *second])
+        if len(texts) < 2:
+            raise InputError(f"geometry of {self.name}: all held-out texts are equal. Set data.held_out higher.")
+        z = encode(texts)
         return {
-            f"geometry/{self.name}/alignment": alignment(x, y),
-            f"geometry/{self.name}/uniformity": uniformity(unique),
+            f"geometry/{self.name}/alignment": alignment(z[place[: len(first)]], z[place[len(first) :]]),
+            f"geometry/{self.name}/uniformity": uniformity(z),
         }

@@ -1,10 +1,21 @@
 """Queries and their documents from any source."""
 
-import logging
 from collections.abc import Sequence
 
 from tercet.contract import Source
 from tercet.error import InputError
+from tercet.evaluation.notice import say_once
+
+
+def check_source(suite: str, name: str, source: Source | None) -> None:
+    """Raise ``InputError`` where there is nothing to read, or no usable name for the metrics."""
+    if not name or "/" in name:
+        raise InputError(f"evaluation.name={name!r}: metrics are called {suite}/<name>/..., so a name without '/'.")
+    if source is None:
+        raise InputError(
+            f"{suite} of {name} needs held-out rows, but data={name} has none (data.test is null). "
+            "Use other data, or another evaluation, such as evaluation@test=sts."
+        )
 
 
 def text_pairs(source: Source, name: str) -> tuple[list[str], list[str], list[int]]:
@@ -22,11 +33,8 @@ def text_pairs(source: Source, name: str) -> tuple[list[str], list[str], list[in
     else:
         words = [text.split() for text in rows[columns[0]]]
         long = [i for i, w in enumerate(words) if len(w) >= 4]
-        if len(long) < len(words):
-            logging.getLogger("tercet").warning(
-                "%s: %d of %d held-out texts have fewer than 4 words and are not searched for.",
-                name, len(words) - len(long), len(words),
-            )  # fmt: skip
+        if short := len(words) - len(long):
+            say_once(f"{name}: {short} of {len(words)} held-out texts have fewer than 4 words and are left out.")
         first = [" ".join(words[i][: len(words[i]) // 2]) for i in long]
         second = [" ".join(words[i][len(words[i]) // 2 :]) for i in long]
         label = [label[i] for i in long]

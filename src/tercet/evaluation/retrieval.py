@@ -6,10 +6,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tercet.contract import Encode, Source
 from tercet.error import InputError
-from tercet.evaluation.pairs import numbered, text_pairs
+from tercet.evaluation.pairs import check_source, numbered, text_pairs
+
+TIE = 1e-6  # of cosines: float32 rounds equal rows apart by less, depending on where they stand
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,9 @@ class Retrieval:
     Exact search by cosine, a block of queries at a time. A document that scores as high as a relevant one counts as
     before it: collapsed embeddings find nothing. Metrics, as means over queries: ``recall@k`` (is any relevant document
     among the first k), ``mrr`` (1 / rank of the first), ``ndcg@10`` and ``map`` (binary relevance).
+
+    A source of one column has each text cut in halves, the first the query, the second its document: an unsupervised
+    stand-in for pairs. Texts of fewer than 4 words are left out.
     """
 
     name: str
@@ -27,8 +33,9 @@ class Retrieval:
     ks: Sequence[int]
 
     def __post_init__(self) -> None:
-        if not self.ks or min(self.ks) < 1:
-            raise InputError(f"evaluation.ks={list(self.ks)}: ranks from 1 on, as [1, 10].")
+        check_source("retrieval", self.name, self.source)
+        if not self.ks or any(type(k) is not int or k < 1 for k in self.ks):
+            raise InputError(f"evaluation.ks={self.ks}: a list of ranks from 1 on, as [1, 10].")
 
     def __call__(self, encode: Encode) -> dict[str, float]:
         """``retrieval/<name>/<metric>``."""
@@ -51,20 +58,24 @@ class Retrieval:
         return queries, documents, [sorted(documents) for documents in relevant]
 
 
-def ranks(x: Tensor, y: Tensor, relevant: Sequence[Sequence[int]], block: int = 512) -> list[Tensor]:
+def ranks(x: Tensor, y: Tensor, relevant: Sequence[Sequence[int]], block: int = 256) -> list[Tensor]:
     """For each query the ranks of its relevant documents, from 1 and ascending: ``(Q, D), (M, D)`` to Q tensors.
 
-    Among equal scores the irrelevant come first.
+    Among equal scores the irrelevant come first; a score that is no number is the lowest. ``block`` x M numbers at a time.
     """
     x, y = F.normalize(x, dim=-1), F.normalize(y, dim=-1)
-    out = []
+    out: list[Tensor] = []
     for start in range(0, len(x), block):
-        for row, mine in zip(x[start : start + block] @ y.T, relevant[start : start + block], strict=True):
-            wanted = torch.tensor(mine)
-            own = row[wanted].sort(descending=True).values
-            row[wanted] = torch.nan
-            before = torch.stack([(row >= score).sum() for score in own])
-            out.append(before + torch.arange(1, len(own) + 1))
+        wanted = [torch.tensor(documents) for documents in relevant[start : start + block]]
+        cosine = (x[start : start + block] @ y.T).nan_to_num(-2.0)
+        own = [row[documents] for row, documents in zip(cosine, wanted, strict=True)]
+        for row, documents in zip(cosine, wanted, strict=True):
+            row[documents] = -torch.inf
+        cosine.numpy().sort(axis=1)  # several times as fast as torch's on a CPU
+        best = pad_sequence(own, batch_first=True, padding_value=-torch.inf).sort(descending=True).values
+        before = len(y) - torch.searchsorted(cosine, best - TIE)
+        place = before + torch.arange(1, best.shape[1] + 1)
+        out.extend(row[: len(documents)] for row, documents in zip(place, wanted, strict=True))
     return out
 
 

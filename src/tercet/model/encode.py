@@ -1,7 +1,8 @@
 """Texts to vectors outside training: each text once, sorted by length, shared between the processes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,62 +13,56 @@ from tercet.distributed import gather_rows, rank, world_size
 from tercet.model.encoder import TextEncoder
 from tercet.model.execution import Execution
 
-_PLAN = Execution(order="given", chunk_tokens=None, recompute=False)
+_PLAIN = Execution(order="given", chunk_tokens=None, recompute=False)
 
 
 class Encoding:
-    """``texts -> (N, D)`` float32 on the CPU, in the same order in every process.
+    """``texts -> (N, D)`` float32 on the CPU, the same in every process.
 
-    ``tokens`` is the budget of padded tokens in one forward pass: small ones are best on a CPU (they stay in its
-    cache), large ones on a GPU. ``precision`` is entered around each forward pass, so that a model is measured in the
-    precision that it is trained in.
+    Each text is encoded once in the life of this object: make a new one when the weights have changed. ``precision``
+    makes the context of a forward pass, so that a model is measured in the precision that it is trained in.
+    ``tokens`` is the budget of padded tokens in one pass: small ones are best on a CPU (they stay in its cache).
     """
 
     def __init__(
         self,
         encoder: TextEncoder,
-        precision: AbstractContextManager[object] | None = None,
+        precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
         tokens: int | None = None,
         progress: str | None = None,
     ) -> None:
         self.encoder = encoder
-        self.precision = precision or nullcontext()
+        self.precision = precision
         self.tokens = tokens or (2048 if encoder.device.type == "cpu" else 65536)
         self.progress = progress
+        self.seen: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Dropout off; the encoder's mode is put back afterwards."""
-        unique = sorted(set(texts), key=lambda text: (len(text), text))
-        place = {text: i for i, text in enumerate(unique)}
+        new = sorted(set(texts) - self.seen.keys(), key=lambda text: (len(text), text))
         training = self.encoder.training
         self.encoder.eval()
         try:
-            z = self._rows(unique)
+            if new:
+                self.seen.update(zip(new, self._rows(new), strict=True))
         finally:
             self.encoder.train(training)
-        return z[torch.tensor([place[text] for text in texts], dtype=torch.long)]
+        return torch.stack([self.seen[text] for text in texts])
 
     def _rows(self, texts: list[str]) -> Tensor:
         inputs = self.encoder.tokenize(texts)
         parts = inputs.rows()
         chunks = Execution("sorted", self.tokens, False).chunks(inputs.length)
-        own = chunks[rank() :: world_size()]
-        bar = tqdm(
-            total=len(texts),
-            desc=self.progress,
-            unit=" sentences",
-            disable=not self.progress or rank() > 0,
-            leave=False,
-        )
-        z = []
-        for rows in own:
-            chunk = Ragged(torch.cat([parts[i] for i in rows.tolist()]), inputs.length[rows])
-            with self.precision:
-                out = _PLAN.run(self.encoder._embed, chunk.to(self.encoder.device), self.encoder.pad_id)
-            z.append(out.float())
-            bar.update(len(rows) * world_size())
-        bar.close()
-        mine = torch.cat(z) if z else torch.zeros(0, self.encoder.dim, device=self.encoder.device)
-        order = torch.cat([rows for r in range(world_size()) for rows in chunks[r :: world_size()]])
-        return gather_rows(mine).cpu()[torch.argsort(order)]
+        world = world_size()
+        z = [torch.zeros(0, self.encoder.dim, device=self.encoder.device)]  # a process may have no chunk
+        hidden = not self.progress or rank() > 0
+        with tqdm(total=len(texts), desc=self.progress, unit=" sentences", disable=hidden, leave=False, mininterval=0.5) as bar:
+            for rows in chunks[rank() :: world]:
+                chunk = Ragged(torch.cat([parts[i] for i in rows.tolist()]), inputs.length[rows])
+                with self.precision():
+                    out = _PLAIN.run(self.encoder.embed, chunk.to(self.encoder.device), self.encoder.pad_id)
+                z.append(out.float())
+                bar.update(min(len(rows) * world, len(texts) - bar.n))
+        order = torch.cat([rows for r in range(world) for rows in chunks[r::world]])
+        return gather_rows(torch.cat(z)).cpu()[torch.argsort(order)]

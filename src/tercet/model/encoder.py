@@ -65,9 +65,10 @@ class TextEncoder(nn.Module):
 
     def forward(self, inputs: Ragged) -> Tensor:
         """``(N, D)``, in the order of the rows."""
-        return self.execution.run(self._embed, inputs, self.pad_id)
+        return self.execution.run(self.embed, inputs, self.pad_id)
 
-    def _embed(self, ids: Tensor, mask: Tensor) -> Tensor:
+    def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """``ids (n, L)`` and ``mask (n, L)`` to ``(n, D)``."""
         output = self.backbone(
             input_ids=ids, attention_mask=mask, output_hidden_states=self.pooling in NEEDS_ALL_LAYERS
         )

@@ -44,6 +44,7 @@ class Contrastive(pl.LightningModule):
         self.mlm_weight = mlm.weight
         self.mlm = mlm.build(encoder)
         self.stage = "test"
+        self.encoding: Encoding
 
     def views(self, batch: Batch) -> Batch:
         """The views that this objective contrasts."""
@@ -81,11 +82,19 @@ class Contrastive(pl.LightningModule):
 
     def measure(self, evaluator: Evaluator) -> dict[str, float]:
         """Run an evaluator on the encoder, in the training precision."""
-        return evaluator(self.encoding(progress="evaluating"))
+        return evaluator(self.encoding)
 
-    def encoding(self, progress: str | None = None) -> Encoding:
-        """``texts -> (N, D)`` with the encoder as it is now."""
-        return Encoding(self.encoder, self.trainer.precision_plugin.forward_context(), progress=progress)
+    def on_validation_epoch_start(self) -> None:
+        """New weights, new vectors."""
+        self.encoding = Encoding(self.encoder, self.trainer.precision_plugin.forward_context, progress="evaluating")
+
+    def on_test_epoch_start(self) -> None:
+        """New weights, new vectors; callbacks of the test may use them too."""
+        self.on_validation_epoch_start()
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Evaluators stay where they are."""
+        return batch.to(device) if isinstance(batch, Batch) else batch
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The schedule moves every step."""

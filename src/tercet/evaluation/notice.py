@@ -1,0 +1,10 @@
+"""What a user should know, said once."""
+
+import logging
+from functools import cache
+
+
+@cache
+def say_once(message: str) -> None:
+    """Log a warning; evaluators run many times, the same message is not repeated."""
+    logging.getLogger("tercet").warning(message)

@@ -1,0 +1,128 @@
+"""Semantic textual similarity as SimCSE and SentEval measure it (Gao et al. 2021, arXiv:2104.08821, appendix B)."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tercet.contract import Encode
+from tercet.error import InputError
+from tercet.evaluation.correlation import correlations
+from tercet.evaluation.geometry import alignment, uniformity
+from tercet.evaluation.gold import ONE_SET, SPLITS, TASKS, Pairs, read_pairs
+
+SIX = tuple(f"{kind}_{over}" for kind in ("spearman", "pearson") for over in ("all", "mean", "wmean"))
+ROWS = {
+    "Spearman all": "spearman_all",
+    "Spearman mean": "spearman_mean",
+    "Spearman wmean": "spearman_wmean",
+    "Pearson all": "pearson_all",
+}
+CLOSE = 4  # pairs with a gold score above it are positives (SimCSE, section 2.3)
+
+
+def key(task: str) -> str:
+    """A task's name in metrics: ``STS-B`` is ``stsb``, ``SICK-R`` is ``sickr``."""
+    return task.lower().replace("-", "")
+
+
+@dataclass(frozen=True)
+class STS:
+    """Correlates cosines with gold scores, with no regressor and no sentence cut short.
+
+    ``path`` is a table with the columns task, subset, split, sentence1, sentence2, score (parquet, csv, tsv, jsonl),
+    or "hub": the public sets of mteb, which lack the subsets and so ``_mean`` and ``_wmean`` of the years. ``split`` is
+    test, or dev for STS-B and SICK-R.
+
+    ``sts/<task>/<spearman|pearson>_<all|mean|wmean>``; STS-B and SICK-R are one set, so that all three are equal, and
+    are plain ``spearman`` and ``pearson`` too. ``sts/avg/...`` is the unweighted mean over tasks, if several are there,
+    of every name that all of them have; the paper's average is of scores rounded to two decimals. A cosine that does
+    not exist is 0; a model whose cosines are all equal correlates 0.
+    ``sts/stsb/alignment`` is over pairs with a gold score above 4 (if any), ``uniformity`` over all STS-B sentences.
+    """
+
+    path: str
+    tasks: Sequence[str]
+    split: str
+
+    def __post_init__(self) -> None:
+        if self.split not in SPLITS:
+            raise InputError(f"evaluation.split={self.split}: use one of {', '.join(SPLITS)}.")
+        if isinstance(self.tasks, str) or not self.tasks or len(set(self.tasks)) < len(self.tasks):
+            raise InputError(f"evaluation.tasks={self.tasks}: a list without repetitions, of {', '.join(TASKS)}.")
+        for task in self.tasks:
+            if task not in TASKS:
+                near = difflib.get_close_matches(str(task).upper(), TASKS, 1)
+                hint = f" Did you mean {near[0]}?" if near else ""
+                raise InputError(f"evaluation.tasks has {task}: there are {', '.join(TASKS)}.{hint}")
+            if self.split == "dev" and task not in ONE_SET:
+                raise InputError(
+                    f"evaluation.split=dev, but {task} has only a test split. "
+                    f"Use evaluation.tasks=[{','.join(ONE_SET)}] or evaluation.split=test."
+                )
+
+    @cached_property
+    def pairs(self) -> dict[str, Pairs]:
+        """By task, in the paper's order; read at the first use, once."""
+        return read_pairs(self.path, [task for task in TASKS if task in self.tasks], self.split)
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """The tasks that were asked for and that the data lacks."""
+        return tuple(task for task in self.tasks if task not in self.pairs)
+
+    def __call__(self, encode: Encode) -> dict[str, float]:
+        """All metrics, from one call of ``encode`` with each distinct sentence once."""
+        texts = list(dict.fromkeys(text for p in self.pairs.values() for text in (*p.first, *p.second)))
+        place, z = {text: i for i, text in enumerate(texts)}, encode(texts)
+        metrics: dict[str, float] = {}
+        found: dict[str, dict[str, float]] = {}
+        for task, p in self.pairs.items():
+            x, y = (z[[place[text] for text in side]].double() for side in (p.first, p.second))
+            found[task] = correlations(_cosine(x, y).numpy(), p.gold, p.subset)
+            whole = {kind: found[task][f"{kind}_all"] for kind in ("spearman", "pearson") if task in ONE_SET}
+            metrics |= {f"sts/{key(task)}/{name}": value for name, value in (found[task] | whole).items()}
+            if task == "STS-B":
+                metrics |= _geometry(x, y, p, z[[place[text] for text in dict.fromkeys((*p.first, *p.second))]])
+        if len(found) > 1:
+            shared = [name for name in SIX if all(name in values for values in found.values())]
+            metrics |= {f"sts/avg/{name}": float(np.mean([v[name] for v in found.values()])) for name in shared}
+        return metrics
+
+    def table(self, metrics: Mapping[str, float]) -> str:
+        """The paper's table, of metrics as they were returned."""
+        return f"STS, {self.split} split, x100\n{table(metrics, '')}"
+
+
+def table(metrics: Mapping[str, float], prefix: str) -> str:
+    """SimCSE's table as plain text, times 100; ``prefix`` stands before ``sts/`` in the names, as ``test/``."""
+    present = [task for task in TASKS if f"{prefix}sts/{key(task)}/spearman_all" in metrics]
+    columns = {task: key(task) for task in present} | ({"Avg.": "avg"} if len(present) > 1 else {})
+    lines = [" " * 14 + "".join(f"{title:>8}" for title in columns)]
+    for title, name in ROWS.items():
+        values = [metrics.get(f"{prefix}sts/{column}/{name}") for column in columns.values()]
+        if any(value is not None for value in values):
+            cells = (f"{'-' if value is None else f'{100 * value:.2f}':>8}" for value in values)
+            lines.append(f"{title:<14}{''.join(cells)}")
+    if missing := [task for task in TASKS if task not in present]:
+        lines.append(f"Not measured: {', '.join(missing)}. The paper's average is over all {len(TASKS)} tasks.")
+    return "\n".join(lines)
+
+
+def _cosine(x: Tensor, y: Tensor) -> Tensor:
+    """``(N,)`` in float64; 0 where a row is zero or not finite.
+
+    Rounded far below float32, so that equal cosines tie, as those of a sentence with itself, on every machine.
+    """
+    cosine = (x * y).sum(1) / (torch.linalg.vector_norm(x, dim=1) * torch.linalg.vector_norm(y, dim=1))
+    return torch.nan_to_num(cosine, 0.0, 0.0, 0.0).round(decimals=12)
+
+
+def _geometry(x: Tensor, y: Tensor, pairs: Pairs, unique: Tensor) -> dict[str, float]:
+    close = torch.from_numpy(pairs.gold > CLOSE)
+    found = {"sts/stsb/alignment": alignment(x[close], y[close])} if close.any() else {}
+    return found | {"sts/stsb/uniformity": uniformity(unique)}
