@@ -7,6 +7,7 @@ import pytorch_lightning as pl
 import torch
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import Checkpoint, ModelSummary, ProgressBar
 
 from tercet import launch, record
 from tercet.build import build
@@ -49,7 +50,7 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
     objective: Contrastive = build(cfg.objective)
     tests = evaluators([build(cfg.test)])
     loggers = [build(logger) for logger in cfg.logger.values() if logger]
-    callbacks = [build(callback) for callback in cfg.callback.values() if callback]
+    callbacks = [made for callback in cfg.callback.values() if callback for made in wanted(cfg, build(callback))]
     trainer: pl.Trainer = build(cfg.trainer, logger=loggers, callbacks=callbacks, default_root_dir=str(output))
     if launch.first_here():
         data.prepare_data()
@@ -68,6 +69,12 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
             logger.finalize("finished")
         record.close(loggers)
     return optimized(cfg, metrics)
+
+
+def wanted(cfg: DictConfig, callback: pl.Callback) -> list[pl.Callback]:
+    """The callback, unless the trainer's switch for its kind is off: Lightning takes both at once for a mistake."""
+    kinds = {ProgressBar: "enable_progress_bar", Checkpoint: "enable_checkpointing", ModelSummary: "enable_model_summary"}
+    return [callback] if all(cfg.trainer[key] for kind, key in kinds.items() if isinstance(callback, kind)) else []
 
 
 def measure(trainer: pl.Trainer, objective: Contrastive, tests: Any, stage: str) -> dict[str, float]:

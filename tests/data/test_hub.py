@@ -7,6 +7,7 @@ import urllib.request
 import datasets
 import pytest
 
+from tercet.data import hub_file
 from tercet.data.files import Files
 from tercet.error import InputError
 
@@ -52,7 +53,7 @@ def test_ids_are_loaded(monkeypatch, online, path, expected, streaming):
         return rows.to_iterable_dataset() if streaming else rows
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr("tercet.data.hub._reach", lambda path, name: None)
+    monkeypatch.setattr("tercet.data.hub.reach", lambda path, name: None)
     files = Files(path, streaming=streaming)
     assert list(files.rows()) == [{"anchor": "a", "positive": "c"}, {"anchor": "b", "positive": "d"}]
     assert set(called) == {expected}
@@ -64,3 +65,19 @@ def test_a_file_before_a_hub_id(tmp_path, monkeypatch):
     (tmp_path / "owner").mkdir()
     with pytest.raises(InputError, match=r"owner/name does not exist"):
         Files("owner/name")
+
+
+def test_a_file_on_the_hub_is_fetched_and_read(monkeypatch, tmp_path):
+    file = tmp_path / "pairs.csv"
+    file.write_text("a,b\none text,another text\n")
+    asked = []
+    monkeypatch.setattr(hub_file, "reach", lambda path, name: None)
+    monkeypatch.setattr(hub_file, "hf_hub_download", lambda *a, **k: asked.append((a, k)) or str(file))
+    rows = Files("hf://datasets/owner/name/folder/pairs.csv", columns=["a", "b"]).rows()
+    assert rows.to_dict() == {"a": ["one text"], "b": ["another text"]}
+    assert asked[0] == (("owner/name", "folder/pairs.csv"), {"repo_type": "dataset"})
+
+
+def test_a_path_without_a_file_is_refused():
+    with pytest.raises(InputError, match="owner/name/file is needed"):
+        Files("hf://datasets/owner/name")

@@ -101,6 +101,12 @@ def test_a_model_that_tells_nothing_apart_finds_nothing(encode):
     assert found[f"retrieval/toy/recall@{N}"] == 1
 
 
+def test_a_score_that_is_no_number_is_the_lowest():
+    x, y = torch.eye(3), torch.eye(3)
+    y[1] = torch.nan
+    assert [r.tolist() for r in ranks(x, y, [[0], [1], [2]])] == [[1], [3], [1]]
+
+
 def test_perfect_and_random():
     twins = Listed({"q": [f"t {i}" for i in range(N)], "d": [f"t {i}" for i in range(N)]})
     found = Retrieval("toy", twins, [1])(noise)

@@ -13,6 +13,9 @@ from scipy.stats import pearsonr, spearmanr
 from tercet.evaluation import STS, alignment, table, uniformity
 from tercet.evaluation.correlation import correlations
 from tercet.evaluation.sts import SIX, TASKS, _cosine
+from tercet.model import Encoding
+from tercet.model.folder import load
+from tests.conftest import MINILM
 from tests.evaluation.fakes import Counted, broken, collapsed, words
 
 COLUMNS = ("task", "subset", "split", "sentence1", "sentence2", "score")
@@ -227,3 +230,11 @@ def test_the_real_data(shared):
             assert found[f"sts/{task.lower().replace('-', '')}/{name}"] == pytest.approx(value)
     dev = STS(path, ["STS-B", "SICK-R"], "dev")
     assert {task: len(pairs.gold) for task, pairs in dev.pairs.items()} == {"STS-B": 1500, "SICK-R": 500}
+
+
+@pytest.mark.slow
+def test_a_known_model_scores_what_is_known(shared):
+    """all-MiniLM-L6-v2 has 0.820 on STS-B test with its own mean pooling."""
+    encode = Encoding(load(MINILM, None)[0])
+    found = STS(str(shared / "sts.parquet"), ["STS-B"], "test")(encode)
+    assert found["sts/stsb/spearman"] == pytest.approx(0.820, abs=0.0005)

@@ -13,6 +13,7 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 
 from tercet.contract import Source
+from tercet.objective.contrastive import Contrastive
 
 matplotlib.use("Agg")  # a run has no screen
 from matplotlib import pyplot as plt
@@ -49,12 +50,12 @@ class BeforeAfter(pl.Callback):
         self.looks: dict[str, Look] = {}
         self.texts: tuple[list[str], list[str]] | None = None
 
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_test_end(self, trainer: pl.Trainer, pl_module: Contrastive) -> None:  # type: ignore[override]
         """Look; draw once both stages are seen."""
         if len(self.source.columns) < 2 or trainer.default_root_dir is None:
             return
         queries, documents = self._read()
-        encode = pl_module.encoding  # type: ignore[operator]
+        encode = pl_module.encoding
         x, y = F.normalize(encode(queries), dim=-1), F.normalize(encode(documents), dim=-1)
         self.looks[str(pl_module.stage)] = Look(x @ y.T)
         if len(self.looks) == 2 and trainer.is_global_zero:

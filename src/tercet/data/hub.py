@@ -1,8 +1,5 @@
 """A data set of the Hugging Face hub."""
 
-import os
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,11 +7,10 @@ import datasets
 import numpy as np
 import pyarrow as pa
 
+from tercet.data.hub_file import reach
 from tercet.data.piece import ROWS, Piece
 from tercet.data.place import ACCEPTED
 from tercet.error import InputError
-
-SECONDS = 5.0
 
 
 def open_hub(path: str, streaming: bool) -> Any:
@@ -25,7 +21,7 @@ def open_hub(path: str, streaming: bool) -> Any:
     """
     name, config, split = (*path.split(":"), None, None)[:3]
     if not datasets.config.HF_HUB_OFFLINE:
-        _reach(path, str(name))
+        reach(path, str(name))
     try:
         return datasets.load_dataset(name, config, split=split or "train", streaming=streaming)
     except Exception as error:  # the libraries below raise dozens of kinds
@@ -44,19 +40,3 @@ def read_hub(path: str, columns: Sequence[str], streaming: bool) -> Iterator[Pie
         numbers = pa.array(np.arange(start, start + len(table), dtype=np.int64))
         yield Piece(f"data.path={path}", "row", numbers, table)
         start += len(table)
-
-
-def _reach(path: str, name: str) -> None:
-    """Ask once with a short time limit: the libraries retry for minutes."""
-    request = urllib.request.Request(f"{datasets.config.HF_ENDPOINT}/api/datasets/{name}", method="HEAD")
-    if token := os.environ.get("HF_TOKEN"):
-        request.add_header("Authorization", f"Bearer {token}")
-    try:
-        urllib.request.urlopen(request, timeout=SECONDS).close()
-    except urllib.error.HTTPError:
-        return  # it answered: load_dataset says what is wrong
-    except OSError as error:
-        raise InputError(
-            f"data.path={path}: no such file or folder here, and the hub cannot be reached ({error}). "
-            f"data.path takes {ACCEPTED}. Set HF_HUB_OFFLINE=1 to use a copy that was downloaded before."
-        ) from error

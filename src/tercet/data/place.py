@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from tercet.data.hub_file import PREFIX, fetch
 from tercet.error import InputError
 from tercet.paths import locate
 
@@ -38,7 +39,7 @@ def find(path: str) -> Place:
     Raises:
         InputError: there is no such thing, or it is of no kind that can be read.
     """
-    here = locate(path)
+    here = fetch(path) if path.startswith(PREFIX) else locate(path)
     if here.is_dir():
         return _folder(path, here)
     if here.exists():

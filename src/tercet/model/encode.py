@@ -57,7 +57,9 @@ class Encoding:
         world = world_size()
         z = [torch.zeros(0, self.encoder.dim, device=self.encoder.device)]  # a process may have no chunk
         hidden = not self.progress or rank() > 0
-        with tqdm(total=len(texts), desc=self.progress, unit=" sentences", disable=hidden, leave=False, mininterval=0.5) as bar:
+        with tqdm(
+            total=len(texts), desc=self.progress, unit=" sentences", disable=hidden, leave=False, mininterval=0.5
+        ) as bar:
             for rows in chunks[rank() :: world]:
                 chunk = Ragged(torch.cat([parts[i] for i in rows.tolist()]), inputs.length[rows])
                 with self.precision():

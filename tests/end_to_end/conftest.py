@@ -1,0 +1,58 @@
+"""The command line, run as a user does but in this process: imports are paid once."""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tercet.main import main
+from tests.conftest import TEXTS, tiny
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command left: exit code, terminal, and the folder of its run."""
+
+    code: int
+    terminal: str
+    output: Path
+
+    def metrics(self):
+        """The run's metrics.json."""
+        return json.loads((self.output / "metrics.json").read_text())
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """``command("train", *overrides) -> Result``, writing into a temporary folder."""
+    monkeypatch.setenv("TERCET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("TERCET_DEBUG", raising=False)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # the entry sets it: put back afterwards
+
+    def run(name, *overrides):
+        output = tmp_path / "run"
+        extra = [f"output_dir={output}"] if name == "train" and "-m" not in overrides else []
+        monkeypatch.setattr(sys, "argv", ["tercet", *overrides, *extra])
+        with pytest.raises(SystemExit) as stopped:
+            main(name)
+        seen = capsys.readouterr()
+        return Result(stopped.value.code or 0, seen.out + seen.err, output)
+
+    return run
+
+
+FAST = ["logger=csv", "callback.summary=null", "trainer.accelerator=cpu", "trainer.max_steps=2", "data.batch_size=4"]
+
+
+@pytest.fixture
+def small(command, tmp_path):
+    """``small(*overrides)``: two steps of a tiny model on a dozen sentences of one's own."""
+    path = tmp_path / "my.txt"
+    path.write_text("\n".join(TEXTS) + "\n")
+
+    def run(*overrides):
+        return command("train", *tiny("data=text", f"data.path={path}", *FAST, *overrides))
+
+    return run

@@ -1,0 +1,120 @@
+"""From the command line to a model that others can open."""
+
+import csv
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from tests.conftest import TEXTS, tiny
+from tests.end_to_end.conftest import FAST
+
+
+def test_ones_own_text_in_one_line(small):
+    result = small()
+    assert result.code == 0, result.terminal
+    metrics = result.metrics()
+    for name in ("retrieval/text/recall@1", "retrieval/text/mrr", "geometry/text/alignment", "geometry/text/uniformity"):
+        assert f"before/{name}" in metrics
+        assert f"test/{name}" in metrics
+        assert name in result.terminal
+    assert {"train/loss", "train/sentences_per_second", "train/tokens_per_second", "train/padding", "train/memory_gb",
+            "train/gradient_norm", "train/alignment", "train/uniformity"} <= metrics.keys()  # fmt: skip
+    config = OmegaConf.load(result.output / "config.yaml")
+    assert config.data.batch_size == 4
+    assert "code " in (result.output / "revision.txt").read_text()
+    assert (result.output / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_the_model_folder_opens_in_sentence_transformers(small):
+    from sentence_transformers import SentenceTransformer
+
+    from tercet.evaluate import open_model
+    from tercet.model import Encoding
+
+    result = small("model.pooling=cls", "model.head.kind=mlp", "model.head.dim=16", "model.normalize=true")
+    theirs = torch.tensor(SentenceTransformer(str(result.output / "model"), device="cpu").encode(TEXTS))
+    for name in (result.output, result.output / "model", result.output / "checkpoints" / "last.ckpt"):
+        torch.testing.assert_close(Encoding(open_model(str(name), None))(TEXTS), theirs, rtol=0, atol=1e-5)
+
+
+def test_a_train_only_head_is_kept_but_not_exported(small):
+    from tercet.model.folder import load
+
+    result = small("model.head.kind=mlp", "model.head.dim=16", "model.head.train_only=true")
+    encoder, _ = load(str(result.output / "model"))
+    assert encoder.eval()(encoder.tokenize(TEXTS)).shape == (12, 32)
+    assert encoder.train()(encoder.tokenize(TEXTS)).shape == (12, 16)
+
+
+def test_pairs_with_masked_lm_a_label_and_both_directions(command, tmp_path):
+    path = tmp_path / "pairs.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["question", "answer", "topic"])
+        writer.writerows([text, TEXTS[-i], i % 3] for i, text in enumerate(TEXTS))
+    result = command("train", *tiny(
+        "data=text", f"data.path={path}", "data.columns=[question,answer]", "data.label=topic", "objective=simcse_sup",
+        "objective.mlm.weight=0.1", "loss.direction=both", "loss.learn_temperature=true", *FAST))  # fmt: skip
+    assert result.code == 0, result.terminal
+    assert result.metrics()["train/mlm_loss"] > 0
+    assert 0 < result.metrics()["train/temperature"] < 1
+    assert (result.output / "before_after.png").stat().st_size > 10_000
+    assert "# Nearest neighbours" in (result.output / "neighbours.md").read_text()
+
+
+def test_the_best_checkpoint_is_the_one_that_is_kept(small, tmp_path):
+    rows = ["task,subset,split,sentence1,sentence2,score"]
+    rows += [f'STS-B,x,dev,"{TEXTS[i]}","{TEXTS[i + 1]}",{i % 5}' for i in range(8)]
+    (tmp_path / "sts.csv").write_text("\n".join(rows) + "\n")
+    result = small("evaluation@validation=stsb_dev", f"validation.path={tmp_path}/sts.csv", "monitor=val/sts/stsb/spearman",
+                   "trainer.val_check_interval=1", "trainer.check_val_every_n_epoch=null", "trainer.max_steps=4",
+                   "optimizer.lr=0.01", "optimized_metric=test/retrieval/text/mrr")  # fmt: skip
+    assert result.code == 0, result.terminal
+    seen = [float(row["val/sts/stsb/spearman"]) for row in csv.DictReader((result.output / "metrics.csv").open())
+            if row["val/sts/stsb/spearman"]]  # fmt: skip
+    assert len(seen) == 4
+    best = torch.load(result.output / "checkpoints" / "best.ckpt", weights_only=True)
+    assert best["global_step"] == seen.index(max(seen)) + 1
+    assert f"best val/sts/stsb/spearman: {max(seen):.4f}" in result.terminal
+
+
+def test_the_seed_decides_everything(small):
+    first = small("seed=3").metrics()
+    same, other = small("seed=3").metrics(), small("seed=4").metrics()
+    timed = ("second", "memory")
+    assert {k: v for k, v in first.items() if not any(t in k for t in timed)} == {
+        k: v for k, v in same.items() if not any(t in k for t in timed)
+    }
+    assert first["train/loss"] != other["train/loss"]
+
+
+def test_streams_are_read_as_they_come(small):
+    result = small("data.streaming=true", "data.held_out=4", "trainer.max_steps=3", "trainer.max_epochs=-1")
+    assert result.code == 0, result.terminal
+    assert result.metrics()["train/loss"] > 0
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_half_precision_trains_and_measures(small, precision):
+    result = small(f"trainer.precision={precision}", "data.batch_size=2", "trainer.max_steps=1")
+    assert result.code == 0, result.terminal
+
+
+def test_a_sweep_ends_with_mean_and_sd(command, tmp_path):
+    path = tmp_path / "my.txt"
+    path.write_text("\n".join(TEXTS) + "\n")
+    root = tmp_path / "sweep"
+    result = command("train", "-m", "seed=1,2", "data.batch_size=4,400", *tiny(
+        "data=text", f"data.path={path}", *FAST[:-1], f"hydra.sweep.dir={root}"))  # fmt: skip
+    assert "mean ± sd over 2 runs" in result.terminal
+    assert result.terminal.count("error: data.batch_size=400, but data=text has") == 2
+    assert result.code == 1, "two jobs failed"
+    assert (root / "0" / "metrics.json").is_file()
+    assert "data.batch_size=400" in (root / "1" / "error.txt").read_text()
+    import json
+
+    entry = json.loads((root / "summary.json").read_text())["test/retrieval/text/mrr"]
+    values = [json.loads((root / job / "metrics.json").read_text())["test/retrieval/text/mrr"] for job in ("0", "2")]
+    assert entry["mean"] == pytest.approx(sum(values) / 2)
+    assert entry["sd"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
