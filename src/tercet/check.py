@@ -15,7 +15,9 @@ def check(cfg: DictConfig, objective: Any, data: Any) -> None:
     _columns(cfg, objective, data)
     _views(cfg, objective)
     _hard_negatives(cfg, objective, data)
+    _devices(cfg)
     _batch(cfg)
+    _monitor(cfg)
     _precision(cfg)
 
 
@@ -48,6 +50,32 @@ def _hard_negatives(cfg: DictConfig, objective: Any, data: Any) -> None:
         raise InputError(
             f"loss.hard_negative_weight={weight}, but there are no hard negatives: {_name(cfg)} on data={data.name} has "
             f"the columns {', '.join(data.columns)}. Use loss.hard_negative_weight=0, or data with a third column."
+        )
+
+
+def _devices(cfg: DictConfig) -> None:
+    there = torch.cuda.device_count()
+    if cfg.trainer.accelerator in ("gpu", "cuda") and not there and not torch.backends.mps.is_available():
+        raise InputError(
+            f"trainer.accelerator={cfg.trainer.accelerator}, but torch sees no GPU here. Use trainer=cpu, or trainer=ddp_cpu "
+            "for two processes (and trainer.precision=32-true)."
+        )
+    if cfg.trainer.accelerator in ("gpu", "cuda", "auto") and there and processes(cfg) > there:
+        raise InputError(
+            f"trainer.devices={cfg.trainer.devices}, but this machine has {there}. Use trainer.devices={there}."
+        )
+
+
+def _monitor(cfg: DictConfig) -> None:
+    measured = OmegaConf.select(cfg, "validation.members") != {}
+    if cfg.monitor and not (measured and str(cfg.monitor).startswith("val/")):
+        raise InputError(
+            f"monitor={cfg.monitor}: a metric of the validation is needed, val/..., and something must measure it: "
+            "evaluation@validation=stsb_dev monitor=val/sts/stsb/spearman."
+        )
+    if cfg.callback.early_stopping and not cfg.monitor:
+        raise InputError(
+            "callback=early_stopping needs a metric to watch: set monitor, as monitor=val/sts/stsb/spearman."
         )
 
 

@@ -30,6 +30,8 @@ def quiet() -> None:
         ".*Total length of `DataLoader` across ranks is zero.*",
         ".*Trying to infer the `batch_size`.*",
         ".*tensorboardX.*",
+        ".*You have overridden `transfer_batch_to_device`.*",
+        ".*is smaller than the logging interval.*",
         ".*using `DistributedSampler` with the dataloaders.*",
     ):
         warnings.filterwarnings("ignore", message=text)

@@ -4,7 +4,13 @@ import difflib
 import re
 from pathlib import Path
 
-from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
+from hydra.errors import (
+    ConfigCompositionException,
+    HydraException,
+    InstantiationException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -16,6 +22,8 @@ def explain(error: BaseException, conf: str, command: str) -> str:
     for cause in _chain(error):
         if isinstance(cause, InputError):
             return str(cause)
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: cannot be read ({' '.join(str(error).split())}). Quote it: 'key=\"value\"'."
     if isinstance(error, MissingConfigException):
         return _missing_choice(error)
     if isinstance(error, ConfigCompositionException):
@@ -54,6 +62,8 @@ def _mistyped(error: ConfigCompositionException, conf: str, command: str) -> str
         return text
     key = wrong[1].lstrip("+~").split("@")[0]
     known = sorted(keys(conf, command))
+    if key in known:
+        return text
     near = (
         difflib.get_close_matches(key, known, 1, 0.5)
         or [k for k in known if k.split(".")[-1] == key.split(".")[-1]][:1]

@@ -18,6 +18,7 @@ from tercet.error import InputError
 from tercet.model.checkpoint import read
 from tercet.model.folder import save
 from tercet.objective.contrastive import Contrastive
+from tercet.values import check_values
 
 
 def run(cfg: DictConfig, output: Path) -> float | None:
@@ -26,6 +27,7 @@ def run(cfg: DictConfig, output: Path) -> float | None:
     assert isinstance(config, DictConfig)
     record.writable(output)
     quiet()
+    check_values(config, cfg)
     data = build(config.data.module)
     check(config, get_class(config.objective._target_), data)
     if not launch.launched():
@@ -73,7 +75,11 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
 
 def wanted(cfg: DictConfig, callback: pl.Callback) -> list[pl.Callback]:
     """The callback, unless the trainer's switch for its kind is off: Lightning takes both at once for a mistake."""
-    kinds = {ProgressBar: "enable_progress_bar", Checkpoint: "enable_checkpointing", ModelSummary: "enable_model_summary"}
+    kinds = {
+        ProgressBar: "enable_progress_bar",
+        Checkpoint: "enable_checkpointing",
+        ModelSummary: "enable_model_summary",
+    }
     return [callback] if all(cfg.trainer[key] for kind, key in kinds.items() if isinstance(callback, kind)) else []
 
 
@@ -93,11 +99,14 @@ def numbers(trainer: pl.Trainer, *prefixes: str) -> dict[str, float]:
 def select(trainer: pl.Trainer, objective: Contrastive) -> None:
     """Go back to the best checkpoint where a metric selects one."""
     best = trainer.checkpoint_callback
-    path = getattr(best, "best_model_path", "")
-    if path and getattr(best, "monitor", None):
+    path, monitor = getattr(best, "best_model_path", ""), getattr(best, "monitor", None)
+    if monitor and getattr(best, "best_model_score", None) is None:
+        say(
+            f"No validation ran, so that {monitor} selected nothing: these are the last weights. See trainer.val_check_interval."
+        )
+    elif path and monitor:
         objective.load_state_dict(read(path)["state_dict"])
-        score = getattr(best, "best_model_score", None)
-        say(f"best {best.monitor}: {float(score):.4f}" if score is not None else "")  # type: ignore[union-attr]
+        say(f"best {monitor}: {float(best.best_model_score):.4f}")  # type: ignore[union-attr]
 
 
 def finish(

@@ -43,14 +43,19 @@ def command(tmp_path, monkeypatch, capsys):
     return run
 
 
+def write_texts(path):
+    """Forty sentences, long enough to be halved."""
+    path.write_text("\n".join(f"{a} {b}" for a in TEXTS[:8] for b in TEXTS[:5]) + "\n")
+
+
 FAST = ["logger=csv", "callback.summary=null", "trainer.accelerator=cpu", "trainer.max_steps=2", "data.batch_size=4"]
 
 
 @pytest.fixture
 def small(command, tmp_path):
-    """``small(*overrides)``: two steps of a tiny model on a dozen sentences of one's own."""
+    """``small(*overrides)``: two steps of a tiny model on a few sentences of one's own."""
     path = tmp_path / "my.txt"
-    path.write_text("\n".join(TEXTS) + "\n")
+    write_texts(path)
 
     def run(*overrides):
         return command("train", *tiny("data=text", f"data.path={path}", *FAST, *overrides))

@@ -7,14 +7,19 @@ import torch
 from omegaconf import OmegaConf
 
 from tests.conftest import TEXTS, tiny
-from tests.end_to_end.conftest import FAST
+from tests.end_to_end.conftest import FAST, write_texts
 
 
 def test_ones_own_text_in_one_line(small):
     result = small()
     assert result.code == 0, result.terminal
     metrics = result.metrics()
-    for name in ("retrieval/text/recall@1", "retrieval/text/mrr", "geometry/text/alignment", "geometry/text/uniformity"):
+    for name in (
+        "retrieval/text/recall@1",
+        "retrieval/text/mrr",
+        "geometry/text/alignment",
+        "geometry/text/uniformity",
+    ):
         assert f"before/{name}" in metrics
         assert f"test/{name}" in metrics
         assert name in result.terminal
@@ -52,7 +57,7 @@ def test_pairs_with_masked_lm_a_label_and_both_directions(command, tmp_path):
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["question", "answer", "topic"])
-        writer.writerows([text, TEXTS[-i], i % 3] for i, text in enumerate(TEXTS))
+        writer.writerows([f"{text} {i}", TEXTS[-i % 12], i % 3] for i, text in enumerate(2 * TEXTS))
     result = command("train", *tiny(
         "data=text", f"data.path={path}", "data.columns=[question,answer]", "data.label=topic", "objective=simcse_sup",
         "objective.mlm.weight=0.1", "loss.direction=both", "loss.learn_temperature=true", *FAST))  # fmt: skip
@@ -103,7 +108,7 @@ def test_half_precision_trains_and_measures(small, precision):
 
 def test_a_sweep_ends_with_mean_and_sd(command, tmp_path):
     path = tmp_path / "my.txt"
-    path.write_text("\n".join(TEXTS) + "\n")
+    write_texts(path)
     root = tmp_path / "sweep"
     result = command("train", "-m", "seed=1,2", "data.batch_size=4,400", *tiny(
         "data=text", f"data.path={path}", *FAST[:-1], f"hydra.sweep.dir={root}"))  # fmt: skip

@@ -118,4 +118,4 @@ def _ragged(column: pa.Array) -> Ragged:
 
 
 def _tensor(column: Any) -> Tensor:
-    return torch.from_numpy(np.array(column, dtype=np.int64))
+    return torch.from_numpy(np.array(np.asarray(column), dtype=np.int64, copy=True))

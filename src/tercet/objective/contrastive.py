@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from tercet.contract import Batch, Embedded, Evaluator, Ragged, Terms
 from tercet.distributed import gather, mean
+from tercet.error import InputError
 from tercet.model import Encoding, TextEncoder
 from tercet.model.checkpoint import KEY, describe
 from tercet.objective.mlm import MaskedLM
@@ -81,12 +82,20 @@ class Contrastive(pl.LightningModule):
         self.log_dict({f"{self.stage}/{name}": x for name, x in metrics.items()}, batch_size=1)
 
     def measure(self, evaluator: Evaluator) -> dict[str, float]:
-        """Run an evaluator on the encoder, in the training precision."""
-        return evaluator(self.encoding)
+        """Run an evaluator on the encoder: vectors in the training precision, scores in full."""
+        with torch.autocast(self.device.type, enabled=False):
+            return evaluator(self.encoding)
 
     def on_validation_epoch_start(self) -> None:
         """New weights, new vectors."""
         self.encoding = Encoding(self.encoder, self.trainer.precision_plugin.forward_context, progress="evaluating")
+
+    def on_validation_epoch_end(self) -> None:
+        """A monitor that nothing measures would let every checkpoint be the best."""
+        monitor = getattr(self.trainer.checkpoint_callback, "monitor", None)
+        seen = sorted(name for name in self.trainer.callback_metrics if name.startswith("val/"))
+        if monitor and monitor not in seen:
+            raise InputError(f"monitor={monitor} is not measured in validation. There are: {', '.join(seen)}.")
 
     def on_test_epoch_start(self) -> None:
         """New weights, new vectors; callbacks of the test may use them too."""

@@ -1,0 +1,96 @@
+"""Values of the configuration against the annotations of what they are given to."""
+
+import inspect
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+
+from tercet.error import InputError
+
+SCALARS = (bool, int, float, str, type(None))
+
+
+def check_values(cfg: DictConfig, raw: DictConfig) -> None:
+    """Raise ``InputError`` for a scalar of a type that its parameter does not take.
+
+    ``cfg`` is resolved; ``raw`` still holds the interpolations, so that the key which the user can set is named.
+    """
+    for place, node in _targets(OmegaConf.to_container(cfg, resolve=True), ""):
+        hints = _hints(node["_target_"])
+        for name, value in node.items():
+            if name in hints and isinstance(value, SCALARS) and not takes(hints[name], value):
+                key = _key(raw, f"{place}.{name}".lstrip("."))
+                raise InputError(f"{key}={value}: {_said(hints[name])} is needed here, this is {type(value).__name__}.")
+
+
+def _targets(node: Any, place: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    if isinstance(node, Mapping):
+        if "_target_" in node:
+            yield place, dict(node)
+        for name, value in node.items():
+            yield from _targets(value, f"{place}.{name}")
+    elif isinstance(node, list):
+        for i, value in enumerate(node):
+            yield from _targets(value, f"{place}.{i}")
+
+
+def _hints(target: str) -> dict[str, Any]:
+    called = get_object(target)
+    if isinstance(called, type):
+        called = vars(called).get("__init__", called)
+    try:
+        return typing.get_type_hints(called)
+    except (NameError, TypeError):  # a library's annotations may name what is only imported for type checkers
+        return {
+            k: p.annotation for k, p in inspect.signature(called).parameters.items() if isinstance(p.annotation, type)
+        }
+
+
+def takes(hint: Any, value: Any) -> bool:
+    """Whether a scalar may be given where ``hint`` stands; whole numbers may stand for fractions."""
+    origin = typing.get_origin(hint)
+    if hint is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(takes(part, value) for part in typing.get_args(hint))
+    if origin is typing.Literal:
+        return value in typing.get_args(hint) or str(value) in typing.get_args(hint)
+    if origin is not None or not isinstance(hint, type):
+        return False
+    if isinstance(value, bool):
+        return hint is bool
+    return (
+        isinstance(value, hint)
+        or (hint is float and isinstance(value, int))
+        or (_is_path(hint) and isinstance(value, str))
+    )
+
+
+def _is_path(hint: type) -> bool:
+    return hasattr(hint, "__fspath__")
+
+
+def _said(hint: Any) -> str:
+    parts = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    named = (
+        words.get(part) or ("a list" if typing.get_origin(part) else getattr(part, "__name__", str(part)))
+        for part in parts
+    )
+    return " or ".join(dict.fromkeys(named))
+
+
+def _key(raw: DictConfig, key: str) -> str:
+    """The key behind an interpolation: ``data.module.batch_size`` holds ``${data.batch_size}``."""
+    node: Any = OmegaConf.to_container(raw, resolve=False)
+    for part in key.split("."):
+        if isinstance(node, str):  # the whole node comes from elsewhere, where it is checked too
+            return key
+        node = node[int(part)] if isinstance(node, list) else node[part]
+    if isinstance(node, str) and node.startswith("${") and ":" not in node and node.count("$") == 1:
+        return node[2:-1]
+    return key
