@@ -14,6 +14,8 @@ from tercet.console import say
 from tercet.error import InputError
 from tercet.mistakes import explain
 
+Worker = Callable[[dict[str, Any], str], float | None]
+
 
 def launched() -> bool:
     """Whether somebody else started this process as one of several."""
@@ -42,7 +44,7 @@ def processes(cfg: DictConfig) -> int:
     return max(1, torch.cuda.device_count())
 
 
-def launch(worker: Callable[[dict[str, Any], str], float | None], cfg: DictConfig, output: Path) -> float | None:
+def launch(worker: Worker, cfg: DictConfig, output: Path) -> float | None:
     """Run ``worker`` in every process; when one dies the others are ended, and its message is the run's."""
     count = processes(cfg)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
@@ -59,7 +61,7 @@ def launch(worker: Callable[[dict[str, Any], str], float | None], cfg: DictConfi
     say(f"{count} processes on this machine")
     config = OmegaConf.to_container(cfg)
     try:
-        results = elastic_launch(plan, _Reported(worker, output))(config, str(output))
+        results = elastic_launch(plan, _reported)(worker, config, str(output))
     except ChildFailedError as error:
         message = output / "error.txt"
         if message.is_file():
@@ -72,19 +74,12 @@ def launch(worker: Callable[[dict[str, Any], str], float | None], cfg: DictConfi
     return value
 
 
-class _Reported:
+def _reported(worker: Worker, config: dict[str, Any], output: str) -> float | None:
     """The worker, leaving its message in the run folder before it fails."""
-
-    def __init__(self, worker: Callable[[dict[str, Any], str], float | None], output: Path) -> None:
-        self.worker = worker
-        self.output = output
-        self.__qualname__ = "worker"  # the launcher prints it
-
-    def __call__(self, config: dict[str, Any], output: str) -> float | None:
-        try:
-            return self.worker(config, output)
-        except Exception as error:
-            (self.output / "error.txt").write_text(explain(error, "", "train") + "\n", encoding="utf-8")
-            if not os.environ.get("TERCET_DEBUG"):
-                raise SystemExit(1) from None
+    try:
+        return worker(config, output)
+    except Exception as error:
+        (Path(output) / "error.txt").write_text(explain(error, "", "train") + "\n", encoding="utf-8")
+        if os.environ.get("TERCET_DEBUG"):
             raise
+        raise SystemExit(1) from None

@@ -82,5 +82,5 @@ def report(error: Exception, conf_dir: str, command: str) -> str:
     text = mistakes.explain(error, conf_dir, command)
     if os.environ.get("TERCET_DEBUG"):
         traceback.print_exception(error)
-    print(f"error: {text}", file=sys.stderr, flush=True)
+    print(f"\nerror: {text}", file=sys.stderr, flush=True)  # a new line: a progress bar may stand on this one
     return text

@@ -48,7 +48,9 @@ class TextEncoder(nn.Module):
         head.build(backbone.config.hidden_size, getattr(backbone.config, "initializer_range", 0.02))
         if compile:
             backbone.compile(dynamic=True)  # in place: the names of the weights stay as they are
-        self.backbone = backbone
+        # transformers hands out pretrained models in evaluation mode, and Lightning keeps what it finds: without this
+        # line a pretrained encoder would train without dropout, and two dropout views would be one.
+        self.backbone = backbone.train()
         self.tokenizer = tokenizer
         self.pooling = pooling
         self.head = head

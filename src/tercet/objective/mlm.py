@@ -55,7 +55,7 @@ class MaskedLMHead(nn.Module):
             raise InputError(f"objective.mlm.weight > 0: transformers has no masked LM for {kind}. Use 0.") from error
         setattr(lm, lm.base_model_prefix, backbone)
         lm.tie_weights()
-        self.lm = lm
+        self.lm = lm.train()
         self.settings = settings
         self.execution = encoder.execution
         self.pad_id = encoder.pad_id
