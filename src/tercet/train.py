@@ -102,7 +102,7 @@ def select(trainer: pl.Trainer, objective: Contrastive) -> None:
     path, monitor = getattr(best, "best_model_path", ""), getattr(best, "monitor", None)
     if monitor and getattr(best, "best_model_score", None) is None:
         say(
-            f"No validation ran, so that {monitor} selected nothing: these are the last weights. See trainer.val_check_interval."
+            f"No validation ran: {monitor} selected nothing, these are the last weights. See trainer.val_check_interval."
         )
     elif path and monitor:
         objective.load_state_dict(read(path)["state_dict"])

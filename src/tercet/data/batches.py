@@ -38,5 +38,5 @@ class GlobalBatches(Sampler[list[int]]):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         order = torch.randperm(self.rows, generator=generator)
         own = own_slice(self.batch_size)
-        for batch in torch.split(order[: len(self) * self.batch_size], self.batch_size):
-            yield batch[own].tolist()
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            yield order[start : start + self.batch_size][own].tolist()

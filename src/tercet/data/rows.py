@@ -1,6 +1,7 @@
 """Sentences to token ids: once, into a cache on disk that every process and every later run reads."""
 
 import hashlib
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,7 +58,10 @@ class Tokenizing:
     def fingerprint(self) -> str:
         """Changes when the ids would."""
         fast = getattr(self.tokenizer, "backend_tokenizer", None)
-        said = fast.to_str() if fast is not None else f"{type(self.tokenizer)}{self.tokenizer.name_or_path}"
+        if fast is None:
+            said = f"{type(self.tokenizer)}{self.tokenizer.name_or_path}"
+        else:  # truncation and padding are left in it by the last call, whatever that was
+            said = str({k: v for k, v in json.loads(fast.to_str()).items() if k not in ("truncation", "padding")})
         return hashlib.blake2b(f"{said}{self.columns}{self.max_length}".encode(), digest_size=8).hexdigest()
 
 

@@ -1,0 +1,113 @@
+"""The masked-LM auxiliary."""
+
+import pytest
+import torch
+
+from tercet.build import build
+from tercet.contract import Ragged
+from tercet.model import Execution, pretrained, tokenizer
+from tercet.objective import MaskedLM
+from tests.conftest import MINILM, TEXTS, composed, tiny
+
+
+@pytest.fixture
+def head(encoder):
+    return MaskedLM(weight=0.1, probability=0.15).build(encoder)
+
+
+def test_the_weight_0_costs_nothing(encoder):
+    assert MaskedLM(weight=0, probability=0.15).build(encoder) is None
+
+
+def test_backbone_and_word_vectors_are_shared(head, encoder):
+    words = encoder.backbone.get_input_embeddings().weight
+    assert head.lm.get_output_embeddings().weight is words
+    assert getattr(head.lm, head.lm.base_model_prefix) is encoder.backbone
+
+
+def test_fifteen_percent_are_asked_and_eighty_ten_ten_is_kept(head):
+    ids = torch.randint(1000, 2000, (200_000,))
+    corrupted, targets = head.corrupt(ids)
+    asked = targets >= 0
+    assert float(asked.float().mean()) == pytest.approx(0.15, abs=0.005)
+    assert torch.equal(targets[asked], ids[asked])
+    assert torch.equal(corrupted[~asked], ids[~asked])
+    masked = (corrupted == head.mask_id) & asked
+    kept = (corrupted == ids) & asked
+    assert float(masked.sum() / asked.sum()) == pytest.approx(0.8, abs=0.01)
+    assert float(kept.sum() / asked.sum()) == pytest.approx(0.1, abs=0.01)
+
+
+def test_special_tokens_are_never_asked(head, encoder):
+    inputs = encoder.tokenize(TEXTS * 50)
+    special = torch.isin(inputs.ids, torch.tensor(encoder.tokenizer.all_special_ids))
+    corrupted, targets = head.corrupt(inputs.ids)
+    assert (targets[special] == -100).all()
+    assert torch.equal(corrupted[special], inputs.ids[special])
+
+
+def test_the_loss_is_the_one_of_transformers(head, encoder, monkeypatch):
+    head.eval()
+    inputs = encoder.tokenize(TEXTS)
+    corrupted, targets = head.corrupt(inputs.ids)
+    monkeypatch.setattr(head, "corrupt", lambda ids: (corrupted, targets))
+    pad = torch.nn.utils.rnn.pad_sequence
+    lengths = inputs.length.tolist()
+    ids = pad(corrupted.split(lengths), batch_first=True)
+    labels = pad(targets.split(lengths), batch_first=True, padding_value=-100)
+    mask = (torch.arange(ids.shape[1]) < inputs.length[:, None]).long()
+    expected = head.lm(input_ids=ids, attention_mask=mask, labels=labels).loss
+    for execution in (Execution("given", None, False), Execution("sorted", 30, True)):
+        head.execution = execution
+        terms = head(inputs)
+        torch.testing.assert_close(terms.total / terms.count, expected)
+        assert float(terms.count) == float((targets >= 0).sum())
+
+
+def test_a_text_without_targets_is_finite(head):
+    terms = head(Ragged.of([[101, 102], [101, 102]]))
+    terms.total.backward()
+    assert float(terms.total) == 0
+    assert float(terms.count) == 0
+
+
+def test_pretrained_heads_come_with_the_backbone(tmp_path):
+    from transformers import AutoModelForMaskedLM, BertConfig
+
+    torch.manual_seed(1)
+    config = BertConfig(
+        vocab_size=30522, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    lm = AutoModelForMaskedLM.from_config(config)
+    lm.save_pretrained(tmp_path)
+    tokenizer(MINILM).save_pretrained(tmp_path)
+    encoder = build(composed("model=minilm", f"model.backbone.name={tmp_path}").model)
+    head = MaskedLM(weight=0.1, probability=0.15).build(encoder)
+    torch.testing.assert_close(
+        head.lm.cls.predictions.transform.dense.weight, lm.cls.predictions.transform.dense.weight
+    )
+    assert all(m.training for m in head.modules())
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to `self.log")
+def test_the_objectives_value_is_contrast_plus_weight_times_mlm():
+    from tests.laws.test_encoding import batch_of
+
+    module = build(
+        composed(*tiny("objective=simcse_unsup", "objective.mlm.weight=0.5", "model.backbone.dropout=0")).objective
+    )
+    batch = batch_of(module, 1)
+    torch.manual_seed(0)
+    both = module.training_step(batch, 0)
+    torch.manual_seed(0)
+    masked = module.mlm(Ragged.cat(module.views(batch).views))
+    module.mlm = None
+    contrast = module.training_step(batch, 0)
+    torch.testing.assert_close(both, contrast + 0.5 * masked.total / masked.count)
+
+
+def test_minilm_has_no_head_and_gets_one():
+    encoder = build(composed("model=minilm").model)
+    head = MaskedLM(weight=0.1, probability=0.15).build(encoder)
+    assert head.lm.get_output_embeddings().weight is encoder.backbone.get_input_embeddings().weight
+    assert pretrained(MINILM, None).config.vocab_size == head.lm.config.vocab_size
