@@ -1,5 +1,6 @@
 """One process per device: started once, here, and never nested. Under torchrun or srun they exist already."""
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -59,6 +60,8 @@ def launch(worker: Worker, cfg: DictConfig, output: Path) -> float | None:
         start_method="spawn",
     )
     say(f"{count} processes on this machine")
+    if not os.environ.get("TERCET_DEBUG"):  # the launcher logs the traceback of a failure that is told below
+        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     config = OmegaConf.to_container(cfg)
     try:
         results = elastic_launch(plan, _reported)(worker, config, str(output))

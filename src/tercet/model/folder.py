@@ -71,7 +71,7 @@ def _modules(encoder: TextEncoder) -> list[tuple[str, dict[str, Any], dict[str, 
     flags = {f"pooling_mode_{flag}": mode == name for name, flag in _FLAGS.items()}
     modules.append(("Pooling", {"word_embedding_dimension": hidden, **flags}, {}))
     if encoder.pooling == "cls_pooler":
-        modules.append(_dense(encoder.backbone.pooler.dense, "tanh"))  # type: ignore[union-attr]
+        modules.append(_dense(encoder.backbone.pooler.dense, "tanh"))
     if encoder.head.kind != "none" and not encoder.head.train_only:
         modules.append(_dense(encoder.head.layer[0], "tanh" if encoder.head.kind == "mlp" else "none"))  # type: ignore[index]
     if encoder.normalize:

@@ -1,0 +1,78 @@
+"""Several processes from the command line: started here, or joined under torchrun."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import CONF, tiny
+from tests.end_to_end.conftest import FAST, write_texts
+
+OWN = [f for f in FAST if not f.startswith("trainer.accelerator")] + [
+    "callback.progress=null",
+    "model.backbone.dropout=0",
+]
+PAIRS = ["data=text", "data.path={folder}/pairs.csv", "data.columns=[a,b]", "objective=simcse_sup", "trainer=ddp_cpu"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_texts(tmp_path / "my.txt")
+    lines = (tmp_path / "my.txt").read_text().splitlines()
+    rows = "".join(f'"{a}","{b}"\n' for a, b in zip(lines, lines[1:], strict=False))
+    (tmp_path / "pairs.csv").write_text("a,b\n" + rows)
+    return tmp_path
+
+
+def start(folder, *overrides, by=()):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERCET_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
+    given = [o.replace("{folder}", str(folder)) for o in tiny(*OWN, *overrides)]
+    entry = str(CONF.parent / "train.py")
+    done = subprocess.run(
+        [sys.executable, *by, entry, *given], capture_output=True, text=True, cwd=folder, env=environment
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def metrics(folder):
+    return json.loads((Path(folder) / "metrics.json").read_text())
+
+
+def same(one, other):
+    names = [n for n in one if n.startswith(("before/", "test/")) or n == "train/loss"]
+    assert {n: one[n] for n in names} == pytest.approx({n: other[n] for n in names}, rel=1e-3, abs=1e-4)
+
+
+def test_a_sweep_of_two_processes_each_learns_what_one_process_does(folder):
+    alone = start(folder, *PAIRS, "trainer=cpu", "output_dir={folder}/alone", "data.batch_size=7")
+    assert alone[0] == 0, alone[1]
+    swept = start(
+        folder, *PAIRS, "trainer.devices=2", "data.batch_size=7", "seed=1,2", "hydra.sweep.dir={folder}/sweep", "-m"
+    )
+    assert swept[0] == 0, swept[1]
+    assert "mean ± sd over 2 runs" in swept[1]
+    same(metrics(folder / "alone"), metrics(folder / "sweep" / "0"))
+    assert (folder / "sweep" / "1" / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_torchruns_processes_share_one_folder(folder):
+    by = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    code, text = start(folder, *PAIRS, "trainer.devices=2", by=by)
+    assert code == 0, text
+    runs = list((folder / "outputs" / "quickstart").iterdir())
+    assert len(runs) == 1
+    assert "test/retrieval/text/mrr" in metrics(runs[0])
+
+
+def test_a_mistake_in_a_process_is_one_message(folder):
+    code, text = start(folder, *PAIRS, "trainer.devices=2", "optimized_metric=test/none", "output_dir={folder}/run",
+                       "data.batch_size=8")  # fmt: skip
+    assert code == 1
+    assert text.count("error: ") == 1, text
+    assert "optimized_metric=test/none was not measured" in text
+    assert "Traceback" not in text
+    assert (folder / "run" / "metrics.json").is_file(), "what was measured is not lost"
