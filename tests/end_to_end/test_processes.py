@@ -1,5 +1,6 @@
 """Several processes from the command line: started here, or joined under torchrun."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -22,7 +23,7 @@ PAIRS = ["data=text", "data.path={folder}/pairs.csv", "data.columns=[a,b]", "obj
 def folder(tmp_path):
     write_texts(tmp_path / "my.txt")
     lines = (tmp_path / "my.txt").read_text().splitlines()
-    rows = "".join(f'"{a}","{b}"\n' for a, b in zip(lines, lines[1:], strict=False))
+    rows = "".join(f'"{a}","{b}"\n' for a, b in itertools.pairwise(lines))
     (tmp_path / "pairs.csv").write_text("a,b\n" + rows)
     return tmp_path
 
