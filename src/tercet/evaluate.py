@@ -11,7 +11,7 @@ from tercet.error import InputError
 from tercet.model import Encoding, TextEncoder
 from tercet.model.checkpoint import load_encoder
 from tercet.model.folder import load
-from tercet.paths import locate
+from tercet.paths import locate, writable
 from tercet.values import check_values
 
 
@@ -20,7 +20,7 @@ def run(cfg: DictConfig, output: Path) -> float | None:
     quiet()
     target = Path(cfg.output) if cfg.output else None
     if target is not None:
-        record.writable(target.parent)
+        writable(target.parent, "output")
     check_values(OmegaConf.create({"evaluation": OmegaConf.to_container(cfg.evaluation, resolve=True)}), cfg)
     evaluator = build(cfg.evaluation)
     encoder = open_model(cfg.model.path, cfg.model.pooling)

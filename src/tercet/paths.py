@@ -1,7 +1,9 @@
-"""Where relative paths of data and models start."""
+"""Where relative paths of data and models start, and whether a folder can be written."""
 
 import os
 from pathlib import Path
+
+from tercet.error import InputError
 
 
 def locate(path: str) -> Path:
@@ -9,3 +11,16 @@ def locate(path: str) -> Path:
     here = Path(path).expanduser()
     root = os.environ.get("TERCET_DATA")
     return here if here.is_absolute() or here.exists() or not root else Path(root) / here
+
+
+def writable(folder: Path, key: str) -> None:
+    """Make the folder; raise ``InputError`` naming ``key`` now, rather than fail when the work is done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise InputError(
+            f"{key}={folder} cannot be written ({error.strerror}). Set {key} to another folder."
+        ) from error

@@ -13,22 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import Logger
 
 from tercet.distributed import rank
-from tercet.error import InputError
 
 PACKAGES = ("tercet", "torch", "pytorch-lightning", "transformers", "datasets", "hydra-core", "torchmetrics", "wandb")
-
-
-def writable(output: Path) -> None:
-    """Raise ``InputError`` now rather than fail after training."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        probe = output / f".{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(
-            f"output_dir={output} cannot be written ({error.strerror}). Set output_dir to another folder."
-        ) from error
 
 
 def start(cfg: DictConfig, output: Path, data: Any, loggers: Sequence[Logger]) -> dict[str, Any]:

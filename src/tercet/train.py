@@ -18,6 +18,7 @@ from tercet.error import InputError
 from tercet.model.checkpoint import read
 from tercet.model.folder import save
 from tercet.objective.contrastive import Contrastive
+from tercet.paths import writable
 from tercet.values import check_values
 
 
@@ -25,7 +26,7 @@ def run(cfg: DictConfig, output: Path) -> float | None:
     """Train in this process, or in as many as the trainer asks for; returns the optimized metric."""
     config = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     assert isinstance(config, DictConfig)
-    record.writable(output)
+    writable(output, "output_dir")
     quiet()
     check_values(config, cfg)
     data = build(config.data.module)

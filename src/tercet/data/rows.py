@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tercet.contract import Batch, Ragged, Source
-from tercet.error import InputError
+from tercet.paths import writable
 
 
 def content_hash(text: str) -> int:
@@ -70,15 +70,7 @@ def tokenized(source: Source, tokenizing: Tokenizing, cache: str | None) -> Data
     folder = cache_folder(cache)
     path = folder / f"{source.fingerprint()}-{tokenizing.fingerprint()}.arrow"
     if not path.is_file():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / f".{os.getpid()}"
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise InputError(
-                f"data.cache={folder} cannot be written ({error.strerror}). Set data.cache or TERCET_CACHE."
-            ) from error
+        writable(folder, "data.cache")
         rows = source.rows()
         rows.map(
             tokenizing,
