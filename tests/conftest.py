@@ -42,9 +42,10 @@ def choices(group: str) -> list[str]:
 def composed(*overrides: str, entry: str = "train") -> DictConfig:
     """The configuration of an entry, resolved without running Hydra's main."""
     OmegaConf.register_new_resolver("run_id", lambda: "test", replace=True)
-    OmegaConf.register_new_resolver("hydra", lambda key: "test", replace=True)
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose(entry, list(overrides))
+        cfg = compose(entry, list(overrides))
+    OmegaConf.register_new_resolver("hydra", lambda key: "test", replace=True)  # compose registers its own
+    return cfg
 
 
 def tiny(*overrides: str) -> list[str]:

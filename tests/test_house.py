@@ -7,13 +7,15 @@ from pathlib import Path
 import pytest
 import yaml
 from hydra.utils import get_object
+from omegaconf import OmegaConf
 
+from tercet.values import check_values
 from tests.conftest import CONF, choices, composed
 
 ROOT = CONF.parent
 SOURCE = ROOT / "src" / "tercet"
 FILES = sorted(SOURCE.rglob("*.py"))
-LEAVES = {"contract", "distributed", "error", "paths", "run_id"}
+LEAVES = {"contract", "distributed", "error", "notice", "paths", "run_id"}
 ROOMS = {"model", "data", "loss", "evaluation"}
 MAY_IMPORT = {
     **{room: LEAVES | {room} for room in ROOMS},
@@ -84,6 +86,19 @@ def test_a_groups_default_is_no_surprise():
     assert cfg.loss.direction == "forward"
     assert cfg.loss.hard_negative_weight == 0
     assert composed("objective.mlm.weight=0.1").objective.mlm.probability == 0.15
+
+
+@pytest.mark.parametrize("experiment", choices("experiment"))
+def test_every_experiments_values_fit_their_parameters(experiment):
+    cfg = composed(f"experiment={experiment}")
+    raw = composed(f"experiment={experiment}")
+    check_values(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)), raw)
+
+
+@pytest.mark.parametrize("data", [c for c in choices("data") if c not in ("default", "files", "text")])
+def test_every_data_sets_values_fit_their_parameters(data):
+    cfg = composed(f"data={data}", "evaluation@test=sts", "callback.before_after=null")
+    check_values(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)), cfg)
 
 
 PAPER = {  # SimCSE, table A.1: batch, learning rate, epochs

@@ -1,5 +1,6 @@
 """What no part can see alone, checked before anything heavy starts."""
 
+import os
 import warnings
 from typing import Any
 
@@ -7,7 +8,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from tercet.error import InputError
-from tercet.launch import processes
+from tercet.launch import launched, processes
+from tercet.model.encoder import limit
 
 
 def check(cfg: DictConfig, objective: Any, data: Any) -> None:
@@ -60,9 +62,39 @@ def _devices(cfg: DictConfig) -> None:
             f"trainer.accelerator={cfg.trainer.accelerator}, but torch sees no GPU here. Use trainer=cpu, or trainer=ddp_cpu "
             "for two processes (and trainer.precision=32-true)."
         )
-    if cfg.trainer.accelerator in ("gpu", "cuda", "auto") and there and processes(cfg) > there:
+    if cfg.trainer.num_nodes > 1:
+        return
+    several = processes(cfg)
+    if (started := launched()) and int(os.environ.get("WORLD_SIZE", several)) != several:
+        raise InputError(
+            f"{os.environ['WORLD_SIZE']} processes were started, but trainer.strategy={cfg.trainer.strategy} "
+            f"trainer.devices={cfg.trainer.devices} uses {several}. Use trainer=ddp or ddp_cpu with as many trainer.devices."
+        )
+    if not started and several == 1 and _many(cfg.trainer.devices):
+        raise InputError(f"trainer.devices={cfg.trainer.devices} needs a strategy: trainer=ddp, or trainer=ddp_cpu.")
+    if cfg.trainer.accelerator in ("gpu", "cuda", "auto") and there and several > there:
         raise InputError(
             f"trainer.devices={cfg.trainer.devices}, but this machine has {there}. Use trainer.devices={there}."
+        )
+
+
+def _many(devices: Any) -> bool:
+    if OmegaConf.is_list(devices):
+        return len(devices) > 1
+    return int(devices) > 1 if str(devices).isdigit() else torch.cuda.device_count() > 1
+
+
+def check_model(objective: Any, data: Any) -> None:
+    """What only the loaded model can say."""
+    longest = limit(objective.encoder.backbone, objective.encoder.tokenizer)
+    if data.tokenizing.max_length > longest:
+        raise InputError(
+            f"data.max_length={data.tokenizing.max_length}, but the backbone takes {longest} tokens at most."
+        )
+    if objective.dropout_views and not objective.encoder.drops():
+        raise InputError(
+            f"{type(objective).__name__} makes its two views by dropout, but this backbone has none: they would be equal. "
+            "Use model.backbone.dropout=0.1."
         )
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from tercet import record
@@ -20,9 +21,13 @@ def run(cfg: DictConfig, output: Path) -> float | None:
     quiet()
     target = Path(cfg.output) if cfg.output else None
     if target is not None:
+        if target.is_dir() or target.suffix != ".json":
+            raise InputError(f"output={target}: the name of a .json file is needed.")
         writable(target.parent, "output")
     check_values(OmegaConf.create({"evaluation": OmegaConf.to_container(cfg.evaluation, resolve=True)}), cfg)
     evaluator = build(cfg.evaluation)
+    if str(cfg.device).startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device={cfg.device}, but torch sees no GPU here. Use device=cpu.")
     encoder = open_model(cfg.model.path, cfg.model.pooling)
     if cfg.model.max_length:
         encoder.max_length = cfg.model.max_length

@@ -1,5 +1,6 @@
 """One process per device: started once, here, and never nested. Under torchrun or srun they exist already."""
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable
@@ -63,6 +64,7 @@ def launch(worker: Worker, cfg: DictConfig, output: Path) -> float | None:
     if not os.environ.get("TERCET_DEBUG"):  # the launcher logs the traceback of a failure that is told below
         logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     config = OmegaConf.to_container(cfg)
+    (output / "error.txt").unlink(missing_ok=True)
     try:
         results = elastic_launch(plan, _reported)(worker, config, str(output))
     except ChildFailedError as error:
@@ -82,7 +84,9 @@ def _reported(worker: Worker, config: dict[str, Any], output: str) -> float | No
     try:
         return worker(config, output)
     except Exception as error:
-        (Path(output) / "error.txt").write_text(explain(error, "", "train") + "\n", encoding="utf-8")
+        # The first to fail knows why; the others only miss it.
+        with contextlib.suppress(FileExistsError), (Path(output) / "error.txt").open("x", encoding="utf-8") as file:
+            file.write(explain(error, "", "train") + "\n")
         if os.environ.get("TERCET_DEBUG"):
             raise
         raise SystemExit(1) from None

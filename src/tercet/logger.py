@@ -1,7 +1,9 @@
 """Loggers that need a decision before Lightning's own can be built."""
 
+import netrc
 import os
 from pathlib import Path
+from urllib.parse import urlparse
 
 import pytorch_lightning.loggers as loggers
 
@@ -18,13 +20,15 @@ def wandb(project: str, name: str, group: str | None, tags: list[str], mode: str
         mode = "offline"
     os.environ.setdefault("WANDB_SILENT", "true")
     Path(save_dir).mkdir(parents=True, exist_ok=True)
-    return loggers.WandbLogger(
-        project=project, name=name, group=group, tags=tags, save_dir=save_dir, offline=mode == "offline"
-    )
+    # By `mode`, not by Lightning's `offline`: that stays in the environment for the next job of a sweep.
+    return loggers.WandbLogger(project=project, name=name, group=group, tags=tags, save_dir=save_dir, mode=mode)
 
 
 def has_account() -> bool:
-    """Whether W&B would find a key."""
-    import wandb as client
-
-    return bool(os.environ.get("WANDB_API_KEY") or client.api.api_key)
+    """Whether there is a key for W&B, in the environment or where `wandb login` writes it."""
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        written = netrc.netrc().authenticators(host)
+    except (OSError, netrc.NetrcParseError):
+        written = None
+    return bool(os.environ.get("WANDB_API_KEY") or written)

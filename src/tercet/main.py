@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -44,12 +44,21 @@ def main(command: str) -> None:
     try:
         job()
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        raise SystemExit(130) from None
+        stopped()
+    except SystemExit as error:  # what Lightning makes of Ctrl-C
+        if isinstance(error.__context__, KeyboardInterrupt):
+            stopped()
+        raise
     except Exception as error:
         report(error, conf(), command)
         raise SystemExit(1) from None
     raise SystemExit(1 if failed else 0)
+
+
+def stopped() -> NoReturn:
+    """The end after Ctrl-C."""
+    print("\nstopped; checkpoints/last.ckpt of the run holds the last weights, if training had begun", file=sys.stderr)
+    raise SystemExit(130)
 
 
 def _model_is_a_path(argument: str) -> str:

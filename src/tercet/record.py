@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.loggers import Logger
+from pytorch_lightning.loggers import Logger, TensorBoardLogger
 
 from tercet.distributed import rank
 
@@ -30,6 +30,8 @@ def start(cfg: DictConfig, output: Path, data: Any, loggers: Sequence[Logger]) -
         (output / "revision.txt").write_text(_text(notes), encoding="utf-8")
     for logger in loggers:
         logger.log_hyperparams(config)
+        if isinstance(logger, TensorBoardLogger):  # its hyper-parameters stay in a file beside the events
+            logger.experiment.add_text("config", f"```yaml\n{OmegaConf.to_yaml(config)}```")
     return notes
 
 
@@ -39,11 +41,12 @@ def _plain(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def close(loggers: Sequence[Logger]) -> None:
-    """W&B keeps one run open per process; the next job of a sweep needs its own."""
+def close(loggers: Sequence[Logger], status: str) -> None:
+    """``finished`` or ``failed``. W&B keeps one run open per process; the next job of a sweep needs its own."""
     for logger in loggers:
+        logger.finalize(status)
         if type(logger).__name__ == "WandbLogger" and rank() == 0:
-            logger.experiment.finish()  # type: ignore[attr-defined]
+            logger.experiment.finish(exit_code=0 if status == "finished" else 1)  # type: ignore[attr-defined]
 
 
 def versions() -> dict[str, str]:

@@ -7,11 +7,11 @@ import pytorch_lightning as pl
 import torch
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.callbacks import Checkpoint, ModelSummary, ProgressBar
+from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint, ModelSummary, ProgressBar
 
 from tercet import launch, record
 from tercet.build import build
-from tercet.check import check
+from tercet.check import check, check_model
 from tercet.console import before_after, quiet, say
 from tercet.data import DataModule, evaluators
 from tercet.error import InputError
@@ -29,6 +29,7 @@ def run(cfg: DictConfig, output: Path) -> float | None:
     writable(output, "output_dir")
     quiet()
     check_values(config, cfg)
+    config.output_dir = str(output)
     data = build(config.data.module)
     check(config, get_class(config.objective._target_), data)
     if not launch.launched():
@@ -51,6 +52,7 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     objective: Contrastive = build(cfg.objective)
+    check_model(objective, data)
     tests = evaluators([build(cfg.test)])
     loggers = [build(logger) for logger in cfg.logger.values() if logger]
     callbacks = [made for callback in cfg.callback.values() if callback for made in wanted(cfg, build(callback))]
@@ -61,16 +63,16 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
         notes = record.start(cfg, output, data, loggers)
         metrics = measure(trainer, objective, tests, "before") if cfg.measure_before else {}
         # The draws of the evaluation must not decide what training draws.
-        pl.seed_everything(cfg.seed, workers=True, verbose=False)
+        # Processes draw differently: rows of two of them must not share their dropout.
+        pl.seed_everything(cfg.seed + trainer.global_rank, workers=True, verbose=False)
         trainer.fit(objective, datamodule=data)
-        metrics |= numbers(trainer, "val/", "train/")
-        select(trainer, objective)
+        metrics |= numbers(trainer, "train/") | select(trainer, objective)
         metrics |= measure(trainer, objective, tests, "test")
         finish(trainer, objective, metrics, notes, output)
-    finally:
-        for logger in loggers:
-            logger.finalize("finished")
-        record.close(loggers)
+        record.close(loggers, "finished")
+    except BaseException:
+        record.close(loggers, "failed")
+        raise
     return optimized(cfg, metrics)
 
 
@@ -81,6 +83,10 @@ def wanted(cfg: DictConfig, callback: pl.Callback) -> list[pl.Callback]:
         Checkpoint: "enable_checkpointing",
         ModelSummary: "enable_model_summary",
     }
+    if isinstance(callback, ModelCheckpoint) and callback.filename == "best" and not cfg.monitor:
+        return []  # nothing selects
+    if isinstance(callback, LearningRateMonitor) and not any(cfg.logger.values()):
+        return []
     return [callback] if all(cfg.trainer[key] for kind, key in kinds.items() if isinstance(callback, kind)) else []
 
 
@@ -97,8 +103,8 @@ def numbers(trainer: pl.Trainer, *prefixes: str) -> dict[str, float]:
     return {name: float(value) for name, value in seen if name.startswith(prefixes)}
 
 
-def select(trainer: pl.Trainer, objective: Contrastive) -> None:
-    """Go back to the best checkpoint where a metric selects one."""
+def select(trainer: pl.Trainer, objective: Contrastive) -> dict[str, float]:
+    """Go back to the best checkpoint where a metric selects one; what validation says of the weights that are kept."""
     best = trainer.checkpoint_callback
     path, monitor = getattr(best, "best_model_path", ""), getattr(best, "monitor", None)
     if monitor and getattr(best, "best_model_score", None) is None:
@@ -107,7 +113,10 @@ def select(trainer: pl.Trainer, objective: Contrastive) -> None:
         )
     elif path and monitor:
         objective.load_state_dict(read(path)["state_dict"])
-        say(f"best {monitor}: {float(best.best_model_score):.4f}")  # type: ignore[union-attr]
+        score = float(best.best_model_score)  # type: ignore[union-attr]
+        say(f"best {monitor}: {score:.4f}")
+        return {monitor: score}
+    return numbers(trainer, "val/")
 
 
 def finish(

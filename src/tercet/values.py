@@ -59,7 +59,7 @@ def takes(hint: Any, value: Any) -> bool:
         return any(takes(part, value) for part in typing.get_args(hint))
     if origin is typing.Literal:
         return value in typing.get_args(hint) or str(value) in typing.get_args(hint)
-    if origin is not None or not isinstance(hint, type):
+    if origin is not None or not isinstance(hint, type) or getattr(hint, "_is_protocol", False):
         return False
     if isinstance(value, bool):
         return hint is bool
@@ -75,13 +75,13 @@ def _is_path(hint: type) -> bool:
 
 
 def _said(hint: Any) -> str:
-    parts = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
-    named = (
-        words.get(part) or ("a list" if typing.get_origin(part) else getattr(part, "__name__", str(part)))
-        for part in parts
-    )
-    return " or ".join(dict.fromkeys(named))
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_said(part) for part in typing.get_args(hint)))
+    if origin is typing.Literal:
+        return f"one of {', '.join(map(str, typing.get_args(hint)))}"
+    return words.get(hint) or ("a list" if origin else str(getattr(hint, "__name__", hint)))
 
 
 def _key(raw: DictConfig, key: str) -> str:

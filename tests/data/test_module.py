@@ -76,7 +76,7 @@ def test_parts_differ_by_one_row_at_most(monkeypatch):
 
 
 def module(pieces, cache, source=None, **changes):
-    given = dict(name="listed", train=source or Listed(("a", "b"), label=True), test=None, validation=[], tokenizer=pieces,
+    given = dict(name="listed", train=source or Listed(("a", "b"), label=True), validation=[], tokenizer=pieces,
                  batch_size=4, max_length=16, seed=1, workers=0, cache=str(cache), shuffle_buffer=10) | changes  # fmt: skip
     made = DataModule(**given)
     made.prepare_data()

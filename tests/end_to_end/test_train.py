@@ -79,6 +79,9 @@ def test_the_best_checkpoint_is_the_one_that_is_kept(small, tmp_path):
     seen = [float(row["val/sts/stsb/spearman"]) for row in csv.DictReader((result.output / "metrics.csv").open())
             if row["val/sts/stsb/spearman"]]  # fmt: skip
     assert len(seen) == 4
+    last = torch.load(result.output / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 4
+    assert result.metrics()["val/sts/stsb/spearman"] == pytest.approx(max(seen))
     best = torch.load(result.output / "checkpoints" / "best.ckpt", weights_only=True)
     assert best["global_step"] == seen.index(max(seen)) + 1
     assert f"best val/sts/stsb/spearman: {max(seen):.4f}" in result.terminal
@@ -98,6 +101,55 @@ def test_streams_are_read_as_they_come(small):
     result = small("data.streaming=true", "data.held_out=4", "trainer.max_steps=3", "trainer.max_epochs=-1")
     assert result.code == 0, result.terminal
     assert result.metrics()["train/loss"] > 0
+
+
+def test_the_rows_held_out_of_a_stream_are_not_trained_on(tmp_path):
+    from tercet.data import Files
+
+    write_texts(tmp_path / "my.txt")
+    sides = {
+        split: Files(str(tmp_path / "my.txt"), split=split, held_out=7, streaming=True) for split in ("train", "test")
+    }
+    train = {row["text"] for row in sides["train"].rows()}
+    test = set(sides["test"].rows()["text"])
+    assert (len(train), len(test)) == (33, 7)
+    assert not train & test
+
+
+def test_a_stream_without_an_end_is_refused(small):
+    result = small("data.streaming=true", "data.held_out=4", "trainer.max_steps=-1", "trainer.max_epochs=2")
+    assert result.code == 1
+    assert "trainer.max_steps" in result.terminal
+
+
+def test_every_logger_gets_configuration_code_and_data(small, monkeypatch):
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("NETRC", "/dev/null")
+    result = small("logger=all")
+    assert result.code == 0, result.terminal
+    assert "the run is written offline" in result.terminal
+    offline = list((result.output / "wandb").glob("offline-run-*/*.wandb"))
+    events = list((result.output / "tensorboard").rglob("events*"))
+    told = [
+        offline[0].read_bytes(),
+        b"".join(e.read_bytes() for e in events),
+        (result.output / "hparams.yaml").read_bytes(),
+    ]
+    for content in told:
+        for word in (b"revision", b"fingerprint", b"temperature"):
+            assert word in content
+    assert len(offline) == 1
+
+
+def test_without_loggers_it_runs_too(small):
+    assert small("logger=none").code == 0
+
+
+def test_debugging_takes_two_steps(small):
+    result = small("trainer=debug", "trainer.max_steps=50")
+    assert result.code == 0, result.terminal
+    assert "2 steps, data" in result.terminal
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])

@@ -47,7 +47,7 @@ def config(objective, *overrides):
 def data(cfg, cache, batch_size):
     _, most = get_class(cfg.objective._target_).columns
     source = Listed(tuple("abc"[:most]))
-    return DataModule("listed", source, None, [], tokenizer(MINILM), batch_size, 32, 1, 0, str(cache), 10)
+    return DataModule("listed", source, [], tokenizer(MINILM), batch_size, 32, 1, 0, str(cache), 10)
 
 
 class Counting(pl.Callback):

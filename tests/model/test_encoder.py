@@ -7,7 +7,8 @@ from tercet.build import build
 from tercet.contract import Ragged
 from tercet.error import InputError
 from tercet.model import Encoding, Head, TextEncoder, pretrained, tokenizer
-from tercet.model.folder import _PLAIN, load, save
+from tercet.model.execution import PLAIN
+from tercet.model.folder import load, save
 from tercet.model.pooling import POOLINGS
 from tests.conftest import MINILM, TEXTS, composed, tiny
 
@@ -121,4 +122,4 @@ def test_poolings_that_cannot_be(pooling, message):
     backbone = pretrained(MINILM, None)
     backbone.pooler = None
     with pytest.raises(InputError, match=message):
-        TextEncoder(backbone, tokenizer(MINILM), pooling, Head("none", None, False), False, None, _PLAIN)
+        TextEncoder(backbone, tokenizer(MINILM), pooling, Head("none", None, False), False, None, PLAIN)

@@ -43,7 +43,7 @@ class BeforeAfter(pl.Callback):
     A source of one column has no pairs: then only its evaluators speak, and nothing is drawn.
     """
 
-    def __init__(self, source: Source, pairs: int, examples: int) -> None:
+    def __init__(self, source: Source | None, pairs: int, examples: int) -> None:
         self.source = source
         self.pairs = pairs
         self.examples = examples
@@ -52,7 +52,7 @@ class BeforeAfter(pl.Callback):
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: Contrastive) -> None:  # type: ignore[override]
         """Look; draw once both stages are seen."""
-        if len(self.source.columns) < 2 or trainer.default_root_dir is None:
+        if self.source is None or len(self.source.columns) < 2 or trainer.default_root_dir is None:
             return
         queries, documents = self._read()
         encode = pl_module.encoding
@@ -73,6 +73,7 @@ class BeforeAfter(pl.Callback):
 
     def _read(self) -> tuple[list[str], list[str]]:
         if self.texts is None:
+            assert self.source is not None
             rows = self.source.rows()
             if len(rows) > self.pairs:
                 rows = rows.shuffle(seed=0).select(range(self.pairs))

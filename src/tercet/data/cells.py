@@ -1,16 +1,15 @@
 """Is every text cell text? Checked by column, not by cell."""
 
-import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from tercet.data.piece import Piece, broken
+from tercet.notice import say_once
 
 DROP = "or drop such rows with data.bad_rows=drop"
 
@@ -26,16 +25,10 @@ class Tally:
     def say(self, path: str) -> None:
         """Warn, once a process for the same path and counts."""
         if self.blank:
-            warn_once(f"data.path={path}: {self.blank} blank lines skipped.")
+            say_once(f"data.path={path}: {self.blank} blank lines skipped.")
         if self.dropped:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
-            warn_once(f"data.path={path}: {self.dropped.total()} of {self.rows} rows dropped ({reasons}).")
-
-
-@cache
-def warn_once(message: str) -> None:
-    """The same warning is not repeated by the next pass over the same rows."""
-    logging.getLogger("tercet").warning(message)
+            say_once(f"data.path={path}: {self.dropped.total()} of {self.rows} rows dropped ({reasons}).")
 
 
 def checked(piece: Piece, texts: Sequence[str], bad_rows: str, max_characters: int, tally: Tally) -> Piece:

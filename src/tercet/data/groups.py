@@ -7,10 +7,10 @@ import pyarrow as pa
 from datasets import Dataset
 from datasets.table import InMemoryTable
 
-from tercet.data.cells import warn_once
 from tercet.data.files import Files
 from tercet.data.fingerprint import text_print
 from tercet.error import InputError
+from tercet.notice import say_once
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,6 @@ class Groups:
                 f"data.path={path}: no two rows share a value of '{self.group}'. Name another column in data.group."
             )
         if nameless or single:
-            warn_once(
+            say_once(
                 f"data.path={path}: {single} groups of one row and {nameless} rows without '{self.group}' left out."
             )

@@ -39,7 +39,7 @@ def held_out_rows(column: pa.ChunkedArray, held_out: int, path: str) -> npt.NDAr
     if limit - left < 2 or chosen.all():
         raise InputError(
             f"data.path={path} has {len(values)} different values in {len(column)} rows: too few to hold some out. "
-            "Use data.held_out=0 or more data."
+            "4 different rows are the least; data.test=null data.train.split=all evaluation@test=none trains on all of them."
         )
     return chosen[group]
 

@@ -14,7 +14,7 @@ from tercet.error import InputError
 
 
 class DataModule(pl.LightningDataModule):
-    """``train`` gives the rows to learn from, ``test`` the held-out ones that evaluators may read.
+    """``train`` gives the rows to learn from.
 
     ``validation`` is what a validation epoch runs: evaluators in place of batches. ``batch_size`` counts the rows of
     the global batch, over all processes. ``max_length`` cuts training rows, in tokens. With ``train.streaming`` the
@@ -25,7 +25,6 @@ class DataModule(pl.LightningDataModule):
         self,
         name: str,
         train: Source,
-        test: Source | None,
         validation: Sequence[Evaluator],
         tokenizer: PreTrainedTokenizerBase,
         batch_size: int,
@@ -44,7 +43,6 @@ class DataModule(pl.LightningDataModule):
             raise InputError(f"data.workers={workers}: 0 (the main process reads) or more.")
         self.name = name
         self.train = train
-        self.test = test
         self.validation = list(validation)
         self.batch_size = batch_size
         self.seed = seed

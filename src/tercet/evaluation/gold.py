@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tercet.error import InputError
-from tercet.evaluation.notice import say_once
 from tercet.evaluation.read import COLUMNS, read_table
+from tercet.notice import say_once
 
 # The hub's copies do not say which subset a pair is from.
 HUB = {

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from tercet.contract import Source
 from tercet.error import InputError
-from tercet.evaluation.notice import say_once
+from tercet.notice import say_once
 
 
 def check_source(suite: str, name: str, source: Source | None) -> None:

@@ -42,7 +42,8 @@ def find(name: str, key: str) -> str:
     return str(path) if path.is_dir() else name
 
 
-def _load(loader: Any, name: str, key: str, **options: Any) -> Any:
+def load_pretrained(loader: Any, name: str, key: str, **options: Any) -> Any:
+    """``loader.from_pretrained`` of what ``find`` finds; ``InputError`` naming ``key`` where it cannot be had."""
     source = find(name, key)
     level = transformers_logging.get_verbosity()
     # What the loader calls unexpected or missing (a pooler, an LM head) is decided here, so its table would mislead.
@@ -79,9 +80,9 @@ def _set_dropout(config: Any, dropout: float | None) -> None:
 
 def pretrained(name: str, dropout: float | None) -> PreTrainedModel:
     """The encoder of that name with its weights; ``dropout`` replaces every rate of its configuration, null keeps them."""
-    config = _load(AutoConfig, name, "model.backbone.name")
+    config = load_pretrained(AutoConfig, name, "model.backbone.name")
     _set_dropout(config, dropout)
-    model: PreTrainedModel = _load(AutoModel, name, "model.backbone.name", config=config)
+    model: PreTrainedModel = load_pretrained(AutoModel, name, "model.backbone.name", config=config)
     return model
 
 
@@ -102,5 +103,5 @@ def random(config: Mapping[str, Any], dropout: float | None) -> PreTrainedModel:
 
 def tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of that name."""
-    loaded: PreTrainedTokenizerBase = _load(AutoTokenizer, name, "model.tokenizer.name")
+    loaded: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, name, "model.tokenizer.name")
     return loaded

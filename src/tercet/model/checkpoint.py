@@ -9,7 +9,8 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from tercet.error import InputError
 from tercet.model.encoder import TextEncoder
-from tercet.model.folder import _PLAIN, settings
+from tercet.model.execution import PLAIN
+from tercet.model.folder import settings
 from tercet.model.head import Head
 
 KEY = "tercet_encoder"
@@ -47,7 +48,7 @@ def load_encoder(path: str | Path) -> TextEncoder:
         backbone = AutoModel.from_config(AutoConfig.from_pretrained(folder))
         tokenizer = AutoTokenizer.from_pretrained(folder)
     encoder = TextEncoder(
-        backbone, tokenizer, spec["pooling"], Head(**spec["head"]), spec["normalize"], spec["max_length"], _PLAIN
+        backbone, tokenizer, spec["pooling"], Head(**spec["head"]), spec["normalize"], spec["max_length"], PLAIN
     )
     prefix = "encoder."
     weights = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}

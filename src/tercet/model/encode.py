@@ -11,9 +11,7 @@ from tqdm import tqdm
 from tercet.contract import Ragged
 from tercet.distributed import gather_rows, rank, world_size
 from tercet.model.encoder import TextEncoder
-from tercet.model.execution import Execution
-
-_PLAIN = Execution(order="given", chunk_tokens=None, recompute=False)
+from tercet.model.execution import PLAIN, Execution
 
 
 class Encoding:
@@ -63,7 +61,7 @@ class Encoding:
             for rows in chunks[rank() :: world]:
                 chunk = Ragged(torch.cat([parts[i] for i in rows.tolist()]), inputs.length[rows])
                 with self.precision():
-                    out = _PLAIN.run(self.encoder.embed, chunk.to(self.encoder.device), self.encoder.pad_id)
+                    out = PLAIN.run(self.encoder.embed, chunk.to(self.encoder.device), self.encoder.pad_id)
                 z.append(out.float())
                 bar.update(min(len(rows) * world, len(texts) - bar.n))
         order = torch.cat([rows for r in range(world) for rows in chunks[r::world]])

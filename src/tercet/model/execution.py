@@ -73,3 +73,6 @@ class Execution:
             else:
                 parts.append(function(ids, mask))
         return torch.cat(parts)[torch.argsort(torch.cat(chunks))]
+
+
+PLAIN = Execution(order="given", chunk_tokens=None, recompute=False)

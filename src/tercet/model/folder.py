@@ -15,9 +15,9 @@ from transformers import AutoModel, AutoTokenizer
 from transformers.utils.hub import cached_file
 
 from tercet.error import InputError
-from tercet.model.backbone import _load, find
+from tercet.model.backbone import find, load_pretrained
 from tercet.model.encoder import TextEncoder
-from tercet.model.execution import Execution
+from tercet.model.execution import PLAIN
 from tercet.model.head import Head
 from tercet.model.pooling import NEEDS_ALL_LAYERS
 
@@ -26,7 +26,6 @@ _MODES = {"cls": "cls", "cls_pooler": "cls", "max": "max", "last": "lasttoken"}
 _FLAGS = {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens", "lasttoken": "lasttoken"}
 _OURS = {"cls": "cls", "mean": "mean", "max": "max", "lasttoken": "last"}
 _ACTIVATIONS = {"none": "torch.nn.modules.linear.Identity", "tanh": "torch.nn.modules.activation.Tanh"}
-_PLAIN = Execution(order="sorted", chunk_tokens=None, recompute=False)
 
 
 def settings(encoder: TextEncoder) -> dict[str, Any]:
@@ -148,11 +147,11 @@ def load(name: str, pooling: str | None = None) -> tuple[TextEncoder, str]:
     values = found or {"pooling": "mean", "head": {}, "normalize": False, "max_length": None}
     if pooling:
         values, known = {**values, "pooling": pooling}, "as model.pooling asks"
-    backbone = _load(AutoModel, name, "model")
-    tokenizer = _load(AutoTokenizer, name, "model")
+    backbone = load_pretrained(AutoModel, name, "model")
+    tokenizer = load_pretrained(AutoTokenizer, name, "model")
     head = Head(**{"kind": "none", "dim": None, "train_only": False, **values["head"]})
     encoder = TextEncoder(
-        backbone, tokenizer, values["pooling"], head, values["normalize"], values["max_length"], _PLAIN
+        backbone, tokenizer, values["pooling"], head, values["normalize"], values["max_length"], PLAIN
     )
     weights = values.get("weights") or folder.path("head.safetensors")
     if head.kind != "none" and weights:
@@ -173,7 +172,12 @@ def _from_modules(folder: Folder) -> dict[str, Any] | None:
         if kind == "Pooling":
             values["pooling"] = _mode(config, folder.name)
         elif kind == "Dense" and not values["head"]:
-            tanh = str(config["activation_function"]).endswith("Tanh")
+            if config["activation_function"] not in _ACTIVATIONS.values() or not config.get("bias", True):
+                raise InputError(
+                    f"model={folder.name}: its Dense has {config['activation_function']}, bias {config.get('bias')}; "
+                    f"tercet runs {' and '.join(_ACTIVATIONS.values())}, with bias."
+                )
+            tanh = config["activation_function"] == _ACTIVATIONS["tanh"]
             values["head"] = {"kind": "mlp" if tanh else "linear", "dim": config["out_features"], "train_only": False}
             values["weights"] = folder.path(f"{module['path']}/model.safetensors")
         elif kind == "Normalize":
@@ -186,7 +190,11 @@ def _from_modules(folder: Folder) -> dict[str, Any] | None:
 def _mode(config: dict[str, Any], name: str) -> str:
     modes = config.get("pooling_mode")
     if modes is None:
-        modes = [mode for mode, flag in _FLAGS.items() if config.get(f"pooling_mode_{flag}")]
+        names = {flag: mode for mode, flag in _FLAGS.items()}
+        set_ = [
+            key.removeprefix("pooling_mode_") for key, on in config.items() if key.startswith("pooling_mode_") and on
+        ]
+        modes = [names.get(flag, flag) for flag in set_]
     modes = [modes] if isinstance(modes, str) else list(modes)
     if len(modes) != 1 or modes[0] not in _OURS:
         raise InputError(f"model={name}: its pooling {modes} is not one of tercet's. Set model.pooling.")

@@ -108,7 +108,12 @@ class Contrastive(pl.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The schedule moves every step."""
         optimizer = self.optimizer(self)
-        schedule = self.schedule(optimizer, int(self.trainer.estimated_stepping_batches))
+        steps = self.trainer.estimated_stepping_batches
+        if not 1 <= steps < float("inf"):  # a stream has no length, and an end by time is no number of steps
+            raise InputError(
+                "The number of steps is not known, so the schedule cannot be laid out. Set trainer.max_steps."
+            )
+        schedule = self.schedule(optimizer, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from transformers import AutoModelForMaskedLM
 from tercet.contract import Ragged, Terms
 from tercet.error import InputError
 from tercet.model import TextEncoder
-from tercet.model.backbone import _load
+from tercet.model.backbone import load_pretrained
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class MaskedLMHead(nn.Module):
             raise InputError("objective.mlm.weight > 0: the tokenizer has no mask token. Use objective.mlm.weight=0.")
         source = backbone.config._name_or_path
         try:
-            lm = _load(AutoModelForMaskedLM, source, "model.backbone.name") if source else None
+            lm = load_pretrained(AutoModelForMaskedLM, source, "model.backbone.name") if source else None
             lm = lm or AutoModelForMaskedLM.from_config(backbone.config)
         except ValueError as error:
             kind = backbone.config.model_type

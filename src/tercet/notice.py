@@ -6,5 +6,5 @@ from functools import cache
 
 @cache
 def say_once(message: str) -> None:
-    """Log a warning; evaluators run many times, the same message is not repeated."""
+    """Log a warning; rows are read and evaluators run many times, the same message is not repeated."""
     logging.getLogger("tercet").warning(message)
