@@ -56,6 +56,12 @@ def _hard_negatives(cfg: DictConfig, objective: Any, data: Any) -> None:
 
 
 def _devices(cfg: DictConfig) -> None:
+    if "fsdp" in str(cfg.trainer.strategy):
+        warnings.warn(
+            "trainer.strategy=fsdp has not been run on GPUs yet. Before a long run, make a short one and see that its "
+            "model folder and its checkpoint give the same vectors. trainer=ddp is tested.",
+            stacklevel=2,
+        )
     there = torch.cuda.device_count()
     if cfg.trainer.accelerator in ("gpu", "cuda") and not there and not torch.backends.mps.is_available():
         raise InputError(
