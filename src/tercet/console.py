@@ -20,8 +20,6 @@ def quiet() -> None:
     logging.basicConfig(format="%(message)s")  # the counts of dropped rows
     for text in (
         ".*does not have many workers.*",
-        ".*`LeafSpec` is deprecated.*",
-        ".*Starting from v1.9.0.*",
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*It is recommended to use `self.log.*sync_dist=True.*",
         ".*lr_scheduler.step.*",

@@ -55,8 +55,8 @@ class DataModule(pl.LightningDataModule):
         self.rows: TokenRows | None = None
 
     def prepare_data(self) -> None:
-        """Check the rows and tokenize them into the cache."""
-        if self.streaming:
+        """Check the rows and tokenize them into the cache; asked again, as Lightning does, there is nothing to do."""
+        if self.streaming or self.rows is not None:
             return
         rows = tokenized(self.train, self.tokenizing, self.cache)
         if len(rows) < self.batch_size:
@@ -64,6 +64,7 @@ class DataModule(pl.LightningDataModule):
                 f"data.batch_size={self.batch_size}, but data={self.name} has {len(rows)} training rows. "
                 f"Use data.batch_size={max(2, len(rows) // 2)} or more data."
             )
+        self.rows = TokenRows(rows, len(self.columns))
 
     def setup(self, stage: str) -> None:
         """Open the cache."""
