@@ -15,7 +15,8 @@ from tests.conftest import CONF, choices, composed
 ROOT = CONF.parent
 SOURCE = ROOT / "src" / "tercet"
 FILES = sorted(SOURCE.rglob("*.py"))
-LEAVES = {"contract", "distributed", "error", "notice", "paths", "run_id"}
+LEAVES = {"contract", "distributed", "error", "image", "notice", "paths", "run_id", "search"}
+NO_CHOICE = {"any", "default", "files"}  # what others are made of
 ROOMS = {"model", "data", "loss", "evaluation"}
 MAY_IMPORT = {
     **{room: LEAVES | {room} for room in ROOMS},
@@ -42,6 +43,8 @@ def written():
 
 
 GIVEN_BY_CODE = {
+    "tercet.data.GlobalBatches": {"label", "batch_size", "seed"},
+    "tercet.data.LabelBatches": {"label", "batch_size", "seed"},
     "pytorch_lightning.Trainer": {"logger", "callbacks"},
     "tercet.optimizer.adamw": {"module"},
     "tercet.schedule.schedule": {"optimizer", "steps"},
@@ -76,7 +79,7 @@ def test_every_experiment_composes_and_says_how_to_run_it(experiment):
 @pytest.mark.parametrize("group", ["model", "data", "trainer", "logger", "schedule"])
 def test_every_choice_composes(group):
     for choice in choices(group):
-        if choice not in ("default", "files"):
+        if choice not in NO_CHOICE:
             composed(f"{group}={choice}")
 
 
@@ -95,7 +98,7 @@ def test_every_experiments_values_fit_their_parameters(experiment):
     check_values(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)), raw)
 
 
-@pytest.mark.parametrize("data", [c for c in choices("data") if c not in ("default", "files", "text")])
+@pytest.mark.parametrize("data", [c for c in choices("data") if c not in (*NO_CHOICE, "text", "images")])
 def test_every_data_sets_values_fit_their_parameters(data):
     cfg = composed(f"data={data}", "evaluation@test=sts", "callback.before_after=null")
     check_values(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)), cfg)

@@ -46,9 +46,9 @@ def test_paths_start_here_or_under_the_data_root(tmp_path, monkeypatch):
     assert str(locate("nowhere.txt")) == "nowhere.txt"
 
 
-def test_the_mean_divides_totals_and_stats_by_the_count():
-    value, logged = mean(Terms(torch.tensor(6.0), torch.tensor(3.0), {"right": torch.tensor(1.5)}))
-    assert (float(value), float(logged["loss"]), float(logged["right"])) == (2.0, 2.0, 0.5)
+def test_the_mean_divides_the_total_by_the_count_and_each_stat_by_its_own():
+    value, logged = mean(Terms(torch.tensor(6.0), torch.tensor(3.0), {"right": torch.tensor([1.5, 6.0])}))
+    assert (float(value), float(logged["loss"]), float(logged["right"])) == (2.0, 2.0, 0.25)
     assert float(mean(Terms(torch.tensor(0.0), torch.tensor(0.0)))[0]) == 0.0
 
 

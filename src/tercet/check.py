@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tercet.error import InputError
 from tercet.launch import launched, processes
+from tercet.model import ImageEncoder, TextEncoder
 from tercet.model.encoder import limit
 
 
@@ -16,6 +17,7 @@ def check(cfg: DictConfig, objective: Any, data: Any) -> None:
     """Raise ``InputError`` for combinations that cannot work; warn about those that mean something else than they seem."""
     _columns(cfg, objective, data)
     _views(cfg, objective)
+    _labels(cfg, objective, data)
     _hard_negatives(cfg, objective, data)
     _devices(cfg)
     _batch(cfg)
@@ -33,7 +35,7 @@ def _columns(cfg: DictConfig, objective: Any, data: Any) -> None:
         wanted = str(fewest) if fewest == most else f"{fewest} to {most}"
         other = "objective=simcse_unsup" if len(data.columns) < fewest else "fewer data.columns"
         raise InputError(
-            f"{_name(cfg)} needs {wanted} text columns, but data={data.name} has {len(data.columns)} "
+            f"{_name(cfg)} needs {wanted} columns, but data={data.name} has {len(data.columns)} "
             f"({', '.join(data.columns)}). Name them with data.columns=[...], or use {other}."
         )
 
@@ -44,6 +46,22 @@ def _views(cfg: DictConfig, objective: Any) -> None:
             f"{_name(cfg)} makes its two views by dropout, but model.backbone.dropout=0: they would be equal. "
             "Use model.backbone.dropout=0.1 or null."
         )
+
+
+def _labels(cfg: DictConfig, objective: Any, data: Any) -> None:
+    wants = objective.positives == "label" and len(data.columns) == 1
+    by_label = str(cfg.batches._target_).endswith("LabelBatches")
+    if by_label and data.streaming:
+        raise InputError(
+            "batches=labels looks at all labels before it draws. Use data.streaming=false or batches=random."
+        )
+    if wants and not by_label:
+        raise InputError(
+            f"{_name(cfg)} on one column needs rows of equal label in a batch, which batches=random leaves to chance. "
+            "Use batches=labels."
+        )
+    if wants and "Triplet" not in str(cfg.loss._target_):
+        raise InputError(f"{_name(cfg)} on one column needs loss=triplet; {cfg.loss._target_} needs two views.")
 
 
 def _hard_negatives(cfg: DictConfig, objective: Any, data: Any) -> None:
@@ -90,17 +108,35 @@ def _many(devices: Any) -> bool:
     return int(devices) > 1 if str(devices).isdigit() else torch.cuda.device_count() > 1
 
 
-def check_model(objective: Any, data: Any) -> None:
+def check_model(objective: Any, data: Any, several: bool) -> None:
     """What only the loaded model can say."""
-    longest = limit(objective.encoder.backbone, objective.encoder.tokenizer)
-    if data.tokenizing.max_length > longest:
-        raise InputError(
-            f"data.max_length={data.tokenizing.max_length}, but the backbone takes {longest} tokens at most."
-        )
+    encoder = objective.encoder
+    if isinstance(encoder, TextEncoder):
+        longest = limit(encoder.backbone, encoder.tokenizer)
+        if data.reader.max_length > longest:
+            raise InputError(
+                f"data.max_length={data.reader.max_length}, but the backbone takes {longest} tokens at most."
+            )
+    if isinstance(encoder, ImageEncoder) and encoder.mixes_rows():
+        _batch_norm(encoder.execution, several)
     if objective.dropout_views and not objective.encoder.drops():
         raise InputError(
             f"{type(objective).__name__} makes its two views by dropout, but this backbone has none: they would be equal. "
             "Use model.backbone.dropout=0.1."
+        )
+
+
+def _batch_norm(execution: Any, several: bool) -> None:
+    if execution.recompute or execution.chunk_rows is not None:
+        raise InputError(
+            "model.norm=keep: the backbone normalises over a batch, which chunks (model.execution.chunk_rows, .recompute) "
+            "would change. Use model.norm=group (weights from scratch) or model.norm=frozen (pretrained weights)."
+        )
+    if several:
+        warnings.warn(
+            "model.norm=keep: the backbone normalises over each process's part of the batch. trainer.sync_batchnorm=true "
+            "normalises over all of it; with model.norm=group or frozen no row depends on another.",
+            stacklevel=2,
         )
 
 

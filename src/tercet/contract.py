@@ -1,11 +1,12 @@
 """The words everybody speaks.
 
-Shapes: V views, N examples, T tokens, L tokens of the longest row, H hidden, D embedding, W processes.
+Shapes: V views, N examples, T tokens, L tokens of the longest row, H hidden, D embedding, W processes; images have
+C channels and S x S pixels.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -44,7 +45,40 @@ class Ragged:
         return Ragged(torch.tensor(flat, dtype=torch.long), torch.tensor([len(row) for row in rows], dtype=torch.long))
 
 
-Inputs = Ragged
+@dataclass
+class Images:
+    """N images as the files have them: ``pixels (N, C, S, S)``, 8 bits each; the encoder scales them on its device."""
+
+    pixels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def to(self, device: torch.device | str) -> "Images":
+        """The same images on ``device``."""
+        return Images(self.pixels.to(device, non_blocking=True))
+
+    @staticmethod
+    def cat(parts: "Sequence[Images]") -> "Images":
+        """All images of all parts, in order."""
+        return Images(torch.cat([p.pixels for p in parts]))
+
+
+Inputs = Ragged | Images
+Item = str | bytes  # what an encoder takes outside training: a text, or the content of an image file
+
+
+def joined(parts: Sequence[Inputs]) -> Inputs:
+    """All rows of all parts, in order; the parts are of one kind."""
+    kind = type(parts[0])
+    return kind.cat(cast(Any, parts))
+
+
+class Draw(NamedTuple):
+    """What a sampler asks for: row numbers, and a number that augmentations are drawn from."""
+
+    rows: list[int]
+    seed: int
 
 
 @dataclass
@@ -53,7 +87,7 @@ class Batch:
 
     ``uid (N,)`` names the example; ``label (N,)`` is -1 where there is none (a negative for everyone);
     ``position (N,)`` is the place in its document; ``content (V, N)`` hashes each cell, so that a duplicate is never
-    a negative.
+    a negative. ``lost`` counts rows that were drawn and could not be read.
     """
 
     views: tuple[Inputs, ...]
@@ -61,6 +95,7 @@ class Batch:
     label: Tensor
     position: Tensor
     content: Tensor
+    lost: int = 0
 
     def __len__(self) -> int:
         return len(self.uid)
@@ -71,7 +106,7 @@ class Batch:
         moved = {
             name: getattr(self, name).to(device, non_blocking=True) for name in ("uid", "label", "position", "content")
         }
-        return Batch(views, **moved)
+        return Batch(views, **moved, lost=self.lost)
 
     def columns(self, *which: int) -> "Batch":
         """The batch whose views are the named columns; a column may be named twice."""
@@ -102,7 +137,7 @@ class Embedded:
 class Terms:
     """A loss over this call's anchors: ``total ()`` its sum, ``count ()`` what the mean divides by.
 
-    ``stats`` are detached sums, divided by ``count`` when they are logged.
+    ``stats`` are what is logged, each ``(2,)``: a detached sum, and what its mean divides by.
     """
 
     total: Tensor
@@ -117,13 +152,16 @@ class Loss(Protocol):
 
 
 class Source(Protocol):
-    """Rows of text: ``columns`` names the text columns, the views, in order."""
+    """Rows of text or of images: ``columns`` names the columns that are views, in order.
+
+    A cell is a text, or an image as ``{"bytes": content or None, "path": file or name}`` (``datasets`` stores it so).
+    """
 
     @property
     def columns(self) -> Sequence[str]: ...
 
     def rows(self) -> Any:
-        """A ``datasets.Dataset`` (or an iterable one): the text columns, and ``label`` and ``position`` if known."""
+        """A ``datasets.Dataset`` (or an iterable one): the columns, and ``label`` and ``position`` if known."""
         ...
 
     def fingerprint(self) -> str:
@@ -132,9 +170,20 @@ class Source(Protocol):
 
 
 class Encode(Protocol):
-    """``texts -> (N, D)`` float32 on the CPU: all that an evaluator sees of a model."""
+    """``texts or images -> (N, D)`` float32 on the CPU: all that an evaluator sees of a model."""
 
-    def __call__(self, texts: Sequence[str]) -> Tensor: ...
+    def __call__(self, items: Sequence[Item]) -> Tensor: ...
+
+
+class Rows(Protocol):
+    """A source made ready: ``rows[draw]`` is a batch; ``label (N,)`` is -1 where there is none."""
+
+    @property
+    def label(self) -> Tensor: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, draw: Draw) -> Batch: ...
 
 
 class Evaluator(Protocol):

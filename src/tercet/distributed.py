@@ -74,9 +74,12 @@ def mean(terms: Terms) -> tuple[Tensor, dict[str, Tensor]]:
     The first is W · total / (sum of all counts): DDP averages over W processes, so that the gradient is the one of a
     single process on the global batch. The second holds the global means, ``loss`` among them.
     """
-    names = ["loss", *terms.stats]
-    sums = torch.stack([x.detach().float() for x in (terms.count, terms.total, *terms.stats.values())])
+    exact = torch.float32 if terms.total.device.type == "mps" else torch.float64  # counts of triplets exceed 2^24
+    pairs = [torch.stack([terms.total.detach().to(exact), terms.count.detach().to(exact)]), *terms.stats.values()]
+    sums = torch.stack([pair.detach().to(exact) for pair in pairs])
     if world_size() > 1:
         dist.all_reduce(sums)
-    count = sums[0].clamp(min=1)
-    return world_size() * terms.total / count, dict(zip(names, sums[1:] / count, strict=True))
+    counts = sums[:, 1].clamp(min=1)
+    means = (sums[:, 0] / counts).float()
+    value = world_size() * terms.total / counts[0].to(terms.total.dtype)
+    return value, dict(zip(["loss", *terms.stats], means, strict=True))

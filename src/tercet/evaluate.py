@@ -9,7 +9,7 @@ from tercet import record
 from tercet.build import build
 from tercet.console import quiet, say
 from tercet.error import InputError
-from tercet.model import Encoding, TextEncoder
+from tercet.model import Encoder, Encoding, TextEncoder
 from tercet.model.checkpoint import load_encoder
 from tercet.model.folder import load
 from tercet.paths import locate, writable
@@ -30,6 +30,8 @@ def run(cfg: DictConfig, output: Path) -> float | None:
         raise InputError(f"device={cfg.device}, but torch sees no GPU here. Use device=cpu.")
     encoder = open_model(cfg.model.path, cfg.model.pooling)
     if cfg.model.max_length:
+        if not isinstance(encoder, TextEncoder):
+            raise InputError(f"model.max_length={cfg.model.max_length} counts tokens; this model reads images.")
         encoder.max_length = cfg.model.max_length
     metrics = evaluator(Encoding(encoder.to(cfg.device), progress="evaluating"))
     values = {f"test/{name}": value for name, value in metrics.items()}
@@ -41,7 +43,7 @@ def run(cfg: DictConfig, output: Path) -> float | None:
     return None
 
 
-def open_model(name: str, pooling: str | None) -> TextEncoder:
+def open_model(name: str, pooling: str | None) -> Encoder:
     """From a run's folder, a checkpoint, a model's folder, or the hub."""
     path = locate(name)
     if path.is_file():

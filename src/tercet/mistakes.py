@@ -12,7 +12,7 @@ from hydra.errors import (
     OverrideParseException,
 )
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from tercet.error import InputError
 
@@ -30,6 +30,10 @@ def explain(error: BaseException, conf: str, command: str) -> str:
         return _mistyped(error, conf, command)
     if isinstance(error, InstantiationException):
         return _instantiation(error)
+    if isinstance(error, InterpolationKeyError) and (found := re.search(r"'model\.(tokenizer|pixels)'", str(error))):
+        text = found[1] == "tokenizer"
+        kinds = ("text", "images", "minilm", "images") if text else ("images", "text", "resnet_small", "text")
+        return f"data holds {kinds[0]}, but model reads {kinds[1]}. Use model={kinds[2]}, or data={kinds[3]}."
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return " ".join(str(error).split())
     if isinstance(error, OSError) and error.filename:

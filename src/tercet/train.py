@@ -52,7 +52,7 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     objective: Contrastive = build(cfg.objective)
-    check_model(objective, data)
+    check_model(objective, data, launch.launched())
     tests = evaluators([build(cfg.test)])
     loggers = [build(logger) for logger in cfg.logger.values() if logger]
     callbacks = [made for callback in cfg.callback.values() if callback for made in wanted(cfg, build(callback))]

@@ -87,10 +87,14 @@ def _said(hint: Any) -> str:
 def _key(raw: DictConfig, key: str) -> str:
     """The key behind an interpolation: ``data.module.batch_size`` holds ``${data.batch_size}``."""
     node: Any = OmegaConf.to_container(raw, resolve=False)
-    for part in key.split("."):
-        if isinstance(node, str):  # the whole node comes from elsewhere, where it is checked too
-            return key
+    parts = key.split(".")
+    for i, part in enumerate(parts):
+        if isinstance(node, str):  # the whole node comes from elsewhere
+            return _key(raw, ".".join([node[2:-1], *parts[i:]])) if _plain(node) else key
         node = node[int(part)] if isinstance(node, list) else node[part]
-    if isinstance(node, str) and node.startswith("${") and ":" not in node and node.count("$") == 1:
-        return node[2:-1]
-    return key
+    return node[2:-1] if isinstance(node, str) and _plain(node) else key
+
+
+def _plain(text: str) -> bool:
+    """Is it one interpolation of a key, and nothing more?"""
+    return text.startswith("${") and ":" not in text and text.count("$") == 1

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tercet.data import batches as batches_module
 from tercet.data.batches import GlobalBatches, own_slice
 from tercet.data.module import DataModule
-from tercet.data.rows import Tokenizing, content_hash, tokenized
+from tercet.data.rows import Tokenizing, content_hash
 from tercet.error import InputError
 from tercet.model import tokenizer
 from tests.conftest import MINILM, TEXTS
@@ -41,23 +41,24 @@ def test_the_global_batch_does_not_depend_on_the_number_of_processes(rows, size,
 
         def drawn(rank, world):
             as_process(patch, rank, world)
-            sampler = GlobalBatches(rows, size, seed)
+            sampler = GlobalBatches(torch.full((rows,), -1), size, seed)
             sampler.set_epoch(epoch)
             return list(sampler)
 
         alone = drawn(0, 1)
-        together = [list(chain(*parts)) for parts in zip(*(drawn(r, world) for r in range(world)), strict=True)]
-        assert together == alone
+        steps = list(zip(*(drawn(r, world) for r in range(world)), strict=True))
+        assert [list(chain(*(part.rows for part in parts))) for parts in steps] == [draw.rows for draw in alone]
+        assert all({part.seed for part in parts} == {draw.seed} for parts, draw in zip(steps, alone, strict=True))
         assert len(alone) == rows // size
-        flat = [row for batch in alone for row in batch]
+        flat = [row for batch in alone for row in batch.rows]
         assert len(set(flat)) == len(flat)
 
 
 def test_epochs_and_seeds_differ_and_repeat():
     def order(seed, epoch):
-        sampler = GlobalBatches(50, 50, seed)
+        sampler = GlobalBatches(torch.full((50,), -1), 50, seed)
         sampler.set_epoch(epoch)
-        return next(iter(sampler))
+        return next(iter(sampler)).rows
 
     orders = [order(s, e) for s in (1, 2) for e in (0, 1)]
     assert len({tuple(o) for o in orders}) == 4
@@ -75,9 +76,10 @@ def test_parts_differ_by_one_row_at_most(monkeypatch):
         assert max(sizes) - min(sizes) <= 1
 
 
-def module(pieces, cache, source=None, **changes):
-    given = dict(name="listed", train=source or Listed(("a", "b"), label=True), validation=[], tokenizer=pieces,
-                 batch_size=4, max_length=16, seed=1, workers=0, cache=str(cache), shuffle_buffer=10) | changes  # fmt: skip
+def module(pieces, cache, source=None, max_length=16, **changes):
+    given = dict(name="listed", train=source or Listed(("a", "b"), label=True), validation=[],
+                 reader=Tokenizing(pieces, max_length, str(cache)), batches=GlobalBatches,
+                 batch_size=4, seed=1, workers=0, shuffle_buffer=10) | changes  # fmt: skip
     made = DataModule(**given)
     made.prepare_data()
     made.setup("fit")
@@ -100,7 +102,7 @@ def test_a_batch_holds_what_the_rows_say(pieces, tmp_path, workers):
 
 def test_rows_are_tokenized_once(pieces, tmp_path, monkeypatch):
     module(pieces, tmp_path)
-    monkeypatch.setattr(Tokenizing, "__call__", lambda *a: pytest.fail("tokenized again"))
+    monkeypatch.setattr(Tokenizing, "ids", lambda *a: pytest.fail("tokenized again"))
     assert len(module(pieces, tmp_path).rows) == 12
 
 
@@ -109,7 +111,7 @@ def test_another_cut_or_another_tokenizer_is_another_cache(pieces, tmp_path):
         module(pieces, tmp_path, max_length=length)
     module(pieces, tmp_path, source=Listed(("a", "c")))
     assert len(list(tmp_path.glob("*.arrow"))) == 3
-    assert Tokenizing(pieces, ["a"], 8).fingerprint() != Tokenizing(pieces, ["a"], 9).fingerprint()
+    assert Tokenizing(pieces, 8, None).fingerprint(["a"]) != Tokenizing(pieces, 9, None).fingerprint(["a"])
 
 
 def test_a_stream_gives_the_same_batches_to_any_number_of_processes(pieces, tmp_path, monkeypatch):
@@ -155,7 +157,7 @@ def test_a_stream_too_short_for_a_batch_is_explained(pieces, tmp_path):
 def test_a_cache_that_cannot_be_written_is_named(pieces, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"data\.cache=.*cannot be written"):
-        tokenized(Listed(("a",)), Tokenizing(pieces, ["a"], 8), str(tmp_path / "file" / "cache"))
+        Tokenizing(pieces, 8, str(tmp_path / "file" / "cache")).open(Listed(("a",)))
 
 
 @pytest.mark.parametrize(("key", "value"), [("batch_size", 1), ("max_length", 2), ("workers", -1)])

@@ -48,8 +48,8 @@ def test_a_train_only_head_is_kept_but_not_exported(small):
 
     result = small("model.head.kind=mlp", "model.head.dim=16", "model.head.train_only=true")
     encoder, _ = load(str(result.output / "model"))
-    assert encoder.eval()(encoder.tokenize(TEXTS)).shape == (12, 32)
-    assert encoder.train()(encoder.tokenize(TEXTS)).shape == (12, 16)
+    assert encoder.eval()(encoder.inputs(TEXTS)).shape == (12, 32)
+    assert encoder.train()(encoder.inputs(TEXTS)).shape == (12, 16)
 
 
 def test_pairs_with_masked_lm_a_label_and_both_directions(command, tmp_path):

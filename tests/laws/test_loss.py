@@ -5,12 +5,15 @@ import torch
 
 from tercet.build import build
 from tercet.contract import Embedded
+from tercet.loss.mining import MININGS
 from tests.conftest import choices, composed
 
 LOSSES = choices("loss")
+TRIPLET = ([], ["loss.form=softplus", "loss.divide_by=pairs", "loss.tile=2"])
 VARIANTS = {
     "infonce": [[], ["loss.learn_temperature=true"], ["loss.direction=both"], ["loss.similarity=dot", "loss.temperature=1"],
                 ["loss.hard_negative_weight=1.5"]],
+    "triplet": [[f"loss.mining={mining}", *more] for mining in MININGS for more in TRIPLET],
 }  # fmt: skip
 CASES = [(name, variant) for name in LOSSES for variant in VARIANTS.get(name, [[]])]
 

@@ -15,10 +15,7 @@ def results(tmp_path_factory):
     return alone, worlds.in_processes(2, cache, 2, BATCH)
 
 
-CASES = [(o, s) for o in worlds.OBJECTIVES for s in worlds.SETTINGS]
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", worlds.CASES, ids=str)
 def test_two_processes_learn_what_one_does(results, case):
     alone, together = (weights for weights, _ in (result[case] for result in results))
     assert alone.keys() == together.keys()
@@ -26,15 +23,15 @@ def test_two_processes_learn_what_one_does(results, case):
         torch.testing.assert_close(together[name], weight, rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", worlds.CASES, ids=str)
 def test_training_moves_the_weights(results, case):
-    cfg = worlds.config(case[0], *worlds.SETTINGS[case[1]])
+    cfg = worlds.config(case[0], *worlds.SETTINGS.get(case[1], [case[1]]))
     worlds.pl.seed_everything(0, verbose=False)
     fresh = dict(worlds.build(cfg.objective).named_parameters())
     moved = max(float((w - fresh[n]).abs().max()) for n, w in results[0][case][0].items())
     assert moved > 1e-3
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", worlds.CASES, ids=str)
 def test_each_gradient_is_reduced_once_a_step(results, case):
     assert results[1][case][1] == 1

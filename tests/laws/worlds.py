@@ -9,7 +9,8 @@ from hydra.utils import get_class
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tercet.build import build
-from tercet.data.module import DataModule
+from tercet.data import DataModule, Tokenizing
+from tercet.loss.mining import MININGS
 from tercet.model import tokenizer
 from tests.conftest import MINILM, TEXTS, choices, composed, tiny
 
@@ -18,7 +19,12 @@ SETTINGS = {
     "plain": [],
     "chunked": ["model.execution.chunk_tokens=24", "model.execution.recompute=true"],
     "with masked LM": ["objective.mlm.weight=0.1"],
+    "with memory": ["objective.memory.size=9", "objective.memory.warmup=1"],
 }
+
+
+CASES = [(o, s) for o in OBJECTIVES for s in SETTINGS]
+CASES += [("facenet", f"loss.mining={mining}") for mining in MININGS if mining != "semihard"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,7 @@ class Listed:
 
     def fingerprint(self):
         """The columns say it all."""
-        return "listed" + "-".join(self.columns)
+        return f"listed{self.label}" + "-".join(self.columns)
 
 
 def config(objective, *overrides):
@@ -46,8 +52,9 @@ def config(objective, *overrides):
 
 def data(cfg, cache, batch_size):
     _, most = get_class(cfg.objective._target_).columns
-    source = Listed(tuple("abc"[:most]))
-    return DataModule("listed", source, [], tokenizer(MINILM), batch_size, 32, 1, 0, str(cache), 10)
+    source = Listed(tuple("abc"[:most]), label=True)
+    reader = Tokenizing(tokenizer(MINILM), 32, str(cache))
+    return DataModule("listed", source, [], reader, build(cfg.batches), batch_size, 1, 0, 10)
 
 
 class Counting(pl.Callback):
@@ -67,7 +74,7 @@ class Counting(pl.Callback):
 
 def step(objective, settings, cache, world, batch_size, steps=2):
     """The weights after ``steps`` of clipped SGD, and how often each was reduced per step."""
-    cfg = config(objective, *SETTINGS[settings])
+    cfg = config(objective, *SETTINGS.get(settings, [settings]))
     pl.seed_everything(0, verbose=False)
     module = build(cfg.objective)
     if module.mlm is not None:
@@ -94,7 +101,7 @@ def first_token_masked(ids):
 def everything(cache, world, batch_size):
     """All objectives under all settings, in this process."""
     torch.set_num_threads(1)
-    return {(o, s): step(o, s, cache, world, batch_size) for o in OBJECTIVES for s in SETTINGS}
+    return {(o, s): step(o, s, cache, world, batch_size) for o, s in CASES}
 
 
 def in_processes(world, *arguments):

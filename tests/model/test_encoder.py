@@ -20,7 +20,7 @@ def minilm():
 
 def test_a_pretrained_encoder_trains_with_dropout(minilm):
     assert all(m.training for m in minilm.modules()), "transformers hands out models in evaluation mode"
-    inputs = minilm.tokenize(TEXTS[:2])
+    inputs = minilm.inputs(TEXTS[:2])
     assert not torch.allclose(minilm(inputs), minilm(inputs))
     assert minilm.drops()
 
@@ -34,8 +34,8 @@ def test_encoding_drops_nothing_and_puts_the_mode_back(minilm):
 
 def test_each_text_is_encoded_once(encoder, monkeypatch):
     encoding, seen = Encoding(encoder), []
-    tokenize = encoder.tokenize
-    monkeypatch.setattr(encoder, "tokenize", lambda texts: seen.extend(texts) or tokenize(texts))
+    inputs = encoder.inputs
+    monkeypatch.setattr(encoder, "inputs", lambda texts: seen.extend(texts) or inputs(texts))
     z = encoding([*TEXTS, *TEXTS[:3], TEXTS[0]])
     encoding(TEXTS[:2])
     assert sorted(seen) == sorted(TEXTS)
@@ -88,7 +88,7 @@ def brute(pooling, states, mask):
 @pytest.mark.parametrize("pooling", sorted(set(POOLINGS) - {"cls_pooler"}))
 def test_poolings_are_what_their_names_say(encoder, pooling):
     encoder.eval()
-    rows = encoder.tokenize(TEXTS).rows()
+    rows = encoder.inputs(TEXTS).rows()
     ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
     mask = (torch.arange(ids.shape[1]) < torch.tensor([len(r) for r in rows])[:, None]).long()
     output = encoder.backbone(input_ids=ids, attention_mask=mask, output_hidden_states=True)
@@ -103,7 +103,7 @@ def test_dropout_replaces_every_rate():
 def test_rows_keep_their_order_and_length_limit(encoder):
     encoder.eval()
     encoder.max_length = 6
-    inputs = encoder.tokenize(TEXTS)
+    inputs = encoder.inputs(TEXTS)
     assert int(inputs.length.max()) == 6
     flipped = Ragged.cat([Ragged(r, torch.tensor([len(r)])) for r in inputs.rows()[::-1]])
     torch.testing.assert_close(encoder(flipped).flip(0), encoder(inputs), rtol=1e-5, atol=1e-6)

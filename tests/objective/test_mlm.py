@@ -39,7 +39,7 @@ def test_fifteen_percent_are_asked_and_eighty_ten_ten_is_kept(head):
 
 
 def test_special_tokens_are_never_asked(head, encoder):
-    inputs = encoder.tokenize(TEXTS * 50)
+    inputs = encoder.inputs(TEXTS * 50)
     special = torch.isin(inputs.ids, torch.tensor(encoder.tokenizer.all_special_ids))
     corrupted, targets = head.corrupt(inputs.ids)
     assert (targets[special] == -100).all()
@@ -48,7 +48,7 @@ def test_special_tokens_are_never_asked(head, encoder):
 
 def test_the_loss_is_the_one_of_transformers(head, encoder, monkeypatch):
     head.eval()
-    inputs = encoder.tokenize(TEXTS)
+    inputs = encoder.inputs(TEXTS)
     corrupted, targets = head.corrupt(inputs.ids)
     monkeypatch.setattr(head, "corrupt", lambda ids: (corrupted, targets))
     pad = torch.nn.utils.rnn.pad_sequence
@@ -57,7 +57,7 @@ def test_the_loss_is_the_one_of_transformers(head, encoder, monkeypatch):
     labels = pad(targets.split(lengths), batch_first=True, padding_value=-100)
     mask = (torch.arange(ids.shape[1]) < inputs.length[:, None]).long()
     expected = head.lm(input_ids=ids, attention_mask=mask, labels=labels).loss
-    for execution in (Execution("given", None, False), Execution("sorted", 30, True)):
+    for execution in (Execution("given", None, None, False), Execution("sorted", 30, None, True)):
         head.execution = execution
         terms = head(inputs)
         torch.testing.assert_close(terms.total / terms.count, expected)

@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 from torch.nn.utils import get_total_norm
 
-from tercet.contract import Batch, Ragged
+from tercet.contract import Batch, Inputs, Ragged, joined
 from tercet.distributed import world_size
 from tercet.objective.contrastive import Contrastive
 
@@ -17,9 +17,9 @@ from tercet.objective.contrastive import Contrastive
 class Throughput(pl.Callback):
     """Logs what a step costs.
 
-    ``train/sentences_per_second``, ``train/tokens_per_second``, ``train/padding`` (the share of computed tokens that
-    are padding), ``train/memory_gb`` (peak: of the device on CUDA, of this process elsewhere) and
-    ``train/gradient_norm`` (before clipping).
+    ``train/sentences_per_second``, ``train/tokens_per_second`` and ``train/padding`` (the share of computed tokens that
+    are padding) of texts, ``train/images_per_second`` of images, ``train/memory_gb`` (peak: of the device on CUDA, of
+    this process elsewhere) and ``train/gradient_norm`` (before clipping).
 
     Rates are over all processes and smoothed over the last steps; a step is timed from the end of the one before it, so
     that waiting for data counts, evaluation and checkpoints do not.
@@ -28,7 +28,7 @@ class Throughput(pl.Callback):
     def __init__(self, smoothing: float) -> None:
         self.smoothing = smoothing
         self.start: float | None = None
-        self.rates: tuple[float, float] | None = None
+        self.rates: dict[str, float] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The first step starts now."""
@@ -42,24 +42,25 @@ class Throughput(pl.Callback):
         self, trainer: pl.Trainer, pl_module: Contrastive, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Count what the step has embedded."""
-        views = Ragged.cat(pl_module.views(batch).views)
+        views = joined(pl_module.views(batch).views)
         now = time.perf_counter()
         seconds = now - (self.start or now)
         self.start = now
         if seconds > 0:
-            fresh = (world_size() * len(views) / seconds, world_size() * len(views.ids) / seconds)
-            old = self.rates or fresh
-            s = self.smoothing
-            self.rates = (s * old[0] + (1 - s) * fresh[0], s * old[1] + (1 - s) * fresh[1])
-            pl_module.log_dict(
-                {"train/sentences_per_second": self.rates[0], "train/tokens_per_second": self.rates[1]},
-                batch_size=len(batch),
-            )
-        computed = pl_module.encoder.execution.padded_tokens(views.length)
-        pl_module.log_dict(
-            {"train/padding": 1 - len(views.ids) / max(computed, 1), "train/memory_gb": _peak_gb()},
-            batch_size=len(batch),
-        )
+            self._log_rates(pl_module, views, seconds)
+        if isinstance(views, Ragged):
+            computed = pl_module.encoder.execution.padded_tokens(views.length)
+            pl_module.log("train/padding", 1 - len(views.ids) / max(computed, 1), batch_size=len(batch))
+        pl_module.log("train/memory_gb", _peak_gb(), batch_size=len(batch))
+
+    def _log_rates(self, pl_module: Contrastive, views: Inputs, seconds: float) -> None:
+        fresh = {"images": len(views)}
+        if isinstance(views, Ragged):
+            fresh = {"sentences": len(views), "tokens": len(views.ids)}
+        for name, count in fresh.items():
+            now = world_size() * count / seconds
+            self.rates[name] = self.smoothing * self.rates.get(name, now) + (1 - self.smoothing) * now
+            pl_module.log(f"train/{name}_per_second", self.rates[name], batch_size=1)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """The norm of the whole gradient, in the optimizer's own scale."""

@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 from torch.utils.data import Sampler
 
+from tercet.contract import Draw
 from tercet.distributed import rank, world_size
 
 
@@ -13,15 +15,23 @@ def own_slice(size: int) -> slice:
     return slice(size * rank() // world_size(), size * (rank() + 1) // world_size())
 
 
-class GlobalBatches(Sampler[list[int]]):
-    """Each epoch a permutation of ``rows`` drawn from (seed, epoch) alone, cut into batches of ``batch_size``.
+def one_number(*parts: int) -> int:
+    """Several seeds in one number: epochs of one run never meet those of a run with a seed nearby."""
+    number = 0
+    for part in parts:
+        number = (number * 1_000_003 + part) % (1 << 63)
+    return number
+
+
+class GlobalBatches(Sampler[Draw]):
+    """Each epoch a permutation of the rows drawn from (seed, epoch) alone, cut into batches of ``batch_size``.
 
     The number of processes changes nothing: together they hold the same rows. The tail that fills no batch is left
     out (every batch has the same number of negatives); another epoch leaves out other rows.
     """
 
-    def __init__(self, rows: int, batch_size: int, seed: int) -> None:
-        self.rows = rows
+    def __init__(self, label: Tensor, batch_size: int, seed: int) -> None:
+        self.rows = len(label)
         self.batch_size = batch_size
         self.seed = seed
         self.epoch = 0
@@ -33,10 +43,10 @@ class GlobalBatches(Sampler[list[int]]):
     def __len__(self) -> int:
         return self.rows // self.batch_size
 
-    def __iter__(self) -> Iterator[list[int]]:
-        # Two seeds in one number: epochs of one run never meet those of a run with a seed nearby.
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+    def __iter__(self) -> Iterator[Draw]:
+        generator = torch.Generator().manual_seed(one_number(self.seed, self.epoch))
         order = torch.randperm(self.rows, generator=generator)
         own = own_slice(self.batch_size)
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
-            yield order[start : start + self.batch_size][own].tolist()
+        for number in range(len(self)):
+            rows = order[number * self.batch_size : (number + 1) * self.batch_size]
+            yield Draw(rows[own].tolist(), one_number(self.seed, self.epoch, number))

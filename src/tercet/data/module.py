@@ -1,24 +1,36 @@
-"""The data module: a source of sentences becomes batches of token ids."""
+"""The data module: a source of rows becomes batches."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import pytorch_lightning as pl
-from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
 
-from tercet.contract import Batch, Evaluator, Source
-from tercet.data.batches import GlobalBatches
-from tercet.data.rows import Tokenizing, TokenRows, tokenized
+from tercet.contract import Batch, Draw, Evaluator, Rows, Source
+from tercet.data.rows import Tokenizing
 from tercet.data.stream import StreamBatches
 from tercet.error import InputError
 
 
+class Reader(Protocol):
+    """How rows become inputs: ``Tokenizing`` for text, ``Decoding`` for images."""
+
+    def open(self, source: Source) -> Rows:
+        """All rows, made ready."""
+        ...
+
+    def fingerprint(self, columns: Sequence[str]) -> str:
+        """Changes when the inputs would."""
+        ...
+
+
 class DataModule(pl.LightningDataModule):
-    """``train`` gives the rows to learn from.
+    """``train`` gives the rows to learn from, ``reader`` makes inputs of them, ``batches`` says which make a batch.
 
     ``validation`` is what a validation epoch runs: evaluators in place of batches. ``batch_size`` counts the rows of
-    the global batch, over all processes. ``max_length`` cuts training rows, in tokens. With ``train.streaming`` the
-    rows are read as they come and shuffled in a buffer of ``shuffle_buffer`` rows.
+    the global batch, over all processes. ``batches`` takes ``label (N,)``, ``batch_size`` and ``seed``. With
+    ``train.streaming`` the rows are read as they come and shuffled in a buffer of ``shuffle_buffer`` rows.
     """
 
     def __init__(
@@ -26,66 +38,65 @@ class DataModule(pl.LightningDataModule):
         name: str,
         train: Source,
         validation: Sequence[Evaluator],
-        tokenizer: PreTrainedTokenizerBase,
+        reader: Reader,
+        batches: Callable[[Tensor, int, int], Sampler[Draw]],
         batch_size: int,
-        max_length: int,
         seed: int,
         workers: int,
-        cache: str | None,
         shuffle_buffer: int,
     ) -> None:
         super().__init__()
         if batch_size < 2:
             raise InputError(f"data.batch_size={batch_size}: contrast needs at least 2 rows in a batch.")
-        if max_length < 3:
-            raise InputError(f"data.max_length={max_length}: at least 3 tokens, two of which are special.")
         if workers < 0:
             raise InputError(f"data.workers={workers}: 0 (the main process reads) or more.")
         self.name = name
         self.train = train
         self.validation = list(validation)
+        self.reader = reader
+        self.batches = batches
         self.batch_size = batch_size
         self.seed = seed
         self.workers = workers
-        self.cache = cache
         self.shuffle_buffer = shuffle_buffer
         self.columns = list(train.columns)
         self.streaming = bool(getattr(train, "streaming", False))
-        self.tokenizing = Tokenizing(tokenizer, self.columns, max_length)
-        self.rows: TokenRows | None = None
+        self.rows: Rows | None = None
+        self.sampler: Sampler[Draw] | None = None
 
     def prepare_data(self) -> None:
-        """Check the rows and tokenize them into the cache; asked again, as Lightning does, there is nothing to do."""
+        """Check the rows and make them ready; asked again, as Lightning does, there is nothing to do."""
         if self.streaming or self.rows is not None:
             return
-        rows = tokenized(self.train, self.tokenizing, self.cache)
+        rows = self.reader.open(self.train)
         if len(rows) < self.batch_size:
             raise InputError(
                 f"data.batch_size={self.batch_size}, but data={self.name} has {len(rows)} training rows. "
                 f"Use data.batch_size={max(2, len(rows) // 2)} or more data."
             )
-        self.rows = TokenRows(rows, len(self.columns))
+        self.sampler = self.batches(rows.label, self.batch_size, self.seed)
+        self.rows = rows
 
     def setup(self, stage: str) -> None:
-        """Open the cache."""
-        if not self.streaming and self.rows is None:
-            self.rows = TokenRows(tokenized(self.train, self.tokenizing, self.cache), len(self.columns))
+        """Every process opens what the first has prepared."""
+        self.prepare_data()
 
     def train_dataloader(self) -> "DataLoader[Batch]":
         """An element is a process's part of a global batch."""
         if self.rows is None:
-            stream = StreamBatches(self.train, self.tokenizing, self.batch_size, self.seed, self.shuffle_buffer)
-            return DataLoader(stream, batch_size=None)
-        batches = GlobalBatches(len(self.rows), self.batch_size, self.seed)
-        return DataLoader(self.rows, batch_size=None, sampler=batches, num_workers=self.workers)  # type: ignore[arg-type]
+            assert isinstance(self.reader, Tokenizing)
+            return DataLoader(
+                StreamBatches(self.train, self.reader, self.batch_size, self.seed, self.shuffle_buffer), batch_size=None
+            )
+        return DataLoader(self.rows, batch_size=None, sampler=self.sampler, num_workers=self.workers)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> "DataLoader[Evaluator]":
         """An element is an evaluator."""
         return evaluators(self.validation)
 
     def fingerprint(self) -> str:
-        """Names the training rows and how they were cut into tokens."""
-        return f"{self.train.fingerprint()}-{self.tokenizing.fingerprint()}"
+        """Names the training rows and how they were read."""
+        return f"{self.train.fingerprint()}-{self.reader.fingerprint(self.columns)}"
 
 
 def evaluators(members: Sequence[Evaluator]) -> "DataLoader[Evaluator]":

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,15 @@ from datasets import Dataset, Features, List, Value
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tercet.contract import Batch, Ragged, Source
+from tercet.contract import Batch, Draw, Ragged, Source
+from tercet.error import InputError
 from tercet.paths import writable
 
 
-def content_hash(text: str) -> int:
-    """A signed 64-bit hash of a cell: equal texts are equal, whatever the run."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+def content_hash(cell: str | bytes) -> int:
+    """A signed 64-bit hash of a cell: equal cells are equal, whatever the run."""
+    data = cell.encode() if isinstance(cell, str) else cell
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 
 def cache_folder(cache: str | None) -> Path:
@@ -29,63 +32,67 @@ def cache_folder(cache: str | None) -> Path:
     return Path(cache or os.environ.get("TERCET_CACHE") or Path.home() / ".cache" / "tercet").expanduser()
 
 
+@dataclass(frozen=True)
 class Tokenizing:
-    """``rows of text -> rows of token ids``, batched; special tokens included, cut at ``max_length``."""
+    """Reads rows of text as token ids, special tokens included, cut at ``max_length``; ``cache`` is a folder."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, columns: Sequence[str], max_length: int) -> None:
-        self.tokenizer = tokenizer
-        self.columns = list(columns)
-        self.max_length = max_length
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    cache: str | None
 
-    def __call__(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    def __post_init__(self) -> None:
+        if self.max_length < 3:
+            raise InputError(f"data.max_length={self.max_length}: at least 3 tokens, two of which are special.")
+
+    def open(self, source: Source) -> "TokenRows":
+        """The source's rows as token ids, from the cache if they are there."""
+        folder, columns = cache_folder(self.cache), list(source.columns)
+        path = folder / f"{source.fingerprint()}-{self.fingerprint(columns)}.arrow"
+        if not path.is_file():
+            writable(folder, "data.cache")
+            rows = source.rows()
+            rows.map(
+                self.ids,
+                fn_kwargs={"columns": columns},
+                batched=True,
+                remove_columns=rows.column_names,
+                features=self.features(columns),
+                cache_file_name=str(path),
+                new_fingerprint=path.stem.replace("-", ""),
+                desc=f"tokenizing once into {folder}",
+            )
+        return TokenRows(Dataset.from_file(str(path)), len(columns))
+
+    def ids(self, rows: dict[str, list[Any]], columns: Sequence[str]) -> dict[str, list[Any]]:
         """Per column v: ``ids_v`` and ``content_v``; ``label`` and ``position``, -1 where there is none."""
-        size = len(rows[self.columns[0]])
+        size = len(rows[columns[0]])
         out = {name: rows.get(name, [-1] * size) for name in ("label", "position")}
-        for v, column in enumerate(self.columns):
+        for v, column in enumerate(columns):
             texts = rows[column]
             encoded = self.tokenizer(texts, truncation=True, max_length=self.max_length, return_attention_mask=False)
             out[f"ids_{v}"] = encoded["input_ids"]
             out[f"content_{v}"] = [content_hash(text) for text in texts]
         return out
 
-    def features(self) -> Features:
+    def features(self, columns: Sequence[str]) -> Features:
         """The types on disk."""
         types: dict[str, Any] = {"label": Value("int64"), "position": Value("int64")}
-        for v in range(len(self.columns)):
+        for v in range(len(columns)):
             types |= {f"ids_{v}": List(Value("int32")), f"content_{v}": Value("int64")}
         return Features(types)
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, columns: Sequence[str]) -> str:
         """Changes when the ids would."""
         fast = getattr(self.tokenizer, "backend_tokenizer", None)
         if fast is None:
             said = f"{type(self.tokenizer)}{self.tokenizer.name_or_path}"
         else:  # truncation and padding are left in it by the last call, whatever that was
             said = str({k: v for k, v in json.loads(fast.to_str()).items() if k not in ("truncation", "padding")})
-        return hashlib.blake2b(f"{said}{self.columns}{self.max_length}".encode(), digest_size=8).hexdigest()
-
-
-def tokenized(source: Source, tokenizing: Tokenizing, cache: str | None) -> Dataset:
-    """The source's rows as token ids, from the cache if they are there."""
-    folder = cache_folder(cache)
-    path = folder / f"{source.fingerprint()}-{tokenizing.fingerprint()}.arrow"
-    if not path.is_file():
-        writable(folder, "data.cache")
-        rows = source.rows()
-        rows.map(
-            tokenizing,
-            batched=True,
-            remove_columns=rows.column_names,
-            features=tokenizing.features(),
-            cache_file_name=str(path),
-            new_fingerprint=path.stem.replace("-", ""),
-            desc=f"tokenizing once into {folder}",
-        )
-    return Dataset.from_file(str(path))
+        return hashlib.blake2b(f"{said}{list(columns)}{self.max_length}".encode(), digest_size=8).hexdigest()
 
 
 class TokenRows:
-    """``list of row numbers -> Batch``, without Python per token."""
+    """``draw -> Batch``, without Python per token."""
 
     def __init__(self, rows: Dataset, views: int) -> None:
         self.rows = rows.with_format("arrow")
@@ -94,8 +101,13 @@ class TokenRows:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, which: list[int]) -> Batch:
-        return collate(self.rows[which], torch.tensor(which), self.views)
+    @property
+    def label(self) -> Tensor:
+        """``(N,)``, -1 where there is none."""
+        return _tensor(self.rows["label"][:])
+
+    def __getitem__(self, draw: Draw) -> Batch:
+        return collate(self.rows[draw.rows], torch.tensor(draw.rows), self.views)
 
 
 def collate(table: pa.Table, uid: Tensor, views: int) -> Batch:

@@ -37,10 +37,11 @@ class StreamBatches(IterableDataset[Batch]):
         while len(batch := list(islice(stream, self.batch_size))) == self.batch_size:
             mine = batch[own]
             texts = {name: [row[name] for row in mine] for name in mine[0]}
-            schema = self.tokenizing.features().arrow_schema
-            table = pa.Table.from_pydict(self.tokenizing(texts), schema=schema)
+            columns = self.source.columns
+            schema = self.tokenizing.features(columns).arrow_schema
+            table = pa.Table.from_pydict(self.tokenizing.ids(texts, columns), schema=schema)
             uid = torch.arange(start, start + self.batch_size)[own]
-            yield collate(table, uid, len(self.tokenizing.columns))
+            yield collate(table, uid, len(columns))
             start += self.batch_size
         if start == 0:
             raise InputError(

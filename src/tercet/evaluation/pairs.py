@@ -7,10 +7,15 @@ from tercet.error import InputError
 from tercet.notice import say_once
 
 
-def check_source(suite: str, name: str, source: Source | None) -> None:
-    """Raise ``InputError`` where there is nothing to read, or no usable name for the metrics."""
+def check_name(suite: str, name: str) -> None:
+    """Raise ``InputError`` for a name that metrics cannot carry."""
     if not name or "/" in name:
         raise InputError(f"evaluation.name={name!r}: metrics are called {suite}/<name>/..., so a name without '/'.")
+
+
+def check_source(suite: str, name: str, source: Source | None) -> None:
+    """Raise ``InputError`` where there is nothing to read, or no usable name for the metrics."""
+    check_name(suite, name)
     if source is None:
         raise InputError(
             f"{suite} of {name} needs held-out rows, but data={name} has none (data.test is null). "

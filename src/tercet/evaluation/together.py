@@ -2,9 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tercet.contract import Encode, Evaluator
 from tercet.error import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -22,3 +26,8 @@ class Together:
                 raise InputError(f"evaluation.members.{name} measures {', '.join(sorted(twice))} once more. Rename it.")
             metrics |= found
         return metrics
+
+    def figures(self, encode: Encode) -> "dict[str, Figure]":
+        """Those of the members that draw, as ``<member>_<figure>``; empty if none does."""
+        drawn = {name: draw(encode) for name, e in self.members.items() if (draw := getattr(e, "figures", None))}
+        return {f"{name}_{key}": figure for name, found in drawn.items() for key, figure in found.items()}

@@ -62,8 +62,10 @@ class InfoNCE(nn.Module):
             if self.direction == "both":
                 back, _ = self._rows(anchors, keys, 1, 0)
                 rows = (rows + back) / 2
-        stats = {"accuracy": right, "temperature": self.temperature().detach() * len(anchors)}
-        return Terms(rows.sum(), rows.new_tensor(len(anchors)), stats)
+        count = rows.new_tensor(len(anchors))
+        temperature = self.temperature().detach() * len(anchors)
+        stats = {"accuracy": torch.stack([right, count]), "temperature": torch.stack([temperature, count])}
+        return Terms(rows.sum(), count, stats)
 
     def temperature(self) -> Tensor:
         """The temperature, never below 0.01 (the bound of CLIP, where a learned one would run away)."""

@@ -1,17 +1,21 @@
 """Backbones and tokenizers of ``transformers``: from a hub id, a folder, an installed package, or at random."""
 
 import importlib.util
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import logging as transformers_logging
+from transformers.utils.hub import cached_file
 
 from tercet.error import InputError
+from tercet.image import Pixels
 from tercet.paths import locate
 
 PACKAGE = "pkg://"
+PREPROCESSOR = "preprocessor_config.json"
 _DROPOUTS = (
     "hidden_dropout_prob",
     "attention_probs_dropout_prob",
@@ -54,17 +58,18 @@ def load_pretrained(loader: Any, name: str, key: str, **options: Any) -> Any:
     except Exception as error:
         if Path(source).is_dir():
             raise InputError(
-                f"{key}={name}: the folder {source} could not be read as a model: {_first_line(error)}"
+                f"{key}={name}: the folder {source} could not be read as a model: {first_line(error)}"
             ) from error
         raise InputError(
-            f"{key}={name}: no such folder here, and the hub did not give it ({_first_line(error)}). "
+            f"{key}={name}: no such folder here, and the hub did not give it ({first_line(error)}). "
             f"Set {key} to a model's folder, a hub id that can be reached, or pkg://package/folder."
         ) from error
     finally:
         transformers_logging.set_verbosity(level)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says first."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -94,7 +99,7 @@ def random(config: Mapping[str, Any], dropout: float | None) -> PreTrainedModel:
         built = AutoConfig.for_model(kind, **values)
     except ValueError as error:
         raise InputError(
-            f"model.backbone.config.model_type={kind}: transformers knows no such model ({_first_line(error)[:80]})."
+            f"model.backbone.config.model_type={kind}: transformers knows no such model ({first_line(error)[:80]})."
         ) from error
     _set_dropout(built, dropout)
     model: PreTrainedModel = AutoModel.from_config(built)
@@ -105,3 +110,29 @@ def tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of that name."""
     loaded: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, name, "model.tokenizer.name")
     return loaded
+
+
+def pixels(name: str, size: int | None) -> Pixels:
+    """How the pretrained backbone of that name wants its images; ``size`` replaces its own."""
+    source = find(name, "model.backbone.name")
+    try:
+        file = cached_file(source, PREPROCESSOR)
+        found = json.loads(Path(file).read_text(encoding="utf-8")) if file else None
+    except OSError as error:
+        raise InputError(
+            f"model.backbone.name={name} has no {PREPROCESSOR} ({first_line(error)}). Say how its images are made: "
+            "model.pixels._target_=tercet.image.Pixels with size, channels, mean and std."
+        ) from error
+    assert found is not None
+    return pixels_of(found, size)
+
+
+def pixels_of(found: dict[str, Any], size: int | None) -> Pixels:
+    """``preprocessor_config.json`` as ``Pixels``; a crop's side goes before that of the whole."""
+    sides = found.get("crop_size") if found.get("do_center_crop") else None
+    sides = sides or found.get("size") or 224
+    side = sides if isinstance(sides, int) else sides.get("shortest_edge") or sides.get("height")
+    mean, std = found.get("image_mean") or [0.5] * 3, found.get("image_std") or [0.5] * 3
+    if not found.get("do_normalize", True):
+        mean, std = [0.0] * len(mean), [1.0] * len(std)
+    return Pixels(size or int(side), len(mean), mean, std)

@@ -8,20 +8,21 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from tercet.error import InputError
-from tercet.model.encoder import TextEncoder
-from tercet.model.execution import PLAIN
-from tercet.model.folder import settings
-from tercet.model.head import Head
+from tercet.model.encoder import Encoder, TextEncoder
+from tercet.model.folder import assembled
 
 KEY = "tercet_encoder"
 
 
-def describe(encoder: TextEncoder) -> dict[str, Any]:
+def describe(encoder: Encoder) -> dict[str, Any]:
     """All that is needed beside the weights to build the encoder again, as plain values."""
-    with tempfile.TemporaryDirectory() as folder:
-        encoder.tokenizer.save_pretrained(folder)
-        files = {p.name: p.read_text(encoding="utf-8") for p in Path(folder).iterdir() if p.suffix in (".json", ".txt")}
-    return {"config": encoder.backbone.config.to_json_string(use_diff=False), "tokenizer": files, **settings(encoder)}
+    files: dict[str, str] = {}
+    if isinstance(encoder, TextEncoder):
+        with tempfile.TemporaryDirectory() as folder:
+            encoder.tokenizer.save_pretrained(folder)
+            kept = (p for p in Path(folder).iterdir() if p.suffix in (".json", ".txt"))
+            files = {p.name: p.read_text(encoding="utf-8") for p in kept}
+    return {"config": encoder.backbone.config.to_json_string(use_diff=False), "tokenizer": files, **encoder.settings()}
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -38,7 +39,7 @@ def read(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def load_encoder(path: str | Path) -> TextEncoder:
+def load_encoder(path: str | Path) -> Encoder:
     """Build the encoder that a checkpoint describes and give it the checkpoint's weights."""
     content = read(path)
     spec = content[KEY]
@@ -46,10 +47,8 @@ def load_encoder(path: str | Path) -> TextEncoder:
         for name, text in (("config.json", spec["config"]), *spec["tokenizer"].items()):
             (Path(folder) / name).write_text(text, encoding="utf-8")
         backbone = AutoModel.from_config(AutoConfig.from_pretrained(folder))
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    encoder = TextEncoder(
-        backbone, tokenizer, spec["pooling"], Head(**spec["head"]), spec["normalize"], spec["max_length"], PLAIN
-    )
+        tokenizer = AutoTokenizer.from_pretrained(folder) if spec["tokenizer"] else None
+    encoder = assembled(backbone, tokenizer, spec)
     prefix = "encoder."
     weights = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
     encoder.load_state_dict(weights)

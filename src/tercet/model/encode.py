@@ -8,37 +8,41 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tercet.contract import Ragged
+from tercet.contract import Inputs, Item, Ragged
 from tercet.distributed import gather_rows, rank, world_size
-from tercet.model.encoder import TextEncoder
+from tercet.model.encoder import Encoder
 from tercet.model.execution import PLAIN, Execution
 
 
 class Encoding:
-    """``texts -> (N, D)`` float32 on the CPU, the same in every process.
+    """``texts or images -> (N, D)`` float32 on the CPU, the same in every process.
 
-    Each text is encoded once in the life of this object: make a new one when the weights have changed. ``precision``
+    Each item is encoded once in the life of this object: make a new one when the weights have changed. ``precision``
     makes the context of a forward pass, so that a model is measured in the precision that it is trained in.
-    ``tokens`` is the budget of padded tokens in one pass: small ones are best on a CPU (they stay in its cache).
+    ``tokens`` is the budget of padded tokens in one pass, ``images`` that of images: small ones are best on a CPU (they
+    stay in its cache).
     """
 
     def __init__(
         self,
-        encoder: TextEncoder,
+        encoder: Encoder,
         precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
         tokens: int | None = None,
+        images: int | None = None,
         progress: str | None = None,
     ) -> None:
+        on_cpu = encoder.device.type == "cpu"
         self.encoder = encoder
         self.precision = precision
-        self.tokens = tokens or (2048 if encoder.device.type == "cpu" else 65536)
+        self.tokens = tokens or (2048 if on_cpu else 65536)
+        self.images = images or (32 if on_cpu else 256)
         self.progress = progress
-        self.seen: dict[str, Tensor] = {}
+        self.seen: dict[Item, Tensor] = {}
 
     @torch.no_grad()
-    def __call__(self, texts: Sequence[str]) -> Tensor:
+    def __call__(self, items: Sequence[Item]) -> Tensor:
         """Dropout off; the encoder's mode is put back afterwards."""
-        new = sorted(set(texts) - self.seen.keys(), key=lambda text: (len(text), text))
+        new = sorted(set(items) - self.seen.keys(), key=lambda item: (len(item), item))
         training = self.encoder.training
         self.encoder.eval()
         try:
@@ -46,23 +50,33 @@ class Encoding:
                 self.seen.update(zip(new, self._rows(new), strict=True))
         finally:
             self.encoder.train(training)
-        return torch.stack([self.seen[text] for text in texts])
+        return torch.stack([self.seen[item] for item in items])
 
-    def _rows(self, texts: list[str]) -> Tensor:
-        inputs = self.encoder.tokenize(texts)
-        parts = inputs.rows()
-        chunks = Execution("sorted", self.tokens, False).chunks(inputs.length)
+    def _rows(self, items: list[Item]) -> Tensor:
+        chunks, load = self._images(items) if self.encoder.kind == "image" else self._texts(items)
         world = world_size()
         z = [torch.zeros(0, self.encoder.dim, device=self.encoder.device)]  # a process may have no chunk
         hidden = not self.progress or rank() > 0
-        with tqdm(
-            total=len(texts), desc=self.progress, unit=" sentences", disable=hidden, leave=False, mininterval=0.5
-        ) as bar:
+        unit = " images" if self.encoder.kind == "image" else " sentences"
+        with tqdm(total=len(items), desc=self.progress, unit=unit, disable=hidden, leave=False, mininterval=0.5) as bar:
             for rows in chunks[rank() :: world]:
-                chunk = Ragged(torch.cat([parts[i] for i in rows.tolist()]), inputs.length[rows])
+                inputs = load(rows).to(self.encoder.device)
                 with self.precision():
-                    out = PLAIN.run(self.encoder.embed, chunk.to(self.encoder.device), self.encoder.pad_id)
-                z.append(out.float())
-                bar.update(min(len(rows) * world, len(texts) - bar.n))
+                    z.append(self.encoder.run(inputs, PLAIN).float())
+                bar.update(min(len(rows) * world, len(items) - bar.n))
         order = torch.cat([rows for r in range(world) for rows in chunks[r::world]])
         return gather_rows(torch.cat(z)).cpu()[torch.argsort(order)]
+
+    def _texts(self, items: list[Item]) -> tuple[list[Tensor], Callable[[Tensor], Inputs]]:
+        inputs = self.encoder.inputs(items)
+        assert isinstance(inputs, Ragged)
+        parts = inputs.rows()
+        plan = Execution("sorted", self.tokens, None, False)
+        return plan.chunks(inputs.length), lambda rows: Ragged(
+            torch.cat([parts[i] for i in rows.tolist()]), inputs.length[rows]
+        )
+
+    def _images(self, items: list[Item]) -> tuple[list[Tensor], Callable[[Tensor], Inputs]]:
+        # Decoded as they are needed: all pixels at once would not fit.
+        chunks = list(torch.arange(len(items)).split(self.images))
+        return chunks, lambda rows: self.encoder.inputs([items[i] for i in rows.tolist()])

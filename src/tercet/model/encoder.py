@@ -1,22 +1,94 @@
-"""Text in, vectors out."""
+"""Backbone, pooling, head: what every encoder is, and the one that reads text."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tercet.contract import Ragged
+from tercet.contract import Inputs, Item, Ragged
 from tercet.error import InputError
 from tercet.model.execution import Execution
 from tercet.model.head import Head
 from tercet.model.pooling import NEEDS_ALL_LAYERS, POOLINGS
 
 
-class TextEncoder(nn.Module):
-    """Backbone, pooling, head: ``Ragged -> (N, D)``; how padding comes and goes is decided in here.
+class Encoder(nn.Module):
+    """``Inputs -> (N, D)``: ``hidden`` is the backbone's width H; ``normalize`` puts z on the unit sphere."""
 
-    ``max_length`` cuts what ``encode`` is given, special tokens included; null is the backbone's limit.
-    ``normalize`` puts z on the unit sphere. ``compile`` runs the backbone through torch.compile with dynamic shapes.
+    kind: str
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        hidden: int,
+        pooling: str,
+        head: Head,
+        normalize: bool,
+        execution: Execution,
+    ) -> None:
+        super().__init__()
+        head.build(hidden, getattr(backbone.config, "initializer_range", 0.02))
+        # transformers hands out pretrained models in evaluation mode, and Lightning keeps what it finds: without this
+        # line a pretrained encoder would train without dropout, and two dropout views would be one.
+        self.backbone = backbone.train()
+        self.hidden = hidden
+        self.pooling = pooling
+        self.head = head
+        self.normalize = normalize
+        self.execution = execution
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        """``(N, D)``, in the order of the rows."""
+        return self.run(inputs, self.execution)
+
+    @abstractmethod
+    def run(self, inputs: Inputs, execution: Execution) -> Tensor:
+        """The same by another plan."""
+
+    @abstractmethod
+    def inputs(self, items: Sequence[Item]) -> Inputs:
+        """What ``forward`` takes, of what is encoded outside training."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """How the vectors are made, as plain values."""
+
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.head.dim or self.hidden if self.head.active() else self.hidden
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def drops(self) -> bool:
+        """Whether training draws any dropout: what makes two views of one text differ."""
+        return any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.modules())
+
+    def finish(self, output: Any, mask: Tensor) -> Tensor:
+        """Hidden states ``(n, L, H)`` and ``mask (n, L)`` to ``(n, D)``."""
+        z: Tensor = self.head(POOLINGS[self.pooling](output, mask))
+        return nn.functional.normalize(z, dim=-1) if self.normalize else z
+
+    def described(self) -> dict[str, Any]:
+        """The settings that all kinds share."""
+        head = {"kind": self.head.kind, "dim": self.head.dim, "train_only": self.head.train_only}
+        return {"kind": self.kind, "pooling": self.pooling, "head": head, "normalize": self.normalize}
+
+
+class TextEncoder(Encoder):
+    """``Ragged -> (N, D)``; how padding comes and goes is decided in here.
+
+    ``max_length`` cuts what ``inputs`` is given, special tokens included; null is the backbone's limit. ``compile`` runs
+    the backbone through torch.compile with dynamic shapes.
     """
+
+    kind = "text"
 
     def __init__(
         self,
@@ -29,7 +101,6 @@ class TextEncoder(nn.Module):
         execution: Execution,
         compile: bool = False,
     ) -> None:
-        super().__init__()
         if pooling not in POOLINGS:
             raise InputError(f"model.pooling={pooling}: choose one of {', '.join(POOLINGS)}.")
         words = backbone.config.vocab_size
@@ -45,53 +116,34 @@ class TextEncoder(nn.Module):
                 )
         elif hasattr(backbone, "pooler"):
             backbone.pooler = None  # type: ignore[assignment]  # trained by nobody; DDP would wait for it
-        head.build(backbone.config.hidden_size, getattr(backbone.config, "initializer_range", 0.02))
         if compile:
             backbone.compile(dynamic=True)  # in place: the names of the weights stay as they are
-        # transformers hands out pretrained models in evaluation mode, and Lightning keeps what it finds: without this
-        # line a pretrained encoder would train without dropout, and two dropout views would be one.
-        self.backbone = backbone.train()
+        super().__init__(backbone, backbone.config.hidden_size, pooling, head, normalize, execution)
         self.tokenizer = tokenizer
-        self.pooling = pooling
-        self.head = head
-        self.normalize = normalize
         self.max_length = max_length or limit(backbone, tokenizer)
-        self.execution = execution
         self.pad_id = int(tokenizer.pad_token_id or 0)
 
-    @property
-    def dim(self) -> int:
-        """D."""
-        hidden: int = self.backbone.config.hidden_size
-        return self.head.dim or hidden if self.head.active() else hidden
-
-    def forward(self, inputs: Ragged) -> Tensor:
-        """``(N, D)``, in the order of the rows."""
-        return self.execution.run(self.embed, inputs, self.pad_id)
+    def run(self, inputs: Inputs, execution: Execution) -> Tensor:
+        """``Ragged -> (N, D)``."""
+        return execution.run(self.embed, inputs, self.pad_id)
 
     def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
         """``ids (n, L)`` and ``mask (n, L)`` to ``(n, D)``."""
         output = self.backbone(
             input_ids=ids, attention_mask=mask, output_hidden_states=self.pooling in NEEDS_ALL_LAYERS
         )
-        z: Tensor = self.head(POOLINGS[self.pooling](output, mask))
-        return nn.functional.normalize(z, dim=-1) if self.normalize else z
+        return self.finish(output, mask)
 
-    def drops(self) -> bool:
-        """Whether training draws any dropout: what makes two views of one text differ."""
-        return any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.modules())
-
-    def tokenize(self, texts: list[str]) -> Ragged:
+    def inputs(self, items: Sequence[Item]) -> Ragged:
         """Token ids with special tokens, cut at ``max_length``."""
-        ids = self.tokenizer(texts, truncation=True, max_length=self.max_length, return_attention_mask=False)[
-            "input_ids"
-        ]
-        return Ragged.of(ids)
+        if any(isinstance(item, bytes) for item in items):
+            raise InputError("This model reads text, but was given images. Use a model of images, or texts.")
+        ids = self.tokenizer(list(items), truncation=True, max_length=self.max_length, return_attention_mask=False)
+        return Ragged.of(ids["input_ids"])
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.parameters()).device
+    def settings(self) -> dict[str, Any]:
+        """How the vectors are made, as plain values."""
+        return {**self.described(), "max_length": self.max_length}
 
 
 def limit(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

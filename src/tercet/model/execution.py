@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tercet.contract import Ragged
+from tercet.contract import Images, Inputs, Ragged
 from tercet.error import InputError
 
 ORDERS = ("given", "sorted")
@@ -26,34 +26,34 @@ class Execution:
     """The plan of a forward pass.
 
     ``order``: ``given``, or ``sorted`` by length so that a chunk's rows are alike and little is padded.
-    ``chunk_tokens``: the padded tokens that one chunk may have; null runs all rows at once.
+    ``chunk_tokens``: the padded tokens that one chunk of texts may have; ``chunk_rows``: its rows, of texts or images;
+    null is no bound.
     ``recompute``: keep no activations, compute each chunk again in the backward pass with the same dropout. That is
     GradCache (Gao et al. 2021, arXiv:2101.06983): the same gradient in the memory of one chunk.
     """
 
     order: str
     chunk_tokens: int | None
+    chunk_rows: int | None
     recompute: bool
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
             raise InputError(f"model.execution.order={self.order}: choose one of {', '.join(ORDERS)}.")
-        if self.chunk_tokens is not None and self.chunk_tokens < 1:
-            raise InputError(
-                f"model.execution.chunk_tokens={self.chunk_tokens}: a number above 0, or null for no chunks."
-            )
+        for name in ("chunk_tokens", "chunk_rows"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise InputError(f"model.execution.{name}={value}: a number above 0, or null for no chunks.")
 
     def chunks(self, length: Tensor) -> list[Tensor]:
         """``length (N,)`` to index tensors that together name each row once; a row too long for the budget runs alone."""
         order = (
             torch.argsort(length, descending=True, stable=True) if self.order == "sorted" else torch.arange(len(length))
         )
-        if self.chunk_tokens is None:
-            return [order]
+        tokens, rows = self.chunk_tokens or float("inf"), self.chunk_rows or float("inf")
         cuts, start, longest = [0], 0, 0
         for i, n in enumerate(length[order].tolist()):
             longest = max(longest, n)
-            if i > start and longest * (i + 1 - start) > self.chunk_tokens:
+            if i > start and (longest * (i + 1 - start) > tokens or i - start >= rows):
                 cuts.append(i)
                 start, longest = i, n
         return list(order.tensor_split(cuts[1:]))
@@ -62,17 +62,23 @@ class Execution:
         """How many tokens, padding among them, the plan computes."""
         return sum(len(rows) * int(length[rows].max()) for rows in self.chunks(length) if len(rows))
 
-    def run(self, function: Callable[[Tensor, Tensor], Tensor], inputs: Ragged, pad_id: int) -> Tensor:
-        """Apply ``(ids (n, L), mask (n, L)) -> (n, ...)`` to all rows; the result is in the order of the input."""
+    def run(self, function: Callable[..., Tensor], inputs: Inputs, pad_id: int = 0) -> Tensor:
+        """Apply ``(ids (n, L), mask (n, L)) -> (n, ...)``, or ``pixels (n, C, S, S) -> (n, ...)``, to all rows.
+
+        The result is in the order of the input.
+        """
+        if isinstance(inputs, Images):
+            parts = inputs.pixels.split(self.chunk_rows or max(1, len(inputs)))
+            return torch.cat([self._apply(function, part) for part in parts])
         chunks = self.chunks(inputs.length)
-        parts = []
-        for rows in chunks:
-            ids, mask = pad(inputs, rows, pad_id)
-            if self.recompute and torch.is_grad_enabled():
-                parts.append(checkpoint(function, ids, mask, use_reentrant=False))
-            else:
-                parts.append(function(ids, mask))
-        return torch.cat(parts)[torch.argsort(torch.cat(chunks))]
+        done = [self._apply(function, *pad(inputs, rows, pad_id)) for rows in chunks]
+        return torch.cat(done)[torch.argsort(torch.cat(chunks))]
+
+    def _apply(self, function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            out: Tensor = checkpoint(function, *arguments, use_reentrant=False)
+            return out
+        return function(*arguments)
 
 
-PLAIN = Execution(order="given", chunk_tokens=None, recompute=False)
+PLAIN = Execution(order="given", chunk_tokens=None, chunk_rows=None, recompute=False)

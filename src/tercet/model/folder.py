@@ -11,14 +11,16 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
 from tercet.error import InputError
-from tercet.model.backbone import find, load_pretrained
-from tercet.model.encoder import TextEncoder
+from tercet.image import Pixels
+from tercet.model.backbone import PREPROCESSOR, find, load_pretrained, pixels_of
+from tercet.model.encoder import Encoder, TextEncoder
 from tercet.model.execution import PLAIN
 from tercet.model.head import Head
+from tercet.model.image_encoder import ImageEncoder
 from tercet.model.pooling import NEEDS_ALL_LAYERS
 
 SETTINGS = "tercet.json"
@@ -28,27 +30,33 @@ _OURS = {"cls": "cls", "mean": "mean", "max": "max", "lasttoken": "last"}
 _ACTIVATIONS = {"none": "torch.nn.modules.linear.Identity", "tanh": "torch.nn.modules.activation.Tanh"}
 
 
-def settings(encoder: TextEncoder) -> dict[str, Any]:
-    """How the encoder makes its vectors, as plain values."""
-    head = encoder.head
-    return {
-        "pooling": encoder.pooling,
-        "head": {"kind": head.kind, "dim": head.dim, "train_only": head.train_only},
-        "normalize": encoder.normalize,
-        "max_length": encoder.max_length,
-    }
-
-
-def save(encoder: TextEncoder, path: str | Path) -> None:
+def save(encoder: Encoder, path: str | Path) -> None:
     """Write the folder."""
     folder = Path(path)
     encoder.backbone.save_pretrained(folder)
+    _write(folder / SETTINGS, encoder.settings())
+    if encoder.head.kind != "none":
+        save_file({k: v.contiguous() for k, v in encoder.head.state_dict().items()}, folder / "head.safetensors")
+    if isinstance(encoder, ImageEncoder):
+        _write(folder / PREPROCESSOR, _preprocessor(encoder.pixels))
+    elif isinstance(encoder, TextEncoder):
+        _save_text(encoder, folder)
+
+
+def _preprocessor(pixels: Pixels) -> dict[str, Any]:
+    """The same in the words of transformers."""
+    return {
+        "image_processor_type": "ViTImageProcessor", "do_rescale": True, "rescale_factor": 1 / 255, "do_resize": True,
+        "size": {"shortest_edge": pixels.size}, "do_center_crop": True,
+        "crop_size": {"height": pixels.size, "width": pixels.size}, "do_normalize": True, "resample": 3,
+        "image_mean": list(pixels.mean), "image_std": list(pixels.std),
+    }  # fmt: skip
+
+
+def _save_text(encoder: TextEncoder, folder: Path) -> None:
     if encoder.pooling in NEEDS_ALL_LAYERS:
         _update(folder / "config.json", output_hidden_states=True)
     encoder.tokenizer.save_pretrained(folder)
-    _write(folder / SETTINGS, settings(encoder))
-    if encoder.head.kind != "none":
-        save_file({k: v.contiguous() for k, v in encoder.head.state_dict().items()}, folder / "head.safetensors")
     _write(folder / "sentence_bert_config.json", {"max_seq_length": encoder.max_length, "do_lower_case": False})
     _write(folder / "modules.json", [{"idx": 0, "name": "0", "path": "", "type": _type("Transformer")}])
     for kind, config, weights in _modules(encoder):
@@ -132,7 +140,7 @@ class Folder:
         return json.loads(path.read_text(encoding="utf-8")) if path else None
 
 
-def load(name: str, pooling: str | None = None) -> tuple[TextEncoder, str]:
+def load(name: str, pooling: str | None = None) -> tuple[Encoder, str]:
     """The encoder in a folder or on the hub, and how its pooling was known.
 
     ``pooling`` overrides what the folder records; a folder that records none is read with the mean.
@@ -144,19 +152,35 @@ def load(name: str, pooling: str | None = None) -> tuple[TextEncoder, str]:
         if found
         else "the folder records none: the mean is assumed, model.pooling=... changes it"
     )
-    values = found or {"pooling": "mean", "head": {}, "normalize": False, "max_length": None}
+    values = found or _assumed(folder)
     if pooling:
         values, known = {**values, "pooling": pooling}, "as model.pooling asks"
     backbone = load_pretrained(AutoModel, name, "model")
-    tokenizer = load_pretrained(AutoTokenizer, name, "model")
-    head = Head(**{"kind": "none", "dim": None, "train_only": False, **values["head"]})
-    encoder = TextEncoder(
-        backbone, tokenizer, values["pooling"], head, values["normalize"], values["max_length"], PLAIN
-    )
+    images = values.get("kind", "text") == "image"
+    encoder = assembled(backbone, None if images else load_pretrained(AutoTokenizer, name, "model"), values)
     weights = values.get("weights") or folder.path("head.safetensors")
-    if head.kind != "none" and weights:
-        head.load_state_dict({k.replace("linear.", "layer.0."): v for k, v in load_file(weights).items()})
+    if encoder.head.kind != "none" and weights:
+        encoder.head.load_state_dict({k.replace("linear.", "layer.0."): v for k, v in load_file(weights).items()})
     return encoder, known
+
+
+def assembled(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, values: dict[str, Any]) -> Encoder:
+    """An encoder of its parts and the ``settings`` of one."""
+    head = Head(**{"kind": "none", "dim": None, "train_only": False, **values["head"]})
+    if tokenizer is None:
+        pixels = Pixels(**values["pixels"])
+        return ImageEncoder(backbone, pixels, values["pooling"], head, values["normalize"], values["norm"], PLAIN)
+    return TextEncoder(backbone, tokenizer, values["pooling"], head, values["normalize"], values["max_length"], PLAIN)
+
+
+def _assumed(folder: Folder) -> dict[str, Any]:
+    """Of a folder that says nothing: images where it has a preprocessor of images and no vocabulary."""
+    shared: dict[str, Any] = {"pooling": "mean", "head": {}, "normalize": False}
+    found = folder.json(PREPROCESSOR)
+    if found and "image_mean" in found and "vocab_size" not in (folder.json("config.json") or {}):
+        pixels = pixels_of(found, None)
+        return {**shared, "kind": "image", "norm": "keep", "pixels": vars(pixels)}
+    return {**shared, "max_length": None}
 
 
 def _from_modules(folder: Folder) -> dict[str, Any] | None:

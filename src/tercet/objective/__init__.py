@@ -1,6 +1,8 @@
 """LightningModules: what a batch means, and the step they share."""
 
+from tercet.objective.facenet import FaceNet
+from tercet.objective.memory import Memory
 from tercet.objective.mlm import MaskedLM
 from tercet.objective.simcse import SimCSESup, SimCSEUnsup
 
-__all__ = ["MaskedLM", "SimCSESup", "SimCSEUnsup"]
+__all__ = ["FaceNet", "MaskedLM", "Memory", "SimCSESup", "SimCSEUnsup"]

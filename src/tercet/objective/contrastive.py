@@ -11,31 +11,35 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from tercet.contract import Batch, Embedded, Evaluator, Ragged, Terms
+from tercet.contract import Batch, Embedded, Evaluator, Ragged, Terms, joined
 from tercet.distributed import gather, mean
 from tercet.error import InputError
-from tercet.model import Encoding, TextEncoder
+from tercet.model import Encoder, Encoding
 from tercet.model.checkpoint import KEY, describe
+from tercet.objective.memory import Memory
 from tercet.objective.mlm import MaskedLM
 
 
 class Contrastive(pl.LightningModule):
     """Encode the batch, gather the keys, sum the loss over own anchors, divide by the global count.
 
-    An objective says what a batch means to it: ``views`` picks the columns, ``columns`` how many it needs.
-    ``optimizer`` takes the module, ``schedule`` the optimizer and the number of steps.
+    An objective says what a batch means to it: ``views`` picks the columns, ``columns`` how many it needs, ``positives``
+    what makes two rows of the batch alike (a ``label``, or the ``example`` that both are views of). ``optimizer`` takes
+    the module, ``schedule`` the optimizer and the number of steps.
     """
 
-    columns: ClassVar[tuple[int, int]]  # the fewest and the most text columns
+    columns: ClassVar[tuple[int, int]]  # the fewest and the most columns
+    positives: ClassVar[str] = "example"
     dropout_views: ClassVar[bool] = False
 
     def __init__(
         self,
-        encoder: TextEncoder,
+        encoder: Encoder,
         loss: nn.Module,
         optimizer: Callable[[nn.Module], Optimizer],
         schedule: Callable[[Optimizer, int], LRScheduler],
         mlm: MaskedLM,
+        memory: Memory,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -44,6 +48,8 @@ class Contrastive(pl.LightningModule):
         self.schedule = schedule
         self.mlm_weight = mlm.weight
         self.mlm = mlm.build(encoder)
+        self.memory = memory.build()
+        self.lost = 0  # rows that could not be read
         self.stage = "test"
         self.encoding: Encoding
 
@@ -53,22 +59,44 @@ class Contrastive(pl.LightningModule):
 
     def embed(self, batch: Batch) -> Embedded:
         """All views in one forward pass: ``z (V, N, D)``."""
-        z = self.encoder(Ragged.cat(batch.views)).unflatten(0, (len(batch.views), len(batch)))
+        z = self.encoder(joined(batch.views)).unflatten(0, (len(batch.views), len(batch)))
         return Embedded(z, batch.uid, batch.label, batch.position, batch.content)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The value whose gradient, averaged over the processes, is the one of the whole global batch."""
         batch = self.views(batch)
         anchors = self.embed(batch)
-        terms = self.loss(anchors, gather(anchors))
+        keys = gather(anchors)
+        terms = self.loss(anchors, self._remembered(keys))
         value, logged = mean(Terms(terms.total, terms.count, {**terms.stats, **_alignment(anchors)}))
-        logged["uniformity"] = _uniformity(anchors.z[0])
+        logged |= {"uniformity": _uniformity(anchors.z[0]), **_spread(keys.z[0])}
         if self.mlm is not None:
-            masked, entropy = mean(self.mlm(Ragged.cat(batch.views)))
+            masked, entropy = mean(self.mlm(Ragged.cat([v for v in batch.views if isinstance(v, Ragged)])))
             value = value + self.mlm_weight * masked
             logged["mlm_loss"] = entropy["loss"]
+        self._refuse_nan(logged["loss"])
+        self.lost += batch.lost
+        if self.lost:
+            logged["unreadable"] = value.new_tensor(float(self.lost))
         self.log_dict({f"train/{name}": x for name, x in logged.items()}, batch_size=len(batch))
         return value
+
+    def _remembered(self, keys: Embedded) -> Embedded:
+        if self.memory is None:
+            return keys
+        self.memory.to_device(keys.z.device)
+        more = self.memory.extend(keys)
+        self.memory.push(keys)
+        return more
+
+    def _refuse_nan(self, loss: Tensor) -> None:
+        # The loss is the same in all processes, so that all of them stop. On a GPU looking at it each step would wait.
+        now = loss.device.type == "cpu" or self.global_step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        if now and not torch.isfinite(loss):
+            raise InputError(
+                f"The loss is {float(loss)} at step {self.global_step}: an embedding is not finite. A smaller optimizer.lr, "
+                "trainer.gradient_clip_val=1 or trainer.precision=32-true may help; checkpoints/ holds earlier weights."
+            )
 
     def validation_step(self, evaluator: Evaluator, batch_idx: int) -> None:
         """An evaluator is one batch of a validation epoch."""
@@ -127,7 +155,8 @@ def _alignment(anchors: Embedded) -> dict[str, Tensor]:
     if len(anchors.z) < 2:
         return {}
     x, y = F.normalize(anchors.z[:2].detach().float(), dim=-1)
-    return {"alignment": (x - y).square().sum()}
+    total = (x - y).square().sum()
+    return {"alignment": torch.stack([total, total.new_tensor(len(x))])}
 
 
 @torch.no_grad()
@@ -137,3 +166,14 @@ def _uniformity(z: Tensor) -> Tensor:
     if len(x) < 2:
         return x.new_zeros(())
     return (4 * (x @ x.T - 1)).fill_diagonal_(-torch.inf).exp().sum().div(len(x) * (len(x) - 1)).log()
+
+
+@torch.no_grad()
+def _spread(z: Tensor) -> dict[str, Tensor]:
+    """Of the global batch on the unit sphere: the mean ||x - y||^2 over distinct pairs, and the length of the mean row.
+
+    A collapsed encoder has spread 0 and length 1; 2 and 0 are those of an even sphere.
+    """
+    x = F.normalize(z.detach().float(), dim=-1)
+    square = x.mean(0).square().sum()
+    return {"spread": 2 * len(x) / max(1, len(x) - 1) * (1 - square), "mean_norm": square.sqrt()}

@@ -9,7 +9,7 @@ from transformers import AutoModelForMaskedLM
 
 from tercet.contract import Ragged, Terms
 from tercet.error import InputError
-from tercet.model import TextEncoder
+from tercet.model import Encoder, TextEncoder
 from tercet.model.backbone import load_pretrained
 
 
@@ -30,9 +30,15 @@ class MaskedLM:
         if not 0 < self.probability < 1:
             raise InputError(f"objective.mlm.probability={self.probability}: above 0 and below 1, 0.15 in the paper.")
 
-    def build(self, encoder: TextEncoder) -> "MaskedLMHead | None":
+    def build(self, encoder: Encoder) -> "MaskedLMHead | None":
         """The head on that encoder, or None where the weight is 0."""
-        return MaskedLMHead(self, encoder) if self.weight > 0 else None
+        if self.weight == 0:
+            return None
+        if not isinstance(encoder, TextEncoder):
+            raise InputError(
+                f"objective.mlm.weight={self.weight}: this model reads images. Use objective.mlm.weight=0."
+            )
+        return MaskedLMHead(self, encoder)
 
 
 class MaskedLMHead(nn.Module):

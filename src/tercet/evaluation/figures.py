@@ -1,0 +1,119 @@
+"""Pictures of a verification; matplotlib is imported when one is drawn, for evaluators run without it."""
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tercet.evaluation.face_pairs import FacePairs
+from tercet.evaluation.roc import Floats, Roc
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SAME, OTHER, QUIET = "#1b7f79", "#c9c9c9", "#888888"
+SIDE = 128  # pixels of a face on the sheet of errors
+
+
+def roc(curve: Roc, far: float) -> "Figure":
+    """VAL over FAR on a logarithmic axis, with VAL at ``far`` marked."""
+    figure, axis = _figure(5.2, 4.2)
+    least = 1 / (
+        2 * curve.different
+    )  # no false accept at all has no place on a logarithmic axis: half of one stands for it
+    x = np.maximum(curve.far, least)
+    axis.plot(x, x, color=OTHER, lw=1, ls="--")
+    axis.plot(x, curve.val, color=SAME, lw=2.2, drawstyle="steps-post")
+    val, reached = curve.val_at(far)
+    axis.axvline(far, color=QUIET, lw=0.8, ls=":")
+    axis.plot([max(reached, least)], [val], "o", color=SAME, ms=7, mec="white", clip_on=False, zorder=5)
+    below = val > 0.85
+    axis.annotate(
+        f"VAL {100 * val:.1f} % at FAR {reached:.2g}",
+        (max(reached, least), val),
+        (10, -18 if below else 16),
+        textcoords="offset points",
+        color=SAME,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.85},
+    )
+    axis.annotate(
+        f"AUC {curve.auc():.4f}\nEER {100 * curve.eer():.1f} %", (0.97, 0.05), xycoords="axes fraction", ha="right"
+    )
+    axis.set(
+        xscale="log",
+        xlim=(least, 1),
+        ylim=(0, 1.01),
+        xlabel="false accept rate (FAR)",
+        ylabel="validation rate (VAL)",
+        title=f"{curve.same:,} same and {curve.different:,} different pairs",
+    )
+    return figure
+
+
+def distances(distance: Floats, same: npt.NDArray[np.bool_], threshold: float) -> "Figure":
+    """How the distances of same and of different pairs stand apart; the threshold is the mean over folds."""
+    figure, axis = _figure(5.6, 3.6)
+    low, high = float(distance.min()), float(distance.max())
+    bins = np.linspace(low, high if high > low else low + 1, 61).tolist()
+    axis.hist(distance[~same], bins=bins, color=OTHER, label="different people")
+    axis.hist(distance[same], bins=bins, color=SAME, alpha=0.75, label="same person")
+    axis.axvline(threshold, color="#333333", lw=1)
+    axis.set_ylim(0, 1.12 * axis.get_ylim()[1])
+    axis.annotate(
+        f"threshold {threshold:.3f}", (threshold, 0.97), (5, 0), xycoords=("data", "axes fraction"),
+        textcoords="offset points", va="top", color="#333333",
+    )  # fmt: skip
+    axis.set(xlabel="squared distance on the unit sphere", ylabel="pairs")
+    axis.legend(frameon=False, loc="upper left")
+    return figure
+
+
+def errors(pairs: FacePairs, images: Sequence[bytes], distance: Floats, excess: Floats, columns: int = 5) -> "Figure":
+    """The worst false accepts and false rejects: ``excess (P,)`` is by how much a distance misses its threshold, 0 if right."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(2.3 * columns, 4.0), layout="constrained")
+    parts: Any = figure.subfigures(2, 1)
+    for part, kind, title in zip(parts, (False, True), ("Taken for one person", "Taken for two people"), strict=True):
+        wrong = np.flatnonzero((pairs.same == kind) & (excess > 0))
+        worst = wrong[np.argsort(-excess[wrong], kind="stable")][:columns]
+        part.suptitle(
+            f"{title}: {len(wrong):,} of {int((pairs.same == kind).sum()):,}", x=0.01, ha="left", weight="bold"
+        )
+        axes = part.subplots(1, columns)
+        for axis in axes:
+            axis.set_axis_off()
+        for axis, row in zip(axes, worst, strict=False):
+            one, other = int(pairs.first[row]), int(pairs.second[row])
+            axis.imshow(np.concatenate([_face(images[one]), _gap(), _face(images[other])], axis=1))
+            names = [pairs.faces[place][0] for place in ((one,) if kind else (one, other))]
+            axis.set_title("\n".join([*map(_short, names), f"{distance[row]:.2f}"]), fontsize=8, color="#333333")
+    return figure
+
+
+def _figure(width: float, height: float) -> tuple["Figure", Any]:
+    """Not through pyplot: no window, no state that is shared with whoever else draws."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axis = figure.subplots()
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure, axis
+
+
+def _face(data: bytes) -> npt.NDArray[np.uint8]:
+    from PIL import Image, ImageOps
+
+    picture = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    return np.asarray(ImageOps.fit(picture, (SIDE, SIDE)))
+
+
+def _gap() -> npt.NDArray[np.uint8]:
+    return np.full((SIDE, 4, 3), 255, dtype=np.uint8)
+
+
+def _short(name: str) -> str:
+    name = name.replace("_", " ")
+    return name if len(name) <= 22 else f"{name[:21]}…"
