@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tercet.build import build
 from tercet.main import conf
+from tercet.notice import say_once
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -68,6 +69,7 @@ def encoder():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+    say_once.cache_clear()
 
 
 def pytest_collection_modifyitems(items):

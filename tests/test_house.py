@@ -15,13 +15,13 @@ from tests.conftest import CONF, choices, composed
 ROOT = CONF.parent
 SOURCE = ROOT / "src" / "tercet"
 FILES = sorted(SOURCE.rglob("*.py"))
-LEAVES = {"contract", "distributed", "error", "image", "notice", "paths", "run_id", "search"}
+LEAVES = {"contract", "distributed", "error", "image", "negatives", "notice", "paths", "run_id", "search"}
 NO_CHOICE = {"any", "default", "files"}  # what others are made of
 ROOMS = {"model", "data", "loss", "evaluation"}
 MAY_IMPORT = {
     **{room: LEAVES | {room} for room in ROOMS},
     "objective": LEAVES | {"model", "objective"},
-    "callback": LEAVES | {"objective", "callback"},
+    "callback": LEAVES | {"model", "data", "objective", "callback"},
 }
 
 

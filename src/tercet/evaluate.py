@@ -26,25 +26,34 @@ def run(cfg: DictConfig, output: Path) -> float | None:
         writable(target.parent, "output")
     check_values(OmegaConf.create({"evaluation": OmegaConf.to_container(cfg.evaluation, resolve=True)}), cfg)
     evaluator = build(cfg.evaluation)
-    if str(cfg.device).startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"device={cfg.device}, but torch sees no GPU here. Use device=cpu.")
-    encoder = open_model(cfg.model.path, cfg.model.pooling)
+    encoder = open_model(cfg.model.path, cfg.model.pooling, cfg.device)
     if cfg.model.max_length:
         if not isinstance(encoder, TextEncoder):
             raise InputError(f"model.max_length={cfg.model.max_length} counts tokens; this model reads images.")
         encoder.max_length = cfg.model.max_length
-    metrics = evaluator(Encoding(encoder.to(cfg.device), progress="evaluating"))
+    encode = Encoding(encoder, progress="evaluating")
+    metrics = evaluator(encode)
     values = {f"test/{name}": value for name, value in metrics.items()}
     show = getattr(evaluator, "table", None)
     say(show(metrics) if show else "\n".join(f"{name}  {value:.4f}" for name, value in metrics.items()))
     if target is not None:
         record.metrics(target.parent, values, target.name)
-        say(f"Written to {target}")
+        draw = getattr(evaluator, "figures", None)
+        drawn = draw(encode) if draw else {}  # nothing is encoded twice
+        for name, figure in drawn.items():
+            figure.savefig(target.with_name(f"{target.stem}_{name}.png"), dpi=150)
+        say(f"Written to {target}" + "".join(f", {target.stem}_{name}.png" for name in drawn))
     return None
 
 
-def open_model(name: str, pooling: str | None) -> Encoder:
-    """From a run's folder, a checkpoint, a model's folder, or the hub."""
+def open_model(name: str, pooling: str | None, device: str) -> Encoder:
+    """From a run's folder, a checkpoint, a model's folder, or the hub; on its device."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device={device}, but torch sees no GPU here. Use device=cpu.")
+    return _opened(name, pooling).to(device)
+
+
+def _opened(name: str, pooling: str | None) -> Encoder:
     path = locate(name)
     if path.is_file():
         if pooling:

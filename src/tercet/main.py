@@ -22,6 +22,7 @@ from tercet.run_id import run_id
 COMMANDS = {
     "train": "train, measured before and after (the same as train.py)",
     "evaluate": "measure any model: model=<run, checkpoint, folder or hub id> evaluation=sts output=<file.json>",
+    "mine": "write hard negatives: model=<as above> data.path=<pairs or labelled texts> output=<file.parquet>",
 }
 
 
@@ -37,7 +38,7 @@ def main(command: str) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back to us as they are
     OmegaConf.register_new_resolver("run_id", run_id, use_cache=True, replace=True)
     arguments = sys.argv[1:]
-    if command == "evaluate":
+    if command != "train":
         sys.argv[1:] = [_model_is_a_path(argument) for argument in arguments]
     failed: list[str] = []
     job = hydra.main(version_base="1.3", config_path=conf(), config_name=command)(_job(command, failed))

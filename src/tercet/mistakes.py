@@ -61,6 +61,8 @@ def _missing_choice(error: MissingConfigException) -> str:
 
 def _mistyped(error: ConfigCompositionException, conf: str, command: str) -> str:
     text = " ".join(f"{error} {error.__cause__ or ''}".split())
+    if command != "train" and "In 'data/text'" in text:  # it chooses an objective, too
+        return f"data=text is for training. With `{command}` use data=files, and the same data.path and data.columns."
     wrong = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
     if not wrong:
         return text

@@ -3,7 +3,7 @@
 import re
 
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import SGD, Adagrad, AdamW
 
 from tercet.error import InputError
 
@@ -34,12 +34,31 @@ def _depth(name: str) -> int | None:
     return -1 if "embed" in name else None
 
 
+def adagrad(module: nn.Module, lr: float, weight_decay: float) -> Adagrad:
+    """AdaGrad, as FaceNet trains."""
+    return Adagrad(_plain(module, lr, weight_decay), lr=lr)
+
+
+def sgd(module: nn.Module, lr: float, momentum: float, weight_decay: float) -> SGD:
+    """Stochastic gradient descent."""
+    return SGD(_plain(module, lr, weight_decay), lr=lr, momentum=momentum)
+
+
+def _plain(module: nn.Module, lr: float, weight_decay: float) -> list[dict[str, object]]:
+    _check(lr)
+    return parameter_groups(module, lr, weight_decay, layer_decay=1.0)
+
+
+def _check(lr: float) -> None:
+    if not lr > 0:
+        raise InputError(f"optimizer.lr={lr}: a number above 0 is needed.")
+
+
 def adamw(
     module: nn.Module, lr: float, weight_decay: float, layer_decay: float, betas: tuple[float, float], eps: float
 ) -> AdamW:
     """AdamW over ``parameter_groups``; fused where the parameters are on CUDA."""
-    if not lr > 0:
-        raise InputError(f"optimizer.lr={lr}: a number above 0 is needed.")
+    _check(lr)
     if not 0 < layer_decay <= 1:
         raise InputError(
             f"optimizer.layer_decay={layer_decay}: above 0 and at most 1 (1: the same rate in every layer)."

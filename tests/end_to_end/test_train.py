@@ -40,7 +40,7 @@ def test_the_model_folder_opens_in_sentence_transformers(small):
     result = small("model.pooling=cls", "model.head.kind=mlp", "model.head.dim=16", "model.normalize=true")
     theirs = torch.tensor(SentenceTransformer(str(result.output / "model"), device="cpu").encode(TEXTS))
     for name in (result.output, result.output / "model", result.output / "checkpoints" / "last.ckpt"):
-        torch.testing.assert_close(Encoding(open_model(str(name), None))(TEXTS), theirs, rtol=0, atol=1e-5)
+        torch.testing.assert_close(Encoding(open_model(str(name), None, "cpu"))(TEXTS), theirs, rtol=0, atol=1e-5)
 
 
 def test_a_train_only_head_is_kept_but_not_exported(small):

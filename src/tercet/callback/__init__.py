@@ -1,7 +1,10 @@
 """What happens around training."""
 
 from tercet.callback.before_after import BeforeAfter
+from tercet.callback.collapse import Collapse
+from tercet.callback.figures import Figures
+from tercet.callback.hard_labels import HardLabels
 from tercet.callback.progress import Progress
 from tercet.callback.throughput import Throughput
 
-__all__ = ["BeforeAfter", "Progress", "Throughput"]
+__all__ = ["BeforeAfter", "Collapse", "Figures", "HardLabels", "Progress", "Throughput"]

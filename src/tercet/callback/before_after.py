@@ -3,20 +3,16 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import matplotlib
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from pytorch_lightning.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
 from torch import Tensor
 
+from tercet.callback.figures import publish
 from tercet.contract import Source
 from tercet.objective.contrastive import Contrastive
-
-matplotlib.use("Agg")  # a run has no screen
-from matplotlib import pyplot as plt
 
 PAIRED, OTHER = "#1b7f79", "#c9c9c9"
 
@@ -59,17 +55,8 @@ class BeforeAfter(pl.Callback):
         x, y = F.normalize(encode(queries), dim=-1), F.normalize(encode(documents), dim=-1)
         self.looks[str(pl_module.stage)] = Look(x @ y.T)
         if len(self.looks) == 2 and trainer.is_global_zero:
-            folder = Path(trainer.default_root_dir)
-            path = folder / "before_after.png"
-            figure = draw(*self.looks.values())
-            figure.savefig(path, dpi=150)
-            (folder / "neighbours.md").write_text(self.neighbours(), encoding="utf-8")
-            for logger in trainer.loggers:
-                if hasattr(logger, "log_image"):
-                    logger.log_image(key="before_after", images=[str(path)])
-                elif isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_figure("before_after", figure, trainer.global_step)
-            plt.close(figure)
+            publish(trainer, "before_after", draw(*self.looks.values()))
+            (Path(trainer.default_root_dir) / "neighbours.md").write_text(self.neighbours(), encoding="utf-8")
 
     def _read(self) -> tuple[list[str], list[str]]:
         if self.texts is None:
@@ -99,9 +86,10 @@ class BeforeAfter(pl.Callback):
         return "\n".join(parts) + "\n"
 
 
-def draw(before: Look, after: Look) -> Any:
+def draw(before: Look, after: Look) -> Figure:
     """Three panels: recall at every k, and how the cosines of pairs stand apart from all others, before and after."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), constrained_layout=True)
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    axes = figure.subplots(1, 3)
     size = len(before.scores)
     ks = sorted({round(10 ** (x / 20)) for x in range(int(20 * math.log10(size)) + 1)})
     for look, name, color in ((before, "before", "#888888"), (after, "after", PAIRED)):

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Features, IterableDataset, Value
+from datasets import ClassLabel, Dataset, DatasetInfo, Features, IterableDataset, Value
 from datasets.table import InMemoryTable
 
 from tercet.data.cells import Tally, checked
@@ -87,12 +87,13 @@ class Files:
             table = pa.concat_tables(tables, promote_options="permissive")
         except pa.ArrowException as error:
             raise InputError(f"data.path={self.path}: the files' columns do not agree ({error}).") from error
-        out = self._finished(table)
+        out, names = self._finished(table)
         if self.held_out and self.split != "all":
             by = table[self.held_out_by or self.columns[0]]
             test = held_out_rows(by, self.held_out, self.path)
             out = out.filter(pa.array(test if self.split == "test" else ~test))
-        return Dataset(InMemoryTable(out), fingerprint=self.fingerprint())
+        info = DatasetInfo(features=self._features(names))
+        return Dataset(InMemoryTable(out), info=info, fingerprint=self.fingerprint())
 
     def fingerprint(self) -> str:
         """Hashes what the files hold (of a stream: their sizes and ends) and every option; not where they are."""
@@ -119,22 +120,24 @@ class Files:
                 f"data.path={self.path}: all {tally.rows} rows were bad and dropped. Is it the right file?"
             )
 
-    def _finished(self, table: pa.Table) -> pa.Table:
-        cells = {name: table[name] for name in self.columns}
-        if self.label is not None:
-            numbered = _stream_labels if self.streaming else label_ids
-            cells["label"] = numbered(table[self.label], self.path, self.label)
+    def _finished(self, table: pa.Table) -> tuple[pa.Table, list[str]]:
+        cells, names = {name: table[name] for name in self.columns}, list[str]()
+        if self.label is not None and self.streaming:
+            cells["label"] = _stream_labels(table[self.label], self.path, self.label)
+        elif self.label is not None:
+            cells["label"], names = label_ids(table[self.label], self.path, self.label)
         if self.position is not None:
             cells["position"] = pc.fill_null(whole(table[self.position], self.path, self.position, "data.position"), -1)
-        return pa.table(cells)
+        return pa.table(cells), names
 
-    def _features(self) -> Features:
-        numbers = [name for name in ("label", "position") if getattr(self, name) is not None]
-        return Features({n: Value("string") for n in self.columns} | {n: Value("int64") for n in numbers})
+    def _features(self, names: Sequence[str] = ()) -> Features:
+        numbers = {name: Value("int64") for name in ("label", "position") if getattr(self, name) is not None}
+        named = {"label": ClassLabel(names=list(names))} if names else {}
+        return Features({name: Value("string") for name in self.columns} | numbers | named)
 
 
 def _stream(files: Files) -> Iterator[dict[str, Any]]:
-    rows = chain.from_iterable(files._finished(piece.table).to_pylist() for piece in files._pieces())
+    rows = chain.from_iterable(files._finished(piece.table)[0].to_pylist() for piece in files._pieces())
     for number, row in enumerate(rows):
         if files.split == "all" or (number < files.held_out) == (files.split == "test"):
             yield row

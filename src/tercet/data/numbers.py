@@ -8,8 +8,8 @@ import pyarrow.compute as pc
 from tercet.error import InputError
 
 
-def label_ids(column: Any, path: str, name: str) -> pa.Array:
-    """Each value's place among the sorted values, as int64; null and "" become -1.
+def label_ids(column: Any, path: str, name: str) -> tuple[pa.Array, list[str]]:
+    """Each value's place among the sorted values, as int64, and those values; null and "" become -1.
 
     Strings that are all whole numbers are sorted as numbers.
 
@@ -29,7 +29,7 @@ def label_ids(column: Any, path: str, name: str) -> pa.Array:
         raise InputError(f"data.label={name}: data.path={path} holds {column.type} there; labels are text or integers.")
     values = pc.unique(column).drop_null()
     values = values.take(pc.sort_indices(values))
-    return pc.fill_null(pc.index_in(column, values), -1).cast(pa.int64())
+    return pc.fill_null(pc.index_in(column, values), -1).cast(pa.int64()), [str(value) for value in values.to_pylist()]
 
 
 def whole(column: Any, path: str, name: str, key: str) -> Any:

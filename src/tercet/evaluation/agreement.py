@@ -69,7 +69,7 @@ class Contingency:
                 n = np.arange(max(1, a + b - count), min(a, b) + 1)
                 gain = n / count * np.log(n * count / (float(a) * b))
                 total += times_a * times_b * float((gain * hypergeom.pmf(n, count, a, b)).sum())
-        return total
+        return float(total)
 
 
 def _entropy(sizes: Ints) -> float:

@@ -13,33 +13,26 @@ from tercet.evaluation.roc import Floats, Roc
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SAME, OTHER, QUIET = "#1b7f79", "#c9c9c9", "#888888"
+SAME, QUIET = "#1b7f79", "#888888"
 SIDE = 128  # pixels of a face on the sheet of errors
 
 
 def roc(curve: Roc, far: float) -> "Figure":
     """VAL over FAR on a logarithmic axis, with VAL at ``far`` marked."""
     figure, axis = _figure(5.2, 4.2)
-    least = 1 / (
-        2 * curve.different
-    )  # no false accept at all has no place on a logarithmic axis: half of one stands for it
+    least = 1 / (2 * curve.different)  # where no pair is accepted falsely: a logarithmic axis has no 0
     x = np.maximum(curve.far, least)
-    axis.plot(x, x, color=OTHER, lw=1, ls="--")
-    axis.plot(x, curve.val, color=SAME, lw=2.2, drawstyle="steps-post")
     val, reached = curve.val_at(far)
+    axis.plot(x, x, color=QUIET, lw=1, ls="--", label="chance")
+    axis.plot(x, curve.val, color=SAME, lw=2.2, drawstyle="steps-post")
     axis.axvline(far, color=QUIET, lw=0.8, ls=":")
-    axis.plot([max(reached, least)], [val], "o", color=SAME, ms=7, mec="white", clip_on=False, zorder=5)
-    below = val > 0.85
-    axis.annotate(
-        f"VAL {100 * val:.1f} % at FAR {reached:.2g}",
-        (max(reached, least), val),
-        (10, -18 if below else 16),
-        textcoords="offset points",
-        color=SAME,
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.85},
-    )
-    axis.annotate(
-        f"AUC {curve.auc():.4f}\nEER {100 * curve.eer():.1f} %", (0.97, 0.05), xycoords="axes fraction", ha="right"
+    marked = f"VAL {100 * val:.1f} % at FAR {reached:.2g}"
+    axis.plot([max(reached, least)], [val], "o", color=SAME, ms=7, mec="white", clip_on=False, zorder=5, label=marked)
+    axis.legend(
+        frameon=False,
+        loc="upper left" if val < 0.5 else "lower right",  # where the curve is not
+        title=f"AUC {curve.auc():.4f}, EER {100 * curve.eer():.1f} %",
+        alignment="left",
     )
     axis.set(
         xscale="log",
@@ -57,8 +50,8 @@ def distances(distance: Floats, same: npt.NDArray[np.bool_], threshold: float) -
     figure, axis = _figure(5.6, 3.6)
     low, high = float(distance.min()), float(distance.max())
     bins = np.linspace(low, high if high > low else low + 1, 61).tolist()
-    axis.hist(distance[~same], bins=bins, color=OTHER, label="different people")
-    axis.hist(distance[same], bins=bins, color=SAME, alpha=0.75, label="same person")
+    for chosen, color, label in ((~same, QUIET, "different people"), (same, SAME, "same person")):
+        axis.hist(distance[chosen], bins=bins, histtype="stepfilled", fc=(color, 0.25), ec=color, lw=1.5, label=label)
     axis.axvline(threshold, color="#333333", lw=1)
     axis.set_ylim(0, 1.12 * axis.get_ylim()[1])
     axis.annotate(

@@ -94,7 +94,7 @@ def _windows(tile: Tile, low: Tensor, high: Tensor, margin: float) -> Mined:
     plus = (count * tile.positive.nan_to_num(posinf=0.0)).sum(1).double()
     minus = (covered * tile.negative.nan_to_num(posinf=0.0)).sum(1).double()
     active = (high - low).sum()
-    return Mined((plus - minus).sum() + margin * active, active, tile.positive.isfinite().sum(), weight)
+    return Mined((plus - minus).sum() + margin * active.double(), active, tile.positive.isfinite().sum(), weight)
 
 
 def _soft_windows(tile: Tile, low: Tensor, high: Tensor, margin: float) -> Mined:
@@ -110,6 +110,5 @@ def _soft_windows(tile: Tile, low: Tensor, high: Tensor, margin: float) -> Mined
         covered += slope
         slopes.append(slope.sum(1))
     weight = torch.zeros_like(covered).scatter_(1, tile.negative_key, -covered)
-    if slopes:
-        weight.scatter_add_(1, tile.positive_key, torch.stack(slopes, 1))
+    weight.scatter_add_(1, tile.positive_key, torch.stack(slopes, 1))
     return Mined(total, (high - low).sum(), tile.positive.isfinite().sum(), weight)

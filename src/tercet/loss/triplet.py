@@ -11,43 +11,45 @@ from torch.autograd.function import once_differentiable
 
 from tercet.contract import Embedded, Terms
 from tercet.error import InputError
-from tercet.loss.mining import MININGS, Mined, Tile, mine
+from tercet.loss.mining import MININGS, ONE_NEGATIVE, Mined, Tile, mine
 
 FORMS = ("hinge", "softplus")
 DIVISORS = ("active", "pairs")
-CPU, GPU = (
-    1 << 18,
-    1 << 22,
-)  # distances of a tile: few enough for the cache of the one, enough for the cores of the other
+# Distances of a tile: few enough for the cache of each CPU thread, enough for all cores of a GPU.
+CPU_THREAD, GPU = 1 << 18, 1 << 22
 
 
 class Triplet(nn.Module):
-    """FaceNet's loss (Schroff et al. 2015, arXiv:1503.03832, eq. 3): the sum over mined triplets (a, p, n) of
+    """FaceNet's loss (Schroff et al. 2015, arXiv:1503.03832, eq. 3), a sum over mined triplets (a, p, n).
 
         [ ||a - p||^2 - ||a - n||^2 + margin ]_+        on the unit sphere; ``margin`` is on squared distance
 
-    over all anchor-positive pairs of the batch. Positives of a row share its label, or are the other view of the same
-    example; negatives are all others, but never the same example or the same content. Views from the third on are
-    negatives for everyone. A row without a positive is nobody's anchor and everybody's negative.
+    Every pair (a, p) of the batch counts. The positives of a row share its label, or are the other view of the same
+    example; its negatives are all others, but never its own content. Views from the third on are negatives for everyone,
+    their own example included. A row without a positive is nobody's anchor and everybody's negative; a pair without a
+    negative has no loss.
 
-    ``mining`` says which negatives a pair (a, p) gets:
+    ``mining`` says which negatives a pair (a, p) gets, of equally near ones any:
 
     - ``semihard``: the closest with d_an > d_ap (eq. 4); with ``fallback`` the farthest where there is none (TensorFlow
-      Addons' and sentence-transformers' rule);
+      Addons' ``triplet_semihard_loss`` and sentence-transformers' ``BatchSemiHardTripletLoss``);
     - ``all_semihard``: all with d_ap < d_an < d_ap + margin (pytorch-metric-learning's "semihard");
-    - ``hard``: all with d_an <= d_ap; ``all``: all (batch-all, Hermans et al. 2017, arXiv:1703.07737, eq. 6);
+    - ``hard``: all with d_an <= d_ap (its "hard");
+    - ``all``: all (its "all"; batch-all, Hermans et al. 2017, arXiv:1703.07737, eq. 6);
     - ``batch_hard``: the nearest, with the farthest positive alone (their eq. 5);
     - ``easy_positive``: as ``semihard``, with the nearest positive alone (Xuan et al. 2020, arXiv:1904.04370).
 
-    ``form`` ``softplus`` replaces [x]_+ by log(1 + exp(x)); with margin 0 that is the soft margin of Hermans et al. On
-    windows of negatives it costs O(N^2 K) time, the hinge O(N^2 log N).
+    ``form`` ``softplus`` replaces [x]_+ by log(1 + exp(x)); with margin 0 that is the soft margin of Hermans et al. Where
+    a pair gets many negatives it costs O(N^2 K) time, K rows of a label; the hinge costs O(N^2 log N).
 
     ``divide_by`` ``active``: the mean over triplets with a loss (Hermans' batch-all, pytorch-metric-learning's default);
     ``pairs``: over mined pairs (a, p), with a loss or not (TensorFlow Addons, sentence-transformers). Either counts
-    over all processes.
+    over all processes. The libraries compute the same where their distance is squared too, as tests/loss shows; in a
+    batch without negatives TensorFlow Addons and sentence-transformers pull positives together, and this does not.
 
     Value and gradient come from one pass over tiles of ``tile`` anchor rows (null: by itself): O(tile · N) memory beside
-    the embeddings, whatever the number of triplets. The gradient is exact; it cannot be differentiated again.
+    the embeddings, whatever the number of triplets. The gradient is exact; it cannot be differentiated again. An
+    embedding that is not finite makes the loss NaN. Half precision is scored in float32.
     """
 
     def __init__(self, margin: float, mining: str, fallback: bool, form: str, divide_by: str, tile: int | None) -> None:
@@ -61,8 +63,11 @@ class Triplet(nn.Module):
                 raise InputError(f"loss.{name}={value}: choose one of {', '.join(choices)}.")
         if not 0 <= margin <= 4:
             raise InputError(f"loss.margin={margin}: on squared distances, which are 0 to 4; 0.2 in the paper.")
-        if margin == 0 and ((form == "hinge" and mining != "hard") or mining == "all_semihard"):
-            raise InputError(f"loss.margin=0 leaves loss.mining={mining} nothing to learn from. Use 0.2, the paper's.")
+        beyond = mining in ("semihard", "easy_positive") and form == "hinge" and not fallback
+        if margin == 0 and (beyond or mining == "all_semihard"):  # all their negatives are far enough
+            raise InputError(
+                f"loss.margin={margin} leaves loss.mining={mining} nothing to learn from. Use 0.2, the paper's."
+            )
         if fallback and mining not in ("semihard", "easy_positive"):
             raise InputError(f"loss.fallback=true is for loss.mining=semihard and easy_positive, not for {mining}.")
         if tile is not None and tile < 1:
@@ -74,6 +79,11 @@ class Triplet(nn.Module):
         self.divide_by = divide_by
         self.tile = tile
 
+    @property
+    def collapsed(self) -> float:
+        """The loss of a triplet whose embeddings are equal: where a collapsed encoder stays."""
+        return self.margin if self.form == "hinge" else float(F.softplus(torch.tensor(self.margin)))
+
     def forward(self, anchors: Embedded, keys: Embedded) -> Terms:
         """``z (V, N, D)``. ``count`` is the number of active triplets or of mined pairs, as ``divide_by`` says."""
         with torch.autocast(anchors.z.device.type, enabled=False):  # half precision is half the distance of near ones
@@ -81,7 +91,7 @@ class Triplet(nn.Module):
             out: tuple[Tensor, ...] = _Sum.apply(x.z, y.z, x, y, self)  # type: ignore[no-untyped-call]
         total, active, mined, pairs, triplets, near, far, others = out
         count = active if self.divide_by == "active" else mined
-        one = self.mining in ("semihard", "easy_positive", "batch_hard")
+        one = self.mining in ONE_NEGATIVE
         stats = {
             "active": torch.stack([active, mined if one else triplets]),
             "positive_distance": torch.stack([near, pairs]),
@@ -124,8 +134,9 @@ class _Sum(torch.autograd.Function):
         grad_x, grad_y = torch.zeros_like(x), torch.zeros_like(y)
         sums = torch.zeros(8, dtype=torch.float64, device=x.device)
         sums[0] = 0 * (x.sum() + y.sum())  # a search passes over NaN: say so
-        size = loss.tile or max(1, (CPU if x.device.type == "cpu" else GPU) // max(1, len(y)))
-        for start in range(0, len(x), size):
+        most = CPU_THREAD * torch.get_num_threads() if x.device.type == "cpu" else GPU
+        size = loss.tile or max(1, most // max(1, len(y)))
+        for start in range(0, len(x) if len(y) else 0, size):
             rows = slice(start, start + size)
             tile = plan.tile(rows)
             mined = mine(tile, loss.mining, loss.fallback, loss.margin, loss.form == "softplus")
@@ -138,14 +149,14 @@ class _Sum(torch.autograd.Function):
         return total.to(x.dtype), *others
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_y = ctx.saved_tensors
         return grad * grad_x, grad * grad_y, None, None, None
 
 
 def _sums(tile: Tile, mined: Mined) -> Tensor:
-    """Total, active triplets, mined pairs; pairs, triplets, mined or not; sum of positive distances; sum and number of negative ones."""
+    """Total, active triplets, mined pairs; all pairs and triplets; distances of positives; of negatives, their number."""
     near, far = (d.nan_to_num(posinf=0.0).sum().double() for d in (tile.positive, tile.negative))
     pairs = tile.positive.isfinite().sum(1, keepdim=True)
     triplets = (pairs * tile.negatives).sum()
@@ -162,27 +173,25 @@ class _Plan:
     start: Tensor
     end: Tensor
     longest: int
-    twins: bool  # whether any two keys hold the same content
 
     @staticmethod
     def of(anchors: _Rows, keys: _Rows) -> "_Plan":
         start = torch.searchsorted(keys.group, anchors.group)
         end = torch.searchsorted(keys.group, anchors.group, right=True)
-        longest = int((end - start).max()) if len(start) else 0
-        return _Plan(anchors, keys, start, end, longest, len(keys.content.unique()) < len(keys.content))
+        longest = max(1, int((end - start).max())) if len(start) else 1
+        return _Plan(anchors, keys, start, end, longest)
 
     def tile(self, which: slice) -> Tile:
         anchors, keys, start, end = self.anchors.at(which), self.keys, self.start[which, None], self.end[which, None]
         distance = torch.mm(anchors.z, keys.z.T).mul_(-2).add_(2).clamp_(min=0)
         place = start + torch.arange(self.longest, device=start.device)
-        key = place % max(1, len(keys.z))  # a row's keys are distinct; those beyond its label are left as they are
+        key = place % len(keys.z)  # a row's keys are distinct; those beyond its label are left as they are
         own = distance.gather(1, key)
         same_row = (keys.uid[key] == anchors.uid[:, None]) & (keys.view[key] == anchors.view[:, None])
         positive, order = own.masked_fill((place >= end) | same_row, torch.inf).sort(1)
         # A hard negative of one's own example is a negative, another copy of the example is not.
         distance.scatter_(1, key, own.masked_fill(place < end, torch.inf))
-        if self.twins:
-            distance.masked_fill_(anchors.content[:, None] == keys.content, torch.inf)
+        distance.masked_fill_(anchors.content[:, None] == keys.content, torch.inf)
         negative, negative_key = _sort(distance)
         negatives = torch.searchsorted(negative, torch.full_like(negative[:, :1], torch.inf))
         return Tile(positive, key.gather(1, order), negative, negative_key, negatives)

@@ -1,0 +1,1 @@
+"""Side by side with other libraries; each module is a command, ``python -m benchmarks.<module>``."""

@@ -1,0 +1,38 @@
+"""What evaluators draw, in the run's folder and in every logger."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytorch_lightning as pl
+from pytorch_lightning.loggers import TensorBoardLogger
+
+from tercet.objective.contrastive import Contrastive
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Figures(pl.Callback):
+    """After the test stage: the figures of each evaluator that draws, as ``<name>.png``."""
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: Contrastive) -> None:  # type: ignore[override]
+        """All processes encode, the first one writes."""
+        if pl_module.stage != "test":
+            return
+        for call in trainer.test_dataloaders.dataset:  # type: ignore[union-attr]
+            draw = getattr(call.__self__, "figures", None)
+            for name, figure in (draw(pl_module.encoding) if draw else {}).items():
+                publish(trainer, name, figure)
+
+
+def publish(trainer: pl.Trainer, name: str, figure: "Figure") -> None:
+    """``<name>.png`` in the run's folder, and the same in W&B and TensorBoard."""
+    if not trainer.is_global_zero:
+        return
+    path = Path(trainer.default_root_dir) / f"{name}.png"
+    figure.savefig(path, dpi=150)
+    for logger in trainer.loggers:
+        if hasattr(logger, "log_image"):
+            logger.log_image(key=name, images=[str(path)])
+        elif isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_figure(name, figure, trainer.global_step, close=False)

@@ -1,0 +1,64 @@
+"""Hard negatives by search, with a guard against those that are none."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tercet.error import InputError
+from tercet.search import nearest
+
+DEPTH = 32  # neighbours looked at beyond those wanted, before looking deeper
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What is too similar to be a negative; most often it is a positive that nobody labelled.
+
+    A cosine above ``max_similarity``, or above (1 - ``relative_margin``) times the anchor's cosine to its positive. 1 and
+    null leave either out.
+    """
+
+    max_similarity: float
+    relative_margin: float | None
+
+    def __post_init__(self) -> None:
+        if not -1 <= self.max_similarity <= 1:
+            raise InputError(f"max_similarity={self.max_similarity}: a cosine, from -1 to 1 (1: no limit).")
+        if self.relative_margin is not None and not 0 <= self.relative_margin < 1:
+            raise InputError(f"relative_margin={self.relative_margin}: from 0 to below 1, or null.")
+
+    def limit(self, positive: Tensor) -> Tensor:
+        """``(A,)`` cosines to the positives, NaN where there is none, to the highest that a negative may have."""
+        top = torch.full_like(positive, 2.0 if self.max_similarity == 1 else self.max_similarity)
+        if self.relative_margin is None:
+            return top
+        # A margin of a negative cosine would be above it.
+        own = positive - self.relative_margin * positive.abs()
+        return torch.minimum(top, own.nan_to_num(2.0))
+
+
+def hard_negatives(
+    anchors: Tensor, keys: Tensor, allowed: Callable[[Tensor, Tensor], Tensor], limit: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    """The k nearest keys that are allowed and whose cosine is at most the anchor's limit: exact, as deep as it takes.
+
+    Unit vectors ``(A, D)`` and ``(M, D)``; ``allowed`` takes anchors ``(a,)`` and some keys of each ``(a, m)``, and says
+    which may be negatives; ``limit (A,)``. Returns cosines ``(A, k)``, falling, and indices ``(A, k)``; -inf and -1 where
+    there are fewer.
+    """
+    scores = anchors.new_full((len(anchors), k), -torch.inf)
+    indices = torch.full((len(anchors), k), -1, dtype=torch.long)
+    left, depth = torch.arange(len(anchors)), min(len(keys), k + DEPTH)
+    while len(left) and depth:
+        found, at = nearest(anchors[left], keys, depth)
+        fine = (at >= 0) & (found <= limit[left, None]) & allowed(left, at)
+        order = fine.byte().argsort(dim=1, descending=True, stable=True)[:, :k]  # the fine ones first, nearest first
+        ok = fine.gather(1, order)
+        scores[left, : order.shape[1]] = found.gather(1, order).masked_fill(~ok, -torch.inf)
+        indices[left, : order.shape[1]] = at.gather(1, order).masked_fill(~ok, -1)
+        if depth == len(keys):
+            break
+        left, depth = left[fine.sum(1) < k], min(len(keys), 4 * depth)
+    return scores, indices
