@@ -1,6 +1,6 @@
 """Time and memory of a triplet loss and its gradient, beside the libraries that define the same loss.
 
-    python -m benchmarks.mining                      needs a quarter of an hour, ``--sizes 256 512`` half a minute
+    python -m benchmarks.mining                      needs five minutes and 6 GiB, ``--sizes 256 512`` half a minute
 
 The peers live in an environment of their own, with this repository's torch:
 

@@ -5,10 +5,13 @@ import inspect
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hydra.utils import get_object
 from omegaconf import OmegaConf
+from torch.utils.flop_counter import FlopCounterMode
 
+from tercet.build import build
 from tercet.values import check_values
 from tests.conftest import CONF, choices, composed
 
@@ -16,6 +19,7 @@ ROOT = CONF.parent
 SOURCE = ROOT / "src" / "tercet"
 FILES = sorted(SOURCE.rglob("*.py"))
 LEAVES = {"contract", "distributed", "error", "image", "negatives", "notice", "paths", "run_id", "search"}
+NEEDS = {"facenet": ["data.path=faces"], "faces": ["model=resnet_small"]}  # what cannot stand alone
 NO_CHOICE = {"any", "default", "files"}  # what others are made of
 ROOMS = {"model", "data", "loss", "evaluation"}
 MAY_IMPORT = {
@@ -46,7 +50,9 @@ GIVEN_BY_CODE = {
     "tercet.data.GlobalBatches": {"label", "batch_size", "seed"},
     "tercet.data.LabelBatches": {"label", "batch_size", "seed"},
     "pytorch_lightning.Trainer": {"logger", "callbacks"},
+    "tercet.optimizer.adagrad": {"module"},
     "tercet.optimizer.adamw": {"module"},
+    "tercet.optimizer.sgd": {"module"},
     "tercet.schedule.schedule": {"optimizer", "steps"},
     "pytorch_lightning.callbacks.ModelSummary": {"summarize_kwargs"},
     "pytorch_lightning.loggers.TensorBoardLogger": {"kwargs"},
@@ -93,15 +99,27 @@ def test_a_groups_default_is_no_surprise():
 
 @pytest.mark.parametrize("experiment", choices("experiment"))
 def test_every_experiments_values_fit_their_parameters(experiment):
-    cfg = composed(f"experiment={experiment}")
-    raw = composed(f"experiment={experiment}")
-    check_values(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)), raw)
+    cfg = composed(f"experiment={experiment}", *NEEDS.get(experiment, ()))
+    check_values(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)), cfg)
 
 
 @pytest.mark.parametrize("data", [c for c in choices("data") if c not in (*NO_CHOICE, "text", "images")])
 def test_every_data_sets_values_fit_their_parameters(data):
-    cfg = composed(f"data={data}", "evaluation@test=sts", "callback.before_after=null")
+    cfg = composed(f"data={data}", "evaluation@test=sts", "callback.before_after=null", *NEEDS.get(data, ()))
     check_values(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)), cfg)
+
+
+def test_facenets_experiment_has_the_papers_settings():
+    cfg = composed("experiment=facenet", "data.path=faces")
+    assert (cfg.data.batch_size, cfg.batches.per_label) == (1800, 40)
+    assert (cfg.loss.margin, cfg.loss.mining, cfg.model.head.dim) == (0.2, "semihard", 128)
+    assert (cfg.optimizer._target_, cfg.optimizer.lr) == ("tercet.optimizer.adagrad", 0.05)
+    assert cfg.model.execution.recompute and cfg.model.norm == "group"
+    encoder = build(cfg.model)
+    with FlopCounterMode(display=False) as counted, torch.no_grad():
+        encoder.embed(torch.zeros(1, 3, 224, 224, dtype=torch.uint8))
+    assert sum(p.numel() for p in encoder.parameters()) == pytest.approx(7.5e6, rel=0.05)  # NN2 in table 3
+    assert counted.get_total_flops() / 2 == pytest.approx(1.6e9, rel=0.05)
 
 
 PAPER = {  # SimCSE, table A.1: batch, learning rate, epochs

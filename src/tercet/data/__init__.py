@@ -1,11 +1,26 @@
 """Rows to batches: sources, samplers, tokens, pixels, the data module."""
 
+from tercet.data.augment import Augment
 from tercet.data.batches import GlobalBatches
 from tercet.data.bible import Bible
+from tercet.data.decoding import Decoding
 from tercet.data.files import Files
 from tercet.data.groups import Groups
+from tercet.data.images import ImageFiles
 from tercet.data.labels import LabelBatches
 from tercet.data.module import DataModule, evaluators
 from tercet.data.rows import Tokenizing
 
-__all__ = ["Bible", "DataModule", "Files", "GlobalBatches", "Groups", "LabelBatches", "Tokenizing", "evaluators"]
+__all__ = [
+    "Augment",
+    "Bible",
+    "DataModule",
+    "Decoding",
+    "Files",
+    "GlobalBatches",
+    "Groups",
+    "ImageFiles",
+    "LabelBatches",
+    "Tokenizing",
+    "evaluators",
+]

@@ -71,7 +71,7 @@ class Files:
             known(self.path, available, str(name), "data.where"): value for name, value in (self.where or {}).items()
         }
         object.__setattr__(self, "columns", columns)
-        object.__setattr__(self, "where", {name: _values(value) for name, value in keep.items()})
+        object.__setattr__(self, "where", {name: listed(value) for name, value in keep.items()})
 
     def __hash__(self) -> int:
         return hash((self.path, self.columns, self.split))
@@ -153,5 +153,6 @@ def _stream_labels(column: Any, path: str, name: str) -> Any:
         raise InputError(f"{error} With data.streaming=false words are numbered.") from error
 
 
-def _values(value: Any) -> list[Any]:
+def listed(value: Any) -> list[Any]:
+    """A value of ``where``, alone or in a list."""
     return [value] if value is None or isinstance(value, str | int | float | bool) else list(value)
