@@ -18,7 +18,8 @@ from tests.conftest import TEXTS, composed
 
 CONFIG = "+model.backbone.config="
 FAMILIES = {
-    "resnet": [CONFIG + "{model_type:resnet,num_channels:1,embedding_size:8,hidden_sizes:[8,16],depths:[1,1],layer_type:basic}"],
+    "resnet": [CONFIG + "{model_type:resnet,num_channels:1,embedding_size:8,hidden_sizes:[8,16],depths:[1,1],"
+               "layer_type:basic}"],
     "vit": [CONFIG + "{model_type:vit,image_size:32,patch_size:8,num_channels:1,hidden_size:16,num_hidden_layers:1,"
             "num_attention_heads:2,intermediate_size:32}"],
     "convnext": [CONFIG + "{model_type:convnext,num_channels:1,hidden_sizes:[8,16],depths:[1,1],num_stages:2}"],

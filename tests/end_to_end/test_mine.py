@@ -1,0 +1,95 @@
+"""``python -m tercet mine``: a file that training takes."""
+
+import pyarrow.csv
+import pyarrow.parquet as pq
+import pytest
+
+from tercet.mine import KINDS
+from tests.conftest import MINILM
+
+PAIRS = [(f"how do I {verb} my {thing}?", f"You {verb} the {thing} in the {place} menu.")
+         for verb in ("open", "close", "sell", "paint")
+         for thing, place in (("car", "garage"), ("house", "home"), ("phone", "settings"))]  # fmt: skip
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    path = tmp_path / "faq.csv"
+    # A second answer to the first question: nobody's negative for it.
+    rows = [*PAIRS, (PAIRS[0][0], "The car opens with a key."), ("Unrelated?", PAIRS[1][1])]
+    path.write_text("question,answer\n" + "".join(f"{q},{a}\n" for q, a in rows))
+    return path
+
+
+def mine(command, path, target, *more):
+    return command("mine", f"model={MINILM}", f"data.path={path}", f"output={target}", "data.held_out=0", *more)
+
+
+@pytest.mark.parametrize("ending", KINDS)
+def test_pairs_get_the_nearest_answer_of_another_question(command, pairs, tmp_path, ending):
+    target = tmp_path / f"hard{ending}"
+    said = mine(command, pairs, target, "data.columns=[question,answer]", "guard.relative_margin=null")
+    assert said.code == 0, said.terminal
+    if ending == ".parquet":
+        rows = pq.read_table(target).to_pylist()
+    elif ending == ".jsonl":
+        import json
+
+        rows = [json.loads(line) for line in target.read_text().splitlines()]
+    else:
+        options = pyarrow.csv.ParseOptions(delimiter="," if ending == ".csv" else "\t")
+        rows = pyarrow.csv.read_csv(target, parse_options=options).to_pylist()
+    assert len(rows) == len(PAIRS) + 2
+    known = {(q, a) for q, a in PAIRS} | {(PAIRS[0][0], "The car opens with a key."), ("Unrelated?", PAIRS[1][1])}
+    for row in rows:
+        assert (row["anchor"], row["positive"]) in known
+        assert (row["anchor"], row["negative"]) not in known
+    first = next(row for row in rows if row["positive"] == PAIRS[0][1])
+    assert "car" in first["negative"]
+    assert 0 < first["negative_cosine"] < first["positive_cosine"] + 0.3
+    assert f"data.path={target}" in said.terminal
+
+
+def test_the_file_is_trained_on(command, pairs, tmp_path):
+    from tests.conftest import tiny
+    from tests.end_to_end.conftest import FAST
+
+    target = tmp_path / "hard.parquet"
+    assert mine(command, pairs, target, "data.columns=[question,answer]").code == 0
+    own = ["objective=simcse_sup", "data=text", f"data.path={target}", "data.columns=[anchor,positive,negative]"]
+    done = command("train", *tiny(*FAST, *own))
+    assert done.code == 0, done.terminal
+
+
+def test_labelled_texts(command, tmp_path):
+    path, target = tmp_path / "labelled.csv", tmp_path / "hard.csv"
+    path.write_text("text,verb\n" + "".join(f"{q},{q.split()[3]}\n" for q, _ in PAIRS) + "Alone?,alone\n")
+    said = mine(command, path, target, "data.columns=[text]", "data.label=verb", "negatives=2", "skip=1",
+                "guard.relative_margin=null", "guard.max_similarity=1")  # fmt: skip
+    assert said.code == 0, said.terminal
+    rows = pyarrow.csv.read_csv(target).to_pylist()
+    assert len(rows) == 2 * len(PAIRS)
+    for row in rows:
+        verbs = [
+            row[name].split()[3] if row[name] != "Alone?" else "alone" for name in ("anchor", "positive", "negative")
+        ]
+        assert verbs[0] == verbs[1] != verbs[2]
+        assert row["anchor"] != row["positive"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.columns=[question,answer]", "output=hard.txt"], "output=hard.txt: a file that ends in .parquet"),
+        (["data.columns=[question]"], "mine needs pairs: two columns"),
+        (["data.columns=[question,answer]", "guard.max_similarity=-1"], "No negative is left of 13 texts"),
+        (["data.columns=[question,answer]", "negatives=0"], "negatives=0"),
+        (["data.columns=[question,answer]", "guard.max_similarity=3"], "max_similarity=3"),
+        (["data=text", "data.columns=[question,answer]"], "With `mine` use data=files"),
+    ],
+)
+def test_mistakes_are_explained(command, pairs, tmp_path, overrides, message):
+    said = mine(command, pairs, tmp_path / "hard.csv", *overrides)
+    assert said.code == 1
+    assert message in said.terminal
+    assert "Traceback" not in said.terminal
