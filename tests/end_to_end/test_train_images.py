@@ -38,7 +38,8 @@ def images(command, people, *more):
 
 
 def test_a_folder_of_images_trains_with_hard_labels(command, people, caplog):
-    done = images(command, people, "trainer.max_epochs=-1", "callback=hard_labels", "callback.hard_labels.rows=30",
+    done = images(command, people, "trainer.max_epochs=-1", "data.batch_size=8", "data.workers=0",
+                  "callback=hard_labels", "callback.hard_labels.rows=30",
                   "trainer.log_every_n_steps=1", "model.norm=group", "model.execution.chunk_rows=3",
                   "model.execution.recompute=true")  # fmt: skip
     assert done.code == 0, done.terminal
