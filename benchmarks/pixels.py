@@ -1,4 +1,4 @@
-"""What faces score without any model: LFW's protocol on the pixels themselves. ``python -m benchmarks.pixels``; needs TERCET_DATA."""
+"""What faces score without a model: LFW's protocol on pixels. ``python -m benchmarks.pixels``; needs TERCET_DATA."""
 
 import torch
 
@@ -22,7 +22,9 @@ def main() -> None:
 
         found = {name.rsplit("/", 1)[1]: value for name, value in evaluate(encode).items()}
         accuracy, error = found["accuracy"], found["accuracy_sem"]
-        print(f"{size} x {size}: accuracy {accuracy:.4f} ± {error:.4f} (standard error over folds), AUC {found['auc']:.4f}")
+        print(
+            f"{size} x {size}: accuracy {accuracy:.4f} ± {error:.4f} (standard error over folds), AUC {found['auc']:.4f}"
+        )
 
 
 if __name__ == "__main__":

@@ -62,6 +62,8 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
     try:
         notes = record.start(cfg, output, data, loggers)
         metrics = measure(trainer, objective, tests, "before") if cfg.measure_before else {}
+        if metrics and str(cfg.optimized_metric).startswith("test/"):  # better said now than after training
+            optimized(cfg, {name.replace("before/", "test/", 1): value for name, value in metrics.items()})
         # The draws of the evaluation must not decide what training draws.
         # Processes draw differently: rows of two of them must not share their dropout.
         pl.seed_everything(cfg.seed + trainer.global_rank, workers=True, verbose=False)
