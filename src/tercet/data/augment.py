@@ -18,7 +18,8 @@ ASPECT = 3 / 4
 class Augment:
     """Random changes, in this order; 0 turns one off, but ``crop``, which is off at 1.
 
-    ``crop``: a part of at least this share of the area, stretched by no more than that share nor 3:4, is made S x S;
+    ``crop``: a part of at least this share of the area, or as much of it as a square holds, stretched by no more than
+    that share nor 3:4, is made S x S;
     ``flip``: the probability of a mirror image; ``colour``: brightness, contrast and (of colours) saturation change by up
     to this share; ``jpeg``: the probability of a second compression, of quality 10 to 90; ``erase``: that of a rectangle
     of noise over 2 to 20 % of the image.
@@ -52,13 +53,19 @@ class Augment:
     def _cropped(self, picture: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
         if self.crop == 1:
             return ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
-        area = picture.width * picture.height * rng.uniform(self.crop, 1)
-        most = -math.log(max(ASPECT, self.crop))
-        ratio = math.exp(rng.uniform(-most, most))
-        width, height = min(picture.width, math.sqrt(area * ratio)), min(picture.height, math.sqrt(area / ratio))
-        left, top = rng.uniform(0, picture.width - width), rng.uniform(0, picture.height - height)
-        box = (left, top, left + width, top + height)
+        box = _box(picture.width, picture.height, self.crop, rng)
         return picture.resize((size, size), Image.Resampling.BICUBIC, box=box)
+
+
+def _box(width: int, height: int, crop: float, rng: np.random.Generator) -> tuple[float, float, float, float]:
+    """A random part, no more stretched than said whatever the picture's shape: what sticks out makes it smaller."""
+    area = width * height * rng.uniform(crop, 1)
+    most = -math.log(max(ASPECT, crop))
+    ratio = math.exp(rng.uniform(-most, most))
+    wide, high = min(width, math.sqrt(area * ratio)), min(height, math.sqrt(area / ratio))
+    wide, high = min(wide, high * math.exp(most)), min(high, wide * math.exp(most))
+    left, top = rng.uniform(0, width - wide), rng.uniform(0, height - high)
+    return left, top, min(width, left + wide), min(height, top + high)
 
 
 def _compressed(picture: Image.Image, quality: int) -> Image.Image:

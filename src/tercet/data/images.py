@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, DatasetInfo, Features, Value
 from datasets.table import InMemoryTable
 
@@ -13,8 +14,10 @@ from tercet.data.choice import known
 from tercet.data.files import CHOICES, listed
 from tercet.data.fingerprint import place_print, text_print
 from tercet.data.held_out import held_out_rows
+from tercet.data.hub import open_hub
 from tercet.data.image_place import IMAGE, LABEL, find_images
 from tercet.data.numbers import kept, label_ids
+from tercet.data.place import Place
 from tercet.data.read import column_names, pieces
 from tercet.error import InputError
 
@@ -23,10 +26,10 @@ from tercet.error import InputError
 class ImageFiles:
     """A folder ``root/label/file``, Parquet with an image column (bytes, or ``{bytes, path}``), or a hub data set.
 
-    ``image`` and ``label`` name the columns; null: found by their names. In a folder the label is the name of the folder
-    that a file lies in; a file in ``root`` itself has none. ``where`` keeps rows by value: ``{split: train}``. With
-    ``held_out`` above 0, ``split`` "test" is about that many images (a fifth of all at most) of whole labels, chosen by a
-    hash, so that no label is on both sides; "train" is the others, "all" both.
+    ``image`` and ``label`` name the columns; null: found by their names, or as the only column that can hold images. In a
+    folder the label is the name of the folder that a file lies in; a file in ``root`` itself has none. ``where`` keeps
+    rows by value: ``{split: train}``. With ``held_out`` above 0, ``split`` "test" is about that many images (a fifth of
+    all at most) of whole labels, chosen by a hash, so that no label is on both sides; "train" is the others, "all" both.
 
     Raises:
         InputError: here or in a method, for whatever cannot be used. An image that cannot be decoded is found later.
@@ -47,6 +50,7 @@ class ImageFiles:
         place = find_images(self.path)
         available = ["image", "label"] if place.kind == "folder" else column_names(place)
         image = known(self.path, available, self.image, "data.image") if self.image else _first(available, IMAGE)
+        image = image or _only(place)
         if image is None:
             raise InputError(
                 f"data.path={self.path} has the columns {', '.join(available)}: say which holds images with data.image=..."
@@ -100,7 +104,7 @@ class ImageFiles:
             return pa.table({"image": pa.StructArray.from_arrays(list(cells.values()), list(cells)), "label": labels})
         wanted = [name for name in (self.image, self.label, *(self.where or ())) if name is not None]
         tables = [piece.table for piece in pieces(place, [], wanted, streaming=False)]
-        return pa.concat_tables(tables, promote_options="permissive").combine_chunks()
+        return pa.concat_tables(tables, promote_options="permissive")
 
     def fingerprint(self) -> str:
         """Hashes what the files hold and every option; of folders names and sizes."""
@@ -113,6 +117,7 @@ class ImageFiles:
 
 
 CELL = {"bytes": Value("binary"), "path": Value("string")}
+CELL_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
 def _first(available: list[str], names: tuple[str, ...]) -> str | None:
@@ -120,16 +125,38 @@ def _first(available: list[str], names: tuple[str, ...]) -> str | None:
     return next((lower[name] for name in names if name in lower), None)
 
 
-def _cells(column: Any, path: str, name: str) -> Any:
-    """Bytes or structs, to structs."""
-    column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    kind = column.type
-    if pa.types.is_struct(kind) and {"bytes", "path"} <= {kind.field(i).name for i in range(kind.num_fields)}:
-        parts = [pc.struct_field(column, "bytes").cast(pa.binary()), pc.struct_field(column, "path").cast(pa.string())]
-    elif pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
-        parts = [column.cast(pa.binary()), pa.nulls(len(column), pa.string())]
-    elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
-        parts = [pa.nulls(len(column), pa.binary()), column.cast(pa.string())]
+def _only(place: Place) -> str | None:
+    """The one column that is of an image's type."""
+    if place.kind == "hub":
+        features = open_hub(place.path, streaming=True).features
+        schema = features.arrow_schema if features else pa.schema([])
     else:
+        schema = pq.read_schema(place.files[0])
+    names = [field.name for field in schema if _is_bytes(field.type) or _is_struct(field.type)]
+    return names[0] if len(names) == 1 else None
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _is_struct(kind: pa.DataType) -> bool:
+    return pa.types.is_struct(kind) and {"bytes", "path"} <= {kind.field(i).name for i in range(kind.num_fields)}
+
+
+def _cells(column: pa.ChunkedArray, path: str, name: str) -> pa.ChunkedArray:
+    """Bytes or structs, to structs; chunk by chunk, for an array of bytes ends at 2 GB."""
+    kind = column.type
+    text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    if not (text or _is_bytes(kind) or _is_struct(kind)):
         raise InputError(f"data.image={name}: data.path={path} holds {kind} there; images are bytes or file names.")
-    return pa.StructArray.from_arrays(parts, ["bytes", "path"])
+
+    def struct(chunk: pa.Array) -> pa.Array:
+        none = pa.nulls(len(chunk))
+        if _is_struct(kind):
+            data, file = pc.struct_field(chunk, "bytes"), pc.struct_field(chunk, "path")
+        else:
+            data, file = (none, chunk) if text else (chunk, none)
+        return pa.StructArray.from_arrays([data.cast(pa.binary()), file.cast(pa.string())], ["bytes", "path"])
+
+    return pa.chunked_array([struct(c) for c in column.chunks], type=CELL_TYPE)
