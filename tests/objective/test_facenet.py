@@ -71,3 +71,17 @@ def test_columns_are_positives_and_negatives_without_labels(columns):
         negatives = z[2] if columns == 3 else z[1].roll(1, 0)
         gaps.append(float((z[0] - negatives).square().sum(-1).mean() - (z[0] - z[1]).square().sum(-1).mean()))
     assert gaps[-1] > gaps[0] + 0.01
+
+
+@pytest.mark.parametrize("norm", ["keep", "group"])
+@pytest.mark.parametrize("rows", [0, 1])
+def test_a_batch_of_which_no_image_could_be_read_costs_a_step_only(norm, rows):
+    module = build(composed("objective=facenet", "data=faces", *SMALL, f"model.norm={norm}").objective)
+    none = torch.zeros(rows, dtype=torch.long)
+    pixels = torch.zeros(rows, 1, 16, 16, dtype=torch.uint8)
+    batch = Batch((Images(pixels),), none, none, none, none[None], lost=6 - rows)
+    value = module.training_step(batch, 0)
+    value.backward()
+    assert float(value.detach()) == 0
+    assert all(p.grad is None or not p.grad.any() for p in module.parameters())
+    assert module.lost == 6 - rows
