@@ -93,9 +93,6 @@ def test_what_cannot_be_used_says_why(pixels, name):
         pixels.read(data)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=ValueError, reason="image.py: _plain leaves LAB, which Pillow converts to RGB only"
-)
 def test_lab_becomes_grey():
     profiles = [ImageCms.createProfile(space) for space in ("sRGB", "LAB")]
     lab = ImageCms.profileToProfile(picture(), *profiles, outputMode="LAB")

@@ -88,7 +88,7 @@ def _plain(picture: Image.Image) -> Image.Image:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
         return Image.alpha_composite(white, picture)
-    return picture
+    return picture.convert("RGB") if picture.mode == "LAB" else picture  # Pillow has no way from LAB to grey
 
 
 def to_array(picture: Image.Image) -> npt.NDArray[np.uint8]:

@@ -70,10 +70,10 @@ def test_torchruns_processes_share_one_folder(folder):
 
 
 def test_a_mistake_in_a_process_is_one_message(folder):
-    code, text = start(folder, *PAIRS, "trainer.devices=2", "optimized_metric=test/none", "output_dir={folder}/run",
+    code, text = start(folder, *PAIRS, "trainer.devices=2", "optimized_metric=train/none", "output_dir={folder}/run",
                        "data.batch_size=8")  # fmt: skip
     assert code == 1
     assert text.count("error: ") == 1, text
-    assert "optimized_metric=test/none was not measured" in text
+    assert "optimized_metric=train/none was not measured" in text
     assert "Traceback" not in text
     assert (folder / "run" / "metrics.json").is_file(), "what was measured is not lost"

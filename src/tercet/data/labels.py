@@ -22,8 +22,8 @@ class LabelBatches(Sampler[Draw]):
     FaceNet's batch (arXiv:1503.03832, section 3.2) is batch_size 1800, per_label 40. Labels come in passes: each once
     in a shuffled pass, then a new pass. A label gives K rows that it has not given before, as long as it has any; one
     with fewer than K gives what it has and makes room for more labels, so that a batch is always full. Distractors are
-    rows whose label occurs once or that have none; where there are no such rows, rows of labels that are not in the
-    batch. No row is in a batch twice.
+    rows whose label occurs once or that have none; then rows of labels that are not in the batch; where those run out
+    too, rows of labels that are. No row is in a batch twice.
 
     All of it is drawn from (seed, epoch) for the global batch and sliced by process, so that the number of processes
     changes nothing, and the n-th batch of an epoch can be had again. An epoch has as many batches as the rows fill.
@@ -114,15 +114,17 @@ class LabelBatches(Sampler[Draw]):
             waiting = late + waiting
             extra = self.distractors + room
             if extra:
-                taken.append(self._distractors(extra, rest, used, rng))
+                taken.append(self._distractors(extra, rest, np.concatenate(taken), rng))
             yield rng.permutation(np.concatenate(taken))
 
-    def _distractors(self, count: int, rest: "_Queue | None", used: set[int], rng: np.random.Generator) -> Ints:
+    def _distractors(self, count: int, rest: "_Queue | None", taken: Ints, rng: np.random.Generator) -> Ints:
         single = rest.take(min(count, rest.size)) if rest else np.zeros(0, dtype=np.int64)
         if len(single) == count:
             return single
-        others = np.flatnonzero(~np.isin(self.values, list(used)) & ~np.isin(np.arange(self.size), single))
-        return np.concatenate([single, rng.permutation(others)[: count - len(single)]])
+        left = np.setdiff1d(np.arange(self.size), np.concatenate([single, taken]))
+        same = np.isin(self.values[left], self.values[taken])
+        more = np.concatenate([rng.permutation(left[~same]), rng.permutation(left[same])])
+        return np.concatenate([single, more[: count - len(single)]])
 
     def _labels(self, rng: np.random.Generator) -> Iterator[int]:
         labels = np.array(list(self.members))
