@@ -97,4 +97,4 @@ def _key(raw: DictConfig, key: str) -> str:
 
 def _plain(text: str) -> bool:
     """Is it one interpolation of a key, and nothing more?"""
-    return text.startswith("${") and ":" not in text and text.count("$") == 1
+    return text.startswith("${") and text[2] != "." and ":" not in text and text.count("$") == 1

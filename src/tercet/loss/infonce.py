@@ -90,8 +90,12 @@ class InfoNCE(nn.Module):
         return rows, right
 
     def _scores(self, x: Tensor, y: Tensor) -> Tensor:
-        """``(n, D), (N, D) -> (n, N)``, by one matrix product and in float32 at least."""
-        x, y = (z.float() if z.dtype in (torch.float16, torch.bfloat16) else z for z in (x, y))
-        if self.similarity == "cosine":
-            x, y = F.normalize(x, dim=-1, eps=1e-6), F.normalize(y, dim=-1, eps=1e-6)
-        return x @ y.T / self.temperature()
+        return similarity(x, y, self.similarity) / self.temperature()
+
+
+def similarity(x: Tensor, y: Tensor, kind: str) -> Tensor:
+    """``(n, D), (N, D) -> (n, N)``, ``cosine`` or ``dot``: by one matrix product and in float32 at least."""
+    x, y = (z.float() if z.dtype in (torch.float16, torch.bfloat16) else z for z in (x, y))
+    if kind == "cosine":
+        x, y = F.normalize(x, dim=-1, eps=1e-6), F.normalize(y, dim=-1, eps=1e-6)
+    return x @ y.T

@@ -6,6 +6,9 @@ from tercet.model.encoder import Encoder, TextEncoder
 from tercet.model.execution import Execution
 from tercet.model.head import Head
 from tercet.model.image_encoder import ImageEncoder
+from tercet.model.towers import Towers
+from tercet.model.vocabulary import vocabulary
+from tercet.model.words import words
 
 __all__ = [
     "Encoder",
@@ -14,8 +17,11 @@ __all__ = [
     "Head",
     "ImageEncoder",
     "TextEncoder",
+    "Towers",
     "pixels",
     "pretrained",
     "random",
     "tokenizer",
+    "vocabulary",
+    "words",
 ]

@@ -9,13 +9,16 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from tercet.error import InputError
 from tercet.model.encoder import Encoder, TextEncoder
-from tercet.model.folder import assembled
+from tercet.model.folder import SIDES, assembled, towers
+from tercet.model.towers import Towers
 
 KEY = "tercet_encoder"
 
 
 def describe(encoder: Encoder) -> dict[str, Any]:
     """All that is needed beside the weights to build the encoder again, as plain values."""
+    if isinstance(encoder, Towers):
+        return {"kind": encoder.kind, **{name: describe(getattr(encoder, name)) for name in SIDES}}
     files: dict[str, str] = {}
     if isinstance(encoder, TextEncoder):
         with tempfile.TemporaryDirectory() as folder:
@@ -42,14 +45,19 @@ def read(path: str | Path) -> dict[str, Any]:
 def load_encoder(path: str | Path) -> Encoder:
     """Build the encoder that a checkpoint describes and give it the checkpoint's weights."""
     content = read(path)
-    spec = content[KEY]
+    encoder = _built(content[KEY])
+    prefix = "encoder."
+    weights = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
+    encoder.load_state_dict(weights)
+    return encoder
+
+
+def _built(spec: dict[str, Any]) -> Encoder:
+    if spec["kind"] == Towers.kind:
+        return towers(*(_built(spec[name]) for name in SIDES))
     with tempfile.TemporaryDirectory() as folder:
         for name, text in (("config.json", spec["config"]), *spec["tokenizer"].items()):
             (Path(folder) / name).write_text(text, encoding="utf-8")
         backbone = AutoModel.from_config(AutoConfig.from_pretrained(folder))
         tokenizer = AutoTokenizer.from_pretrained(folder) if spec["tokenizer"] else None
-    encoder = assembled(backbone, tokenizer, spec)
-    prefix = "encoder."
-    weights = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
-    encoder.load_state_dict(weights)
-    return encoder
+    return assembled(backbone, tokenizer, spec)

@@ -12,7 +12,8 @@ from tercet.contract import Inputs, Item, Ragged
 from tercet.error import InputError
 from tercet.model.execution import Execution
 from tercet.model.head import Head
-from tercet.model.pooling import NEEDS_ALL_LAYERS, POOLINGS
+from tercet.model.pooling import NEEDS_ALL_LAYERS, POOLINGS, WORD_POOLINGS
+from tercet.model.words import WordModel
 
 
 class Encoder(nn.Module):
@@ -59,7 +60,12 @@ class Encoder(nn.Module):
     @property
     def dim(self) -> int:
         """D."""
-        return self.head.dim or self.hidden if self.head.active() else self.hidden
+        return self.head.width(self.hidden) if self.head.active() else self.hidden
+
+    @property
+    def sides(self) -> int:
+        """How many vectors stand side by side in z: 2 where an encoder has Quick-Thoughts' f and g."""
+        return self.head.sides
 
     @property
     def device(self) -> torch.device:
@@ -73,12 +79,17 @@ class Encoder(nn.Module):
     def finish(self, output: Any, mask: Tensor) -> Tensor:
         """Hidden states ``(n, L, H)`` and ``mask (n, L)`` to ``(n, D)``."""
         z: Tensor = self.head(POOLINGS[self.pooling](output, mask))
-        return nn.functional.normalize(z, dim=-1) if self.normalize else z
+        return unit(z, self.sides) if self.normalize else z
 
     def described(self) -> dict[str, Any]:
         """The settings that all kinds share."""
         head = {"kind": self.head.kind, "dim": self.head.dim, "train_only": self.head.train_only}
         return {"kind": self.kind, "pooling": self.pooling, "head": head, "normalize": self.normalize}
+
+
+def unit(z: Tensor, sides: int) -> Tensor:
+    """Each side of each row to length 1."""
+    return nn.functional.normalize(z.unflatten(-1, (sides, -1)), dim=-1).flatten(-2)
 
 
 class TextEncoder(Encoder):
@@ -109,12 +120,8 @@ class TextEncoder(Encoder):
                 f"The tokenizer has {len(tokenizer)} pieces, the backbone's vocabulary only {words}. "
                 "Use the model's own model.tokenizer.name, or a larger model.backbone.config.vocab_size."
             )
-        if pooling == "cls_pooler":
-            if getattr(backbone, "pooler", None) is None:
-                raise InputError(
-                    f"model.pooling=cls_pooler: {type(backbone).__name__} has no pooler. Use model.pooling=cls."
-                )
-        elif hasattr(backbone, "pooler"):
+        _check_pooling(backbone, pooling)
+        if pooling != "cls_pooler" and hasattr(backbone, "pooler"):
             backbone.pooler = None  # type: ignore[assignment]  # trained by nobody; DDP would wait for it
         if compile:
             backbone.compile(dynamic=True)  # in place: the names of the weights stay as they are
@@ -144,6 +151,16 @@ class TextEncoder(Encoder):
     def settings(self) -> dict[str, Any]:
         """How the vectors are made, as plain values."""
         return {**self.described(), "max_length": self.max_length}
+
+
+def _check_pooling(backbone: PreTrainedModel, pooling: str) -> None:
+    name, recurrent = type(backbone).__name__, getattr(backbone, "recurrent", None) is not None
+    if pooling == "cls_pooler" and getattr(backbone, "pooler", None) is None:
+        raise InputError(f"model.pooling=cls_pooler: {name} has no pooler. Use model.pooling=cls.")
+    if pooling == "final" and not recurrent:
+        raise InputError(f"model.pooling=final: {name} is not recurrent. Use model.pooling=mean or sum.")
+    if isinstance(backbone, WordModel) and pooling not in WORD_POOLINGS:
+        raise InputError(f"model.pooling={pooling}: for an encoder of words choose one of {', '.join(WORD_POOLINGS)}.")
 
 
 def limit(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -22,8 +22,11 @@ from tercet.model.execution import PLAIN
 from tercet.model.head import Head
 from tercet.model.image_encoder import ImageEncoder
 from tercet.model.pooling import NEEDS_ALL_LAYERS
+from tercet.model.towers import Towers
+from tercet.model.words import WordModel
 
 SETTINGS = "tercet.json"
+SIDES = ("f", "g")
 _MODES = {"cls": "cls", "cls_pooler": "cls", "max": "max", "last": "lasttoken"}
 _FLAGS = {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens", "lasttoken": "lasttoken"}
 _OURS = {"cls": "cls", "mean": "mean", "max": "max", "lasttoken": "last"}
@@ -33,6 +36,11 @@ _ACTIVATIONS = {"none": "torch.nn.modules.linear.Identity", "tanh": "torch.nn.mo
 def save(encoder: Encoder, path: str | Path) -> None:
     """Write the folder."""
     folder = Path(path)
+    if isinstance(encoder, Towers):
+        for name in SIDES:
+            save(getattr(encoder, name), folder / name)
+        _write(folder / SETTINGS, encoder.settings())
+        return
     encoder.backbone.save_pretrained(folder)
     _write(folder / SETTINGS, encoder.settings())
     if encoder.head.kind != "none":
@@ -54,9 +62,11 @@ def _preprocessor(pixels: Pixels) -> dict[str, Any]:
 
 
 def _save_text(encoder: TextEncoder, folder: Path) -> None:
+    encoder.tokenizer.save_pretrained(folder)
+    if isinstance(encoder.backbone, WordModel) or (encoder.normalize and encoder.sides > 1):
+        return  # sentence-transformers has no module that would give the same vectors
     if encoder.pooling in NEEDS_ALL_LAYERS:
         _update(folder / "config.json", output_hidden_states=True)
-    encoder.tokenizer.save_pretrained(folder)
     _write(folder / "sentence_bert_config.json", {"max_seq_length": encoder.max_length, "do_lower_case": False})
     _write(folder / "modules.json", [{"idx": 0, "name": "0", "path": "", "type": _type("Transformer")}])
     for kind, config, weights in _modules(encoder):
@@ -80,7 +90,7 @@ def _modules(encoder: TextEncoder) -> list[tuple[str, dict[str, Any], dict[str, 
     if encoder.pooling == "cls_pooler":
         modules.append(_dense(encoder.backbone.pooler.dense, "tanh"))
     if encoder.head.kind != "none" and not encoder.head.train_only:
-        modules.append(_dense(encoder.head.layer[0], "tanh" if encoder.head.kind == "mlp" else "none"))  # type: ignore[index]
+        modules.append(_dense(encoder.head.layer[0], "tanh" if encoder.head.tanh else "none"))  # type: ignore[index]
     if encoder.normalize:
         modules.append(("Normalize", {}, {}))
     return modules
@@ -134,6 +144,12 @@ class Folder:
             return None  # the loading of the weights, which follows, says what is wrong
         return Path(found) if found else None
 
+    def local(self) -> str:
+        """The folder; raises ``InputError`` for a name on the hub, where a model of several folders cannot be read."""
+        if not Path(self.source).is_dir():
+            raise InputError(f"model={self.name} has two towers, which are read from a folder here. Download it first.")
+        return self.source
+
     def json(self, file: str) -> Any:
         """The file's content, or None."""
         path = self.path(file)
@@ -153,6 +169,9 @@ def load(name: str, pooling: str | None = None) -> tuple[Encoder, str]:
         else "the folder records none: the mean is assumed, model.pooling=... changes it"
     )
     values = found or _assumed(folder)
+    if values.get("kind") == Towers.kind:
+        f, g = (load(f"{folder.local()}/{name}", pooling)[0] for name in SIDES)
+        return towers(f, g), known
     if pooling:
         values, known = {**values, "pooling": pooling}, "as model.pooling asks"
     backbone = load_pretrained(AutoModel, name, "model")
@@ -162,6 +181,12 @@ def load(name: str, pooling: str | None = None) -> tuple[Encoder, str]:
     if encoder.head.kind != "none" and weights:
         encoder.head.load_state_dict({k.replace("linear.", "layer.0."): v for k, v in load_file(weights).items()})
     return encoder, known
+
+
+def towers(f: Encoder, g: Encoder) -> Towers:
+    """Both encoders as one."""
+    assert isinstance(f, TextEncoder) and isinstance(g, TextEncoder)
+    return Towers(f, g, f.tokenizer)
 
 
 def assembled(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, values: dict[str, Any]) -> Encoder:

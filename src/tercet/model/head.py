@@ -4,11 +4,13 @@ from torch import Tensor, nn
 
 from tercet.error import InputError
 
-KINDS = ("none", "linear", "mlp")
+KINDS = ("none", "linear", "mlp", "two_linear", "two_mlp")
 
 
 class Head(nn.Module):
     """``none``, ``linear`` (H to D) or ``mlp`` (H to D, then tanh: SimCSE's).
+
+    ``two_linear`` and ``two_mlp`` are two of them on one trunk, side by side: Quick-Thoughts' f and g, of D each.
 
     With ``train_only`` it is skipped outside training (SimCSE's ``mlp_only_train``: unsupervised models are better
     without, arXiv:2104.08821 Table 6). ``dim`` null means D = H.
@@ -34,10 +36,24 @@ class Head(nn.Module):
         """Make the layer once H is known; its weights are drawn as the backbone's are, from N(0, std)."""
         if self.kind == "none":
             return
-        linear = nn.Linear(hidden, self.dim or hidden)
+        linear = nn.Linear(hidden, self.width(hidden))
         nn.init.normal_(linear.weight, std=std)
         nn.init.zeros_(linear.bias)
-        self.layer = nn.Sequential(linear, nn.Tanh()) if self.kind == "mlp" else nn.Sequential(linear)
+        self.layer = nn.Sequential(linear, nn.Tanh()) if self.tanh else nn.Sequential(linear)
+
+    @property
+    def sides(self) -> int:
+        """How many vectors stand side by side in a row now."""
+        return 2 if self.kind.startswith("two_") and self.active() else 1
+
+    @property
+    def tanh(self) -> bool:
+        """Whether tanh follows the linear layer."""
+        return self.kind.endswith("mlp")
+
+    def width(self, hidden: int) -> int:
+        """What the layer makes of H columns."""
+        return (self.dim or hidden) * (2 if self.kind.startswith("two_") else 1)
 
     def active(self) -> bool:
         """Whether the layer is applied now."""

@@ -31,6 +31,18 @@ def mean(output: Any, mask: Tensor) -> Tensor:
     return _mean(output.last_hidden_state, mask)
 
 
+def total(output: Any, mask: Tensor) -> Tensor:
+    """The sum over the row's tokens: Quick-Thoughts' bag of words."""
+    hidden: Tensor = output.last_hidden_state
+    return (hidden * mask[..., None].to(hidden.dtype)).sum(1)
+
+
+def final(output: Any, mask: Tensor) -> Tensor:
+    """The final state of a recurrent backbone, both directions side by side."""
+    state: Tensor = output.pooler_output
+    return state
+
+
 def maximum(output: Any, mask: Tensor) -> Tensor:
     """The largest value over the row's tokens, dimension by dimension."""
     hidden: Tensor = output.last_hidden_state
@@ -62,10 +74,13 @@ POOLINGS: dict[str, Pooling] = {
     "cls": cls,
     "cls_pooler": cls_pooler,
     "mean": mean,
+    "sum": total,
     "max": maximum,
+    "final": final,
     "last": last,
     "first_last": first_last,
     "static_last": static_last,
     "top_two": top_two,
 }
+WORD_POOLINGS = ("final", "mean", "sum", "max")  # what an encoder of words can have
 NEEDS_ALL_LAYERS = frozenset({"first_last", "static_last", "top_two"})

@@ -3,6 +3,7 @@
 from tercet.objective.facenet import FaceNet
 from tercet.objective.memory import Memory
 from tercet.objective.mlm import MaskedLM
+from tercet.objective.quick_thoughts import QuickThoughts
 from tercet.objective.simcse import SimCSESup, SimCSEUnsup
 
-__all__ = ["FaceNet", "MaskedLM", "Memory", "SimCSESup", "SimCSEUnsup"]
+__all__ = ["FaceNet", "MaskedLM", "Memory", "QuickThoughts", "SimCSESup", "SimCSEUnsup"]

@@ -1,0 +1,78 @@
+"""Quick-Thoughts' loss: tell the neighbouring sentences among all others."""
+
+import torch
+from torch import Tensor, nn
+
+from tercet.contract import Embedded, Terms
+from tercet.error import InputError
+from tercet.loss.infonce import SIMILARITIES, similarity
+
+SELVES = ("excluded", "zero")
+
+
+class Context(nn.Module):
+    """Cross entropy of a sentence's neighbours among the keys (Logeswaran and Lee 2018, arXiv:1803.02893, section 3).
+
+    With s the similarity, t the temperature, f view 0 of the anchors and g the last view of the keys, the sum over
+    anchor rows i that have a neighbour of
+
+        -1/|C(i)| · sum over j in C(i) of log( exp(s(f_i, g_j)/t) / sum over k of exp(s(f_i, g_k)/t) )
+
+    C(i) are the rows of the same document (``label``, none where -1) with 1 <= \|position - position_i\| <= ``context``.
+    ``self_score`` says what the row's own key is: ``excluded``, or scored ``zero`` as in the authors' code. A key whose
+    content equals that of the anchor or of one of its neighbours, and that is no neighbour itself, is left out.
+    """
+
+    def __init__(self, context: int, similarity: str, temperature: float, self_score: str) -> None:
+        super().__init__()
+        if context < 1:
+            raise InputError(f"loss.context={context}: 1 (the sentence before and the one after) or more.")
+        if similarity not in SIMILARITIES:
+            raise InputError(f"loss.similarity={similarity}: choose one of {', '.join(SIMILARITIES)}.")
+        if not temperature > 0:
+            raise InputError(
+                f"loss.temperature={temperature}: a number above 0; 1 with loss.similarity=dot in the paper."
+            )
+        if self_score not in SELVES:
+            raise InputError(f"loss.self_score={self_score}: choose one of {', '.join(SELVES)}.")
+        self.context = context
+        self.similarity = similarity
+        self.temperature = temperature
+        self.self_score = self_score
+
+    def forward(self, anchors: Embedded, keys: Embedded) -> Terms:
+        """``anchors.z (V, n, D)``, ``keys.z (V, N, D)``; ``count`` is the number of anchors that have a neighbour."""
+        with torch.autocast(anchors.z.device.type, enabled=False):
+            scores = similarity(anchors.z[0], keys.z[-1], self.similarity) / self.temperature
+        own = anchors.uid[:, None] == keys.uid
+        step = self._steps(anchors, keys, own)
+        near = (step.abs() <= self.context) & (step != 0)
+        scores = scores.masked_fill(own, -torch.inf if self.self_score == "excluded" else 0.0)
+        scores = scores.masked_fill(_copies(anchors, keys, near) & ~near & ~own, -torch.inf)
+        has = near.any(1)
+        # A row of nothing but itself would be all -inf, and its gradient no number.
+        log_p = torch.where(has[:, None], scores, 0.0).log_softmax(1)
+        rows = -log_p.masked_fill(~near, 0).sum(1) / near.sum(1).clamp_min(1)
+        return Terms(rows.sum(), has.sum().to(rows.dtype), self._accuracy(scores.detach(), step, near))
+
+    def _steps(self, anchors: Embedded, keys: Embedded, own: Tensor) -> Tensor:
+        """``(n, N)`` how far a key stands behind the anchor in its document; 0 for itself and for all other documents."""
+        same = (anchors.label[:, None] == keys.label) & (anchors.label[:, None] >= 0) & ~own
+        return (keys.position - anchors.position[:, None]).masked_fill(~same, 0)
+
+    def _accuracy(self, scores: Tensor, step: Tensor, near: Tensor) -> dict[str, Tensor]:
+        """Is the best key the next sentence, the one before, any neighbour? Each over the anchors that have such a one."""
+        best = scores.argmax(1, keepdim=True) if scores.shape[1] else scores.new_zeros(len(scores), 0, dtype=torch.long)
+        sought = {"forward_accuracy": step == 1, "backward_accuracy": step == -1, "neighbour_accuracy": near}
+        return {
+            name: torch.stack([wanted.gather(1, best).sum(), wanted.any(1).sum()]).to(scores.dtype)
+            for name, wanted in sought.items()
+        }
+
+
+def _copies(anchors: Embedded, keys: Embedded, near: Tensor) -> Tensor:
+    """``(n, N)`` does a key hold what the anchor or one of its neighbours holds?"""
+    _, group = keys.content[-1].unique(return_inverse=True)
+    held = torch.zeros(len(anchors), len(keys), dtype=torch.int32, device=near.device)
+    held = held.index_add_(1, group, near.to(torch.int32))  # how many neighbours hold each content
+    return (held[:, group] > 0) | (anchors.content[0][:, None] == keys.content[-1])
