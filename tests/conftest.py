@@ -1,6 +1,7 @@
 """What tests share: tiny models, texts, and the configuration as the command line composes it."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,17 @@ TEXTS = [
     "The train to Lyon leaves at nine.",
     "She sings while the kettle boils and the radio plays softly.",
 ]
+
+
+@dataclass(frozen=True)
+class Ids:
+    """Rows of which only the ids matter."""
+
+    label: torch.Tensor
+    position: torch.Tensor | None = None
+
+    def __len__(self):
+        return len(self.label)
 
 
 def choices(group: str) -> list[str]:

@@ -47,8 +47,9 @@ def written():
 
 
 GIVEN_BY_CODE = {
-    "tercet.data.GlobalBatches": {"label", "batch_size", "seed"},
-    "tercet.data.LabelBatches": {"label", "batch_size", "seed"},
+    "tercet.data.GlobalBatches": {"rows", "batch_size", "seed"},
+    "tercet.data.LabelBatches": {"rows", "batch_size", "seed"},
+    "tercet.data.WindowBatches": {"rows", "batch_size", "seed"},
     "pytorch_lightning.Trainer": {"logger", "callbacks"},
     "tercet.optimizer.adagrad": {"module"},
     "tercet.optimizer.adamw": {"module"},

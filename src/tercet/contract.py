@@ -176,10 +176,13 @@ class Encode(Protocol):
 
 
 class Rows(Protocol):
-    """A source made ready: ``rows[draw]`` is a batch; ``label (N,)`` is -1 where there is none."""
+    """A source made ready: ``rows[draw]`` is a batch; ``label (N,)`` and ``position (N,)`` are -1 where there is none."""
 
     @property
     def label(self) -> Tensor: ...
+
+    @property
+    def position(self) -> Tensor: ...
 
     def __len__(self) -> int: ...
 

@@ -187,7 +187,7 @@ def test_workers_change_nothing(world):
     def drawn(workers):
         made = DataModule(
             "faces", source(world / "folder"), [], Decoding(PIXELS, ON),
-            lambda label, size, seed: LabelBatches(label, size, seed, 2, 0), 8, 1, workers, 10,
+            lambda rows, size, seed: LabelBatches(rows, size, seed, 2, 0), 8, 1, workers, 10,
         )  # fmt: skip
         made.prepare_data()
         return [(b.uid.tolist(), b.views[0].pixels) for b in made.train_dataloader()]

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tercet.data import batches as batches_module
 from tercet.data.labels import LabelBatches
 from tercet.error import InputError
+from tests.conftest import Ids
 
 
 def drawn(sampler, rank=0, world=1):
@@ -25,7 +26,7 @@ def make(sizes, batch_size, per_label, distractors=0, singles=0, unlabelled=0, s
     """Rows of ``len(sizes)`` labels, then labels that occur once, then rows without."""
     label = [name for name, size in enumerate(sizes) for _ in range(size)]
     label += [1000 + i for i in range(singles)] + [-1] * unlabelled
-    return LabelBatches(torch.tensor(label), batch_size, seed, per_label, distractors)
+    return LabelBatches(Ids(torch.tensor(label)), batch_size, seed, per_label, distractors)
 
 
 @settings(deadline=None, max_examples=30)

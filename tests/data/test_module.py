@@ -14,7 +14,7 @@ from tercet.data.module import DataModule
 from tercet.data.rows import Tokenizing, content_hash
 from tercet.error import InputError
 from tercet.model import tokenizer
-from tests.conftest import MINILM, TEXTS
+from tests.conftest import MINILM, TEXTS, Ids
 from tests.laws.worlds import Listed
 
 
@@ -41,7 +41,7 @@ def test_the_global_batch_does_not_depend_on_the_number_of_processes(rows, size,
 
         def drawn(rank, world):
             as_process(patch, rank, world)
-            sampler = GlobalBatches(torch.full((rows,), -1), size, seed)
+            sampler = GlobalBatches(Ids(torch.full((rows,), -1)), size, seed)
             sampler.set_epoch(epoch)
             return list(sampler)
 
@@ -56,7 +56,7 @@ def test_the_global_batch_does_not_depend_on_the_number_of_processes(rows, size,
 
 def test_epochs_and_seeds_differ_and_repeat():
     def order(seed, epoch):
-        sampler = GlobalBatches(torch.full((50,), -1), 50, seed)
+        sampler = GlobalBatches(Ids(torch.full((50,), -1)), 50, seed)
         sampler.set_epoch(epoch)
         return next(iter(sampler)).rows
 

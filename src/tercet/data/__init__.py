@@ -10,6 +10,7 @@ from tercet.data.images import ImageFiles
 from tercet.data.labels import LabelBatches
 from tercet.data.module import DataModule, evaluators
 from tercet.data.rows import Tokenizing
+from tercet.data.windows import WindowBatches
 
 __all__ = [
     "Augment",
@@ -22,5 +23,6 @@ __all__ = [
     "ImageFiles",
     "LabelBatches",
     "Tokenizing",
+    "WindowBatches",
     "evaluators",
 ]

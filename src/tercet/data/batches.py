@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
 from torch.utils.data import Sampler
 
-from tercet.contract import Draw
+from tercet.contract import Draw, Rows
 from tercet.distributed import rank, world_size
 
 
@@ -30,8 +29,8 @@ class GlobalBatches(Sampler[Draw]):
     out (every batch has the same number of negatives); another epoch leaves out other rows.
     """
 
-    def __init__(self, label: Tensor, batch_size: int, seed: int) -> None:
-        self.rows = len(label)
+    def __init__(self, rows: Rows, batch_size: int, seed: int) -> None:
+        self.rows = len(rows)
         self.batch_size = batch_size
         self.seed = seed
         self.epoch = 0

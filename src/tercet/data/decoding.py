@@ -61,6 +61,11 @@ class ImageRows:
         """``(N,)``, -1 where there is none."""
         return self._label
 
+    @property
+    def position(self) -> Tensor:
+        """``(N,)``: images have no place."""
+        return torch.full_like(self._label, -1)
+
     def check(self) -> None:
         """Raise ``InputError`` if none of a few rows, from all over, can be read: then it is most likely the column."""
         some = np.unique(np.linspace(0, len(self) - 1, PROBES).astype(int)).tolist()

@@ -5,10 +5,9 @@ from itertools import repeat
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 from torch.utils.data import Sampler
 
-from tercet.contract import Draw
+from tercet.contract import Draw, Rows
 from tercet.data.batches import one_number, own_slice
 from tercet.error import InputError
 from tercet.notice import say_once
@@ -32,8 +31,8 @@ class LabelBatches(Sampler[Draw]):
     they share batches: ``callback.HardLabels`` sets it.
     """
 
-    def __init__(self, label: Tensor, batch_size: int, seed: int, per_label: int, distractors: int) -> None:
-        values = label.numpy()
+    def __init__(self, rows: Rows, batch_size: int, seed: int, per_label: int, distractors: int) -> None:
+        values = rows.label.numpy()
         names, place, sizes = np.unique(values, return_inverse=True, return_counts=True)
         paired = (sizes >= 2) & (names >= 0)
         self.batch_size, self.seed, self.epoch = batch_size, seed, 0

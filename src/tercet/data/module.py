@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import pytorch_lightning as pl
-from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from tercet.contract import Batch, Draw, Evaluator, Rows, Source
@@ -29,7 +28,7 @@ class DataModule(pl.LightningDataModule):
     """``train`` gives the rows to learn from, ``reader`` makes inputs of them, ``batches`` says which make a batch.
 
     ``validation`` is what a validation epoch runs: evaluators in place of batches. ``batch_size`` counts the rows of
-    the global batch, over all processes. ``batches`` takes ``label (N,)``, ``batch_size`` and ``seed``. With
+    the global batch, over all processes. ``batches`` takes the rows, ``batch_size`` and ``seed``. With
     ``train.streaming`` the rows are read as they come and shuffled in a buffer of ``shuffle_buffer`` rows.
     """
 
@@ -39,7 +38,7 @@ class DataModule(pl.LightningDataModule):
         train: Source,
         validation: Sequence[Evaluator],
         reader: Reader,
-        batches: Callable[[Tensor, int, int], Sampler[Draw]],
+        batches: Callable[[Rows, int, int], Sampler[Draw]],
         batch_size: int,
         seed: int,
         workers: int,
@@ -74,7 +73,7 @@ class DataModule(pl.LightningDataModule):
                 f"data.batch_size={self.batch_size}, but data={self.name} has {len(rows)} training rows. "
                 f"Use data.batch_size={max(2, len(rows) // 2)} or more data."
             )
-        self.sampler = self.batches(rows.label, self.batch_size, self.seed)
+        self.sampler = self.batches(rows, self.batch_size, self.seed)
         self.rows = rows
 
     def setup(self, stage: str) -> None:

@@ -106,6 +106,11 @@ class TokenRows:
         """``(N,)``, -1 where there is none."""
         return _tensor(self.rows["label"][:])
 
+    @property
+    def position(self) -> Tensor:
+        """``(N,)``, -1 where there is none."""
+        return _tensor(self.rows["position"][:])
+
     def __getitem__(self, draw: Draw) -> Batch:
         return collate(self.rows[draw.rows], torch.tensor(draw.rows), self.views)
 

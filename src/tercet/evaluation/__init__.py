@@ -3,6 +3,7 @@
 from tercet.evaluation.clustering import Clustering
 from tercet.evaluation.geometry import Geometry, alignment, uniformity
 from tercet.evaluation.labelled import Labelled
+from tercet.evaluation.neighbours import Neighbours
 from tercet.evaluation.retrieval import Retrieval
 from tercet.evaluation.sts import STS, table
 from tercet.evaluation.together import Together
@@ -13,6 +14,7 @@ __all__ = [
     "Clustering",
     "Geometry",
     "Labelled",
+    "Neighbours",
     "Retrieval",
     "Together",
     "Verification",

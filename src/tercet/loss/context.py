@@ -18,7 +18,7 @@ class Context(nn.Module):
 
         -1/|C(i)| · sum over j in C(i) of log( exp(s(f_i, g_j)/t) / sum over k of exp(s(f_i, g_k)/t) )
 
-    C(i) are the rows of the same document (``label``, none where -1) with 1 <= \|position - position_i\| <= ``context``.
+    C(i) are the rows of the same document (``label``, none where -1) with 1 <= abs(position - position_i) <= ``context``.
     ``self_score`` says what the row's own key is: ``excluded``, or scored ``zero`` as in the authors' code. A key whose
     content equals that of the anchor or of one of its neighbours, and that is no neighbour itself, is left out.
     """
