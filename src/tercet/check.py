@@ -18,6 +18,7 @@ def check(cfg: DictConfig, objective: Any, data: Any) -> None:
     _columns(cfg, objective, data)
     _views(cfg, objective)
     _labels(cfg, objective, data)
+    _order(cfg, objective, data)
     _hard_negatives(cfg, objective, data)
     _devices(cfg)
     _batch(cfg)
@@ -62,6 +63,18 @@ def _labels(cfg: DictConfig, objective: Any, data: Any) -> None:
         )
     if wants and "Triplet" not in str(cfg.loss._target_):
         raise InputError(f"{_name(cfg)} on one column needs loss=triplet; {cfg.loss._target_} needs two views.")
+
+
+def _order(cfg: DictConfig, objective: Any, data: Any) -> None:
+    in_order, context = str(cfg.batches._target_).endswith("WindowBatches"), str(cfg.loss._target_).endswith("Context")
+    if in_order and data.streaming:
+        raise InputError("batches=windows reads documents in order. Use data.streaming=false.")
+    if objective.positives == "position" and not in_order:
+        raise InputError(f"{_name(cfg)} needs neighbouring sentences in a batch. Use batches=windows.")
+    if (objective.positives == "position") != context:
+        raise InputError(
+            f"{_name(cfg)} with loss {cfg.loss._target_}: loss=context and objective=quick_thoughts need each other."
+        )
 
 
 def _hard_negatives(cfg: DictConfig, objective: Any, data: Any) -> None:

@@ -97,7 +97,7 @@ def test_a_batch_holds_what_the_rows_say(pieces, tmp_path, workers):
             assert batch.views[v].rows()[i].tolist() == ids
             assert int(batch.content[v, i]) == content_hash(rows[column][uid])
         assert int(batch.label[i]) == rows["label"][uid]
-    assert batch.position.tolist() == [-1] * 4
+    assert batch.position.tolist() == batch.uid.tolist()
 
 
 def test_rows_are_tokenized_once(pieces, tmp_path, monkeypatch):

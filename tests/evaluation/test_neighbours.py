@@ -46,10 +46,9 @@ def test_the_best_of_the_window_is_the_guess(sides, similarity, repeat):
         f, g = z.chunk(2, 1) if sides == 2 else (z, z)
         for i in range(4):
             allowed = [j for j in range(4) if j != i and (rows[j] != rows[i] or abs(i - j) == 1)]
-            score = (
-                (lambda j: f[i] @ g[j] / f[i].norm() / g[j].norm()) if similarity == "cosine" else lambda j: f[i] @ g[j]
-            )
-            best = max(allowed, key=score)
+            norm = {j: float(g[j].norm()) if similarity == "cosine" else 1.0 for j in allowed}
+            score = {float(f[i] @ g[j]) / norm[j]: j for j in reversed(allowed)}  # of equal ones the first
+            best = score[max(score)]
             forward += best == i + 1
             backward += best == i - 1
             either += abs(best - i) == 1

@@ -9,7 +9,7 @@ from tercet.error import InputError
 from tercet.model import Encoding, Head, TextEncoder, pretrained, tokenizer
 from tercet.model.execution import PLAIN
 from tercet.model.folder import load, save
-from tercet.model.pooling import POOLINGS
+from tercet.model.pooling import OF_WORDS, POOLINGS
 from tests.conftest import MINILM, TEXTS, composed, tiny
 
 
@@ -54,7 +54,7 @@ def test_the_vectors_are_those_of_sentence_transformers(minilm):
 HEADS = [("none", None, False), ("linear", 8, False), ("mlp", None, False), ("mlp", 8, True)]
 
 
-@pytest.mark.parametrize("pooling", sorted(POOLINGS))
+@pytest.mark.parametrize("pooling", sorted(set(POOLINGS) - OF_WORDS))
 @pytest.mark.parametrize("head", HEADS, ids=str)
 def test_the_folder_opens_elsewhere_with_the_same_vectors(tmp_path, pooling, head):
     from sentence_transformers import SentenceTransformer
@@ -85,7 +85,7 @@ def brute(pooling, states, mask):
     return torch.stack(out)
 
 
-@pytest.mark.parametrize("pooling", sorted(set(POOLINGS) - {"cls_pooler"}))
+@pytest.mark.parametrize("pooling", sorted(set(POOLINGS) - {"cls_pooler"} - OF_WORDS))
 def test_poolings_are_what_their_names_say(encoder, pooling):
     encoder.eval()
     rows = encoder.inputs(TEXTS).rows()

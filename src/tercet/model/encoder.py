@@ -158,7 +158,9 @@ def _check_pooling(backbone: PreTrainedModel, pooling: str) -> None:
     if pooling == "cls_pooler" and getattr(backbone, "pooler", None) is None:
         raise InputError(f"model.pooling=cls_pooler: {name} has no pooler. Use model.pooling=cls.")
     if pooling == "final" and not recurrent:
-        raise InputError(f"model.pooling=final: {name} is not recurrent. Use model.pooling=mean or sum.")
+        raise InputError(f"model.pooling=final: {name} is not recurrent. Use model.pooling=mean.")
+    if pooling == "sum" and not isinstance(backbone, WordModel):
+        raise InputError("model.pooling=sum is for encoders of words. Use model.pooling=mean.")
     if isinstance(backbone, WordModel) and pooling not in WORD_POOLINGS:
         raise InputError(f"model.pooling={pooling}: for an encoder of words choose one of {', '.join(WORD_POOLINGS)}.")
 

@@ -82,5 +82,6 @@ POOLINGS: dict[str, Pooling] = {
     "static_last": static_last,
     "top_two": top_two,
 }
+OF_WORDS = frozenset({"final", "sum"})  # poolings of encoders of words alone
 WORD_POOLINGS = ("final", "mean", "sum", "max")  # what an encoder of words can have
 NEEDS_ALL_LAYERS = frozenset({"first_last", "static_last", "top_two"})

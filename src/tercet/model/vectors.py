@@ -67,6 +67,8 @@ def _text(file: Path, place: str) -> tuple[list[str], Tensor]:
     rows: list[np.ndarray] = []
     with file.open(encoding="utf-8", newline="\n") as lines:
         first = next(lines, "")
+        if not first.strip():
+            raise InputError(f"{place} is empty. It takes {ACCEPTED}.")
         head = first.split()
         header = len(head) == 2 and all(part.isdigit() for part in head)  # word2vec's: number of words and E
         size = int(head[1]) if header else len(head) - 1
@@ -81,7 +83,7 @@ def _text(file: Path, place: str) -> tuple[list[str], Tensor]:
             words.append(parts[0])
             rows.append(values)
     if not rows:
-        raise InputError(f"{place} is empty. It takes {ACCEPTED}.")
+        raise InputError(f"{place} has a header and no vectors. It takes {ACCEPTED}.")
     return words, torch.from_numpy(np.stack(rows))
 
 

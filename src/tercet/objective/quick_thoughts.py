@@ -10,7 +10,8 @@ class QuickThoughts(Contrastive):
     """f of a sentence finds g of its neighbours (section 3).
 
     f and g are two towers (``model=towers``), two heads on one trunk (``model.head.kind=two_linear``), or one encoder;
-    the embedding of a sentence is [f; g]. One column, whose rows come in order: ``label`` names the document, ``position`` the place in it.
+    the embedding of a sentence is [f; g]. One column, whose rows come in order: ``label`` names the document,
+    ``position`` the place in it.
     """
 
     columns: ClassVar[tuple[int, int]] = (1, 1)
