@@ -63,7 +63,7 @@ def test_recomputed_gradients_are_the_plain_ones_with_dropout_on(name, order, to
 @pytest.mark.parametrize("name", choices("objective"))
 def test_chunks_do_not_change_the_gradient(name):
     whole, cut = (
-        objective(name, e, dropout=0.0, mlm=0.0)
+        objective(name, e, dropout=0.0)
         for e in (Execution("given", None, None, False), Execution("sorted", 40, None, True))
     )
     batch = batch_of(whole, whole.columns[1])

@@ -6,6 +6,7 @@ import datasets
 import pytorch_lightning as pl
 import torch
 from hydra.utils import get_class
+from omegaconf import OmegaConf
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tercet.build import build
@@ -23,7 +24,15 @@ SETTINGS = {
 }
 
 
-CASES = [(o, s) for o in OBJECTIVES for s in SETTINGS]
+def has(objective, overrides):
+    """Whether an objective's configuration has the keys."""
+    cfg = composed(f"objective={objective}")
+    return all(
+        OmegaConf.select(cfg, override.split("=")[0]) is not None for override in overrides if "objective" in override
+    )
+
+
+CASES = [(o, s) for o in OBJECTIVES for s in SETTINGS if has(o, SETTINGS[s])]
 CASES += [("facenet", f"loss.mining={mining}") for mining in MININGS if mining != "semihard"]
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tercet.build import build
-from tercet.contract import Ragged
+from tercet.contract import Batch, Ragged
 from tercet.model import Execution, pretrained, tokenizer
 from tercet.objective import MaskedLM
 from tests.conftest import MINILM, TEXTS, composed, tiny
@@ -12,11 +12,11 @@ from tests.conftest import MINILM, TEXTS, composed, tiny
 
 @pytest.fixture
 def head(encoder):
-    return MaskedLM(weight=0.1, probability=0.15).build(encoder)
+    return MaskedLM(weight=0.1, probability=0.15, whole_words=False).build(encoder)
 
 
 def test_the_weight_0_costs_nothing(encoder):
-    assert MaskedLM(weight=0, probability=0.15).build(encoder) is None
+    assert MaskedLM(weight=0, probability=0.15, whole_words=False).build(encoder) is None
 
 
 def test_backbone_and_word_vectors_are_shared(head, encoder):
@@ -82,7 +82,7 @@ def test_pretrained_heads_come_with_the_backbone(tmp_path):
     lm.save_pretrained(tmp_path)
     tokenizer(MINILM).save_pretrained(tmp_path)
     encoder = build(composed("model=minilm", f"model.backbone.name={tmp_path}").model)
-    head = MaskedLM(weight=0.1, probability=0.15).build(encoder)
+    head = MaskedLM(weight=0.1, probability=0.15, whole_words=False).build(encoder)
     torch.testing.assert_close(
         head.lm.cls.predictions.transform.dense.weight, lm.cls.predictions.transform.dense.weight
     )
@@ -108,6 +108,38 @@ def test_the_objectives_value_is_contrast_plus_weight_times_mlm():
 
 def test_minilm_has_no_head_and_gets_one():
     encoder = build(composed("model=minilm").model)
-    head = MaskedLM(weight=0.1, probability=0.15).build(encoder)
+    head = MaskedLM(weight=0.1, probability=0.15, whole_words=False).build(encoder)
     assert head.lm.get_output_embeddings().weight is encoder.backbone.get_input_embeddings().weight
     assert pretrained(MINILM, None).config.vocab_size == head.lm.config.vocab_size
+
+
+def test_whole_words_are_asked_or_not(encoder):
+    head = MaskedLM(weight=1.0, probability=0.3, whole_words=True).build(encoder)
+    ids = encoder.inputs(
+        ["Unbelievable incomprehensibilities notwithstanding, electroencephalography disappoints."] * 300
+    ).ids
+    corrupted, targets = head.corrupt(ids)
+    pieces = encoder.tokenizer.convert_ids_to_tokens(ids.tolist())
+    asked, split = (targets >= 0).tolist(), 0
+    for i in range(1, len(pieces)):
+        if pieces[i].startswith("##"):
+            assert asked[i] == asked[i - 1]
+            split += 1
+    assert split > 300
+    assert 0.2 < sum(asked) / (len(asked) - 600) < 0.4
+    assert torch.equal(corrupted[targets < 0], ids[targets < 0])
+
+
+def test_pretraining_touches_all_but_the_head(encoder):
+    module = build(composed(*tiny("objective=mlm", "model.head.kind=mlp", "model.pooling=cls_pooler")).objective)
+    batch = Batch((module.encoder.inputs(TEXTS),), *(torch.arange(len(TEXTS)),) * 3, torch.arange(len(TEXTS))[None])
+    module.training_step(batch, 0).backward()
+    named = {name: p for name, p in module.named_parameters()}
+    assert all((p.grad is not None) == p.requires_grad for p in named.values())
+    frozen = {name for name, p in named.items() if not p.requires_grad}
+    assert frozen and all("head" in name or "pooler" in name for name in frozen)
+
+
+def test_pretraining_without_weight_is_a_mistake():
+    with pytest.raises(Exception, match=r"objective.mlm.weight=0: objective=mlm learns nothing else"):
+        build(composed(*tiny("objective=mlm", "objective.mlm.weight=0")).objective)

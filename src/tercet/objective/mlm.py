@@ -1,4 +1,4 @@
-"""SimCSE's auxiliary: predict masked tokens with the encoder that is being trained."""
+"""Masked language modelling on the encoder that is being trained: SimCSE's auxiliary, or all of the training."""
 
 from dataclasses import dataclass
 
@@ -11,6 +11,7 @@ from tercet.contract import Ragged, Terms
 from tercet.error import InputError
 from tercet.model import Encoder, TextEncoder
 from tercet.model.backbone import load_pretrained
+from tercet.model.pieces import begins_word, special
 
 
 @dataclass(frozen=True)
@@ -18,11 +19,13 @@ class MaskedLM:
     """Settings: the total is contrast + ``weight`` · masked LM (arXiv:2104.08821 section 6.3; 0.1 there, 0 is off).
 
     ``probability`` of the tokens are chosen; 80 % of those become the mask, 10 % a random token, 10 % stay (Devlin et
-    al. 2019). Every view draws its own. Costs a second forward pass.
+    al. 2019). Every view draws its own. With ``whole_words`` all pieces of a word are chosen or none. Costs a second
+    forward pass.
     """
 
     weight: float
     probability: float
+    whole_words: bool
 
     def __post_init__(self) -> None:
         if self.weight < 0:
@@ -67,13 +70,19 @@ class MaskedLMHead(nn.Module):
         self.pad_id = encoder.pad_id
         self.mask_id = int(tokenizer.mask_token_id)
         self.words = len(tokenizer)
-        self.register_buffer("special", torch.tensor(sorted(set(tokenizer.all_special_ids))), persistent=False)
+        self.register_buffer("special", special(tokenizer), persistent=False)
+        self.register_buffer("begins", begins_word(tokenizer), persistent=False)
 
     special: Tensor
+    begins: Tensor
 
     def corrupt(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """``(T,)`` to the corrupted ids ``(T,)`` and the targets ``(T,)``, -100 where nothing is asked."""
-        chosen = (torch.rand(ids.shape, device=ids.device) < self.settings.probability) & ~torch.isin(ids, self.special)
+        draw = torch.rand(ids.shape, device=ids.device)
+        if self.settings.whole_words:  # rows begin with a special token: no word goes over from one to the next
+            word = (self.begins[ids] | self.special[ids]).long().cumsum(0)
+            draw = draw[word - word[0]]
+        chosen = (draw < self.settings.probability) & ~self.special[ids]
         fate = torch.rand(ids.shape, device=ids.device)
         noise = torch.randint(self.words, ids.shape, device=ids.device)
         replaced = torch.where(fate < 0.8, torch.full_like(ids, self.mask_id), torch.where(fate < 0.9, noise, ids))
