@@ -1,11 +1,13 @@
 """Masked language modelling on the encoder that is being trained: SimCSE's auxiliary, or all of the training."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM
+from transformers.modeling_outputs import BaseModelOutput
 
 from tercet.contract import Ragged, Terms
 from tercet.error import InputError
@@ -45,7 +47,7 @@ class MaskedLM:
 
 
 class MaskedLMHead(nn.Module):
-    """The language-model head that ``transformers`` has for the backbone, sharing the backbone itself.
+    """The language-model head that ``transformers`` has for the backbone, which it is run on; word vectors are shared.
 
     Its weights are the pretrained ones where the backbone's own folder or hub id holds them, else drawn at random.
     """
@@ -64,7 +66,9 @@ class MaskedLMHead(nn.Module):
             raise InputError(f"objective.mlm.weight > 0: transformers has no masked LM for {kind}. Use 0.") from error
         setattr(lm, lm.base_model_prefix, backbone)
         lm.tie_weights()
+        setattr(lm, lm.base_model_prefix, Given())  # the head alone: it sees no more than the chosen tokens
         self.lm = lm.train()
+        self._backbone = (backbone,)  # in a tuple, so that it is not registered a second time
         self.settings = settings
         self.execution = encoder.execution
         self.pad_id = encoder.pad_id
@@ -99,7 +103,19 @@ class MaskedLMHead(nn.Module):
     def _rows(self, paired: Tensor, mask: Tensor) -> Tensor:
         """``(n, L, 2), (n, L) -> (n, 2)``: each row's summed cross entropy and number of targets."""
         ids, targets = paired.unbind(-1)
-        targets = targets.masked_fill(mask == 0, -100)
-        logits = self.lm(input_ids=ids, attention_mask=mask).logits.float()
-        loss = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
-        return torch.stack([loss.sum(1), (targets >= 0).sum(1).float()], 1)
+        hidden = self._backbone[0](input_ids=ids, attention_mask=mask).last_hidden_state
+        chosen = (targets >= 0) & (mask > 0)
+        # Logits of the whole vocabulary, for these tokens only: of all of them they would cost more than the encoder.
+        logits = self.lm(inputs_embeds=hidden[chosen][None]).logits[0].float()
+        loss = F.cross_entropy(logits, targets[chosen], reduction="none")
+        row = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)[chosen]
+        sums = torch.zeros(len(ids), device=ids.device).index_add(0, row, loss)
+        return torch.stack([sums, chosen.sum(1).float()], 1)
+
+
+class Given(nn.Module):
+    """Stands where a language model has its encoder, and hands on the hidden states that it is given."""
+
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> BaseModelOutput:
+        """``inputs_embeds (1, n, H)``."""
+        return BaseModelOutput(last_hidden_state=inputs_embeds)
