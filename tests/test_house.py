@@ -18,13 +18,13 @@ from tests.conftest import CONF, choices, composed
 ROOT = CONF.parent
 SOURCE = ROOT / "src" / "tercet"
 FILES = sorted(SOURCE.rglob("*.py"))
-LEAVES = {"contract", "distributed", "error", "image", "negatives", "notice", "paths", "run_id", "search"}
+LEAVES = {"chance", "contract", "distributed", "error", "image", "negatives", "notice", "paths", "run_id", "search"}
 NEEDS = {"facenet": ["data.path=faces"], "faces": ["model=resnet_small"]}  # what cannot stand alone
 NO_CHOICE = {"any", "default", "files"}  # what others are made of
-ROOMS = {"model", "data", "loss", "evaluation"}
+ROOMS = {"model", "data", "loss", "view", "evaluation"}
 MAY_IMPORT = {
     **{room: LEAVES | {room} for room in ROOMS},
-    "objective": LEAVES | {"model", "objective"},
+    "objective": LEAVES | {"model", "view", "objective"},
     "callback": LEAVES | {"model", "data", "objective", "callback"},
 }
 
@@ -69,7 +69,7 @@ def test_a_target_is_given_every_parameter_and_only_those(file, place, target, k
     assert keys == parameters, f"{file}{place}"
 
 
-@pytest.mark.parametrize("group", ["model", "data", "loss", "objective", "evaluation", "optimizer", "schedule"])
+@pytest.mark.parametrize("group", ["model", "data", "loss", "view", "objective", "evaluation", "optimizer", "schedule"])
 def test_a_groups_targets_are_in_the_room_of_its_name(group):
     for file, place, target, _, _ in written():
         if file.parts[0] == group and place == "":
@@ -85,7 +85,7 @@ def test_every_experiment_composes_and_says_how_to_run_it(experiment):
     assert get_object(cfg.objective._target_)
 
 
-@pytest.mark.parametrize("group", ["model", "data", "trainer", "logger", "schedule"])
+@pytest.mark.parametrize("group", ["model", "data", "view", "trainer", "logger", "schedule"])
 def test_every_choice_composes(group):
     for choice in choices(group):
         if choice not in NO_CHOICE:
@@ -166,7 +166,7 @@ def test_imports_go_one_way(path):
     if allowed is not None:
         assert ours <= allowed, f"{room} imports {sorted(ours - allowed)}"
     roots = {name.split(".")[0] for name in imports(path)}
-    if room in LEAVES | {"model", "loss", "evaluation", "optimizer", "schedule"}:
+    if room in LEAVES | {"model", "loss", "view", "evaluation", "optimizer", "schedule"}:
         assert "pytorch_lightning" not in roots
     if room in LEAVES | set(MAY_IMPORT) | {"optimizer", "schedule", "console", "record", "logger"}:
         assert "hydra" not in roots

@@ -42,10 +42,15 @@ def _columns(cfg: DictConfig, objective: Any, data: Any) -> None:
 
 
 def _views(cfg: DictConfig, objective: Any) -> None:
-    if objective.dropout_views and OmegaConf.select(cfg, "model.backbone.dropout") == 0:
+    alike = not cfg.view.first and not cfg.view.second
+    if not alike and not objective.dropout_views:
+        raise InputError(
+            f"view={cfg.view.first or cfg.view.second}, but {_name(cfg)} makes no views. Use view=dropout."
+        )
+    if objective.dropout_views and alike and OmegaConf.select(cfg, "model.backbone.dropout") == 0:
         raise InputError(
             f"{_name(cfg)} makes its two views by dropout, but model.backbone.dropout=0: they would be equal. "
-            "Use model.backbone.dropout=0.1 or null."
+            "Use model.backbone.dropout=0.1 or null, or another view, as view=token_cutoff."
         )
 
 
@@ -132,10 +137,10 @@ def check_model(objective: Any, data: Any, several: bool) -> None:
             )
     if isinstance(encoder, ImageEncoder) and encoder.mixes_rows():
         _batch_norm(encoder.execution, several)
-    if objective.dropout_views and not objective.encoder.drops():
+    if objective.dropout_views and objective.view.alike and not objective.encoder.drops():
         raise InputError(
             f"{type(objective).__name__} makes its two views by dropout, but this backbone has none: they would be equal. "
-            "Use model.backbone.dropout=0.1."
+            "Use model.backbone.dropout=0.1, or another view, as view=token_cutoff."
         )
 
 

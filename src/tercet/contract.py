@@ -11,23 +11,29 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
+ERASE_SCALE = 1 << 24
+
 
 @dataclass  # not frozen, as Batch: Lightning rebuilds batches field by field in true half precision
 class Ragged:
     """N rows of token ids, one after the other and without padding: ``ids (T,)`` and ``length (N,)``.
 
     ``length`` stays on the CPU: the encoder plans its chunks from it, and a device would have to be waited for.
+    ``more`` is what views have changed about the tokens: ``keep (T,)``, false where the token's vector is zero; ``place
+    (T,)``, its position; ``erase (T, 2)``, a seed and a share (in ``ERASE_SCALE``) of columns that are zero in the row.
     """
 
     ids: Tensor
     length: Tensor
+    more: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.length)
 
     def to(self, device: torch.device | str) -> "Ragged":
         """The same rows with their ids on ``device``."""
-        return Ragged(self.ids.to(device, non_blocking=True), self.length)
+        more = {name: value.to(device, non_blocking=True) for name, value in self.more.items()}
+        return Ragged(self.ids.to(device, non_blocking=True), self.length, more)
 
     def rows(self) -> tuple[Tensor, ...]:
         """The N rows, each ``(length,)``."""
@@ -36,7 +42,18 @@ class Ragged:
     @staticmethod
     def cat(parts: "Sequence[Ragged]") -> "Ragged":
         """All rows of all parts, in order."""
-        return Ragged(torch.cat([p.ids for p in parts]), torch.cat([p.length for p in parts]))
+        names = dict.fromkeys(name for p in parts for name in p.more)
+        more = {name: torch.cat([p.more.get(name, p.unchanged(name)) for p in parts]) for name in names}
+        return Ragged(torch.cat([p.ids for p in parts]), torch.cat([p.length for p in parts]), more)
+
+    def unchanged(self, name: str) -> Tensor:
+        """What a member of ``more`` is where no view has changed it."""
+        if name == "keep":
+            return torch.ones_like(self.ids, dtype=torch.bool)
+        if name == "erase":
+            return self.ids.new_zeros(len(self.ids), 2)
+        start = torch.repeat_interleave(self.length.cumsum(0) - self.length, self.length)
+        return torch.arange(len(self.ids), device=self.ids.device) - start.to(self.ids.device)
 
     @staticmethod
     def of(rows: Sequence[Sequence[int]]) -> "Ragged":

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tercet.contract import Inputs, Item, Ragged
 from tercet.error import InputError
+from tercet.model.changed import changed
 from tercet.model.execution import Execution
 from tercet.model.head import Head
 from tercet.model.pooling import NEEDS_ALL_LAYERS, POOLINGS, WORD_POOLINGS
@@ -134,11 +135,10 @@ class TextEncoder(Encoder):
         """``Ragged -> (N, D)``."""
         return execution.run(self.embed, inputs, self.pad_id)
 
-    def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """``ids (n, L)`` and ``mask (n, L)`` to ``(n, D)``."""
-        output = self.backbone(
-            input_ids=ids, attention_mask=mask, output_hidden_states=self.pooling in NEEDS_ALL_LAYERS
-        )
+    def embed(self, ids: Tensor, mask: Tensor, **more: Tensor) -> Tensor:
+        """``ids (n, L)`` and ``mask (n, L)``, with what views have changed about them, to ``(n, D)``."""
+        given = changed(self.backbone, ids, **more) if more else {"input_ids": ids}
+        output = self.backbone(**given, attention_mask=mask, output_hidden_states=self.pooling in NEEDS_ALL_LAYERS)
         return self.finish(output, mask)
 
     def inputs(self, items: Sequence[Item]) -> Ragged:
@@ -168,6 +168,5 @@ def _check_pooling(backbone: PreTrainedModel, pooling: str) -> None:
 def limit(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """The longest row that the backbone takes."""
     positions = getattr(backbone.config, "max_position_embeddings", None) or 10**9
-    if backbone.config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
-        positions -= 2  # positions start after the padding's index, which is 1
+    positions -= first_place(backbone)
     return int(min(positions, tokenizer.model_max_length))

@@ -13,12 +13,17 @@ from tercet.error import InputError
 ORDERS = ("given", "sorted")
 
 
-def pad(inputs: Ragged, rows: Tensor, pad_id: int) -> tuple[Tensor, Tensor]:
-    """The chosen rows as ``ids (n, L)`` and ``mask (n, L)``, padded on the right to the longest."""
-    parts = inputs.rows()
-    ids = torch.nn.utils.rnn.pad_sequence([parts[i] for i in rows.tolist()], batch_first=True, padding_value=pad_id)
+def pad(inputs: Ragged, rows: Tensor, pad_id: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """The chosen rows as ``ids (n, L)`` and ``mask (n, L)``, padded on the right to the longest; what travels with them."""
+    ids = _padded(inputs.ids, inputs.length, rows, pad_id)
     mask = torch.arange(ids.shape[1]) < inputs.length[rows][:, None]
-    return ids, mask.long().to(ids.device, non_blocking=True)
+    more = {name: _padded(value, inputs.length, rows, 0) for name, value in inputs.more.items()}
+    return ids, mask.long().to(ids.device, non_blocking=True), more
+
+
+def _padded(values: Tensor, length: Tensor, rows: Tensor, fill: int) -> Tensor:
+    parts = values.split(length.tolist())
+    return torch.nn.utils.rnn.pad_sequence([parts[i] for i in rows.tolist()], batch_first=True, padding_value=fill)
 
 
 @dataclass(frozen=True)
@@ -65,20 +70,23 @@ class Execution:
     def run(self, function: Callable[..., Tensor], inputs: Inputs, pad_id: int = 0) -> Tensor:
         """Apply ``(ids (n, L), mask (n, L)) -> (n, ...)``, or ``pixels (n, C, S, S) -> (n, ...)``, to all rows.
 
-        The result is in the order of the input.
+        The result is in the order of the input. What is in ``Ragged.more`` is handed on by its name, ``(n, L, ...)``.
         """
         if isinstance(inputs, Images):
             parts = inputs.pixels.split(self.chunk_rows or max(1, len(inputs)))
             return torch.cat([self._apply(function, part) for part in parts])
         chunks = self.chunks(inputs.length)
-        done = [self._apply(function, *pad(inputs, rows, pad_id)) for rows in chunks]
+        done = []
+        for rows in chunks:
+            ids, mask, more = pad(inputs, rows, pad_id)
+            done.append(self._apply(function, ids, mask, **more))
         return torch.cat(done)[torch.argsort(torch.cat(chunks))]
 
-    def _apply(self, function: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
+    def _apply(self, function: Callable[..., Tensor], *arguments: Tensor, **more: Tensor) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
-            out: Tensor = checkpoint(function, *arguments, use_reentrant=False)
+            out: Tensor = checkpoint(function, *arguments, use_reentrant=False, **more)
             return out
-        return function(*arguments)
+        return function(*arguments, **more)
 
 
 PLAIN = Execution(order="given", chunk_tokens=None, chunk_rows=None, recompute=False)

@@ -4,6 +4,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from tercet.model.encoder import Encoder, TextEncoder, limit
+from tercet.model.towers import Towers
+
 CONTINUES = "##"  # WordPiece marks continuations
 BEGINS = ("Ġ", "▁", " ")  # byte-level BPE and SentencePiece mark beginnings
 
@@ -16,6 +19,16 @@ def begins_word(tokenizer: PreTrainedTokenizerBase) -> Tensor:
     begins = torch.tensor([piece.startswith(BEGINS) for piece in pieces])
     # A mark on a handful of pieces is no convention: those of a vocabulary of whole words are plain.
     return begins | special(tokenizer) if begins.float().mean() > 0.05 else torch.ones(len(pieces), dtype=torch.bool)
+
+
+def pieces_of(encoder: Encoder) -> tuple[Tensor, Tensor, int | None, int] | None:
+    """What views of texts need: ``begins_word``, ``special``, the mask's id if there is one, and the longest row."""
+    if isinstance(encoder, Towers):
+        return pieces_of(encoder.f)
+    if not isinstance(encoder, TextEncoder):
+        return None
+    tokenizer = encoder.tokenizer
+    return begins_word(tokenizer), special(tokenizer), tokenizer.mask_token_id, limit(encoder.backbone, tokenizer)
 
 
 def special(tokenizer: PreTrainedTokenizerBase) -> Tensor:
