@@ -30,7 +30,7 @@ def changed(
     if keep is None and erase is None:
         given = {"input_ids": ids}
     else:
-        x = backbone.get_input_embeddings()(ids)  # type: ignore[operator]
+        x = backbone.get_input_embeddings()(ids)
         if keep is not None:
             x = x * keep[..., None]
         if erase is not None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tercet.contract import Inputs, Item, Ragged
 from tercet.error import InputError
-from tercet.model.changed import changed
+from tercet.model.changed import changed, first_place
 from tercet.model.execution import Execution
 from tercet.model.head import Head
 from tercet.model.pooling import NEEDS_ALL_LAYERS, POOLINGS, WORD_POOLINGS

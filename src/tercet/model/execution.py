@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -84,7 +85,7 @@ class Execution:
 
     def _apply(self, function: Callable[..., Tensor], *arguments: Tensor, **more: Tensor) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
-            out: Tensor = checkpoint(function, *arguments, use_reentrant=False, **more)
+            out: Tensor = checkpoint(partial(function, **more), *arguments, use_reentrant=False)
             return out
         return function(*arguments, **more)
 

@@ -24,7 +24,9 @@ class Pieces(NamedTuple):
 class View(Protocol):
     """``(N rows, seed (N,), pieces) -> N rows``: what it draws depends on a row's seed and the place in the row alone."""
 
-    def __call__(self, inputs: Ragged, seed: Tensor, pieces: Pieces) -> Ragged: ...
+    def __call__(self, inputs: Ragged, seed: Tensor, pieces: Pieces) -> Ragged:
+        """What is left of each row: special tokens, and one token besides at least."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,10 @@ class Views:
 
 
 class Layout(NamedTuple):
-    """Where T tokens stand: ``row (T,)``, ``place (T,)`` in the row, ``content (T,)`` (not special), ``word (T,)``: the
-    number of the token's word in its row, from 0; ``size (N,)`` content tokens and ``words (N,)`` words of each row.
+    """Where T tokens of N rows stand.
+
+    ``row (T,)``; ``place (T,)`` in the row; ``content (T,)``, not special; ``word (T,)``, the number of the token's word
+    in its row, from 0; ``size (N,)`` content tokens and ``words (N,)`` words of each row.
     """
 
     row: Tensor
