@@ -20,6 +20,9 @@ SETTINGS = {
     "plain": [],
     "chunked": ["model.execution.chunk_tokens=24", "model.execution.recompute=true"],
     "with masked LM": ["objective.mlm.weight=0.1"],
+    "with cut tokens": ["view=token_cutoff"],
+    "with a view each": ["view=mixed"],
+    "with words deleted": ["view=deletion"],
     "with memory": ["objective.memory.size=9", "objective.memory.warmup=1"],
 }
 
@@ -27,9 +30,8 @@ SETTINGS = {
 def has(objective, overrides):
     """Whether an objective's configuration has the keys."""
     cfg = composed(f"objective={objective}")
-    return all(
-        OmegaConf.select(cfg, override.split("=")[0]) is not None for override in overrides if "objective" in override
-    )
+    keys = [override.split("=")[0].replace("view", "objective.view") for override in overrides]
+    return all(OmegaConf.select(cfg, key) is not None for key in keys if key.startswith("objective"))
 
 
 CASES = [(o, s) for o in OBJECTIVES for s in SETTINGS if has(o, SETTINGS[s])]

@@ -12,8 +12,9 @@ from tercet.error import InputError
 
 
 def first_place(backbone: PreTrainedModel) -> int:
-    """The position of a row's first token: RoBERTa's start after the padding's index, which is 1."""
-    return 2 if backbone.config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet") else 0
+    """The position of a row's first token: RoBERTa's start after the padding's index."""
+    after_padding = backbone.config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet")
+    return backbone.config.pad_token_id + 1 if after_padding else 0
 
 
 def changed(

@@ -1,0 +1,183 @@
+"""What each view does to a row, whatever the row: laws over random rows, and shares over many."""
+
+from itertools import groupby
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tercet.build import build
+from tercet.chance import mixed, uniform
+from tercet.contract import ERASE_SCALE, Ragged
+from tercet.error import InputError
+from tercet.view import (
+    Crop,
+    Deletion,
+    FeatureCutoff,
+    Masking,
+    Pieces,
+    Repetition,
+    Shuffle,
+    SpanCutoff,
+    TokenCutoff,
+    Views,
+)
+from tests.conftest import choices, composed
+
+# 0, 1 and 2 are special, 2 is the mask; of the others the even ones begin a word.
+BEGINS = torch.tensor([i % 2 == 0 for i in range(40)])
+SPECIAL = torch.tensor([i < 3 for i in range(40)])
+PIECES = Pieces(BEGINS, SPECIAL, 2, 30)
+KINDS = [TokenCutoff, SpanCutoff, FeatureCutoff, Deletion, Crop, Repetition, Masking]
+ALL = [*(kind(rate) for kind in KINDS for rate in (0.0, 0.2, 0.9)), Shuffle()]
+
+contents = st.lists(st.lists(st.integers(3, 39), min_size=1, max_size=12), min_size=1, max_size=6)
+
+
+def rows_of(lists):
+    return Ragged.of([[0, *row, 1] for row in lists])
+
+
+def seeds(n, seed=7):
+    return mixed(torch.full((n,), seed), torch.arange(n))
+
+
+def cut(inputs, names):
+    """A batch as one (ids, what travels along) per row."""
+    more = {name: inputs.more.get(name, inputs.unchanged(name)).split(inputs.length.tolist()) for name in names}
+    return [(row.tolist(), *(more[name][i].tolist() for name in names)) for i, row in enumerate(inputs.rows())]
+
+
+@pytest.mark.parametrize("view", ALL, ids=str)
+@given(contents)
+def test_a_row_keeps_its_special_tokens_and_something_besides(view, lists):
+    out = view(rows_of(lists), seeds(len(lists)), PIECES)
+    assert len(out) == len(lists) and int(out.length.sum()) == len(out.ids)
+    for ids, keep, place in cut(out, ["keep", "place"]):
+        assert ids[0] == 0 and ids[-1] == 1 and keep[0] and keep[-1]
+        assert len(ids) <= PIECES.limit
+        assert any(kept for i, kept in zip(ids, keep, strict=True) if i not in (0, 1))
+        assert place[0] == 0 and place[-1] == len(ids) - 1
+
+
+@pytest.mark.parametrize("view", ALL, ids=str)
+@given(contents, st.randoms())
+def test_a_row_does_not_depend_on_the_others(view, lists, random):
+    n, names = len(lists), ["keep", "place", "erase"]
+    whole = cut(view(rows_of(lists), seeds(n), PIECES), names)
+    order = list(range(n))
+    random.shuffle(order)
+    shuffled = cut(view(rows_of([lists[i] for i in order]), seeds(n)[order], PIECES), names)
+    assert shuffled == [whole[i] for i in order]
+
+
+@pytest.mark.parametrize("view", [kind(0.0) for kind in KINDS if kind is not Repetition], ids=str)
+@given(contents)
+def test_a_rate_of_zero_changes_nothing(view, lists):
+    out = view(rows_of(lists), seeds(len(lists)), PIECES)
+    assert out.ids.tolist() == rows_of(lists).ids.tolist()
+    assert out.more.get("keep", torch.ones(1)).all()
+    assert not out.more.get("erase", torch.zeros(1, 2))[:, 1].any()
+
+
+@given(contents)
+def test_deletion_takes_whole_words(lists):
+    rows = rows_of(lists)
+    out = Deletion(0.5)(rows, seeds(len(lists)), PIECES)
+    for before, after in zip(lists, out.rows(), strict=True):
+        left = after.tolist()[1:-1]
+        kept = iter(words_of(before))
+        assert all(any(word == other for other in kept) for word in words_of(left, before))
+
+
+def words_of(row, of=None):
+    """Runs that begin with an even piece; the first may begin anyhow."""
+    words = []
+    for piece in row:
+        if piece % 2 == 0 or not words:
+            words.append([])
+        words[-1].append(piece)
+    return words
+
+
+@given(contents, st.sampled_from([0.1, 0.5, 0.9]))
+def test_crop_is_a_piece_of_the_row_of_its_share(lists, rate):
+    out = Crop(rate)(rows_of(lists), seeds(len(lists)), PIECES)
+    for before, after in zip(lists, out.rows(), strict=True):
+        left = after.tolist()[1:-1]
+        starts = [i for i in range(len(before)) if before[i : i + len(left)] == left]
+        assert left and starts
+
+
+@given(st.lists(st.lists(st.integers(3, 39), min_size=1, max_size=12, unique=True), min_size=1, max_size=6))
+def test_repetition_only_doubles_pieces(lists):
+    out = Repetition(0.9)(rows_of(lists), seeds(len(lists)), PIECES)
+    for before, after in zip(lists, out.rows(), strict=True):
+        runs = [(piece, len(list(run))) for piece, run in groupby(after.tolist()[1:-1])]
+        assert [piece for piece, _ in runs] == before and all(count <= 2 for _, count in runs)
+        assert sum(count == 2 for _, count in runs) <= max(2, int(0.9 * len(before)))
+
+
+@given(contents)
+def test_shuffle_exchanges_the_places_of_content(lists):
+    out = Shuffle()(rows_of(lists), seeds(len(lists)), PIECES)
+    assert out.ids.tolist() == rows_of(lists).ids.tolist()
+    for ids, place in cut(out, ["place"]):
+        assert sorted(place) == list(range(len(ids)))
+
+
+def test_shares_are_what_was_asked_for():
+    n, length, rate = 400, 20, 0.3
+    rows = Ragged.of([[0, *[4] * length, 1]] * n)
+    seed, total = seeds(n), n * length
+    token = TokenCutoff(rate)(rows, seed, PIECES).more["keep"]
+    assert abs((~token).sum() / total - rate) < 0.015
+    assert torch.equal(SpanCutoff(rate)(rows, seed, PIECES).length, rows.length)
+    spans = (~SpanCutoff(rate)(rows, seed, PIECES).more["keep"]).view(n, -1)
+    assert (spans.sum(1) == rate * length).all()
+    assert (spans.int().diff(dim=1).abs().sum(1) <= 2).all()  # one span
+    assert abs((total - int((Deletion(rate)(rows, seed, PIECES).length - 2).sum())) / total - rate) < 0.015
+    assert ((Crop(rate)(rows, seed, PIECES).length - 2) == (1 - rate) * length).all()
+    masked = Masking(rate)(rows, seed, PIECES).ids == PIECES.mask_id
+    assert abs(masked.sum() / total - rate) < 0.015
+    added = Repetition(rate)(rows, seed, PIECES).length - rows.length
+    assert sorted(set(added.tolist())) == list(range(7))  # 0 to 0.3 x 20
+    erase = FeatureCutoff(rate)(rows, seed, PIECES).more["erase"]
+    assert (erase[:, 1] == round(rate * ERASE_SCALE)).all() and len(set(erase[:, 0].tolist())) == n
+
+
+def test_draws_are_even_and_independent():
+    x = uniform(mixed(torch.zeros(200_000, dtype=torch.long), torch.arange(200_000)), 3)
+    assert abs(x.mean() - 0.5) < 0.003 and abs(x.var() - 1 / 12) < 0.002
+    y = uniform(mixed(torch.zeros(200_000, dtype=torch.long), torch.arange(200_000)), 4)
+    assert abs(torch.corrcoef(torch.stack([x, y]))[0, 1]) < 0.01
+    assert float(x.min()) >= 0 and float(x.max()) < 1
+
+
+def test_looks_differ_by_side_step_seed_and_place_in_the_chain():
+    rows, uid = rows_of([[4] * 12] * 3), torch.arange(3)
+    chain = [Deletion(0.5)]
+    views = Views(chain, chain, 1)
+    first, second = views(rows, uid, 0, PIECES)
+    keep = [x.length.tolist() for x in (first, second)]
+    assert keep[0] != keep[1]
+    token = Views([TokenCutoff(0.5), TokenCutoff(0.5)], [TokenCutoff(0.5)], 1)(rows, uid, 0, PIECES)
+    assert (token[0].more["keep"] <= Views([TokenCutoff(0.5)], [], 1)(rows, uid, 0, PIECES)[0].more["keep"]).all()
+    assert token[0].more["keep"].sum() < token[1].more["keep"].sum()
+    at = [Views(chain, [], seed)(rows, uid, step, PIECES)[0].length.tolist() for seed, step in [(1, 0), (1, 1), (2, 0)]]
+    assert len({tuple(x) for x in at}) == 3
+    assert Views(chain, [], 1)(rows, uid, 0, PIECES)[0].length.tolist() == at[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rate", [1.0, -0.1, 1.5])
+def test_a_rate_that_leaves_nothing_is_refused(kind, rate):
+    with pytest.raises(InputError, match=rf"view {kind.__name__} with rate={rate}"):
+        kind(rate)
+
+
+@pytest.mark.parametrize("name", choices("view"))
+def test_every_configuration_builds(name):
+    views = build(composed(f"view={name}", "objective=simcse_unsup").view)
+    assert views.alike == (name == "dropout")
