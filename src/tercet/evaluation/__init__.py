@@ -7,6 +7,7 @@ from tercet.evaluation.neighbours import Neighbours
 from tercet.evaluation.retrieval import Retrieval
 from tercet.evaluation.sts import STS, table
 from tercet.evaluation.together import Together
+from tercet.evaluation.transfer import Transfer
 from tercet.evaluation.verification import Verification
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Neighbours",
     "Retrieval",
     "Together",
+    "Transfer",
     "Verification",
     "alignment",
     "table",

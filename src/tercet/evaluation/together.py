@@ -27,6 +27,13 @@ class Together:
             metrics |= found
         return metrics
 
+    def table(self, metrics: Mapping[str, float]) -> str:
+        """The tables of the members that have one, then what no table holds; of metrics as they were returned."""
+        shown = [(name, show(metrics)) for name, e in self.members.items() if (show := getattr(e, "table", None))]
+        suites = tuple(f"{name}/" for name, _ in shown)
+        rest = [f"{name}  {value:.4f}" for name, value in metrics.items() if not name.startswith(suites)]
+        return "\n\n".join([*(text for _, text in shown), *(["\n".join(rest)] if rest else [])])
+
     def figures(self, encode: Encode) -> "dict[str, Figure]":
         """Those of the members that draw, as ``<member>_<figure>``; empty if none does."""
         drawn = {name: draw(encode) for name, e in self.members.items() if (draw := getattr(e, "figures", None))}
