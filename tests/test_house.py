@@ -33,7 +33,12 @@ def targets(node, place=""):
     """Every node with a ``_target_``: its place, the target, and its keys."""
     if isinstance(node, dict):
         if "_target_" in node:
-            placed = {name.split("@")[1].split(".")[0] for d in node.get("defaults", []) for name in d if "@" in name}
+            placed = {
+                name.split("@")[1].split(".")[0]
+                for d in node.get("defaults", [])
+                for name in ([d] if isinstance(d, str) else d)
+                if "@" in name
+            }
             plain = {k for k in node if k not in ("_target_", "_partial_", "_convert_", "defaults")}
             yield place, node["_target_"], plain | placed, node
         for key, value in node.items():

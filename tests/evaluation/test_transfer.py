@@ -162,7 +162,9 @@ def test_both_of_the_papers_tables_in_one_call(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         sys, "argv", ["tercet", f"model={tmp_path / 'model'}", "evaluation=paper", *members, "output=m.json"]
     )
-    main("evaluate")
+    with pytest.raises(SystemExit) as stopped:
+        main("evaluate")
+    assert stopped.value.code == 0
     out = capsys.readouterr().out
     assert "STS, test split, x100" in out and "Transfer, accuracy x100" in out
     assert {"test/sts/stsb/spearman", "test/transfer/cr/accuracy"} <= json.loads(

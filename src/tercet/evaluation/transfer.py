@@ -138,7 +138,8 @@ def _fits(x: Tensor, y: Tensor, train: Tensor) -> Tensor:
 def _accuracy(guess: Tensor, y: Tensor, rows: Tensor) -> Tensor:
     """Of classes ``(..., N)`` over the chosen ``rows (..., N)``."""
     hits: Tensor = (guess == y) & rows
-    return hits.sum(-1) / rows.sum(-1)
+    share: Tensor = hits.sum(-1) / rows.sum(-1)
+    return share
 
 
 def _f1(guess: Tensor, y: Tensor, rows: Tensor) -> float:
