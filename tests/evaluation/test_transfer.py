@@ -165,7 +165,7 @@ def test_both_of_the_papers_tables_in_one_call(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         main("evaluate")
     assert stopped.value.code == 0
-    out = capsys.readouterr().out
+    out = capsys.readouterr().err
     assert "STS, test split, x100" in out and "Transfer, accuracy x100" in out
     assert {"test/sts/stsb/spearman", "test/transfer/cr/accuracy"} <= json.loads(
         (tmp_path / "m.json").read_text()

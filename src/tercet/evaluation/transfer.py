@@ -132,7 +132,8 @@ def _fits(x: Tensor, y: Tensor, train: Tensor) -> Tensor:
     """``(J, penalties, N)`` classes, of J sets of training rows ``(J, N)``, each with every penalty."""
     penalty = torch.tensor(PENALTIES, device=x.device)
     each = train.repeat_interleave(len(penalty), 0)
-    return predicted(x, y, each, penalty.repeat(len(train))).unflatten(0, (len(train), len(penalty)))
+    found = predicted(x, y, each, penalty.repeat(len(train)))
+    return found.view(len(train), len(penalty), -1)
 
 
 def _accuracy(guess: Tensor, y: Tensor, rows: Tensor) -> Tensor:
