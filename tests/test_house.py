@@ -19,7 +19,11 @@ ROOT = CONF.parent
 SOURCE = ROOT / "src" / "tercet"
 FILES = sorted(SOURCE.rglob("*.py"))
 LEAVES = {"chance", "contract", "distributed", "error", "image", "negatives", "notice", "paths", "run_id", "search"}
-NEEDS = {"facenet": ["data.path=faces"], "faces": ["model=resnet_small"]}  # what cannot stand alone
+NEEDS = {  # what cannot stand alone
+    "facenet": ["data.path=faces"],
+    "faces": ["model=resnet_small"],
+    "raw_books": ["data.path=books"],
+}
 NO_CHOICE = {"any", "default", "files"}  # what others are made of
 ROOMS = {"model", "data", "loss", "view", "evaluation"}
 MAY_IMPORT = {

@@ -3,6 +3,7 @@
 from tercet.data.augment import Augment
 from tercet.data.batches import GlobalBatches
 from tercet.data.bible import Bible
+from tercet.data.books import Books
 from tercet.data.decoding import Decoding
 from tercet.data.files import Files
 from tercet.data.groups import Groups
@@ -15,6 +16,7 @@ from tercet.data.windows import WindowBatches
 __all__ = [
     "Augment",
     "Bible",
+    "Books",
     "DataModule",
     "Decoding",
     "Files",

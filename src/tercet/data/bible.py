@@ -23,6 +23,7 @@ class Bible:
     passage is on two sides. Left out: ``left_out_books`` (the Psalms: Wycliffe numbers them as the Vulgate does, one
     behind), chapters whose last verse has another number in the other version (their verses are shifted), verses
     missing on one side or shorter than ``min_characters``. Translators' notes and editorial marks are removed.
+    Without ``pairs`` the same verses of ``query`` alone: text of its language that nobody has paired.
 
     Raises:
         InputError: a version's package is not installed, or the books overlap.
@@ -37,6 +38,7 @@ class Bible:
     validation_books: tuple[int, ...] = (17, 25, 59, 62)
     left_out_books: tuple[int, ...] = (PSALMS,)
     min_characters: int = 16
+    pairs: bool = True
 
     def __post_init__(self) -> None:
         for name in ("test_books", "validation_books", "left_out_books"):
@@ -49,7 +51,7 @@ class Bible:
     @property
     def columns(self) -> tuple[str, ...]:
         """The query's version, then the document's."""
-        return ("text", "paraphrase")
+        return ("text", "paraphrase") if self.pairs else ("text",)
 
     def rows(self) -> Dataset:
         """The side's verses in order."""
@@ -57,7 +59,8 @@ class Bible:
         if not pairs:
             raise InputError(f"data.books={self.books}: no verse of {self.query} and {self.document} is left.")
         features = Features({name: Value("string") for name in self.columns})
-        return Dataset.from_dict(dict(zip(self.columns, map(list, zip(*pairs, strict=True)), strict=True)), features)
+        columns = dict(zip(("text", "paraphrase"), map(list, zip(*pairs, strict=True)), strict=True))
+        return Dataset.from_dict({name: columns[name] for name in self.columns}, features)
 
     def fingerprint(self) -> str:
         """Hashes both texts and every parameter."""

@@ -71,7 +71,7 @@ class WindowBatches(Sampler[Draw]):
                 f"batches=windows: {int(again.sum())} of {len(label)} rows stand at a place of their document that "
                 f"another row has too (the first: position {position[row]}); they are left out."
             )
-        elif not (np.diff(order) > 0).all():
+        elif (np.diff(order)[np.diff(label[order]) == 0] < 0).any():
             say_once("batches=windows: the rows are not stored in order; they are read by document and position.")
         order = order[~again]
         found = np.split(order, np.flatnonzero(np.diff(label[order])) + 1)
