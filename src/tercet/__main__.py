@@ -1,4 +1,4 @@
-"""``python -m tercet COMMAND [key=value ...]``: train, evaluate."""
+"""``python -m tercet COMMAND [key=value ...]``: train, evaluate, expand, mine."""
 
 import sys
 

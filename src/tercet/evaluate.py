@@ -2,17 +2,16 @@
 
 from pathlib import Path
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 
 from tercet import record
 from tercet.build import build
 from tercet.console import quiet, say
+from tercet.contract import Encode
 from tercet.error import InputError
-from tercet.model import Encoder, Encoding, TextEncoder
-from tercet.model.checkpoint import load_encoder
-from tercet.model.folder import load
-from tercet.paths import locate, writable
+from tercet.model import Encoder, Encoding, Joined, TextEncoder
+from tercet.open_model import open_model
+from tercet.paths import writable
 from tercet.values import check_values
 
 
@@ -26,12 +25,9 @@ def run(cfg: DictConfig, output: Path) -> float | None:
         writable(target.parent, "output")
     check_values(OmegaConf.create({"evaluation": OmegaConf.to_container(cfg.evaluation, resolve=True)}), cfg)
     evaluator = build(cfg.evaluation)
-    encoder = open_model(cfg.model.path, cfg.model.pooling, cfg.device)
-    if cfg.model.max_length:
-        if not isinstance(encoder, TextEncoder):
-            raise InputError(f"model.max_length={cfg.model.max_length} counts tokens; this model reads images.")
-        encoder.max_length = cfg.model.max_length
-    encode = Encoding(encoder, progress="evaluating")
+    names = [cfg.model.path] if isinstance(cfg.model.path, str) else list(cfg.model.path)
+    members = [Encoding(_asked(cfg, str(name)), progress="evaluating") for name in names]
+    encode: Encode = members[0] if len(members) == 1 else Joined(members)
     metrics = evaluator(encode)
     values = {f"test/{name}": value for name, value in metrics.items()}
     show = getattr(evaluator, "table", None)
@@ -46,36 +42,16 @@ def run(cfg: DictConfig, output: Path) -> float | None:
     return None
 
 
-def open_model(name: str, pooling: str | None, device: str) -> Encoder:
-    """From a run's folder, a checkpoint, a model's folder, or the hub; on its device."""
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"device={device}, but torch sees no GPU here. Use device=cpu.")
-    return _opened(name, pooling).to(device)
-
-
-def _opened(name: str, pooling: str | None) -> Encoder:
-    path = locate(name)
-    if path.is_file():
-        if pooling:
-            raise InputError(f"model.pooling={pooling}: a checkpoint records its own pooling. Leave model.pooling out.")
-        return load_encoder(path)
-    if (path / "metrics.json").is_file() and not (path / "model").is_dir():
-        raise InputError(
-            f"model={name} is a run without a model folder: it did not finish. Use a file of its checkpoints/."
-        )
-    if path.is_dir() and (path / "config.yaml").is_file():
-        name = str(path / "model") if (path / "model").is_dir() else _newest(path)
-        if name.endswith(".ckpt"):
-            return load_encoder(name)
-    elif path.suffix == ".ckpt":
-        raise InputError(f"model={name}: there is no such file.")
-    encoder, known = load(name, pooling)
-    say(f"pooling: {encoder.pooling} ({known})")
+def _asked(cfg: DictConfig, name: str) -> Encoder:
+    """The model with what the command line asks of it."""
+    encoder = open_model(name, cfg.model.pooling, cfg.device, cfg.seed)
+    texts = [part for part in encoder.modules() if isinstance(part, TextEncoder)]
+    if cfg.model.max_length:
+        if not texts:
+            raise InputError(f"model.max_length={cfg.model.max_length} counts tokens; this model reads images.")
+        for part in texts:
+            part.max_length = cfg.model.max_length
+    if cfg.model.normalize is not None:
+        for each in [encoder, *texts]:
+            each.normalize = cfg.model.normalize
     return encoder
-
-
-def _newest(run: Path) -> str:
-    found = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda p: (p.name != "best.ckpt", -p.stat().st_mtime))
-    if not found:
-        raise InputError(f"model={run} is a run without a model or a checkpoint: it stopped before its first one.")
-    return str(found[0])

@@ -22,6 +22,7 @@ from tercet.run_id import run_id
 COMMANDS = {
     "train": "train, measured before and after (the same as train.py)",
     "evaluate": "measure any model: model=<run, checkpoint, folder or hub id> evaluation=sts output=<file.json>",
+    "expand": "give a model of words those of larger vectors: model=<run> vectors=<file> output=<folder>",
     "mine": "write hard negatives: model=<as above> data.path=<pairs or labelled texts> output=<file.parquet>",
 }
 
@@ -67,13 +68,20 @@ def _model_is_a_path(argument: str) -> str:
     name, equals, value = argument.partition("=")
     if name != "model" or not equals:
         return argument
-    escaped = value.strip("'\"").replace("'", "\\'")
-    return f"model.path='{escaped}'"
+    if value.startswith("[") and value.endswith("]"):
+        return f"model.path=[{','.join(map(_quoted, value[1:-1].split(',')))}]"
+    return f"model.path={_quoted(value)}"
+
+
+def _quoted(value: str) -> str:
+    escaped = value.strip().strip("'\"").replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 def _job(command: str, failed: list[str]) -> Callable[[DictConfig], Any]:
     def job(cfg: DictConfig) -> Any:
-        run: Callable[[DictConfig, Path], Any] = importlib.import_module(f"tercet.{command}").run
+        module = "stages" if command == "train" and cfg.stages.runs else command
+        run: Callable[[DictConfig, Path], Any] = importlib.import_module(f"tercet.{module}").run
         output = Path(HydraConfig.get().runtime.output_dir)
         try:
             return run(cfg, output)

@@ -18,9 +18,9 @@ from tercet.build import build
 from tercet.console import quiet, say
 from tercet.contract import Source
 from tercet.error import InputError
-from tercet.evaluate import open_model
 from tercet.model import Encoding, TextEncoder
 from tercet.negatives import Guard, hard_negatives
+from tercet.open_model import open_model
 from tercet.paths import writable
 from tercet.values import check_values
 
@@ -53,7 +53,7 @@ def run(cfg: DictConfig, output: Path) -> None:
     check_values(OmegaConf.create({"guard": cfg.guard, "data": {"train": train}}), cfg)
     guard: Guard = build(cfg.guard)
     pairs = read(build(cfg.data.train), cfg.seed)
-    encoder = open_model(cfg.model.path, cfg.model.pooling, cfg.device)
+    encoder = open_model(cfg.model.path, cfg.model.pooling, cfg.device, cfg.seed)
     if not isinstance(encoder, TextEncoder):
         raise InputError(f"model={cfg.model.path} reads images; mine writes texts. Images: callback=hard_labels.")
     table = mine(pairs, Encoding(encoder, progress="embedding"), guard, cfg.negatives, cfg.skip)

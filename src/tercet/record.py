@@ -25,7 +25,7 @@ def start(cfg: DictConfig, output: Path, data: Any, loggers: Sequence[Logger]) -
         "versions": versions(),
     }
     config = {**_plain(cfg), **notes}
-    if rank() == 0 and int(os.environ.get("RANK", 0)) == 0:
+    if first():
         (output / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
         (output / "revision.txt").write_text(_text(notes), encoding="utf-8")
     for logger in loggers:
@@ -33,6 +33,11 @@ def start(cfg: DictConfig, output: Path, data: Any, loggers: Sequence[Logger]) -
         if isinstance(logger, TensorBoardLogger):  # its hyper-parameters stay in a file beside the events
             logger.experiment.add_text("config", f"```yaml\n{OmegaConf.to_yaml(config)}```")
     return notes
+
+
+def first() -> bool:
+    """Whether this is the process that writes."""
+    return rank() == 0 and int(os.environ.get("RANK", 0)) == 0
 
 
 def _plain(cfg: DictConfig) -> dict[str, Any]:
@@ -80,6 +85,12 @@ def metrics(output: Path, values: dict[str, float], name: str = "metrics.json") 
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(json.dumps(dict(sorted(values.items())), indent=2) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+def read(run: Path) -> dict[str, float]:
+    """The metrics that a run has written."""
+    values: dict[str, float] = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
+    return values
 
 
 def stage(values: dict[str, float], name: str) -> dict[str, float]:

@@ -1,45 +1,76 @@
-"""The end of a multirun: mean ± sd over its jobs."""
+"""The end of a multirun: mean ± sd over the seeds of each setting."""
 
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from tercet import record
 from tercet.console import say
+
+Runs = list[dict[str, float]]
 
 
 class Summary(Callback):
-    """Reads the jobs' ``metrics.json`` and writes ``summary.json`` beside them."""
+    """Reads the jobs' ``metrics.json`` and writes ``summary.json`` beside them: by setting, where there are several."""
 
     def __init__(self) -> None:
-        self.folders: list[Path] = []
+        self.jobs: list[tuple[str, Path]] = []
 
     def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
-        """Remember where the job wrote."""
-        self.folders.append(Path(job_return.hydra_cfg.hydra.runtime.output_dir))
+        """Remember what the job set, its seed aside, and where it wrote."""
+        setting = " ".join(o for o in job_return.overrides or [] if not o.startswith("seed="))
+        self.jobs.append((setting, Path(job_return.hydra_cfg.hydra.runtime.output_dir)))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Print the table."""
-        done = [folder for folder in self.folders if (folder / "metrics.json").is_file()]
-        runs = [json.loads((folder / "metrics.json").read_text(encoding="utf-8")) for folder in done]
-        if not self.folders:
+        if not self.jobs:
             return
-        summary = summarize(runs)
-        root = self.folders[0].parent
-        (root / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        say("\n" + table(summary, len(done)))
-        for folder in self.folders:
-            if folder not in done:
+        root = self.jobs[0][1].parent
+        done = [(setting, folder) for setting, folder in self.jobs if (folder / "metrics.json").is_file()]
+        groups: dict[str, Runs] = {}
+        for setting, folder in done:
+            groups.setdefault(setting, []).append(record.read(folder))
+        summaries = {told(setting, list(groups)): summarize(runs) for setting, runs in groups.items()}
+        if len(groups) > 1:
+            say("\n" + settings(summaries, config.get("optimized_metric")))
+        elif groups:
+            stages = [name for name, stage in config.stages.runs.items() if stage is not None]
+            say("\n" + table(next(iter(summaries.values())), len(done), stages[:-1]))  # the last one's is the test's
+            if stages:
+                self._draw(next(iter(summaries.values())), config.stages, stages, root)
+        for _, folder in self.jobs:
+            if not (folder / "metrics.json").is_file():
                 say(f"job {folder.name} failed: {(folder / 'error.txt')}")
+        written = summaries if len(groups) > 1 else next(iter(summaries.values()), {})
+        (root / "summary.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
         say(f"Written to {root / 'summary.json'}")
 
+    def _draw(self, summary: dict[str, Any], settings: DictConfig, stages: list[str], root: Path) -> None:
+        from tercet.stages import draw  # heavy; sweeps are imported before anything is known
 
-def summarize(runs: list[dict[str, float]]) -> dict[str, dict[str, float]]:
-    """Metric to its mean, standard deviation (n - 1) and number of runs."""
-    names = sorted({name for run in runs for name in run if name.startswith(("before/", "test/"))})
+        columns = {
+            stage: {
+                n.removeprefix(f"{stage}/"): (x["mean"], x["sd"]) for n, x in summary.items() if n.startswith(stage)
+            }
+            for stage in ("before", *stages)
+        }
+        draw(columns, settings).savefig(root / "stages.png", dpi=150)
+
+
+def told(setting: str, all_: list[str]) -> str:
+    """What of a setting is not the same in all of them."""
+    same = set.intersection(*(set(other.split(" ")) for other in all_))
+    return " ".join(part for part in setting.split(" ") if part not in same)
+
+
+def summarize(runs: Runs) -> dict[str, dict[str, float]]:
+    """Metric to its mean, standard deviation (n - 1) and number of runs; training's own are left out."""
+    names = sorted({name for run in runs for name in run if not name.startswith(("train/", "val/"))})
     found = {}
     for name in names:
         values = [run[name] for run in runs if name in run]
@@ -48,15 +79,29 @@ def summarize(runs: list[dict[str, float]]) -> dict[str, dict[str, float]]:
     return found
 
 
-def table(summary: dict[str, dict[str, float]], runs: int) -> str:
-    """The test metrics, and what they were before, as text."""
+def table(summary: dict[str, dict[str, float]], runs: int, others: Sequence[str] = ()) -> str:
+    """The test metrics, and what they were before, and after the stages ``others``, as text."""
     tests = [name.removeprefix("test/") for name in summary if name.startswith("test/")]
     width = max(map(len, tests), default=0)
-    lines = [f"mean ± sd over {runs} runs", f"{'':{width}}  {'before':>17}      {'after':>17}"]
+    head = "".join(f"{name:>17}  →   " for name in ("before", *others))
+    lines = [f"mean ± sd over {runs} runs", f"{'':{width}}  {head}{'after':>17}"]
     for name in tests:
-        before, after = (_cell(summary.get(f"{stage}/{name}")) for stage in ("before", "test"))
-        lines.append(f"{name:{width}}  {before:>17}  →   {after:>17}")
+        cells = "".join(f"{_cell(summary.get(f'{stage}/{name}')):>17}  →   " for stage in ("before", *others))
+        lines.append(f"{name:{width}}  {cells}{_cell(summary[f'test/{name}']):>17}")
     return "\n".join(lines)
+
+
+def settings(summaries: dict[str, dict[str, dict[str, float]]], metric: str | None) -> str:
+    """A row each setting, the best first: of the optimized metric, else a block each of all that the test measured."""
+    tested = dict.fromkeys(n for summary in summaries.values() for n in summary if n.startswith("test/"))
+    width = max(map(len, summaries))
+    blocks = []
+    for name in [metric] if metric in tested else tested:
+        rows = [(s, x[name]) for s, x in summaries.items() if name in x]
+        rows.sort(key=lambda row: -row[1]["mean"])
+        lines = [f"{s:{width}}  {_cell(x)}  {int(x['runs'])} runs" for s, x in rows]
+        blocks.append("\n".join([f"{name}, mean ± sd", *lines]))
+    return "\n\n".join(blocks)
 
 
 def _cell(entry: dict[str, float] | None) -> str:

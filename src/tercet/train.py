@@ -18,6 +18,7 @@ from tercet.error import InputError
 from tercet.model.checkpoint import read
 from tercet.model.folder import save
 from tercet.objective.contrastive import Contrastive
+from tercet.open_model import open_model, take_over
 from tercet.paths import writable
 from tercet.values import check_values
 
@@ -52,6 +53,8 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
     objective: Contrastive = build(cfg.objective)
+    if cfg.start_from:
+        say(take_over(objective.encoder, open_model(cfg.start_from, None, "cpu"), cfg.start_from))
     check_model(objective, data, launch.launched())
     tests = evaluators([build(cfg.test)])
     loggers = [build(logger) for logger in cfg.logger.values() if logger]
@@ -71,6 +74,7 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
         metrics |= numbers(trainer, "train/") | select(trainer, objective)
         metrics |= measure(trainer, objective, tests, "test")
         finish(trainer, objective, metrics, notes, output)
+        trainer.strategy.barrier("written")  # the next stage reads what the first process wrote
         record.close(loggers, "finished")
     except BaseException:
         record.close(loggers, "failed")

@@ -1,7 +1,7 @@
 """``Inputs -> (N, D)``: backbones, pooling, heads, and how they run."""
 
 from tercet.model.backbone import pixels, pretrained, random, tokenizer
-from tercet.model.encode import Encoding
+from tercet.model.encode import Encoding, Joined
 from tercet.model.encoder import Encoder, TextEncoder
 from tercet.model.execution import Execution
 from tercet.model.head import Head
@@ -16,6 +16,7 @@ __all__ = [
     "Execution",
     "Head",
     "ImageEncoder",
+    "Joined",
     "TextEncoder",
     "Towers",
     "pixels",

@@ -52,6 +52,11 @@ class Encoding:
             self.encoder.train(training)
         return torch.stack([self.seen[item] for item in items])
 
+    @property
+    def sides(self) -> int:
+        """How many vectors stand side by side in a row: 2 where the encoder has Quick-Thoughts' f and g."""
+        return self.encoder.sides
+
     def _rows(self, items: list[Item]) -> Tensor:
         chunks, load = self._images(items) if self.encoder.kind == "image" else self._texts(items)
         world = world_size()
@@ -80,3 +85,21 @@ class Encoding:
         # Decoded as they are needed: all pixels at once would not fit.
         chunks = list(torch.arange(len(items)).split(self.images))
         return chunks, lambda rows: self.encoder.inputs([items[i] for i in rows.tolist()])
+
+
+class Joined:
+    """Several models' vectors as one, ``(N, sum of D)``: Quick-Thoughts' combined and multi-channel models, at test time.
+
+    Where all have two sides, those stay apart: [f1; f2; g1; g2].
+    """
+
+    def __init__(self, members: Sequence[Encoding]) -> None:
+        self.members = members
+
+    def __call__(self, items: Sequence[Item]) -> Tensor:
+        """Each member encodes an item once."""
+        found = [member(items) for member in self.members]
+        sides = {member.sides for member in self.members}
+        count = sides.pop() if len(sides) == 1 else 1
+        parts = [z.chunk(count, 1) for z in found]
+        return torch.cat([part[side] for side in range(count) for part in parts], 1)

@@ -1,0 +1,92 @@
+"""A model by its name: a run, a checkpoint, a folder, the hub, or an entry of ``conf/model/``."""
+
+from pathlib import Path
+
+import torch
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+
+from tercet.build import build
+from tercet.console import say
+from tercet.error import InputError
+from tercet.main import conf
+from tercet.model import Encoder
+from tercet.model.checkpoint import load_encoder
+from tercet.model.folder import load
+from tercet.paths import locate
+
+
+def open_model(name: str, pooling: str | None, device: str, seed: int | None = None) -> Encoder:
+    """The encoder on its device; with ``seed``, which draws what is left to chance, also an entry of ``conf/model/``.
+
+    Raises:
+        InputError: there is no such model, or no such device.
+    """
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device={device}, but torch sees no GPU here. Use device=cpu.")
+    path = locate(name)
+    entries = sorted(entry.stem for entry in Path(conf(), "model").glob("*.yaml"))
+    if seed is not None and name in entries and not path.exists():
+        return _made(name, pooling, seed).to(device)
+    return _opened(name, path, pooling).to(device)
+
+
+def _made(name: str, pooling: str | None, seed: int) -> Encoder:
+    """As ``train.py model=<name>`` would start; a vocabulary is counted in the data of the command line."""
+    given = [o for o in HydraConfig.get().overrides.task if o.startswith(("data=", "data."))]
+    cfg = compose("train", [f"model={name}", *given, *([f"model.pooling={pooling}"] if pooling else [])])
+    torch.manual_seed(seed)
+    say(f"model={name} of conf/model, seed {seed}")
+    encoder: Encoder = build(cfg.model)
+    return encoder
+
+
+def _opened(name: str, path: Path, pooling: str | None) -> Encoder:
+    if path.is_file():
+        if pooling:
+            raise InputError(f"model.pooling={pooling}: a checkpoint records its own pooling. Leave model.pooling out.")
+        return load_encoder(path)
+    if (path / "metrics.json").is_file() and not (path / "model").is_dir():
+        raise InputError(
+            f"model={name} is a run without a model folder: it did not finish. Use a file of its checkpoints/."
+        )
+    if path.is_dir() and (path / "config.yaml").is_file():
+        name = str(path / "model") if (path / "model").is_dir() else _newest(path)
+        if name.endswith(".ckpt"):
+            return load_encoder(name)
+    elif path.suffix == ".ckpt":
+        raise InputError(f"model={name}: there is no such file.")
+    encoder, known = load(name, pooling)
+    poolings = dict.fromkeys(part.pooling for part in encoder.modules() if hasattr(part, "pooling"))
+    say(f"pooling: {', '.join(map(str, poolings))} ({known})")
+    return encoder
+
+
+def _newest(run: Path) -> str:
+    found = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda p: (p.name != "best.ckpt", -p.stat().st_mtime))
+    if not found:
+        raise InputError(f"model={run} is a run without a model or a checkpoint: it stopped before its first one.")
+    return str(found[0])
+
+
+def take_over(encoder: Encoder, other: Encoder, name: str) -> str:
+    """Give ``encoder`` the weights of ``other``; a head of another shape starts anew. Returns what to tell the user.
+
+    Raises:
+        InputError: the backbones differ.
+    """
+    mine, theirs = encoder.state_dict(), other.state_dict()
+    heads = {key for key in {**mine, **theirs} if "head." in key and shape(mine, key) != shape(theirs, key)}
+    for key in sorted({**mine, **theirs}):
+        if key not in heads and shape(mine, key) != shape(theirs, key):
+            raise InputError(
+                f"start_from={name}: {key} is {shape(theirs, key)} there and {shape(mine, key)} here. Use the model that "
+                "it was trained with."
+            )
+    encoder.load_state_dict({**mine, **{key: value for key, value in theirs.items() if key not in heads}})
+    return f"start_from={name}" + ("; the head starts anew" if heads else "")
+
+
+def shape(weights: dict[str, torch.Tensor], key: str) -> tuple[int, ...] | None:
+    """Of a weight, or None where there is none."""
+    return tuple(weights[key].shape) if key in weights else None

@@ -1,0 +1,150 @@
+"""Several runs as one: each starts from the model that the last one left."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra import compose
+from hydra.core.hydra_config import HydraConfig
+from matplotlib.figure import Figure
+from omegaconf import DictConfig, OmegaConf, read_write
+
+from tercet import record, train
+from tercet.console import say
+from tercet.error import InputError
+from tercet.paths import writable
+
+OWN = ("experiment", "stages", "start_from", "output_dir", "resume", "optimized_metric", "name", "measure_before")
+START = "before"
+
+
+def run(cfg: DictConfig, output: Path) -> float | None:
+    """Run the stages that are not null, each in a folder of its own; returns the optimized metric.
+
+    What was set on the command line is set in every stage. With ``resume`` finished stages are kept.
+    """
+    runs = {str(name): stage for name, stage in cfg.stages.runs.items() if stage is not None}
+    if not runs or {START, "test"} & runs.keys():
+        raise InputError(f"stages.runs has the names {', '.join(runs) or 'none'}: one or more, none of them {START}.")
+    writable(output, "output_dir")
+    if not cfg.resume and any(output.glob("1_*")):
+        raise InputError(f"output_dir={output} holds stages already: resume=true goes on with them.")
+    columns: dict[str, dict[str, float]] = {}
+    start, measured = cfg.start_from, None
+    for number, (name, stage) in enumerate(runs.items(), 1):
+        folder = output / f"{number}_{name}"
+        config = composed(stage, start, folder)
+        test = OmegaConf.to_container(config.test, resolve=True)
+        config.measure_before = bool(cfg.measure_before and test != measured)  # else the last stage has just done so
+        metrics = _kept(config, folder) if cfg.resume else None
+        if metrics is None:
+            say(f"\n{number} of {len(runs)}: {name}")
+            train.run(config, folder)
+            metrics = record.read(folder)
+        if START not in columns and config.measure_before:
+            columns[START] = record.stage(metrics, START)
+        columns[name] = record.stage(metrics, "test")
+        start, measured = str(folder / "model"), test
+    return _finish(cfg, output, columns, start)
+
+
+def composed(stage: DictConfig, start: str | None, folder: Path) -> DictConfig:
+    """A stage's configuration: its own keys, then those of the command line."""
+    hydra: Any = HydraConfig.instance().cfg  # what ${hydra:...} looks into
+    with read_write(hydra):
+        hydra.hydra.runtime.output_dir = str(folder)
+    given = {o.lstrip("+~").split("=")[0]: o for o in HydraConfig.get().overrides.task}
+    given = {key: o for key, o in given.items() if key.split(".")[0] not in OWN}
+    own = {key: f"{key}={_quoted(value)}" for key, value in _flat(OmegaConf.to_container(stage, resolve=True))}
+    return compose(
+        "train", [*(own | given).values(), f"start_from={_quoted(start)}", f"output_dir={_quoted(str(folder))}"]
+    )
+
+
+def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """``{a: {b: 1}}`` as ``a.b``, 1."""
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _quoted(value: Any) -> str:
+    """As Hydra's command line reads it."""
+    if isinstance(value, str):
+        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    if isinstance(value, list):
+        return f"[{','.join(map(_quoted, value))}]"
+    return "null" if value is None else str(value)
+
+
+def _kept(config: DictConfig, folder: Path) -> dict[str, float] | None:
+    """The metrics of a stage that was finished with the same settings, or None."""
+    if not (folder / "metrics.json").is_file():
+        return None
+    before, now = (
+        dict(_flat(OmegaConf.to_container(c, resolve=True))) for c in (OmegaConf.load(folder / "config.yaml"), config)
+    )
+    other = [k for k in {**before, **now} if k != "output_dir" and before.get(k) != now.get(k)]
+    if other:
+        key = other[0]
+        raise InputError(
+            f"{folder.name} was finished with {key}={before.get(key)}, not {now.get(key)}. Use another output_dir, or "
+            f"delete {folder} and what follows it."
+        )
+    say(f"{folder.name} is finished; kept")
+    return record.read(folder)
+
+
+def _finish(cfg: DictConfig, output: Path, columns: dict[str, dict[str, float]], model: str) -> float | None:
+    """Table, figure and metrics of all stages; the last one's model is the run's."""
+    metrics = {f"{stage}/{name}": x for stage, column in columns.items() for name, x in column.items()}
+    metrics |= {f"test/{name}": x for name, x in list(columns.values())[-1].items()}
+    if record.first():
+        OmegaConf.save(cfg, output / "config.yaml", resolve=True)
+        (output / "model").unlink(missing_ok=True)
+        (output / "model").symlink_to(Path(model).relative_to(output))
+        text = table(columns, cfg.stages.in_domain, cfg.stages.out_of_domain)
+        (output / "stages.txt").write_text(text + "\n", encoding="utf-8")
+        draw({n: {k: (v, 0.0) for k, v in c.items()} for n, c in columns.items()}, cfg.stages).savefig(
+            output / "stages.png", dpi=150
+        )
+        record.metrics(output, metrics)
+        say(f"\n{text}\n\nWritten to {output}: stages.txt, stages.png, metrics.json, model/")
+    return train.optimized(cfg, metrics)
+
+
+def table(columns: Mapping[str, Mapping[str, float]], inside: str, outside: str) -> str:
+    """A row each metric, a column each stage; what of ``outside`` was lost since the start and since its best."""
+    names = list(dict.fromkeys(name for column in columns.values() for name in column))
+    rows = [(name, [column.get(name) for column in columns.values()]) for name in names]
+    kept = [x for x in dict(rows).get(outside, []) if x is not None]
+    if len(kept) == len(columns):
+        rows.append((f"forgotten: {outside}", [kept[0] - x for x in kept]))
+        rows.append(("  since its best", [max(kept[: i + 1]) - x for i, x in enumerate(kept)]))
+    order = {inside: 0, outside: 1}
+    rows.sort(key=lambda row: order.get(row[0], 2 if "forgotten" in row[0] or row[0].startswith(" ") else 3))
+    width = max(len(name) for name, _ in rows)
+    lines = [" " * width + "".join(f"{name:>14}" for name in columns)]
+    cells = ("".join(f"{'' if x is None else f'{x:.4f}':>14}" for x in values) for _, values in rows)
+    return "\n".join([*lines, *(f"{name:{width}}{line}" for (name, _), line in zip(rows, cells, strict=True))])
+
+
+def draw(columns: Mapping[str, Mapping[str, tuple[float, float]]], settings: DictConfig) -> Figure:
+    """Both metrics over the stages; each value with its standard deviation."""
+    shown = [(settings.in_domain, "in the domain", "#1b7f79"), (settings.out_of_domain, "outside it", "#8a5a9e")]
+    shown = [part for part in shown if all(part[0] in column for column in columns.values())]
+    figure = Figure(figsize=(4.2 * max(1, len(shown)), 3.2), layout="constrained")
+    for place, (name, title, color) in enumerate(shown, 1):
+        axes = figure.add_subplot(1, len(shown), place)
+        values, sds = zip(*(column[name] for column in columns.values()), strict=True)
+        axes.errorbar(list(columns), values, yerr=sds if any(sds) else None, color=color, marker="o", capsize=3)
+        for x, y in enumerate(values):
+            axes.annotate(f"{y:.3f}", (x, y), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8)
+        axes.axhline(values[0], color="#c9c9c9", lw=0.8, zorder=0)
+        axes.margins(x=0.12, y=0.25)
+        axes.set_title(f"{title}: {name}", fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8)
+    return figure
