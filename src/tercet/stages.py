@@ -24,8 +24,10 @@ def run(cfg: DictConfig, output: Path) -> float | None:
     What was set on the command line is set in every stage. With ``resume`` finished stages are kept.
     """
     runs = {str(name): stage for name, stage in cfg.stages.runs.items() if stage is not None}
-    if not runs or {START, "test"} & runs.keys():
-        raise InputError(f"stages.runs has the names {', '.join(runs) or 'none'}: one or more, none of them {START}.")
+    if not runs:
+        raise InputError("stages.runs: no stage is left. Set one of them, or use another experiment.")
+    if taken := {START, "test", "train", "val"} & runs.keys():
+        raise InputError(f"stages.runs: a stage may not be called {taken.pop()}. Rename it.")
     writable(output, "output_dir")
     if not cfg.resume and any(output.glob("1_*")):
         raise InputError(f"output_dir={output} holds stages already: resume=true goes on with them.")
@@ -50,9 +52,9 @@ def run(cfg: DictConfig, output: Path) -> float | None:
 
 def composed(stage: DictConfig, start: str | None, folder: Path) -> DictConfig:
     """A stage's configuration: its own keys, then those of the command line."""
-    hydra: Any = HydraConfig.instance().cfg  # what ${hydra:...} looks into
+    hydra: Any = HydraConfig.get()  # what ${hydra:...} looks into
     with read_write(hydra):
-        hydra.hydra.runtime.output_dir = str(folder)
+        hydra.runtime.output_dir = str(folder)
     given = {o.lstrip("+~").split("=")[0]: o for o in HydraConfig.get().overrides.task}
     given = {key: o for key, o in given.items() if key.split(".")[0] not in OWN}
     own = {key: f"{key}={_quoted(value)}" for key, value in _flat(OmegaConf.to_container(stage, resolve=True))}
@@ -88,7 +90,7 @@ def _kept(config: DictConfig, folder: Path) -> dict[str, float] | None:
     )
     other = [k for k in {**before, **now} if k != "output_dir" and before.get(k) != now.get(k)]
     if other:
-        key = other[0]
+        key = min(other, key=lambda name: name.count("."))  # the one that others are taken from
         raise InputError(
             f"{folder.name} was finished with {key}={before.get(key)}, not {now.get(key)}. Use another output_dir, or "
             f"delete {folder} and what follows it."

