@@ -30,6 +30,7 @@ def quiet() -> None:
         ".*tensorboardX.*",
         ".*You have overridden `transfer_batch_to_device`.*",
         ".*is smaller than the logging interval.*",
+        ".*your dataloader is not resumable.*",
         ".*using `DistributedSampler` with the dataloaders.*",
     ):
         warnings.filterwarnings("ignore", message=text)

@@ -15,6 +15,7 @@ from tercet.error import InputError
 from tercet.paths import writable
 
 OWN = ("experiment", "stages", "start_from", "output_dir", "resume", "optimized_metric", "name", "measure_before")
+ASIDE = ("output_dir", "resume", "measure_before")  # what does not change what a stage learns
 START = "before"
 
 
@@ -38,6 +39,7 @@ def run(cfg: DictConfig, output: Path) -> float | None:
         config = composed(stage, start, folder)
         test = OmegaConf.to_container(config.test, resolve=True)
         config.measure_before = bool(cfg.measure_before and test != measured)  # else the last stage has just done so
+        config.resume = cfg.resume
         metrics = _kept(config, folder) if cfg.resume else None
         if metrics is None:
             say(f"\n{number} of {len(runs)}: {name}")
@@ -88,7 +90,7 @@ def _kept(config: DictConfig, folder: Path) -> dict[str, float] | None:
     before, now = (
         dict(_flat(OmegaConf.to_container(c, resolve=True))) for c in (OmegaConf.load(folder / "config.yaml"), config)
     )
-    other = [k for k in {**before, **now} if k != "output_dir" and before.get(k) != now.get(k)]
+    other = [k for k in {**before, **now} if k not in ASIDE and before.get(k) != now.get(k)]
     if other:
         key = min(other, key=lambda name: name.count("."))  # the one that others are taken from
         raise InputError(

@@ -70,7 +70,7 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
         # The draws of the evaluation must not decide what training draws.
         # Processes draw differently: rows of two of them must not share their dropout.
         pl.seed_everything(cfg.seed + trainer.global_rank, workers=True, verbose=False)
-        trainer.fit(objective, datamodule=data)
+        trainer.fit(objective, datamodule=data, ckpt_path=interrupted(cfg, output, data))
         metrics |= numbers(trainer, "train/") | select(trainer, objective)
         metrics |= measure(trainer, objective, tests, "test")
         finish(trainer, objective, metrics, notes, output)
@@ -80,6 +80,19 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
         record.close(loggers, "failed")
         raise
     return optimized(cfg, metrics)
+
+
+def interrupted(cfg: DictConfig, output: Path, data: DataModule) -> str | None:
+    """The checkpoint that a run with ``resume`` goes on from, if there is one."""
+    path = output / "checkpoints" / "last.ckpt"
+    if not cfg.resume or not path.is_file():
+        return None
+    if data.streaming:
+        raise InputError(
+            "resume=true with data.streaming=true: a stream's place is not recorded. Use data.streaming=false."
+        )
+    say(f"going on from {path}, step {read(path)['global_step']}")
+    return str(path)
 
 
 def wanted(cfg: DictConfig, callback: pl.Callback) -> list[pl.Callback]:

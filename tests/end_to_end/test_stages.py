@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 
 from tercet.model import Encoding
 from tercet.open_model import open_model
@@ -125,3 +126,24 @@ def test_a_head_of_another_shape_starts_anew(small, tmp_path):
     first.output.rename(tmp_path / "first")
     result = small("model.head.kind=linear", "model.head.dim=8", f"start_from={tmp_path / 'first'}")
     assert result.code == 0 and "the head starts anew" in result.terminal
+
+
+def test_a_stage_that_was_stopped_goes_on_from_its_checkpoint(staged, tmp_path, monkeypatch):
+    long = ["trainer.max_steps=6", "callback.last.every_n_train_steps=2"]
+    whole = staged(*long)
+    expected = vectors(whole.output)
+    whole.output.rename(tmp_path / "whole")
+    original = ModelCheckpoint.on_train_batch_end
+
+    def killed(self, trainer, *args, **kwargs):
+        original(self, trainer, *args, **kwargs)
+        if "2_looks" in str(self.dirpath) and trainer.global_step == 5:
+            self.save_on_exception = False
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ModelCheckpoint, "on_train_batch_end", killed)
+    assert staged(*long).code == 130
+    monkeypatch.setattr(ModelCheckpoint, "on_train_batch_end", original)
+    resumed = staged(*long, "resume=true")
+    assert "1_words is finished; kept" in resumed.terminal and "last.ckpt, step 4" in resumed.terminal
+    assert torch.equal(vectors(resumed.output), expected)

@@ -5,6 +5,7 @@ from tercet.callback.collapse import Collapse
 from tercet.callback.figures import Figures
 from tercet.callback.hard_labels import HardLabels
 from tercet.callback.progress import Progress
+from tercet.callback.randomness import Randomness
 from tercet.callback.throughput import Throughput
 
-__all__ = ["BeforeAfter", "Collapse", "Figures", "HardLabels", "Progress", "Throughput"]
+__all__ = ["BeforeAfter", "Collapse", "Figures", "HardLabels", "Progress", "Randomness", "Throughput"]

@@ -1,6 +1,7 @@
 """Which rows make a batch: decided for the global batch, then sliced by process."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import islice
 
 import torch
 from torch.utils.data import Sampler
@@ -49,3 +50,21 @@ class GlobalBatches(Sampler[Draw]):
         for number in range(len(self)):
             rows = order[number * self.batch_size : (number + 1) * self.batch_size]
             yield Draw(rows[own].tolist(), one_number(self.seed, self.epoch, number))
+
+
+class Rest(Sampler[Draw]):
+    """What is left of an epoch where a run goes on in the middle of it: ``done`` says how many batches it has had."""
+
+    def __init__(self, whole: Sampler[Draw], done: Callable[[], int]) -> None:
+        self.whole = whole
+        self.done = done
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning says which epoch begins."""
+        self.whole.set_epoch(epoch)  # type: ignore[attr-defined]
+
+    def __len__(self) -> int:
+        return len(self.whole)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Draw]:
+        yield from islice(self.whole, self.done() % len(self), None)

@@ -4,9 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import pytorch_lightning as pl
+import torch
 from torch.utils.data import DataLoader, Sampler
 
 from tercet.contract import Batch, Draw, Evaluator, Rows, Source
+from tercet.data.batches import Rest
 from tercet.data.rows import Tokenizing
 from tercet.data.stream import StreamBatches
 from tercet.error import InputError
@@ -87,7 +89,20 @@ class DataModule(pl.LightningDataModule):
             return DataLoader(
                 StreamBatches(self.train, self.reader, self.batch_size, self.seed, self.shuffle_buffer), batch_size=None
             )
-        return DataLoader(self.rows, batch_size=None, sampler=self.sampler, num_workers=self.workers)  # type: ignore[arg-type]
+        assert self.sampler is not None
+        sampler = Rest(self.sampler, self._done)
+        return DataLoader(
+            self.rows,  # type: ignore[arg-type]
+            batch_size=None,
+            sampler=sampler,
+            num_workers=self.workers,
+            generator=torch.Generator(),  # workers' seeds; training's own draws stay as they are
+        )
+
+    def _done(self) -> int:
+        """How many batches of the epoch the weights have seen."""
+        loop = getattr(self.trainer, "fit_loop", None)
+        return loop.epoch_loop.batch_progress.current.processed if loop else 0
 
     def val_dataloader(self) -> "DataLoader[Evaluator]":
         """An element is an evaluator."""
@@ -101,7 +116,8 @@ class DataModule(pl.LightningDataModule):
 def evaluators(members: Sequence[Evaluator]) -> "DataLoader[Evaluator]":
     """A loader whose batches are the evaluators themselves: Lightning's loops then run them."""
     # Bound methods, because Lightning opens dataclasses in a batch to move what is inside.
-    return DataLoader([member.__call__ for member in members], batch_size=None, collate_fn=_same)  # type: ignore[arg-type]
+    calls = [member.__call__ for member in members]
+    return DataLoader(calls, batch_size=None, collate_fn=_same, generator=torch.Generator())  # type: ignore[arg-type]
 
 
 def _same(evaluator: Evaluator) -> Evaluator:

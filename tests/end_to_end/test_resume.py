@@ -1,0 +1,61 @@
+"""A run that was stopped goes on as if it had not been."""
+
+import pytest
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+
+from tercet.model.checkpoint import read
+from tests.conftest import tiny
+from tests.end_to_end.conftest import FAST, write_texts
+
+
+@pytest.fixture
+def run(command, tmp_path):
+    """``run(*overrides)``: three epochs of a few batches with dropout, a checkpoint every second step."""
+    write_texts(tmp_path / "my.txt")
+    few = [o for o in FAST if "max_steps" not in o]
+    every = ["callback.last.every_n_train_steps=2", "measure_before=false", "trainer.max_epochs=3", "logger=none"]
+    return lambda *more: command("train", *tiny("data=text", f"data.path={tmp_path / 'my.txt'}", *few, *every, *more))
+
+
+def weights(output):
+    return read(output / "checkpoints" / "last.ckpt")["state_dict"]
+
+
+@pytest.mark.parametrize("stop", [3, 8, 10, 15])
+@pytest.mark.parametrize("objective", ["simcse_unsup", "mlm"])
+def test_weights_are_bit_identical(run, monkeypatch, tmp_path, stop, objective):
+    whole = run(f"objective={objective}")
+    assert whole.code == 0, whole.terminal
+    expected = weights(whole.output)
+    whole.output.rename(tmp_path / "whole")
+
+    original = ModelCheckpoint.on_train_batch_end
+
+    def killed(self, trainer, *args, **kwargs):
+        original(self, trainer, *args, **kwargs)
+        if trainer.global_step == stop:
+            self.save_on_exception = False  # as SIGKILL: nothing more is written
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ModelCheckpoint, "on_train_batch_end", killed)
+    assert run(f"objective={objective}").code == 130
+    assert read(whole.output / "checkpoints" / "last.ckpt")["global_step"] == stop // 2 * 2
+    monkeypatch.setattr(ModelCheckpoint, "on_train_batch_end", original)
+    resumed = run(f"objective={objective}", "resume=true")
+    assert resumed.code == 0 and f"step {stop // 2 * 2}" in resumed.terminal, resumed.terminal
+    found = weights(resumed.output)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_resume_without_a_checkpoint_is_a_start(run):
+    result = run("resume=true")
+    assert result.code == 0 and "going on" not in result.terminal
+
+
+def test_a_stream_cannot_go_on(run, tmp_path):
+    assert run().code == 0
+    result = run("resume=true", "data.streaming=true", "trainer.max_steps=4")
+    assert result.code == 1 and "a stream's place is not recorded" in result.terminal
