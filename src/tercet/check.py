@@ -45,13 +45,17 @@ def _views(cfg: DictConfig, objective: Any) -> None:
     alike = not cfg.view.first and not cfg.view.second
     if not alike and not objective.dropout_views:
         raise InputError(
-            f"view={cfg.view.first or cfg.view.second}, but {_name(cfg)} makes no views. Use view=dropout."
+            f"{_name(cfg)} makes no views, but view changes texts by {_changes(cfg)}. Use view=dropout."
         )
     if objective.dropout_views and alike and OmegaConf.select(cfg, "model.backbone.dropout") == 0:
         raise InputError(
             f"{_name(cfg)} makes its two views by dropout, but model.backbone.dropout=0: they would be equal. "
             "Use model.backbone.dropout=0.1 or null, or another view, as view=token_cutoff."
         )
+
+
+def _changes(cfg: DictConfig) -> str:
+    return " and ".join(str(view._target_).rsplit(".", 1)[-1] for view in [*cfg.view.first, *cfg.view.second])
 
 
 def _labels(cfg: DictConfig, objective: Any, data: Any) -> None:
