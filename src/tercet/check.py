@@ -44,9 +44,7 @@ def _columns(cfg: DictConfig, objective: Any, data: Any) -> None:
 def _views(cfg: DictConfig, objective: Any) -> None:
     alike = not cfg.view.first and not cfg.view.second
     if not alike and not objective.dropout_views:
-        raise InputError(
-            f"{_name(cfg)} makes no views, but view changes texts by {_changes(cfg)}. Use view=dropout."
-        )
+        raise InputError(f"{_name(cfg)} makes no views, but view changes texts by {_changes(cfg)}. Use view=dropout.")
     if objective.dropout_views and alike and OmegaConf.select(cfg, "model.backbone.dropout") == 0:
         raise InputError(
             f"{_name(cfg)} makes its two views by dropout, but model.backbone.dropout=0: they would be equal. "

@@ -53,13 +53,14 @@ def run(cfg: DictConfig, output: Path) -> float | None:
 
 
 def composed(stage: DictConfig, start: str | None, folder: Path) -> DictConfig:
-    """A stage's configuration: its own keys, then those of the command line."""
+    """A stage's configuration: its own keys, then those of the command line; no experiment but the one it names."""
     hydra: Any = HydraConfig.get()  # what ${hydra:...} looks into
     with read_write(hydra):
         hydra.runtime.output_dir = str(folder)
     given = {o.lstrip("+~").split("=")[0]: o for o in HydraConfig.get().overrides.task}
     given = {key: o for key, o in given.items() if key.split(".")[0] not in OWN}
     own = {key: f"{key}={_quoted(value)}" for key, value in _flat(OmegaConf.to_container(stage, resolve=True))}
+    own.setdefault("experiment", "~experiment")
     return compose(
         "train", [*(own | given).values(), f"start_from={_quoted(start)}", f"output_dir={_quoted(str(folder))}"]
     )

@@ -1,5 +1,6 @@
 """Stages: several runs as one, each from the model that the last one left."""
 
+import csv
 import json
 import re
 
@@ -9,7 +10,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 from tercet.model import Encoding
 from tercet.open_model import open_model
-from tests.conftest import TEXTS, tiny
+from tests.conftest import CONF, TEXTS, tiny
 from tests.end_to_end.conftest import FAST, write_texts
 
 TWO = [
@@ -147,3 +148,23 @@ def test_a_stage_that_was_stopped_goes_on_from_its_checkpoint(staged, tmp_path, 
     resumed = staged(*long, "resume=true")
     assert "1_words is finished; kept" in resumed.terminal and "last.ckpt, step 4" in resumed.terminal
     assert torch.equal(vectors(resumed.output), expected)
+
+
+def test_the_example_of_the_docs(command, tmp_path, monkeypatch):
+    text = (CONF.parent / "docs" / "adaptation.md").read_text().split("```yaml\n")[1].split("```")[0]
+    (tmp_path / "my_conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "my_conf" / "experiment" / "my_domain.yaml").write_text(text.replace("adaptation", "heldout"))
+    monkeypatch.chdir(tmp_path)
+    write_texts(tmp_path / "tickets.txt")
+    with open("faq.csv", "w", newline="") as file:
+        csv.writer(file).writerows(
+            [["question", "answer"], *([f"{a} {i}", b] for i, a in enumerate(TEXTS) for b in TEXTS)]
+        )
+    result = command(
+        "train", "--config-dir=my_conf", "experiment=my_domain", *tiny(*FAST[1:]), "logger=none", "trainer.max_epochs=1"
+    )
+    assert result.code == 0, result.terminal
+    assert list(dict.fromkeys(name.split("/")[0] for name in sorted(result.metrics()))) == [
+        "before", "pretrain", "supervised", "test", "unsupervised",
+    ]  # fmt: skip
+    assert "retrieval/support/recall@1" in (result.output / "stages.txt").read_text()
