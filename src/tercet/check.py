@@ -44,7 +44,10 @@ def _columns(cfg: DictConfig, objective: Any, data: Any) -> None:
 def _views(cfg: DictConfig, objective: Any) -> None:
     alike = not cfg.view.first and not cfg.view.second
     if not alike and not objective.dropout_views:
-        raise InputError(f"{_name(cfg)} makes no views, but view changes texts by {_changes(cfg)}. Use view=dropout.")
+        raise InputError(
+            f"{_name(cfg)} makes no views, but view changes texts by {_changes(cfg)}. "
+            "Use view=dropout, or objective=simcse_unsup."
+        )
     if objective.dropout_views and alike and OmegaConf.select(cfg, "model.backbone.dropout") == 0:
         raise InputError(
             f"{_name(cfg)} makes its two views by dropout, but model.backbone.dropout=0: they would be equal. "
@@ -131,8 +134,8 @@ def _many(devices: Any) -> bool:
 def check_model(objective: Any, data: Any, several: bool) -> None:
     """What only the loaded model can say."""
     encoder = objective.encoder
-    if isinstance(encoder, TextEncoder):
-        longest = limit(encoder.backbone, encoder.tokenizer)
+    for part in (part for part in encoder.modules() if isinstance(part, TextEncoder)):
+        longest = limit(part.backbone, part.tokenizer)
         if data.reader.max_length > longest:
             raise InputError(
                 f"data.max_length={data.reader.max_length}, but the backbone takes {longest} tokens at most."

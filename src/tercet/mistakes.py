@@ -12,7 +12,7 @@ from hydra.errors import (
     OverrideParseException,
 )
 from omegaconf import OmegaConf
-from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from tercet.error import InputError
 
@@ -30,6 +30,8 @@ def explain(error: BaseException, conf: str, command: str) -> str:
         return _mistyped(error, conf, command)
     if isinstance(error, InstantiationException):
         return _instantiation(error)
+    if isinstance(error, MissingMandatoryValue) and error.full_key:
+        return f"{error.full_key} must be given: {error.full_key}=..."
     if isinstance(error, InterpolationKeyError) and (found := re.search(r"'model\.(tokenizer|pixels)'", str(error))):
         text = found[1] == "tokenizer"
         kinds = ("text", "images", "minilm", "images") if text else ("images", "text", "resnet_small", "text")

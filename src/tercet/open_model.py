@@ -1,5 +1,6 @@
 """A model by its name: a run, a checkpoint, a folder, the hub, or an entry of ``conf/model/``."""
 
+import difflib
 from pathlib import Path
 
 import torch
@@ -26,8 +27,11 @@ def open_model(name: str, pooling: str | None, device: str, seed: int | None = N
         raise InputError(f"device={device}, but torch sees no GPU here. Use device=cpu.")
     path = locate(name)
     entries = sorted(entry.stem for entry in Path(conf(), "model").glob("*.yaml"))
-    if seed is not None and name in entries and not path.exists():
-        return _made(name, pooling, seed).to(device)
+    if seed is not None and not path.exists() and "/" not in name:
+        if name in entries:
+            return _made(name, pooling, seed).to(device)
+        if near := difflib.get_close_matches(name, entries, 1):
+            raise InputError(f"model={name}: no such folder, and no entry of conf/model. Did you mean {near[0]}?")
     return _opened(name, path, pooling).to(device)
 
 
@@ -69,12 +73,24 @@ def _newest(run: Path) -> str:
     return str(found[0])
 
 
-def take_over(encoder: Encoder, other: Encoder, name: str) -> str:
-    """Give ``encoder`` the weights of ``other``; a head of another shape starts anew. Returns what to tell the user.
+def take_over(encoder: Encoder, name: str) -> str:
+    """Give ``encoder`` the weights of a model; a head of another shape starts anew. Returns what to tell the user.
 
     Raises:
-        InputError: the backbones differ.
+        InputError: there is no such model, or the backbones or the tokenizers differ.
     """
+    try:
+        other = open_model(name, None, "cpu")
+    except InputError as error:
+        raise InputError(str(error).replace("model=", "start_from=", 1)) from error
+    words: list[dict[str, int]] = [
+        getattr(getattr(part, "tokenizer", None), "get_vocab", dict)() for part in (encoder, other)
+    ]
+    if words[0] != words[1]:
+        raise InputError(
+            f"start_from={name}: it reads other tokens ({len(words[1])}) than this model ({len(words[0])}), so that rows would "
+            "be exchanged. Use its model.tokenizer.name; a vocabulary that is counted must be counted in the same data."
+        )
     mine, theirs = encoder.state_dict(), other.state_dict()
     heads = {key for key in {**mine, **theirs} if "head." in key and shape(mine, key) != shape(theirs, key)}
     for key in sorted({**mine, **theirs}):

@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +85,22 @@ def metrics(output: Path, values: dict[str, float], name: str = "metrics.json") 
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(json.dumps(dict(sorted(values.items())), indent=2) + "\n", encoding="utf-8")
     partial.replace(path)
+
+
+def changed(run: Path, cfg: DictConfig, counts: Callable[[str], bool]) -> str | None:
+    """The first of the settings that ``counts`` in which ``cfg`` differs from what the run was made with, told to a user."""
+    before, now = (dict(_flat(_plain(c))) for c in (OmegaConf.load(run / "config.yaml"), cfg))  # type: ignore[arg-type]
+    other = [key for key in {**before, **now} if counts(key) and before.get(key) != now.get(key)]
+    key = min(other, key=lambda name: name.count("."), default=None)  # the one that others are taken from
+    return key and f"{key}={before.get(key)}, not {now.get(key)}"
+
+
+def _flat(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def read(run: Path) -> dict[str, float]:

@@ -15,7 +15,7 @@ from tercet.error import InputError
 from tercet.paths import writable
 
 OWN = ("experiment", "stages", "start_from", "output_dir", "resume", "optimized_metric", "name", "measure_before")
-ASIDE = ("output_dir", "resume", "measure_before")  # what does not change what a stage learns
+COUNTS = (*train.LEARNED, "trainer", "test")  # what a finished stage must agree in
 START = "before"
 
 
@@ -30,13 +30,14 @@ def run(cfg: DictConfig, output: Path) -> float | None:
     if taken := {START, "test", "train", "val"} & runs.keys():
         raise InputError(f"stages.runs: a stage may not be called {taken.pop()}. Rename it.")
     writable(output, "output_dir")
-    if not cfg.resume and any(output.glob("1_*")):
-        raise InputError(f"output_dir={output} holds stages already: resume=true goes on with them.")
+    folders = {name: output / f"{number}_{name}" for number, name in enumerate(runs, 1)}
+    _check_folder(output, list(folders.values()), cfg.resume)
+    for name, stage in runs.items():  # a mistake in the last stage is told before the first one trains
+        train.ready(composed(stage, None, folders[name]), output)
     columns: dict[str, dict[str, float]] = {}
     start, measured = cfg.start_from, None
-    for number, (name, stage) in enumerate(runs.items(), 1):
-        folder = output / f"{number}_{name}"
-        config = composed(stage, start, folder)
+    for number, (name, folder) in enumerate(folders.items(), 1):
+        config = composed(runs[name], start, folder)
         test = OmegaConf.to_container(config.test, resolve=True)
         config.measure_before = bool(cfg.measure_before and test != measured)  # else the last stage has just done so
         config.resume = cfg.resume
@@ -45,11 +46,32 @@ def run(cfg: DictConfig, output: Path) -> float | None:
             say(f"\n{number} of {len(runs)}: {name}")
             train.run(config, folder)
             metrics = record.read(folder)
+        if not columns:
+            _say_missing(cfg.stages, record.stage(metrics, "test"))
         if START not in columns and config.measure_before:
             columns[START] = record.stage(metrics, START)
         columns[name] = record.stage(metrics, "test")
         start, measured = str(folder / "model"), test
     return _finish(cfg, output, columns, start)
+
+
+def _check_folder(output: Path, folders: list[Path], resume: bool) -> None:
+    found = sorted(p for p in output.glob("*_*") if p.is_dir() and p.name.split("_")[0].isdigit())
+    if not record.first() or not found:
+        return
+    if not resume:
+        raise InputError(f"output_dir={output} holds stages already: resume=true goes on with them.")
+    if other := [path.name for path in found if path not in folders]:
+        raise InputError(
+            f"resume=true: {output} holds {', '.join(other)}; the stages are {', '.join(p.name for p in folders)} now. Use "
+            "the same stages.runs, or another output_dir."
+        )
+
+
+def _say_missing(settings: DictConfig, metrics: Mapping[str, float]) -> None:
+    for key in ("in_domain", "out_of_domain"):
+        if settings[key] and settings[key] not in metrics:
+            say(f"stages.{key}={settings[key]} is not measured; the figure lacks it. There are: {', '.join(metrics)}.")
 
 
 def composed(stage: DictConfig, start: str | None, folder: Path) -> DictConfig:
@@ -59,20 +81,20 @@ def composed(stage: DictConfig, start: str | None, folder: Path) -> DictConfig:
         hydra.runtime.output_dir = str(folder)
     given = {o.lstrip("+~").split("=")[0]: o for o in HydraConfig.get().overrides.task}
     given = {key: o for key, o in given.items() if key.split(".")[0] not in OWN}
-    own = {key: f"{key}={_quoted(value)}" for key, value in _flat(OmegaConf.to_container(stage, resolve=True))}
+    own = {key: f"{key}={_quoted(value)}" for key, value in _set(OmegaConf.to_container(stage, resolve=True))}
     own.setdefault("experiment", "~experiment")
     return compose(
         "train", [*(own | given).values(), f"start_from={_quoted(start)}", f"output_dir={_quoted(str(folder))}"]
     )
 
 
-def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """``{a: {b: 1}}`` as ``a.b``, 1."""
-    for key, value in node.items():
+def _set(stage: Any) -> Iterator[tuple[str, Any]]:
+    """``{objective: mlm, data: {where: {a: 1}}}`` as ``objective``, mlm and ``data.where``, {a: 1}: groups are words."""
+    for key, value in stage.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from ((f"{key}.{name}", inner) for name, inner in value.items())
         else:
-            yield f"{prefix}{key}", value
+            yield key, value
 
 
 def _quoted(value: Any) -> str:
@@ -81,6 +103,8 @@ def _quoted(value: Any) -> str:
         return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
     if isinstance(value, list):
         return f"[{','.join(map(_quoted, value))}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_quoted(inner)}" for key, inner in value.items()) + "}"
     return "null" if value is None else str(value)
 
 
@@ -88,15 +112,9 @@ def _kept(config: DictConfig, folder: Path) -> dict[str, float] | None:
     """The metrics of a stage that was finished with the same settings, or None."""
     if not (folder / "metrics.json").is_file():
         return None
-    before, now = (
-        dict(_flat(OmegaConf.to_container(c, resolve=True))) for c in (OmegaConf.load(folder / "config.yaml"), config)
-    )
-    other = [k for k in {**before, **now} if k not in ASIDE and before.get(k) != now.get(k)]
-    if other:
-        key = min(other, key=lambda name: name.count("."))  # the one that others are taken from
+    if other := record.changed(folder, config, lambda key: key.split(".")[0] in COUNTS):
         raise InputError(
-            f"{folder.name} was finished with {key}={before.get(key)}, not {now.get(key)}. Use another output_dir, or "
-            f"delete {folder} and what follows it."
+            f"{folder.name} was finished with {other}. Use another output_dir, or delete {folder} and what follows it."
         )
     say(f"{folder.name} is finished; kept")
     return record.read(folder)
@@ -130,7 +148,7 @@ def table(columns: Mapping[str, Mapping[str, float]], inside: str, outside: str)
         rows.append(("  since its best", [max(kept[: i + 1]) - x for i, x in enumerate(kept)]))
     order = {inside: 0, outside: 1}
     rows.sort(key=lambda row: order.get(row[0], 2 if "forgotten" in row[0] or row[0].startswith(" ") else 3))
-    width = max(len(name) for name, _ in rows)
+    width = max((len(name) for name, _ in rows), default=0)
     lines = [" " * width + "".join(f"{name:>14}" for name in columns)]
     cells = ("".join(f"{'' if x is None else f'{x:.4f}':>14}" for x in values) for _, values in rows)
     return "\n".join([*lines, *(f"{name:{width}}{line}" for (name, _), line in zip(rows, cells, strict=True))])

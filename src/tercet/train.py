@@ -18,13 +18,26 @@ from tercet.error import InputError
 from tercet.model.checkpoint import read
 from tercet.model.folder import save
 from tercet.objective.contrastive import Contrastive
-from tercet.open_model import open_model, take_over
+from tercet.open_model import take_over
 from tercet.paths import writable
 from tercet.values import check_values
+
+LEARNED = ("seed", "data", "batches", "model", "loss", "view", "objective", "optimizer", "schedule", "start_from")
 
 
 def run(cfg: DictConfig, output: Path) -> float | None:
     """Train in this process, or in as many as the trainer asks for; returns the optimized metric."""
+    config, data = ready(cfg, output)
+    goes_on(config, output)
+    if not launch.launched():
+        data.prepare_data()  # mistakes in the data are found, and tokens cached, before any process is started
+        if launch.processes(config) > 1:
+            return launch.launch(worker, config, output)
+    return train(config, output, data)
+
+
+def ready(cfg: DictConfig, output: Path) -> tuple[DictConfig, DataModule]:
+    """The resolved configuration and its data, after all that can be checked without reading the data."""
     config = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     assert isinstance(config, DictConfig)
     writable(output, "output_dir")
@@ -33,11 +46,7 @@ def run(cfg: DictConfig, output: Path) -> float | None:
     config.output_dir = str(output)
     data = build(config.data.module)
     check(config, get_class(config.objective._target_), data)
-    if not launch.launched():
-        data.prepare_data()  # mistakes in the data are found, and tokens cached, before any process is started
-        if launch.processes(config) > 1:
-            return launch.launch(worker, config, output)
-    return train(config, output, data)
+    return config, data
 
 
 def worker(config: dict[str, Any], output: str) -> float | None:
@@ -54,7 +63,7 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
         torch.set_num_threads(cfg.threads)
     objective: Contrastive = build(cfg.objective)
     if cfg.start_from:
-        say(take_over(objective.encoder, open_model(cfg.start_from, None, "cpu"), cfg.start_from))
+        say(take_over(objective.encoder, cfg.start_from))
     check_model(objective, data, launch.launched())
     tests = evaluators([build(cfg.test)])
     loggers = [build(logger) for logger in cfg.logger.values() if logger]
@@ -80,6 +89,19 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
         record.close(loggers, "failed")
         raise
     return optimized(cfg, metrics)
+
+
+def goes_on(cfg: DictConfig, output: Path) -> None:
+    """Raise ``InputError`` where ``resume`` would mix two settings: the steps to make may differ, what is learned not."""
+    there = (output / "checkpoints" / "last.ckpt").is_file()
+    if there and not cfg.resume:
+        say(f"{output} holds a run, which is written over; resume=true would have gone on with it.")
+    if cfg.resume and not there:
+        say(f"resume=true: {output} holds no checkpoint; this is the start.")
+    if not cfg.resume or not there:
+        return
+    if other := record.changed(output, cfg, lambda key: key.split(".")[0] in LEARNED):
+        raise InputError(f"resume=true: {output} was begun with {other}. Set it as it was, or use another output_dir.")
 
 
 def interrupted(cfg: DictConfig, output: Path, data: DataModule) -> str | None:

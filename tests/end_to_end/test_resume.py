@@ -1,10 +1,13 @@
 """A run that was stopped goes on as if it had not been."""
 
+import re
+
 import pytest
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from tercet.model.checkpoint import read
+from tercet.objective import SimCSEUnsup
 from tests.conftest import tiny
 from tests.end_to_end.conftest import FAST, write_texts
 
@@ -59,3 +62,31 @@ def test_a_stream_cannot_go_on(run, tmp_path):
     assert run().code == 0
     result = run("resume=true", "data.streaming=true", "trainer.max_steps=4")
     assert result.code == 1 and "a stream's place is not recorded" in result.terminal
+
+
+def test_ctrl_c_in_the_middle_of_a_step_changes_nothing(run, monkeypatch, tmp_path):
+    whole = run()
+    expected = weights(whole.output)
+    whole.output.rename(tmp_path / "whole")
+    original = SimCSEUnsup.training_step
+
+    def stopped(self, batch, batch_idx):
+        value = original(self, batch, batch_idx)
+        if self.global_step == 5:
+            raise KeyboardInterrupt  # its draws are made, its step is not
+        return value
+
+    monkeypatch.setattr(SimCSEUnsup, "training_step", stopped)
+    assert run("callback.last.every_n_train_steps=null").code == 130
+    monkeypatch.setattr(SimCSEUnsup, "training_step", original)
+    resumed = run("resume=true")
+    assert "going on from" in resumed.terminal and "step 5" in resumed.terminal
+    for name, value in expected.items():
+        assert torch.equal(weights(resumed.output)[name], value), name
+
+
+def test_other_settings_are_not_mixed_in(run):
+    assert run("trainer.max_epochs=1").code == 0
+    result = run("resume=true", "optimizer.lr=0.5")
+    assert result.code == 1
+    assert re.search(r"was begun with optimizer.lr=3e-05, not 0.5. Set it as it was", result.terminal)

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from tercet.model import Encoding
@@ -54,23 +55,40 @@ def test_each_stage_starts_where_the_last_one_ended(staged):
     assert float(table[3].split()[-1]) == pytest.approx(lost, abs=1e-4)
     assert (result.output / "stages.png").stat().st_size > 5000
     torch.testing.assert_close(vectors(result.output), vectors(result.output / "2_looks"))
-    # Nothing but the start is handed on: the second stage run alone from the first one's model is the same.
 
 
 def test_a_stage_alone_from_the_same_start_is_the_same(staged, command, tmp_path):
-    result = staged()
-    together = vectors(result.output)
+    """Nothing but the start is handed on."""
+    staged().output.rename(tmp_path / "staged")
+    together = vectors(tmp_path / "staged")
     alone = command(
         "train",
-        *tiny("data=text", f"data.path={tmp_path / 'my.txt'}", "logger=none", *FAST[1:]),
+        *tiny("data=text", f"data.path={tmp_path / 'my.txt'}", "logger=none", *FAST[1:], "~experiment"),
         "objective=simcse_unsup",
         "optimizer.lr=0.01",
         "measure_before=false",
-        f"start_from={result.output / '1_words'}",
-        "hydra.run.dir=.",
+        f"start_from={tmp_path / 'staged' / '1_words'}",
     )
     assert alone.code == 0, alone.terminal
-    torch.testing.assert_close(vectors(alone.output / "model"), together)
+    assert (alone.output / "checkpoints").is_dir()
+    assert torch.equal(vectors(alone.output / "model"), together)
+    assert not torch.allclose(vectors(tmp_path / "staged" / "1_words"), together)
+
+
+def test_stages_take_chains_and_dictionaries_and_need_no_evaluator(staged, tmp_path):
+    with (tmp_path / "kinds.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["text", "kind"], *([f"{t} {i}", "ab"[i % 2]] for t in TEXTS for i in range(4))])
+    result = staged(
+        f"data.path={tmp_path / 'kinds.csv'}",
+        "data.columns=[text]",
+        "stages.runs.words=null",
+        "+stages.runs.looks.data={where:{kind:[b]}}",
+        "+stages.runs.looks.view={second:[{_target_:tercet.view.Crop,rate:0.2},{_target_:tercet.view.Shuffle}]}",
+        "evaluation@test=none",
+    )
+    assert result.code == 0, result.terminal
+    assert len(OmegaConf.load(result.output / "1_looks" / "config.yaml").view.second) == 2
+    assert (result.output / "metrics.json").is_file()
 
 
 def test_what_is_finished_is_kept(staged):
@@ -120,6 +138,17 @@ def test_a_start_that_does_not_fit_is_named(small, start, message):
     result = small(f"start_from={start}")
     assert result.code == 1
     assert re.search(message, result.terminal)
+
+
+def test_other_words_are_not_taken_for_ones_own(command, tmp_path):
+    write_texts(tmp_path / "my.txt")
+    words = ["model=gru", "model.backbone.hidden_size=8", "model.backbone.trained_dim=4", "model.tokenizer.minimum=1"]
+    run = ["data=text", f"data.path={tmp_path / 'my.txt'}", *words, "view=deletion", "evaluation@test=none", *FAST[1:]]
+    first = command("train", *run, "logger=none", "model.tokenizer.size=20")
+    assert first.code == 0, first.terminal
+    first.output.rename(tmp_path / "first")
+    result = command("train", *run, "logger=none", "model.tokenizer.size=21", f"start_from={tmp_path / 'first'}")
+    assert result.code == 1 and "it reads other tokens (22) than this model (23)" in result.terminal
 
 
 def test_a_head_of_another_shape_starts_anew(small, tmp_path):

@@ -181,3 +181,18 @@ def test_a_rate_that_leaves_nothing_is_refused(kind, rate):
 def test_every_configuration_builds(name):
     views = build(composed(f"view={name}", "objective=simcse_unsup").view)
     assert views.alike == (name == "dropout")
+
+
+def test_the_first_token_of_a_row_begins_a_word_whatever_its_mark():
+    """RoBERTa's first word has no mark; two words would always go together."""
+    inputs = rows_of([[3, 4, 5, 6]] * 200)
+    first, second = 3, 4  # an odd piece continues a word, where one is there
+    left = [set(ids) for ids, *_ in cut(Deletion(0.5)(inputs, seeds(200), PIECES), [])]
+    assert any(first in row and second not in row for row in left)
+    assert any(first not in row and second in row for row in left)
+
+
+def test_two_feature_cutoffs_in_a_look_are_refused():
+    inputs, cutoff = rows_of([[4, 6, 8]]), FeatureCutoff(0.1)
+    with pytest.raises(InputError, match="one FeatureCutoff"):
+        cutoff(cutoff(inputs, seeds(1), PIECES), seeds(1), PIECES)

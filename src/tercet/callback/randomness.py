@@ -18,11 +18,11 @@ class Randomness(pl.Callback):
 
     def __init__(self) -> None:
         self.found: dict[str, Tensor] = {}
+        self.kept: dict[str, Tensor] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """On the CPU, and on the device where there is one."""
-        states = {"cpu": torch.get_rng_state()}
-        return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+        """As it was between the last two steps: one that is interrupted will be made again."""
+        return dict(self.kept)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Not put back yet: what is built until the first step draws, too."""
@@ -31,12 +31,26 @@ class Randomness(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Once."""
-        if not self.found:
-            return
+        """Put back once; kept for each step."""
+        if self.found:
+            self._put_back()
+        self.kept = _states()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """The step is made."""
+        self.kept = _states()
+
+    def _put_back(self) -> None:
         torch.set_rng_state(self.found["cpu"].cpu())
         if "cuda" in self.found and torch.cuda.is_available():
             torch.cuda.set_rng_state(self.found["cuda"].cpu())
         if rank():
             torch.manual_seed(int(torch.randint(1 << 62, (rank(),))[-1]))
         self.found = {}
+
+
+def _states() -> dict[str, Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    return states | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})

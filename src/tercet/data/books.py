@@ -27,8 +27,8 @@ class Books:
     """Each .txt file of a folder is a document; sentencex splits it into sentences, blank lines end a paragraph.
 
     ``label`` is the document, ``position`` the sentence's number in it. Of a file of Project Gutenberg only the book is
-    read. Left out, counted and said: sentences without a letter or longer than ``max_characters`` (their neighbours are
-    two apart then), and files without a sentence. ``language`` is a two-letter code.
+    read. Lines without a letter are left out; so are, counted and said, sentences longer than ``max_characters`` (their
+    neighbours are two apart then) and files without a sentence. ``language`` is a code as en or de.
 
     With ``held_out`` above 0, ``split`` "test" is whole books with that many sentences at most, "train" the others.
 
@@ -49,7 +49,11 @@ class Books:
             raise InputError(f"data.max_characters={self.max_characters}: 1 or more.")
         if not re.fullmatch("[a-z]{2,3}", self.language):
             raise InputError(f"data.language={self.language}: a code as en, de or fr.")
-        if (kind := find(self.path).kind) != "txt":
+        try:
+            kind = find(self.path).kind
+        except InputError as error:
+            raise InputError(f"{error} Of these data=raw_books reads .txt files alone.") from error
+        if kind != "txt":
             raise InputError(f"data.path={self.path} holds {kind}. data=raw_books reads .txt files; use data=files.")
 
     @property
@@ -85,8 +89,8 @@ def _read(place: Place, print_: str, language: str, longest: int) -> tuple[pa.Ta
     names: list[str] = []
     silent = left = 0
     for file in place.files:
-        found = [(i, s) for i, s in enumerate(_sentences(file, place, language)) if re.search(r"\w", s)]
-        kept = [(i, s) for i, s in found if len(s) <= longest]
+        found = [s for s in _sentences(file, place, language) if re.search(r"\w", s)]
+        kept = [(i, s) for i, s in enumerate(found) if len(s) <= longest]
         left += len(found) - len(kept)
         if not kept:
             silent += 1
@@ -118,6 +122,8 @@ def _sentences(file: Path, place: Place, language: str) -> Iterator[str]:
         raise InputError(
             "data=raw_books splits sentences with sentencex, which is not installed. Run: pip install 'tercet[books]'."
         ) from error
+    if not file.stat().st_size:
+        return
     text = "\n".join(line for _, block in lines(file, f"data.path={place.path}, {file.name}") for line in block)
     for sentence in segment(language, _book(text)):
         if words := sentence.split():

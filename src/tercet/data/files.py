@@ -32,9 +32,10 @@ class Files:
     keeps rows by value: ``{split: train, source: [news, speech]}``.
 
     With ``held_out`` above 0, ``split`` "test" is that many rows (a fifth of all at most, 2 at least), chosen by a
-    hash of the column ``held_out_by`` (null: the first text column), so that equal values are on one side; "train" is
-    the others, "all" both. With ``streaming`` the rows are read as they come, and the first ``held_out`` are the test
-    side. A cell has at most ``max_characters``; rows with a bad cell are an "error" or "drop" as ``bad_rows`` says.
+    hash of the column ``held_out_by`` (null: the label where there is a position, so that documents stay whole, else
+    the first text column), so that equal values are on one side; "train" is the others, "all" both. With ``streaming``
+    the rows are read as they come, and the first ``held_out`` are the test side. A cell has at most
+    ``max_characters``; rows with a bad cell are an "error" or "drop" as ``bad_rows`` says.
 
     Raises:
         InputError: here or in a method, for whatever cannot be used.
@@ -89,7 +90,8 @@ class Files:
             raise InputError(f"data.path={self.path}: the files' columns do not agree ({error}).") from error
         out, names = self._finished(table)
         if self.held_out and self.split != "all":
-            by = table[self.held_out_by or self.columns[0]]
+            document = self.label if self.position is not None else None  # sentences in order stay together
+            by = table[self.held_out_by or document or self.columns[0]]
             test = held_out_rows(by, self.held_out, self.path)
             out = out.filter(pa.array(test if self.split == "test" else ~test))
         info = DatasetInfo(features=self._features(names))

@@ -38,8 +38,9 @@ def held_out_rows(column: pa.ChunkedArray, held_out: int, path: str) -> npt.NDAr
                 break
     if limit - left < 2 or chosen.all():
         raise InputError(
-            f"data.path={path} has {len(values)} different values in {len(column)} rows: too few to hold some out. "
-            "4 different rows are the least; data.test=null data.train.split=all evaluation@test=none trains on all of them."
+            f"data.path={path} has {len(values)} different values in {len(column)} rows, of {sizes.min()} rows each or more: "
+            f"no few of them make up at most {limit} rows, a fifth of all, to hold out. More or smaller ones are needed; "
+            "data.test=null data.train.split=all evaluation@test=none trains on all of them."
         )
     return chosen[group]
 

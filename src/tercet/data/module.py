@@ -70,13 +70,13 @@ class DataModule(pl.LightningDataModule):
         if self.streaming or self.rows is not None:
             return
         rows = self.reader.open(self.train)
+        sampler = self.batches(rows, self.batch_size, self.seed)
         if len(rows) < self.batch_size:
             raise InputError(
                 f"data.batch_size={self.batch_size}, but data={self.name} has {len(rows)} training rows. "
                 f"Use data.batch_size={max(2, len(rows) // 2)} or more data."
             )
-        self.sampler = self.batches(rows, self.batch_size, self.seed)
-        self.rows = rows
+        self.sampler, self.rows = sampler, rows
 
     def setup(self, stage: str) -> None:
         """Every process opens what the first has prepared."""

@@ -78,9 +78,12 @@ class WindowBatches(Sampler[Draw]):
         kept = [rows for rows in found if len(rows) >= self.window]
         if not kept:
             longest = max(map(len, found))
+            smaller = (
+                f"Use a window of {longest} at most, or longer documents." if longest > 1 else "None has neighbours."
+            )
             raise InputError(
-                f"batches.window={self.window}, but the longest of {len(found)} documents has {longest} sentences. "
-                f"Use a window of {longest} at most, or longer documents."
+                f"batches.window={self.window}, but the longest of {len(found)} documents has {longest} sentences with a "
+                f"document and a place. {smaller}"
             )
         if short := len(found) - len(kept):
             left = len(order) - sum(map(len, kept))

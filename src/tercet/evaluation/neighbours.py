@@ -22,9 +22,10 @@ SIMILARITIES = ("cosine", "dot")
 class Neighbours:
     """Each sentence of a ``window`` of consecutive ones is scored against all others of it; the best one is the guess.
 
-    ``sides`` 2: the vector is [f; g], and f of a sentence is scored against g of the others (Logeswaran and Lee 2018,
-    arXiv:1803.02893, section 3); 1: the vector against those of the others, for encoders that have one side. A sentence
-    that repeats the asked one's words is no candidate, unless it is its neighbour. What fills no window is left out.
+    ``sides`` null: as many as the model says it has. 2: the vector is [f; g], and f of a sentence is scored against g of
+    the others (Logeswaran and Lee 2018, arXiv:1803.02893, section 3); 1: the vector against those of the others. A
+    sentence that repeats the asked one's words is no candidate, unless it is its neighbour. What fills no window is left
+    out.
 
     ``neighbours/<name>/...``: ``forward`` and ``backward``, the share of sentences whose guess is the next one or the
     one before, of those that have such a one; ``accuracy``, any of both; ``chance``, the same of a guess at random. An
@@ -34,29 +35,33 @@ class Neighbours:
     name: str
     source: Source
     window: int
-    sides: int
+    sides: int | None
     similarity: str
 
     def __post_init__(self) -> None:
         check_source("neighbours", self.name, self.source)
         if self.window < 3:
             raise InputError(f"evaluation.window={self.window}: 3 sentences or more.")
-        if self.sides not in SIDES:
-            raise InputError(f"evaluation.sides={self.sides}: 1, or 2 where the vector is [f; g].")
+        if self.sides is not None and self.sides not in SIDES:
+            raise InputError(f"evaluation.sides={self.sides}: 1, 2 where the vector is [f; g], or null.")
         if self.similarity not in SIMILARITIES:
             raise InputError(f"evaluation.similarity={self.similarity}: choose one of {', '.join(SIMILARITIES)}.")
 
     def __call__(self, encode: Encode) -> dict[str, float]:
         """All metrics, from one call of ``encode`` with each distinct sentence once."""
+        has = getattr(encode, "sides", None)
+        if self.sides == 2 and has == 1:
+            raise InputError("evaluation.sides=2, but the model has one side. Use evaluation.sides=null.")
+        sides = self.sides or has or 1
         texts, windows = self._windows()
         asked = sorted({texts[i] for rows in windows for i in rows})
         place = {text: i for i, text in enumerate(asked)}
         z = encode(asked).float()
         if not z.isfinite().all():
             raise InputError(f"neighbours of {self.name}: an embedding is not finite. Use another checkpoint.")
-        if z.shape[1] % self.sides:
+        if z.shape[1] % sides:
             raise InputError(f"evaluation.sides=2, but the model has {z.shape[1]} columns. Use evaluation.sides=1.")
-        f, g = z.chunk(2, 1) if self.sides == 2 else (z, z)
+        f, g = z.chunk(2, 1) if sides == 2 else (z, z)
         if self.similarity == "cosine":
             f, g = F.normalize(f, dim=1), F.normalize(g, dim=1)
         hits = torch.zeros(4, dtype=torch.double)
@@ -80,7 +85,8 @@ class Neighbours:
         windows = list(_cut(label, position, self.window))
         if not windows:
             raise InputError(
-                f"evaluation.window={self.window}: no document of {self.name} has so many sentences. Use a smaller one."
+                f"evaluation.window={self.window} (test.window in training): no document of {self.name} has so many "
+                "sentences without a gap between their places. Use a smaller one."
             )
         if left := len(label) - self.window * len(windows):
             say_once(f"neighbours of {self.name}: {left} of {len(label)} sentences fill no window of {self.window}.")

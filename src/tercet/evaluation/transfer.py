@@ -99,7 +99,9 @@ class Transfer:
         """Mean accuracy over outer folds, each with the penalty that its own training rows choose."""
         whole = torch.ones(len(y), dtype=torch.bool)
         outer = self._held(y.cpu(), whole, self.seed, what)
-        inner = torch.stack([self._held(y.cpu(), ~out, self.seed + 1, what) for out in outer])  # (K, K, N)
+        inner = torch.stack(
+            [self._held(y.cpu(), ~out, self.seed + 1, f"{what}, the training part of a fold") for out in outer]
+        )  # (K, K, N)
         train = torch.cat([~outer[:, None] & ~inner, ~outer[:, None]], 1).to(x.device)
         found = _fits(x, y, train.flatten(0, 1)).unflatten(0, train.shape[:2])  # (K, K + 1, penalties, N)
         scores = _accuracy(found[:, :-1], y, inner[:, :, None].to(x.device)).mean(1)

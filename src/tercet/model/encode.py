@@ -55,7 +55,10 @@ class Encoding:
     @property
     def sides(self) -> int:
         """How many vectors stand side by side in a row: 2 where the encoder has Quick-Thoughts' f and g."""
-        return self.encoder.sides
+        training = self.encoder.training
+        sides = self.encoder.eval().sides  # a head may be for training only
+        self.encoder.train(training)
+        return sides
 
     def _rows(self, items: list[Item]) -> Tensor:
         chunks, load = self._images(items) if self.encoder.kind == "image" else self._texts(items)
@@ -96,10 +99,13 @@ class Joined:
     def __init__(self, members: Sequence[Encoding]) -> None:
         self.members = members
 
+    @property
+    def sides(self) -> int:
+        """That of all members, 1 where they differ."""
+        sides = {member.sides for member in self.members}
+        return sides.pop() if len(sides) == 1 else 1
+
     def __call__(self, items: Sequence[Item]) -> Tensor:
         """Each member encodes an item once."""
-        found = [member(items) for member in self.members]
-        sides = {member.sides for member in self.members}
-        count = sides.pop() if len(sides) == 1 else 1
-        parts = [z.chunk(count, 1) for z in found]
-        return torch.cat([part[side] for side in range(count) for part in parts], 1)
+        parts = [member(items).chunk(self.sides, 1) for member in self.members]
+        return torch.cat([part[side] for side in range(self.sides) for part in parts], 1)

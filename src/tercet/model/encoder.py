@@ -146,7 +146,8 @@ class TextEncoder(Encoder):
         if any(isinstance(item, bytes) for item in items):
             raise InputError("This model reads text, but was given images. Use a model of images, or texts.")
         ids = self.tokenizer(list(items), truncation=True, max_length=self.max_length, return_attention_mask=False)
-        return Ragged.of(ids["input_ids"])
+        unknown = [self.tokenizer.unk_token_id or 0]  # of an empty text without special tokens
+        return Ragged.of([row or unknown for row in ids["input_ids"]])
 
     def settings(self) -> dict[str, Any]:
         """How the vectors are made, as plain values."""

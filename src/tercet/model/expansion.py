@@ -66,7 +66,8 @@ def _expanded(part: TextEncoder, vectors: Vectors) -> tuple[TextEncoder, int, in
     source, target = vectors.matrix[[row[w] for w in shared]], old.weight.detach()[[place[w] for w in shared]].cpu()
     weight, fit = _map(source, target)
     learned = [w for w, i in sorted(place.items(), key=lambda pair: pair[1]) if i < words]
-    new = [word for word in row if word not in set(learned)]
+    has = set(learned)
+    new = [word for word in row if word not in has]
     rest = [w for w, i in sorted(place.items(), key=lambda pair: pair[1]) if i >= words and w not in row]
     mapped = _with_ones(vectors.matrix[[row[w] for w in new]]) @ weight
     tokenizer = _renamed(part.tokenizer, [*learned, *new, *rest])

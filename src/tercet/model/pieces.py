@@ -28,7 +28,10 @@ def pieces_of(encoder: Encoder) -> tuple[Tensor, Tensor, int | None, int] | None
     if not isinstance(encoder, TextEncoder):
         return None
     tokenizer = encoder.tokenizer
-    return begins_word(tokenizer), special(tokenizer), tokenizer.mask_token_id, limit(encoder.backbone, tokenizer)
+    fixed = special(tokenizer)
+    if tokenizer.unk_token_id is not None:
+        fixed[tokenizer.unk_token_id] = False  # stands for a word of the text
+    return begins_word(tokenizer), fixed, tokenizer.mask_token_id, limit(encoder.backbone, tokenizer)
 
 
 def special(tokenizer: PreTrainedTokenizerBase) -> Tensor:

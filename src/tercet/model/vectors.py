@@ -24,23 +24,30 @@ class Vectors(NamedTuple):
     matrix: Tensor
 
 
-@lru_cache(maxsize=1)  # vocabulary and backbone ask for the same file
 def read_vectors(path: str, key: str) -> Vectors:
     """The vectors at ``path``, which may start under ``TERCET_DATA``.
 
     Raises:
         InputError: naming ``key``: there is no such file, or a line that is no word with E numbers.
     """
+    try:
+        return _read(path)
+    except InputError as error:
+        raise InputError(f"{key}={error}") from error
+
+
+@lru_cache(maxsize=1)  # vocabulary and backbone ask for the same file
+def _read(path: str) -> Vectors:
     file = locate(path)
     if not file.exists():
-        raise InputError(f"{key}={path} does not exist. It takes {ACCEPTED}.")
+        raise InputError(f"{path} does not exist. It takes {ACCEPTED}.")
     try:
-        words, matrix = _folder(file, f"{key}={path}") if file.is_dir() else _text(file, f"{key}={path}")
+        words, matrix = _folder(file, path) if file.is_dir() else _text(file, path)
     except UnicodeDecodeError as error:
-        raise InputError(f"{key}={path} is not UTF-8 text ({error}). It takes {ACCEPTED}.") from error
+        raise InputError(f"{path} is not UTF-8 text ({error}). It takes {ACCEPTED}.") from error
     first = {word: row for row, word in reversed(list(enumerate(words)))}
     if len(first) < len(words):
-        say_once(f"{key}={path}: {len(words) - len(first)} words come again; their first vector is kept.")
+        say_once(f"{path}: {len(words) - len(first)} words come again; their first vector is kept.")
         rows = sorted(first.values())
         words, matrix = [words[row] for row in rows], matrix[rows]
     return Vectors(words, matrix)
@@ -75,7 +82,7 @@ def _text(file: Path, place: str) -> tuple[list[str], Tensor]:
         for number, line in enumerate(lines if header else chain([first], lines), start=2 if header else 1):
             parts = line.rstrip().rsplit(" ", size)  # from the right: a few of GloVe's words contain spaces
             values = _numbers(parts[1:])
-            if len(parts) != size + 1 or size < 1 or values is None or not parts[0]:
+            if len(parts) != size + 1 or size < 1 or values is None or not parts[0] or _goes_on(parts[0]):
                 raise InputError(
                     f"{place}, line {number}: a word and {max(size, 1)} numbers are needed, as in the first line; "
                     f"it begins with {line.strip()[:30]!r}. Mend or delete the line."
@@ -85,6 +92,11 @@ def _text(file: Path, place: str) -> tuple[list[str], Tensor]:
     if not rows:
         raise InputError(f"{place} has a header and no vectors. It takes {ACCEPTED}.")
     return words, torch.from_numpy(np.stack(rows))
+
+
+def _goes_on(word: str) -> bool:
+    """Whether a number was taken for the end of the word: there are too many on the line."""
+    return " " in word and _numbers(word.rsplit(" ", 1)[1:]) is not None
 
 
 def _numbers(parts: list[str]) -> np.ndarray | None:

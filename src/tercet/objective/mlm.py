@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from tercet.contract import Ragged, Terms
 from tercet.error import InputError
-from tercet.model import Encoder, TextEncoder
+from tercet.model import Encoder, TextEncoder, Towers
 from tercet.model.backbone import load_pretrained
 from tercet.model.pieces import begins_word, special
 
@@ -40,10 +40,16 @@ class MaskedLM:
         if self.weight == 0:
             return None
         if not isinstance(encoder, TextEncoder):
-            raise InputError(
-                f"objective.mlm.weight={self.weight}: this model reads images. Use objective.mlm.weight=0."
-            )
+            kind = "two towers" if isinstance(encoder, Towers) else "a model of images"
+            raise InputError(_refused(f"{kind} has none"))
         return MaskedLMHead(self, encoder)
+
+
+def _refused(why: str) -> str:
+    return (
+        f"A masked language model needs a transformer of text; {why}. Use another model, as model=minilm; where it is an "
+        "auxiliary (objective.mlm.weight), 0 leaves it out."
+    )
 
 
 class MaskedLMHead(nn.Module):
@@ -56,14 +62,15 @@ class MaskedLMHead(nn.Module):
         super().__init__()
         backbone, tokenizer = encoder.backbone, encoder.tokenizer
         if tokenizer.mask_token_id is None:
-            raise InputError("objective.mlm.weight > 0: the tokenizer has no mask token. Use objective.mlm.weight=0.")
+            raise InputError(_refused("this tokenizer has no mask token"))
         source = backbone.config._name_or_path
         try:
             lm = load_pretrained(AutoModelForMaskedLM, source, "model.backbone.name") if source else None
             lm = lm or AutoModelForMaskedLM.from_config(backbone.config)
+        except InputError:
+            raise
         except ValueError as error:
-            kind = backbone.config.model_type
-            raise InputError(f"objective.mlm.weight > 0: transformers has no masked LM for {kind}. Use 0.") from error
+            raise InputError(_refused(f"transformers has none for {backbone.config.model_type}")) from error
         setattr(lm, lm.base_model_prefix, backbone)
         lm.tie_weights()
         setattr(lm, lm.base_model_prefix, Given())  # the head alone: it sees no more than the chosen tokens

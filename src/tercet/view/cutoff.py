@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tercet.chance import mixed, uniform
 from tercet.contract import ERASE_SCALE, Ragged
+from tercet.error import InputError
 from tercet.view.view import Pieces, check_rate, largest, layout
 
 
@@ -66,6 +67,8 @@ class FeatureCutoff:
 
     def __call__(self, inputs: Ragged, seed: Tensor, pieces: Pieces) -> Ragged:
         """The same tokens; which columns go is drawn from what travels with them, once their number is known."""
+        if "erase" in inputs.more:
+            raise InputError("view: a look takes one FeatureCutoff. Give it the larger rate of the two.")
         row = layout(inputs, pieces).row
         marks = torch.stack([mixed(seed, 0), torch.full_like(seed, round(self.rate * ERASE_SCALE))], 1)
         return replace(inputs, more={**inputs.more, "erase": marks[row]})

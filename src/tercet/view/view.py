@@ -79,11 +79,17 @@ def layout(inputs: Ragged, pieces: Pieces) -> Layout:
     row = torch.repeat_interleave(torch.arange(len(length), device=ids.device), length)
     place = torch.arange(len(ids), device=ids.device) - (length.cumsum(0) - length)[row]
     content = ~pieces.special.to(ids.device)[ids]
-    begins = pieces.begins.to(ids.device)[ids] & content
+    first = content & (_per_row_before(content, row, len(length)) == 0)
+    begins = (pieces.begins.to(ids.device)[ids] & content) | first  # RoBERTa marks no beginning there
     words = _per_row(begins, row, len(length))
     word = begins.cumsum(0) - (words.cumsum(0) - words)[row] - 1
-    # A row may begin inside a word, which is its first word then.
     return Layout(row, place, content, word.clamp_min(0), _per_row(content, row, len(length)), words)
+
+
+def _per_row_before(flag: Tensor, row: Tensor, rows: int) -> Tensor:
+    """``(T,)`` how many tokens of the same row before this one have the flag."""
+    count = _per_row(flag, row, rows)
+    return flag.long().cumsum(0) - flag.long() - (count.cumsum(0) - count)[row]
 
 
 def _per_row(flag: Tensor, row: Tensor, rows: int) -> Tensor:
