@@ -38,8 +38,8 @@ def held_out_rows(column: pa.ChunkedArray, held_out: int, path: str) -> npt.NDAr
                 break
     if limit - left < 2 or chosen.all():
         raise InputError(
-            f"data.path={path} has {len(values)} different values in {len(column)} rows, of {sizes.min()} rows each or more: "
-            f"no few of them make up at most {limit} rows, a fifth of all, to hold out. More or smaller ones are needed; "
+            f"data.path={path} has {len(values)} different values in {len(column)} rows, each {sizes.min()} times or more: too "
+            f"few to hold some out, at most {limit} rows (a fifth) with all that are equal. Add others; "
             "data.test=null data.train.split=all evaluation@test=none trains on all of them."
         )
     return chosen[group]
