@@ -163,8 +163,13 @@ def draw(columns: Mapping[str, Mapping[str, tuple[float, float]]], settings: Dic
         axes = figure.add_subplot(1, len(shown), place)
         values, sds = zip(*(column[name] for column in columns.values()), strict=True)
         axes.errorbar(list(columns), values, yerr=sds if any(sds) else None, color=color, marker="o", capsize=3)
-        for x, y in enumerate(values):
-            axes.annotate(f"{y:.3f}", (x, y), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8)
+        for x, (y, sd) in enumerate(zip(values, sds, strict=True)):
+            low = y < max(values[max(0, x - 1) : x + 2])  # the line comes down to it: write below
+            end = (x, y - sd if low else y + sd)
+            axes.annotate(
+                f"{y:.3f}", end, xytext=(0, -7 if low else 7), va="top" if low else "bottom", ha="center",
+                textcoords="offset points", fontsize=8,
+            )  # fmt: skip
         axes.axhline(values[0], color="#c9c9c9", lw=0.8, zorder=0)
         axes.margins(x=0.12, y=0.25)
         axes.set_title(f"{title}: {name}", fontsize=9)
