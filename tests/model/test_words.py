@@ -215,3 +215,8 @@ def test_vectors_that_share_no_word_are_named(source, tmp_path):
 def test_final_needs_recurrence():
     with pytest.raises(Exception, match=r"model.pooling=final: BertModel is not recurrent"):
         build(composed(*tiny("model.pooling=final")).model)
+
+
+def test_word_vectors_begin_as_the_authors(source):
+    weight = build(config(source, *SMALL)).backbone.embeddings.trained.weight
+    assert weight.abs().max() <= 0.1 and weight.std() == pytest.approx(0.2 / 12**0.5, rel=0.1)

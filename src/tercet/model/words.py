@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, initialization
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tercet.error import InputError
@@ -86,8 +86,8 @@ class WordModel(PreTrainedModel):
         self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, Channels) and module.trained is not None:
-            nn.init.uniform_(module.trained.weight, -0.1, 0.1)  # the authors'
+        if isinstance(module, nn.Embedding):  # transformers visits modules that hold weights themselves, no others
+            initialization.uniform_(module.weight, -0.1, 0.1)  # the authors'
 
     def get_input_embeddings(self) -> nn.Module:
         """Both channels."""
