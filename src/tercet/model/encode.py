@@ -107,5 +107,6 @@ class Joined:
 
     def __call__(self, items: Sequence[Item]) -> Tensor:
         """Each member encodes an item once."""
-        parts = [member(items).chunk(self.sides, 1) for member in self.members]
-        return torch.cat([part[side] for side in range(self.sides) for part in parts], 1)
+        sides = self.sides
+        parts = [member(items).chunk(sides, 1) for member in self.members]
+        return torch.cat([part[side] for side in range(sides) for part in parts], 1)

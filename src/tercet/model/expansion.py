@@ -65,10 +65,11 @@ def _expanded(part: TextEncoder, vectors: Vectors) -> tuple[TextEncoder, int, in
         )
     source, target = vectors.matrix[[row[w] for w in shared]], old.weight.detach()[[place[w] for w in shared]].cpu()
     weight, fit = _map(source, target)
-    learned = [w for w, i in sorted(place.items(), key=lambda pair: pair[1]) if i < words]
+    ordered = sorted(place, key=place.__getitem__)
+    learned = ordered[:words]
     has = set(learned)
     new = [word for word in row if word not in has]
-    rest = [w for w, i in sorted(place.items(), key=lambda pair: pair[1]) if i >= words and w not in row]
+    rest = [word for word in ordered[words:] if word not in row]
     mapped = _with_ones(vectors.matrix[[row[w] for w in new]]) @ weight
     tokenizer = _renamed(part.tokenizer, [*learned, *new, *rest])
     return _made(part, tokenizer, torch.cat([old.weight.detach().cpu(), mapped]), place), len(shared), len(new), fit
