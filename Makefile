@@ -7,7 +7,9 @@ export TERCET_DATA ?= $(SHARED)
 endif
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: train test test-all lint fix clean
+PEERS := .venv-peers/bin
+
+.PHONY: train test test-all benchmark lint fix clean
 train: .venv/quickstart
 	@echo "Training. The same without make: $(BIN)/python train.py"
 	$(BIN)/python train.py
@@ -19,6 +21,10 @@ test: lint
 test-all: lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
+benchmark: .venv-peers/ready
+	@echo "Benchmarks beside other libraries: at most 15 minutes, outputs/benchmarks/."
+	HF_HUB_OFFLINE=1 $(PEERS)/python -m benchmarks
+
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -29,13 +35,22 @@ fix: .venv/dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-peers
 
 # torch comes first and alone: with it in place no other package asks for another build of it.
 .venv/torch: constraints.txt
 	@echo "Creating .venv with $$($(PYTHON) --version) and installing torch (a few minutes, once)."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	@touch $@
+
+# The libraries that we are held against, in an environment of their own.
+.venv-peers/ready: pyproject.toml constraints.txt
+	@echo "Creating .venv-peers (a few minutes, once)."
+	$(PYTHON) -m venv .venv-peers
+	$(PEERS)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(PEERS)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[quickstart]' \
+		sentence-transformers accelerate pytorch-metric-learning scikit-learn
 	@touch $@
 
 .venv/quickstart .venv/dev: .venv/%: .venv/torch pyproject.toml constraints.txt

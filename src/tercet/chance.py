@@ -8,7 +8,7 @@ FIRST = 0xBF58476D1CE4E5B9 - (1 << 64)
 SECOND = 0x94D049BB133111EB - (1 << 64)
 
 
-def _shifted(x: Tensor, bits: int) -> Tensor:
+def shifted(x: Tensor, bits: int) -> Tensor:
     """To the right, zeros coming in."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
@@ -16,11 +16,11 @@ def _shifted(x: Tensor, bits: int) -> Tensor:
 def mixed(seed: Tensor, number: Tensor | int) -> Tensor:
     """A new seed of a seed and a number, elementwise: a step of SplitMix64 (Steele, Lea and Flood 2014)."""
     x = seed + GOLDEN * (torch.as_tensor(number, device=seed.device) + 1)
-    x = (x ^ _shifted(x, 30)) * FIRST
-    x = (x ^ _shifted(x, 27)) * SECOND
-    return x ^ _shifted(x, 31)
+    x = (x ^ shifted(x, 30)) * FIRST
+    x = (x ^ shifted(x, 27)) * SECOND
+    return x ^ shifted(x, 31)
 
 
 def uniform(seed: Tensor, number: Tensor | int) -> Tensor:
     """In [0, 1), float32, for each seed and number."""
-    return _shifted(mixed(seed, number), 40).float() / (1 << 24)
+    return shifted(mixed(seed, number), 40).float() / (1 << 24)

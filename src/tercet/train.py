@@ -64,6 +64,8 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
     objective: Contrastive = build(cfg.objective)
     if cfg.start_from:
         say(take_over(objective.encoder, cfg.start_from))
+    if plan := objective.encoder.plan():
+        say(plan)
     check_model(objective, data, launch.launched())
     tests = evaluators([build(cfg.test)])
     loggers = [build(logger) for logger in cfg.logger.values() if logger]

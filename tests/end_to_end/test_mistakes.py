@@ -37,7 +37,7 @@ CASES = {
     "a temperature of 0": ([*OWN, "loss.temperature=0"], ["loss.temperature=0", "0.05"]),
     "an unknown pooling": ([*OWN, "model.pooling=cls_token"], ["model.pooling=cls_token", "cls_pooler"]),
     "an unknown head": ([*OWN, "model.head.kind=conv"], ["model.head.kind=conv", "mlp"]),
-    "an unknown order": ([*OWN, "model.execution.order=random"], ["model.execution.order=random", "sorted"]),
+    "an unknown order": ([*OWN, "model.execution.layout=random"], ["model.execution.layout=random", "sorted"]),
     "a learning rate of 0": ([*OWN, "optimizer.lr=0"], ["optimizer.lr=0"]),
     "an unknown schedule": ([*OWN, "schedule.shape=step"], ["schedule.shape=step", "cosine"]),
     "a hub that is out of reach": (["model=minilm", "model.backbone.name=nobody/nothing", *OWN],

@@ -7,15 +7,28 @@ from tercet.build import build
 from tercet.contract import Batch, Ragged
 from tercet.model import Execution
 from tercet.model.pooling import OF_WORDS, POOLINGS
+from tercet.objective.keyed import keyed
 from tests.conftest import MINILM, TEXTS, choices, composed, tiny
 
+
+def from_scratch(kind, **config):
+    values = ",".join(f"{name}:{value}" for name, value in {"model_type": kind, **config}.items())
+    return ["model=bert_small", f"model.tokenizer.name={MINILM}", "~model.backbone.config",
+            f"+model.backbone.config={{{values}}}"]  # fmt: skip
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 FAMILIES = {
     "bert": tiny(),
-    "roberta": ["model=bert_small", f"model.tokenizer.name={MINILM}", "model.backbone.config.model_type=roberta",
-                "+model.backbone.config.max_position_embeddings=130", "+model.backbone.config.pad_token_id=0"],
-    "distilbert": ["model=bert_small", f"model.tokenizer.name={MINILM}", "~model.backbone.config",
-                   "+model.backbone.config={model_type:distilbert,dim:32,n_layers:2,n_heads:2,hidden_dim:64}"],
+    "roberta": from_scratch("roberta", **SMALL, vocab_size=30522, max_position_embeddings=130, pad_token_id=0),
+    "distilbert": from_scratch("distilbert", dim=32, n_layers=2, n_heads=2, hidden_dim=64),
+    "electra": from_scratch("electra", **SMALL, embedding_size=16),
+    "modernbert": from_scratch("modernbert", **SMALL, vocab_size=30522, pad_token_id=0, local_attention=6,
+                               global_attn_every_n_layers=2, attention_dropout=0.1, mlp_dropout=0.1),
+    "mpnet": from_scratch("mpnet", **SMALL),
 }  # fmt: skip
+PACKS = set(FAMILIES) - {"mpnet"}  # transformers' MPNet does not use the attention interface
+CUTS = PACKS - {"modernbert"}  # its query, key and value are one projection
 
 
 def batch_of(module, columns):
@@ -34,56 +47,141 @@ def gradients(module, batch, seed):
     return {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
 
 
-def objective(name, execution, dropout=0.1, mlm=0.1):
+def objective(name, recompute, tokens, dropout_rate=0.1, mlm=0.1, layout="auto", dropout="auto"):
     torch.manual_seed(0)
-    cfg = composed(*tiny(f"objective={name}", f"model.backbone.dropout={dropout}", f"objective.mlm.weight={mlm}"))
-    module = build(cfg.objective)
-    module.encoder.execution = execution
-    if module.mlm is not None:
-        module.mlm.execution = execution
-    return module
+    cfg = composed(*tiny(f"objective={name}", f"model.backbone.dropout={dropout_rate}", f"objective.mlm.weight={mlm}",
+                         f"model.execution.layout={layout}", f"model.execution.dropout={dropout}",
+                         f"model.execution.chunk_tokens={tokens or 'null'}",
+                         f"model.execution.recompute={recompute}"))  # fmt: skip
+    return build(cfg.objective)
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to `self.log")
 @pytest.mark.parametrize("name", choices("objective"))
-@pytest.mark.parametrize("order", ["given", "sorted"])
+@pytest.mark.parametrize("layout", ["padded", "sorted", "packed"])
+@pytest.mark.parametrize("dropout", ["torch", "keyed"])
 @pytest.mark.parametrize("tokens", [None, 40])
-def test_recomputed_gradients_are_the_plain_ones_with_dropout_on(name, order, tokens):
-    plain, again = (objective(name, Execution(order, tokens, None, recompute)) for recompute in (False, True))
+def test_recomputed_gradients_are_the_plain_ones_with_dropout_on(name, layout, dropout, tokens):
+    plain, again = (objective(name, recompute, tokens, layout=layout, dropout=dropout) for recompute in (False, True))
     batch = batch_of(plain, plain.columns[1])
     expected, got = gradients(plain, batch, 3), gradients(again, batch, 3)
     assert expected.keys() == got.keys()
     for key, value in expected.items():
         torch.testing.assert_close(got[key], value, rtol=1e-5, atol=1e-7, msg=lambda m, n=key: f"{n}: {m}")
+    plain.seed = 5
     other = gradients(plain, batch, 4)
     assert any(not torch.allclose(other[k], expected[k]) for k in expected), "dropout was off: nothing is shown"
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to `self.log")
 @pytest.mark.parametrize("name", choices("objective"))
-def test_chunks_do_not_change_the_gradient(name):
-    whole, cut = (
-        objective(name, e, dropout=0.0)
-        for e in (Execution("given", None, None, False), Execution("sorted", 40, None, True))
-    )
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_chunks_and_padding_do_not_change_the_gradient(name, dropout):
+    """With dropout on too: what is dropped is a function of the row, not of where it is computed."""
+    mlm = float(name == "mlm")  # which tokens it masks is drawn from torch's numbers
+    given = {"dropout_rate": dropout, "dropout": "keyed", "mlm": mlm}
+    whole = objective(name, False, None, layout="padded", **given)
     batch = batch_of(whole, whole.columns[1])
-    expected, got = gradients(whole, batch, 0), gradients(cut, batch, 0)
-    for key, value in expected.items():
-        torch.testing.assert_close(got[key], value, rtol=1e-4, atol=1e-6, msg=lambda m, n=key: f"{n}: {m}")
+    expected = gradients(whole, batch, 0)
+    for layout in ("sorted", "packed"):
+        got = gradients(objective(name, True, 40, layout=layout, **given), batch, 0)
+        for key, value in expected.items():
+            torch.testing.assert_close(got[key], value, rtol=1e-4, atol=1e-6, msg=lambda m, n=key: f"{n}: {m}")
+
+
+def encoder_of(family, *overrides):
+    torch.manual_seed(0)
+    encoder = build(composed(*FAMILIES[family], *overrides).model)
+    with torch.no_grad():  # so that tokens look at each other, not evenly around
+        for parameter in encoder.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return encoder
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("pooling", sorted(set(POOLINGS) - {"cls_pooler"} - OF_WORDS))
-def test_sorted_chunks_embed_as_single_rows_do(family, pooling):
-    torch.manual_seed(0)
-    encoder = build(composed(*FAMILIES[family], f"model.pooling={pooling}").model).eval()
+def test_rows_embed_together_as_they_do_alone(family, pooling):
+    encoder = encoder_of(family, f"model.pooling={pooling}").eval()
+    assert (encoder.execution.layout == "packed") == (family in PACKS)
     inputs = encoder.inputs(TEXTS)
-    alone = torch.cat([encoder(Ragged(row, torch.tensor([len(row)]))) for row in inputs.rows()])
-    for plan in (
-        Execution("given", None, None, False),
-        Execution("sorted", None, None, False),
-        Execution("sorted", 30, None, False),
-        Execution("given", None, 2, False),
-    ):
-        encoder.execution = plan
-        torch.testing.assert_close(encoder(inputs), alone, rtol=1e-5, atol=1e-5)
+    alone = torch.cat([encoder.run(inputs.take(torch.tensor([i])), padded()) for i in range(len(inputs))])
+    expected = slopes(encoder, alone)
+    plans = [padded(), Execution("sorted", "torch", None, None, False), Execution("sorted", "torch", 30, None, False),
+             Execution("padded", "torch", None, 2, False)]  # fmt: skip
+    if family in PACKS:
+        plans += [
+            Execution("packed", "auto", tokens, rows, False) for tokens, rows in ((None, None), (30, None), (1, None))
+        ]
+    for plan in plans:
+        z = encoder.run(inputs, plan)
+        torch.testing.assert_close(z, alone, rtol=1e-5, atol=1e-5)
+        for name, slope in slopes(encoder, z).items():
+            torch.testing.assert_close(slope, expected[name], rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def padded():
+    return Execution("padded", "torch", None, None, False)
+
+
+def slopes(encoder, z):
+    """The gradient of a sum that no row and no column can leave unnoticed."""
+    encoder.zero_grad()
+    (z * torch.linspace(-1, 1, z.numel()).view_as(z)).sum().backward(retain_graph=True)
+    return {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("family", sorted(PACKS))
+def test_a_packed_row_does_not_see_its_neighbours(family):
+    encoder = encoder_of(family).eval()
+    inputs = encoder.inputs(TEXTS)
+    z = encoder(inputs)
+    for row in range(len(inputs)):
+        others = inputs.ids.clone()
+        start = int(inputs.length[:row].sum())
+        own = slice(start, start + int(inputs.length[row]))
+        outside = torch.ones(len(others), dtype=torch.bool)
+        outside[own] = False
+        others[outside] = others[outside] % 1000 + 1500
+        torch.testing.assert_close(encoder(Ragged(others, inputs.length))[row], z[row], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", sorted(PACKS))
+def test_the_last_layer_computes_first_tokens_only_where_no_others_are_read(family):
+    seen = {}
+    for pooling in ("cls", "mean"):
+        encoder = encoder_of(family, f"model.pooling={pooling}")
+        wide = next(m for m in reversed(list(encoder.backbone.modules())) if isinstance(m, torch.nn.LayerNorm))
+        wide.register_forward_hook(lambda m, args, out, p=pooling: seen.update({p: out.shape[1]}))
+        encoder(encoder.inputs(TEXTS))
+    tokens = len(encoder.inputs(TEXTS).ids)
+    assert seen == {"cls": len(TEXTS) if family in CUTS else tokens, "mean": tokens}
+
+
+@pytest.mark.parametrize("family", sorted(PACKS))
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+def test_keyed_dropout_is_a_function_of_the_row(family, pooling):
+    """The same for any layout, any chunks and any order of the rows; another for another seed, step, view and place."""
+    encoder = encoder_of(family, f"model.pooling={pooling}", "model.execution.dropout=keyed").train()
+    batch = keyed(one_column(encoder), seed=1, step=7)
+    rows = batch.views[0]
+    z = encoder.run(rows, padded())
+    for plan in (Execution("sorted", "keyed", 30, None, True), Execution("packed", "keyed", None, None, False),
+                 Execution("packed", "keyed", 20, None, True)):  # fmt: skip
+        torch.testing.assert_close(encoder.run(rows, plan), z, rtol=1e-4, atol=1e-4)
+    back = torch.arange(len(rows)).flip(0)
+    torch.testing.assert_close(encoder(rows.take(back)), z[back], rtol=1e-4, atol=1e-4)
+    for other in (keyed(one_column(encoder), 1, 8), keyed(one_column(encoder), 2, 7)):
+        assert (encoder(other.views[0]) - z).abs().max() > 0.01
+    twice = keyed(one_column(encoder).columns(0, 0), 1, 7)
+    assert (encoder(twice.views[1]) - z).abs().max() > 0.01
+
+
+def one_column(encoder):
+    n = torch.arange(len(TEXTS))
+    return Batch((encoder.inputs(TEXTS),), n, n, n, n[None])
+
+
+def test_what_cannot_be_packed_is_said():
+    for key in ("layout=packed", "dropout=keyed"):
+        with pytest.raises(Exception, match=f"model.execution.{key}: MPNetModel .* model.execution.{key[:6]}.*=auto"):
+            encoder_of("mpnet", f"model.execution.{key}")

@@ -23,6 +23,15 @@ SETTINGS = {
     "with cut tokens": ["view=token_cutoff"],
     "with a view each": ["view=mixed"],
     "with words deleted": ["view=deletion"],
+    "with dropout": ["model.backbone.dropout=0.1", "model.execution.dropout=keyed"],
+    "with dropout in chunks": [
+        "model.backbone.dropout=0.1",
+        "model.execution.dropout=keyed",
+        "model.execution.chunk_tokens=24",
+        "model.execution.recompute=true",
+    ],
+    "accumulated": ["trainer.accumulate_grad_batches=2"],
+    "in half precision": ["trainer.precision=bf16-mixed"],
     "with memory": ["objective.memory.size=9", "objective.memory.warmup=1"],
 }
 
@@ -58,7 +67,7 @@ class Listed:
 
 
 def config(objective, *overrides):
-    """Dropout off (its draws differ between processes), but where two views need it nothing else would differ.
+    """torch's own dropout is off: its draws differ between processes.
 
     Batches of whole windows have no uneven size: their sampler has tests of its own.
     """
@@ -102,6 +111,7 @@ def step(objective, settings, cache, world, batch_size, steps=2):
     module.optimizer = lambda m: torch.optim.SGD(m.parameters(), lr=0.1)
     counting = Counting()
     trainer = pl.Trainer(
+        precision=cfg.trainer.precision, accumulate_grad_batches=cfg.trainer.accumulate_grad_batches,
         accelerator="cpu", devices=world, strategy="ddp" if world > 1 else "auto", max_steps=steps, logger=False,
         gradient_clip_val=0.5, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         use_distributed_sampler=False, callbacks=[counting],

@@ -37,8 +37,8 @@ def step(execution, batch):
 
 def test_1800_images_in_chunks_are_1800_images_at_once():
     batch = faces()
-    value, whole, logged = step(Execution("given", None, None, False), batch)
-    again, chunked, _ = step(Execution("given", None, 128, True), batch)
+    value, whole, logged = step(Execution("padded", "torch", None, None, False), batch)
+    again, chunked, _ = step(Execution("padded", "torch", None, 128, True), batch)
     assert 0 < value < 0.3
     assert again == pytest.approx(value, rel=1e-4)
     assert {

@@ -59,7 +59,7 @@ def test_the_loss_is_the_one_of_transformers(head, encoder, monkeypatch):
     labels = pad(targets.split(lengths), batch_first=True, padding_value=-100)
     mask = (torch.arange(ids.shape[1]) < inputs.length[:, None]).long()
     found = []
-    for execution in (Execution("given", None, None, False), Execution("sorted", 30, None, True)):
+    for execution in (Execution("padded", "torch", None, None, False), Execution("sorted", "torch", 30, None, True)):
         head.execution = execution
         found.append(head(inputs))
     setattr(head.lm, head.lm.base_model_prefix, encoder.backbone)

@@ -13,7 +13,6 @@ from tercet.contract import Draw
 from tercet.data import LabelBatches
 from tercet.distributed import gather_rows, rank, world_size
 from tercet.error import InputError
-from tercet.model.execution import PLAIN
 from tercet.negatives import Guard, hard_negatives
 from tercet.objective.contrastive import Contrastive
 
@@ -90,7 +89,7 @@ def embedded(trainer: pl.Trainer, pl_module: Contrastive, rows: Tensor) -> tuple
         if len(batch) == 0:  # none of its images could be read
             continue
         with trainer.precision_plugin.forward_context():
-            z = encoder.run(batch.views[0].to(pl_module.device), PLAIN).float()
+            z = encoder.run(batch.views[0].to(pl_module.device), encoder.execution.whole()).float()
         parts.append((F.normalize(z, dim=-1), batch.label, batch.uid))
     encoder.train(training)
     z, label, uid = (gather_rows(torch.cat(part).to(pl_module.device)).cpu() for part in zip(*parts, strict=True))

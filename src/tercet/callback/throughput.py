@@ -49,7 +49,7 @@ class Throughput(pl.Callback):
         if seconds > 0:
             self._log_rates(pl_module, views, seconds)
         if isinstance(views, Ragged):
-            computed = pl_module.encoder.execution.padded_tokens(views.length)
+            computed = pl_module.encoder.execution.computed_tokens(views.length)
             pl_module.log("train/padding", 1 - len(views.ids) / max(computed, 1), batch_size=len(batch))
         pl_module.log("train/memory_gb", _peak_gb(), batch_size=len(batch))
 

@@ -1,11 +1,14 @@
 """Quick-Thoughts' loss: tell the neighbouring sentences among all others."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 from tercet.contract import Embedded, Terms
 from tercet.error import InputError
-from tercet.loss.infonce import SIMILARITIES, similarity
+from tercet.loss.infonce import SIMILARITIES, comparable
+from tercet.loss.slices import in_slices
 
 SELVES = ("excluded", "zero")
 
@@ -43,7 +46,11 @@ class Context(nn.Module):
     def forward(self, anchors: Embedded, keys: Embedded) -> Terms:
         """``anchors.z (V, n, D)``, ``keys.z (V, N, D)``; ``count`` is the number of anchors that have a neighbour."""
         with torch.autocast(anchors.z.device.type, enabled=False):
-            scores = similarity(anchors.z[0], keys.z[-1], self.similarity) / self.temperature
+            ready = [replace(side, z=comparable(side.z, self.similarity)) for side in (anchors, keys)]
+            return in_slices(self._terms, ready[0], ready[1], 1)
+
+    def _terms(self, anchors: Embedded, keys: Embedded) -> Terms:
+        scores = anchors.z[0] @ keys.z[-1].T / self.temperature
         own = anchors.uid[:, None] == keys.uid
         step = self._steps(anchors, keys, own)
         near = (step.abs() <= self.context) & (step != 0)

@@ -1,6 +1,7 @@
 """InfoNCE: tell the positive among all keys."""
 
 import math
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from tercet.contract import Embedded, Terms
 from tercet.error import InputError
+from tercet.loss.slices import in_slices
 
 SIMILARITIES = ("cosine", "dot")
 DIRECTIONS = ("forward", "both")
@@ -58,18 +60,25 @@ class InfoNCE(nn.Module):
     def forward(self, anchors: Embedded, keys: Embedded) -> Terms:
         """Both ``z (V, N, D)`` with V at least 2. ``count`` is the number of anchor rows."""
         with torch.autocast(anchors.z.device.type, enabled=False):  # scores in half precision lose the small margins
-            rows, right = self._rows(anchors, keys, 0, 1)
-            if self.direction == "both":
-                back, _ = self._rows(anchors, keys, 1, 0)
-                rows = (rows + back) / 2
-        count = rows.new_tensor(len(anchors))
-        temperature = self.temperature().detach() * len(anchors)
-        stats = {"accuracy": torch.stack([right, count]), "temperature": torch.stack([temperature, count])}
-        return Terms(rows.sum(), count, stats)
+            blocks = len(keys.z) - 1 + (self.direction == "both")
+            return in_slices(self._terms, self._ready(anchors), self._ready(keys), blocks)
 
     def temperature(self) -> Tensor:
         """The temperature, never below 0.01 (the bound of CLIP, where a learned one would run away)."""
         return torch.exp(-self.scale.clamp(max=math.log(100.0)))
+
+    def _ready(self, side: Embedded) -> Embedded:
+        return replace(side, z=comparable(side.z, self.similarity))
+
+    def _terms(self, anchors: Embedded, keys: Embedded) -> Terms:
+        rows, right = self._rows(anchors, keys, 0, 1)
+        if self.direction == "both":
+            back, _ = self._rows(anchors, keys, 1, 0)
+            rows = (rows + back) / 2
+        count = rows.new_tensor(len(anchors))
+        temperature = self.temperature().detach() * len(anchors)
+        stats = {"accuracy": torch.stack([right, count]), "temperature": torch.stack([temperature, count])}
+        return Terms(rows.sum(), count, stats)
 
     def _rows(self, anchors: Embedded, keys: Embedded, a: int, b: int) -> tuple[Tensor, Tensor]:
         """The loss of each anchor ``(n,)`` and the number whose best key is a positive ``()``."""
@@ -77,7 +86,7 @@ class InfoNCE(nn.Module):
         positive = own | ((anchors.label[:, None] == keys.label) & (anchors.label[:, None] >= 0))
         blocks, masks = [], []
         for view in (b, *range(2, len(keys.z))) if a == 0 else (b,):
-            scores = self._scores(anchors.z[a], keys.z[view])
+            scores = anchors.z[a] @ keys.z[view].T / self.temperature()
             blocks.append(scores + self.hard_negative_weight * own if view >= 2 else scores)
             content = keys.content[view]
             same = (anchors.content[a][:, None] == content) | (anchors.content[b][:, None] == content)
@@ -89,13 +98,8 @@ class InfoNCE(nn.Module):
         right = F.pad(positive, (0, logits.shape[1] - len(keys))).gather(1, best).sum()
         return rows, right
 
-    def _scores(self, x: Tensor, y: Tensor) -> Tensor:
-        return similarity(x, y, self.similarity) / self.temperature()
 
-
-def similarity(x: Tensor, y: Tensor, kind: str) -> Tensor:
-    """``(n, D), (N, D) -> (n, N)``, ``cosine`` or ``dot``: by one matrix product and in float32 at least."""
-    x, y = (z.float() if z.dtype in (torch.float16, torch.bfloat16) else z for z in (x, y))
-    if kind == "cosine":
-        x, y = F.normalize(x, dim=-1, eps=1e-6), F.normalize(y, dim=-1, eps=1e-6)
-    return x @ y.T
+def comparable(z: Tensor, kind: str) -> Tensor:
+    """``(..., D)`` in float32 at least, so that a dot product is the similarity: ``cosine`` or ``dot``."""
+    z = z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
+    return F.normalize(z, dim=-1, eps=1e-6) if kind == "cosine" else z

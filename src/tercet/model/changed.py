@@ -35,9 +35,9 @@ def changed(
         if keep is not None:
             x = x * keep[..., None]
         if erase is not None:
-            seed, share = erase[:, :1].unbind(-1)  # the same for all tokens of a row
+            seed, share = erase[..., None].unbind(-2)
             gone = uniform(seed, torch.arange(x.shape[-1], device=x.device)) * ERASE_SCALE < share
-            x = x * ~gone[:, None]
+            x = x * ~gone
         given = {"inputs_embeds": x}
     if place is not None:
         if "position_ids" not in inspect.signature(backbone.forward).parameters:

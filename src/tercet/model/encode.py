@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,6 @@ from tqdm import tqdm
 from tercet.contract import Inputs, Item, Ragged
 from tercet.distributed import gather_rows, rank, world_size
 from tercet.model.encoder import Encoder
-from tercet.model.execution import PLAIN, Execution
 
 
 class Encoding:
@@ -19,7 +19,7 @@ class Encoding:
 
     Each item is encoded once in the life of this object: make a new one when the weights have changed. ``precision``
     makes the context of a forward pass, so that a model is measured in the precision that it is trained in.
-    ``tokens`` is the budget of padded tokens in one pass, ``images`` that of images: small ones are best on a CPU (they
+    ``tokens`` is the budget of tokens in one pass, ``images`` that of images: small ones are best on a CPU (they
     stay in its cache).
     """
 
@@ -70,7 +70,7 @@ class Encoding:
             for rows in chunks[rank() :: world]:
                 inputs = load(rows).to(self.encoder.device)
                 with self.precision():
-                    z.append(self.encoder.run(inputs, PLAIN).float())
+                    z.append(self.encoder.run(inputs, self.encoder.execution.whole()).float())
                 bar.update(min(len(rows) * world, len(items) - bar.n))
         order = torch.cat([rows for r in range(world) for rows in chunks[r::world]])
         return gather_rows(torch.cat(z)).cpu()[torch.argsort(order)]
@@ -78,11 +78,8 @@ class Encoding:
     def _texts(self, items: list[Item]) -> tuple[list[Tensor], Callable[[Tensor], Inputs]]:
         inputs = self.encoder.inputs(items)
         assert isinstance(inputs, Ragged)
-        parts = inputs.rows()
-        plan = Execution("sorted", self.tokens, None, False)
-        return plan.chunks(inputs.length), lambda rows: Ragged(
-            torch.cat([parts[i] for i in rows.tolist()]), inputs.length[rows]
-        )
+        plan = replace(self.encoder.execution, chunk_tokens=self.tokens, chunk_rows=None)
+        return plan.chunks(inputs.length), inputs.take
 
     def _images(self, items: list[Item]) -> tuple[list[Tensor], Callable[[Tensor], Inputs]]:
         # Decoded as they are needed: all pixels at once would not fit.

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tercet.contract import Inputs, Item, Ragged
 from tercet.error import InputError
-from tercet.model.changed import changed, first_place
+from tercet.model.changed import first_place
 from tercet.model.execution import Execution
 from tercet.model.head import Head
-from tercet.model.pooling import NEEDS_ALL_LAYERS, POOLINGS, WORD_POOLINGS
+from tercet.model.pooling import NEEDS_ALL_LAYERS, NEEDS_FIRST, POOLINGS, WORD_POOLINGS
+from tercet.model.reading import Reading
 from tercet.model.words import WordModel
 
 
@@ -73,6 +75,15 @@ class Encoder(nn.Module):
         """Where the weights are."""
         return next(self.parameters()).device
 
+    @property
+    def keyed(self) -> bool:
+        """Whether dropout draws from seeds that travel with the tokens."""
+        return False
+
+    def plan(self) -> str:
+        """How rows are run, for a person."""
+        return ""
+
     def drops(self) -> bool:
         """Whether training draws any dropout: what makes two views of one text differ."""
         return any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.modules())
@@ -124,22 +135,31 @@ class TextEncoder(Encoder):
         _check_pooling(backbone, pooling)
         if pooling != "cls_pooler" and hasattr(backbone, "pooler"):
             backbone.pooler = None  # type: ignore[assignment]  # trained by nobody; DDP would wait for it
-        if compile:
-            backbone.compile(dynamic=True)  # in place: the names of the weights stay as they are
         super().__init__(backbone, backbone.config.hidden_size, pooling, head, normalize, execution)
         self.tokenizer = tokenizer
         self.max_length = max_length or limit(backbone, tokenizer)
-        self.pad_id = int(tokenizer.pad_token_id or 0)
+        self.reading = Reading(backbone, int(tokenizer.pad_token_id or 0), compile)
+        self.execution = self.reading.settle(execution)
 
     def run(self, inputs: Inputs, execution: Execution) -> Tensor:
         """``Ragged -> (N, D)``."""
-        return execution.run(self.embed, inputs, self.pad_id)
+        return execution.run(partial(self.embed, packed=execution.layout == "packed"), inputs)
 
-    def embed(self, ids: Tensor, mask: Tensor, **more: Tensor) -> Tensor:
-        """``ids (n, L)`` and ``mask (n, L)``, with what views have changed about them, to ``(n, D)``."""
-        given = changed(self.backbone, ids, **more) if more else {"input_ids": ids}
-        output = self.backbone(**given, attention_mask=mask, output_hidden_states=self.pooling in NEEDS_ALL_LAYERS)
-        return self.finish(output, mask)
+    @property
+    def keyed(self) -> bool:
+        """Where it is asked for, and on a CPU where it costs less than torch's."""
+        chosen = self.execution.dropout == "keyed" or (self.execution.dropout == "auto" and self.device.type == "cpu")
+        return chosen and self.reading.noise is not None
+
+    def plan(self) -> str:
+        """Which layout and which dropout it is."""
+        law = "by (seed, step, row)" if self.keyed else "torch's"
+        return f"rows are {self.execution.layout}, dropout is {law} (model.execution)"
+
+    def embed(self, rows: Ragged, packed: bool) -> Tensor:
+        """``n`` rows to ``(n, D)``."""
+        layers = self.pooling in NEEDS_ALL_LAYERS
+        return self.finish(*self.reading(rows, packed, self.pooling in NEEDS_FIRST, layers))
 
     def inputs(self, items: Sequence[Item]) -> Ragged:
         """Token ids with special tokens, cut at ``max_length``."""

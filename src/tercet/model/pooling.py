@@ -84,4 +84,5 @@ POOLINGS: dict[str, Pooling] = {
 }
 OF_WORDS = frozenset({"final", "sum"})  # poolings of encoders of words alone
 WORD_POOLINGS = ("final", "mean", "sum", "max")  # what an encoder of words can have
+NEEDS_FIRST = frozenset({"cls", "cls_pooler"})  # poolings that read first tokens alone
 NEEDS_ALL_LAYERS = frozenset({"first_last", "static_last", "top_two"})

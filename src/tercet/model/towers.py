@@ -1,12 +1,14 @@
 """Two encoders side by side: Quick-Thoughts' f and g."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from tercet.chance import mixed
 from tercet.contract import Item, Ragged
 from tercet.error import InputError
 from tercet.model.encoder import Encoder, TextEncoder
@@ -39,7 +41,16 @@ class Towers(Encoder):
 
     def run(self, inputs: Any, execution: Execution) -> Tensor:
         """``Ragged -> (N, 2 D)``."""
-        return torch.cat([tower.run(inputs, execution) for tower in (self.f, self.g)], -1)
+        return torch.cat([self.f.run(inputs, execution), self.g.run(_apart(inputs), execution)], -1)
+
+    @property
+    def keyed(self) -> bool:
+        """Whether ``f``'s dropout is; ``g``'s draws others."""
+        return self.f.keyed
+
+    def plan(self) -> str:
+        """``f``'s."""
+        return self.f.plan()
 
     def inputs(self, items: Sequence[Item]) -> Ragged:
         """Token ids, as ``f`` reads them."""
@@ -58,6 +69,13 @@ class Towers(Encoder):
     def settings(self) -> dict[str, Any]:
         """Those of both."""
         return {"kind": self.kind, "f": self.f.settings(), "g": self.g.settings()}
+
+
+def _apart(inputs: Ragged) -> Ragged:
+    """The same rows whose dropout draws other numbers."""
+    if "noise" not in inputs.more:
+        return inputs
+    return replace(inputs, more={**inputs.more, "noise": mixed(inputs.more["noise"], 1)})
 
 
 def _share(f: TextEncoder, g: TextEncoder) -> None:

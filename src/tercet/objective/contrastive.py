@@ -16,8 +16,11 @@ from tercet.distributed import gather, mean
 from tercet.error import InputError
 from tercet.model import Encoder, Encoding
 from tercet.model.checkpoint import KEY, describe
+from tercet.objective.keyed import keyed
 from tercet.objective.memory import Memory
 from tercet.objective.mlm import MaskedLM
+
+ENOUGH = 1024
 
 
 class Contrastive(pl.LightningModule):
@@ -49,6 +52,7 @@ class Contrastive(pl.LightningModule):
         self.mlm_weight = mlm.weight
         self.mlm = mlm.build(encoder)
         self.memory = memory.build()
+        self.seed = 0
         self.lost = 0  # rows that could not be read
         self.stage = "test"
         self.encoding: Encoding
@@ -57,6 +61,15 @@ class Contrastive(pl.LightningModule):
         """The views that this objective contrasts."""
         return batch
 
+    def looks(self, batch: Batch) -> Batch:
+        """The views, and what dropout draws from where that is a function of the row."""
+        batch = self.views(batch)
+        return keyed(batch, self.seed, self.global_step) if self.encoder.keyed else batch
+
+    def on_fit_start(self) -> None:
+        """One seed in all processes: that of ``seed_everything``."""
+        self.seed = int(self.trainer.strategy.broadcast(torch.initial_seed() % (1 << 62)))
+
     def embed(self, batch: Batch) -> Embedded:
         """All views in one forward pass: ``z (V, N, D)``."""
         z = self.encoder(joined(batch.views)).unflatten(0, (len(batch.views), len(batch)))
@@ -64,7 +77,7 @@ class Contrastive(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The value whose gradient, averaged over the processes, is the one of the whole global batch."""
-        batch = self.views(batch)
+        batch = self.looks(batch)
         anchors = self.embed(batch)
         keys = gather(anchors)
         terms = self.loss(anchors, self._remembered(keys))
@@ -161,8 +174,11 @@ def _alignment(anchors: Embedded) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _uniformity(z: Tensor) -> Tensor:
-    """Log mean over distinct pairs of exp(-2 ||x - y||^2) in this process's batch (Wang and Isola 2020, eq. 2)."""
-    x = F.normalize(z.detach().float(), dim=-1)
+    """Log mean over distinct pairs of exp(-2 ||x - y||^2) in this process's batch (Wang and Isola 2020, eq. 2).
+
+    Of its first rows where there are more than ``ENOUGH``: all pairs of those are a million.
+    """
+    x = F.normalize(z[:ENOUGH].detach().float(), dim=-1)
     if len(x) < 2:
         return x.new_zeros(())
     return (4 * (x @ x.T - 1)).fill_diagonal_(-torch.inf).exp().sum().div(len(x) * (len(x) - 1)).log()

@@ -1,6 +1,6 @@
 """Masked language modelling on the encoder that is being trained: SimCSE's auxiliary, or all of the training."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,11 +9,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM
 from transformers.modeling_outputs import BaseModelOutput
 
+from tercet.chance import mixed
 from tercet.contract import Ragged, Terms
 from tercet.error import InputError
 from tercet.model import Encoder, TextEncoder, Towers
 from tercet.model.backbone import load_pretrained
 from tercet.model.pieces import begins_word, special
+
+ANOTHER = 1  # what this pass's dropout seeds are mixed with: the contrast has its own
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class MaskedLMHead(nn.Module):
         self._backbone = (backbone,)  # in a tuple, so that it is not registered a second time
         self.settings = settings
         self.execution = encoder.execution
-        self.pad_id = encoder.pad_id
+        self._reading = (encoder.reading,)
         self.mask_id = int(tokenizer.mask_token_id)
         self.words = len(tokenizer)
         self.register_buffer("special", special(tokenizer), persistent=False)
@@ -103,20 +106,23 @@ class MaskedLMHead(nn.Module):
         """``count`` is the number of chosen tokens: the mean is over the tokens of the global batch."""
         corrupted, targets = self.corrupt(inputs.ids)
         # Ids and targets travel as one row, so that any order and chunking keeps them together.
-        paired = Ragged(torch.stack([corrupted, targets], 1), inputs.length)
-        sums = self.execution.run(self._rows, paired, self.pad_id)
+        noise = {"noise": mixed(inputs.more["noise"], ANOTHER)} if "noise" in inputs.more else {}
+        paired = Ragged(torch.stack([corrupted, targets], 1), inputs.length, noise)
+        sums = self.execution.run(self._rows, paired)
         return Terms(sums[:, 0].sum(), sums[:, 1].detach().sum())
 
-    def _rows(self, paired: Tensor, mask: Tensor) -> Tensor:
-        """``(n, L, 2), (n, L) -> (n, 2)``: each row's summed cross entropy and number of targets."""
-        ids, targets = paired.unbind(-1)
-        hidden = self._backbone[0](input_ids=ids, attention_mask=mask).last_hidden_state
-        chosen = (targets >= 0) & (mask > 0)
+    def _rows(self, paired: Ragged) -> Tensor:
+        """``n`` rows of ``ids (T, 2)`` to ``(n, 2)``: each row's summed cross entropy and number of targets."""
+        ids, asked = (replace(paired, ids=ids) for ids in paired.ids.unbind(-1))
+        output, _ = self._reading[0](ids, self.execution.layout == "packed", first=False, layers=False)
+        hidden, targets = output.last_hidden_state, asked.padded(-100)[0]
+        assert hidden is not None
+        chosen = targets >= 0
         # Logits of the whole vocabulary, for these tokens only: of all of them they would cost more than the encoder.
         logits = self.lm(inputs_embeds=hidden[chosen][None]).logits[0].float()
         loss = F.cross_entropy(logits, targets[chosen], reduction="none")
-        row = torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)[chosen]
-        sums = torch.zeros(len(ids), device=ids.device).index_add(0, row, loss)
+        row = torch.arange(len(chosen), device=chosen.device)[:, None].expand_as(chosen)[chosen]
+        sums = torch.zeros(len(chosen), device=chosen.device).index_add(0, row, loss)
         return torch.stack([sums, chosen.sum(1).float()], 1)
 
 

@@ -42,6 +42,7 @@ class Pretraining(Contrastive):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross entropy of the chosen tokens, as the mean over those of the global batch."""
         assert self.mlm is not None
+        batch = self.looks(batch)
         value, logged = mean(self.mlm(Ragged.cat([view for view in batch.views if isinstance(view, Ragged)])))
         logged["perplexity"] = logged["loss"].exp()
         self._refuse_nan(logged["loss"])

@@ -1,0 +1,188 @@
+"""Rows of tokens in one flat sequence, without padding; attention stays inside each row.
+
+One attention function, registered with ``transformers``, does it for its models as they are: linear layers,
+normalisation and dropout see real tokens only, and no model is written again.
+"""
+
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from tercet.chance import mixed
+from tercet.model.dropout import Noise, drop
+
+NAME = "tercet"
+KEY_VALUE = (("key", "value"), ("k_lin", "v_lin"))  # what BERT's relatives call their projections, and DistilBERT
+
+
+class Packing:
+    """What attention must know: the ``length (n,)`` of the rows, and the ``noise`` that its dropout draws from.
+
+    ``packed``: the rows stand one after the other, shape ``(1, T)``; else they are padded. ``first``: of the last layer
+    only each row's first token is read, and only that is computed.
+    """
+
+    def __init__(self, length: Tensor, packed: bool, first: bool, noise: Noise | None) -> None:
+        self.packed, self.first, self.noise = packed, first, noise
+        self.groups = [(sum(1 for _ in rows), n) for n, rows in groupby(length.tolist())]
+        self.starts = length.cumsum(0) - length
+        self.length = length
+        self.whole: Tensor | None = None  # the hidden states of all tokens, where a layer was given the first ones
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    packing: Packing | None = None,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """What ``transformers`` calls: ``(1 or n, heads, T or L, d)`` each, to ``(1 or n, T or L, heads, d)``.
+
+    Without ``packing`` it is torch's attention on padded rows, as everywhere.
+    """
+    if packing is None:
+        out, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
+        )
+        return out, None
+    seed = None
+    if packing.noise is not None and packing.noise.seed is not None and dropout > 0:
+        seed = mixed(packing.noise.seed, int(module.tercet_number))  # type: ignore[arg-type]
+    if not packing.packed:
+        return _one(query, key, value, attention_mask, dropout, scaling, seed).transpose(1, 2), None
+    if packing.whole is not None:
+        key, value = _all_tokens(module, packing.whole, key.shape)
+        packing.whole = None
+    if query.is_cuda:
+        return _by_row(query, key, value, packing, dropout, scaling, sliding_window, seed), None
+    return _by_length(query, key, value, packing, dropout, scaling, sliding_window, seed), None
+
+
+def _all_tokens(module: nn.Module, hidden: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """Keys and values of every token, for a layer that was given the first ones alone."""
+    names = projections(module)
+    assert names is not None
+    made = [getattr(module, name)(hidden).unflatten(-1, (shape[1], shape[3])).transpose(1, 2) for name in names]
+    return made[0], made[1]
+
+
+def _by_length(
+    query: Tensor, key: Tensor, value: Tensor, packing: Packing, dropout: float, scaling: float | None,
+    window: int | None, seed: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Rows of equal length stand side by side: a dense call for each length, without a mask. Best on a CPU."""
+    first = query.shape[2] != key.shape[2]
+    tokens = [n * length for n, length in packing.groups]
+    asked = [n for n, _ in packing.groups] if first else tokens
+    seeds = [None] * len(tokens) if seed is None else seed[0].split(asked)
+    parts = []
+    for q, k, v, s, (n, length) in zip(
+        query[0].split(asked, 1), key[0].split(tokens, 1), value[0].split(tokens, 1), seeds, packing.groups, strict=True
+    ):
+        q, k, v = (x.unflatten(1, (n, -1)).transpose(0, 1) for x in (q, k, v))
+        mask = _band(q.shape[2], length, window, q.device)
+        out = _one(q, k, v, mask, dropout, scaling, None if s is None else s.unflatten(0, (n, -1)))
+        parts.append(out.transpose(1, 2).flatten(0, 1))
+    return torch.cat(parts)[None]
+
+
+def _by_row(
+    query: Tensor, key: Tensor, value: Tensor, packing: Packing, dropout: float, scaling: float | None,
+    window: int | None, seed: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Padded for the attention alone, one call: it is a few percent of the work, and on a GPU calls cost more than that."""
+    first = query.shape[2] != key.shape[2]
+    length = packing.length
+    asked = torch.ones_like(length) if first else length
+    k, v = (spread(x[0].transpose(0, 1), length).transpose(1, 2) for x in (key, value))
+    q = spread(query[0].transpose(0, 1), asked).transpose(1, 2)
+    there = (torch.arange(k.shape[2]) < length[:, None]).to(q.device, non_blocking=True)[:, None, None]
+    band = _band(q.shape[2], k.shape[2], window, q.device)
+    mask = there if band is None else there & band
+    out = _one(q, k, v, mask, dropout, scaling, None if seed is None else spread(seed[0], asked))
+    return gathered(out.transpose(1, 2), asked)[None]
+
+
+def _band(asked: int, length: int, window: int | None, device: torch.device) -> Tensor | None:
+    if window is None or length <= window:
+        return None
+    place = torch.arange(length, device=device)
+    return (place[:asked, None] - place).abs() < window
+
+
+def _one(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, scaling: float | None, seed: Tensor | None
+) -> Tensor:
+    """Attention of ``(n, heads, L, d)``; ``seed (n, L)`` of the asking tokens decides what is dropped."""
+    if seed is None:
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, scale=scaling)
+    scores = (q * (scaling or q.shape[-1] ** -0.5)) @ k.transpose(-1, -2)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    heads = torch.arange(q.shape[1], device=q.device)[:, None]
+    share = drop(scores.softmax(-1), dropout, mixed(seed[:, None], heads))
+    return share @ v
+
+
+def spread(flat: Tensor, length: Tensor) -> Tensor:
+    """``(T, ...)`` to ``(n, L, ...)``, zero where a row has ended."""
+    out = flat.new_zeros(len(length) * int(length.max()), *flat.shape[1:])
+    return out.index_copy(0, _index(length, flat.device), flat).view(len(length), -1, *flat.shape[1:])
+
+
+def gathered(padded: Tensor, length: Tensor) -> Tensor:
+    """The inverse: ``(n, L, ...)`` to ``(T, ...)``."""
+    return padded.flatten(0, 1)[_index(length, padded.device)]
+
+
+def _index(length: Tensor, device: torch.device) -> Tensor:
+    row = torch.repeat_interleave(torch.arange(len(length)), length)
+    place = torch.arange(len(row)) - (length.cumsum(0) - length)[row]
+    return (row * int(length.max()) + place).to(device, non_blocking=True)
+
+
+def projections(module: nn.Module) -> tuple[str, str] | None:
+    """What an attention layer calls its keys and values, if it has them apart."""
+    for names in KEY_VALUE:
+        if all(isinstance(getattr(module, name, None), nn.Linear) for name in names):
+            return names
+    return None
+
+
+def cut_last_layer(backbone: PreTrainedModel) -> bool:
+    """Let the last layer compute first tokens only where ``packing.first`` asks for it; false where it cannot."""
+    count = getattr(backbone.config, "num_hidden_layers", None)
+    stacks = [m for m in backbone.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
+    if len(stacks) != 1 or not any(projections(part) for part in stacks[0][-1].modules()):
+        return False
+    last = stacks[0][-1]
+    if _first_tokens not in last._forward_pre_hooks.values():
+        last.register_forward_pre_hook(_first_tokens, with_kwargs=True)
+    return True
+
+
+def _first_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    packing = kwargs.get("packing")
+    if packing is None or not packing.first:
+        return None
+    starts = packing.starts.to(args[0].device, non_blocking=True)
+    packing.whole = args[0]
+    if packing.noise is not None and packing.noise.seed is not None:
+        packing.noise.seed = packing.noise.seed[:, starts]
+    return (args[0][:, starts], *args[1:]), kwargs
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
