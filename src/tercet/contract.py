@@ -50,18 +50,9 @@ class Ragged:
 
     def padded(self, fill: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """``ids (N, L)`` and ``mask (N, L)``, padded on the right to the longest; ``more (N, L, ...)`` with zeros."""
-        row = torch.repeat_interleave(torch.arange(len(self)), self.length)
-        longest = int(self.length.max())
-        place = torch.arange(len(row)) - (self.length.cumsum(0) - self.length)[row]
-        where = (row * longest + place).to(self.ids.device, non_blocking=True)
-
-        def spread(values: Tensor, empty: int) -> Tensor:
-            out = values.new_full((len(self) * longest, *values.shape[1:]), empty)
-            out = out.index_copy(0, where, values)
-            return out.view(len(self), longest, *values.shape[1:])
-
-        more = {name: spread(value, 0) for name, value in self.more.items()}
-        return spread(self.ids, fill), spread(torch.ones_like(where), 0), more
+        more = {name: spread(value, self.length) for name, value in self.more.items()}
+        mask = spread(torch.ones_like(self.ids), self.length)
+        return spread(self.ids, self.length, fill), mask, more
 
     @staticmethod
     def cat(parts: "Sequence[Ragged]") -> "Ragged":
@@ -84,6 +75,23 @@ class Ragged:
         """From lists of token ids."""
         flat = [token for row in rows for token in row]
         return Ragged(torch.tensor(flat, dtype=torch.long), torch.tensor([len(row) for row in rows], dtype=torch.long))
+
+
+def spread(flat: Tensor, length: Tensor, fill: int = 0) -> Tensor:
+    """``(T, ...)`` to ``(N, L, ...)``: ``fill`` where a row has ended."""
+    out = flat.new_full((len(length) * int(length.max()), *flat.shape[1:]), fill)
+    return out.index_copy(0, _places(length, flat.device), flat).view(len(length), -1, *flat.shape[1:])
+
+
+def gathered(padded: Tensor, length: Tensor) -> Tensor:
+    """The inverse: ``(N, L, ...)`` to ``(T, ...)``."""
+    return padded.flatten(0, 1)[_places(length, padded.device)]
+
+
+def _places(length: Tensor, device: torch.device) -> Tensor:
+    row = torch.repeat_interleave(torch.arange(len(length)), length)
+    place = torch.arange(len(row)) - (length.cumsum(0) - length)[row]
+    return (row * int(length.max()) + place).to(device, non_blocking=True)
 
 
 @dataclass

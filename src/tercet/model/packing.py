@@ -15,6 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from tercet.chance import mixed
+from tercet.contract import gathered, spread
 from tercet.model.dropout import Noise, drop
 
 NAME = "tercet"
@@ -134,23 +135,6 @@ def _one(
     heads = torch.arange(q.shape[1], device=q.device)[:, None]
     share = drop(scores.softmax(-1), dropout, mixed(seed[:, None], heads))
     return share @ v
-
-
-def spread(flat: Tensor, length: Tensor) -> Tensor:
-    """``(T, ...)`` to ``(n, L, ...)``, zero where a row has ended."""
-    out = flat.new_zeros(len(length) * int(length.max()), *flat.shape[1:])
-    return out.index_copy(0, _index(length, flat.device), flat).view(len(length), -1, *flat.shape[1:])
-
-
-def gathered(padded: Tensor, length: Tensor) -> Tensor:
-    """The inverse: ``(n, L, ...)`` to ``(T, ...)``."""
-    return padded.flatten(0, 1)[_index(length, padded.device)]
-
-
-def _index(length: Tensor, device: torch.device) -> Tensor:
-    row = torch.repeat_interleave(torch.arange(len(length)), length)
-    place = torch.arange(len(row)) - (length.cumsum(0) - length)[row]
-    return (row * int(length.max()) + place).to(device, non_blocking=True)
 
 
 def projections(module: nn.Module) -> tuple[str, str] | None:

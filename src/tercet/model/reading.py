@@ -8,12 +8,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from tercet.contract import Ragged
+from tercet.contract import Ragged, spread
 from tercet.error import InputError
 from tercet.model.changed import changed
 from tercet.model.dropout import Noise, replace
 from tercet.model.execution import Execution
-from tercet.model.packing import NAME, Packing, cut_last_layer, spread
+from tercet.model.packing import NAME, Packing, cut_last_layer
 
 EXACT = 1e-4  # how far a packed row may be from the same row alone; hidden states are around 1
 

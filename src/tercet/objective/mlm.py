@@ -78,10 +78,9 @@ class MaskedLMHead(nn.Module):
         lm.tie_weights()
         setattr(lm, lm.base_model_prefix, Given())  # the head alone: it sees no more than the chosen tokens
         self.lm = lm.train()
-        self._backbone = (backbone,)  # in a tuple, so that it is not registered a second time
         self.settings = settings
         self.execution = encoder.execution
-        self._reading = (encoder.reading,)
+        self._reading = encoder.reading  # no module: its backbone is not registered a second time
         self.mask_id = int(tokenizer.mask_token_id)
         self.words = len(tokenizer)
         self.register_buffer("special", special(tokenizer), persistent=False)
@@ -114,7 +113,7 @@ class MaskedLMHead(nn.Module):
     def _rows(self, paired: Ragged) -> Tensor:
         """``n`` rows of ``ids (T, 2)`` to ``(n, 2)``: each row's summed cross entropy and number of targets."""
         ids, asked = (replace(paired, ids=ids) for ids in paired.ids.unbind(-1))
-        output, _ = self._reading[0](ids, self.execution.layout == "packed", first=False, layers=False)
+        output, _ = self._reading(ids, self.execution.layout == "packed", first=False, layers=False)
         hidden, targets = output.last_hidden_state, asked.padded(-100)[0]
         assert hidden is not None
         chosen = targets >= 0
