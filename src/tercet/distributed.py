@@ -57,11 +57,10 @@ def gather_rows(x: Tensor) -> Tensor:
     return x if world_size() == 1 else _all_gather(x, sizes(len(x), x.device))
 
 
-def gather(own: Embedded) -> Embedded:
-    """The keys of the global batch, with gradient; ranks may hold different numbers of rows."""
+def gather(own: Embedded, counts: list[int]) -> Embedded:
+    """The keys of the global batch, with gradient; ``counts (W)``: the ``sizes``, ranks may hold different ones."""
     if world_size() == 1:
         return own
-    counts = sizes(len(own), own.z.device)
     rows: Tensor = _GatherRows.apply(own.z.transpose(0, 1).contiguous(), counts)  # type: ignore[no-untyped-call]
     z = rows.transpose(0, 1)
     uid, label, position = (_all_gather(x, counts) for x in (own.uid, own.label, own.position))

@@ -12,7 +12,7 @@ LOSSES = choices("loss")
 TRIPLET = ([], ["loss.form=softplus", "loss.divide_by=pairs", "loss.tile=2"])
 VARIANTS = {
     "infonce": [[], ["loss.learn_temperature=true"], ["loss.direction=both"], ["loss.similarity=dot", "loss.temperature=1"],
-                ["loss.hard_negative_weight=1.5"]],
+                ["loss.hard_negative_weight=1.5"], ["loss.label_smoothing=0.1"]],
     "context": [["loss.context=4"], ["loss.context=4", "loss.self_score=zero"],
                 ["loss.context=8", "loss.similarity=cosine", "loss.temperature=0.05"]],
     "triplet": [[f"loss.mining={mining}", *more] for mining in MININGS for more in TRIPLET],

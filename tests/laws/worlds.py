@@ -32,6 +32,8 @@ SETTINGS = {
     ],
     "accumulated": ["trainer.accumulate_grad_batches=2"],
     "in half precision": ["trainer.precision=bf16-mixed"],
+    "in a ring": ["loss.exchange=ring", "loss.learn_temperature=true", "loss.label_smoothing=0.1"],
+    "in a ring, both ways": ["loss.exchange=ring", "loss.direction=both"],
     "with memory": ["objective.memory.size=9", "objective.memory.warmup=1"],
 }
 
@@ -40,7 +42,7 @@ def has(objective, overrides):
     """Whether an objective's configuration has the keys."""
     cfg = composed(f"objective={objective}")
     keys = [override.split("=")[0].replace("view", "objective.view") for override in overrides]
-    return all(OmegaConf.select(cfg, key) is not None for key in keys if key.startswith("objective"))
+    return all(OmegaConf.select(cfg, key) is not None for key in keys if key.startswith(("objective", "loss.")))
 
 
 CASES = [(o, s) for o in OBJECTIVES for s in SETTINGS if has(o, SETTINGS[s])]
@@ -53,17 +55,20 @@ class Listed:
 
     columns: tuple[str, ...]
     label: bool = False
+    twice: bool = True
 
     def rows(self):
-        """Twelve rows: each column a rotation of the texts, one text twice."""
-        texts = [*TEXTS[:-1], TEXTS[0]]
+        """Twelve rows: each column a rotation of the texts, one text ``twice``; or no two of them equal."""
+        texts = [*TEXTS[:-1], TEXTS[0] if self.twice else TEXTS[-1]]
         table = {name: texts[i:] + texts[:i] for i, name in enumerate(self.columns)}
+        if not self.twice:
+            table = {name: [f"{text} {name}" for text in column] for name, column in table.items()}
         ids = {"label": [0, 0, 1, 1, 2, -1] * 2, "position": list(range(12))} if self.label else {}
         return datasets.Dataset.from_dict({**table, **ids})
 
     def fingerprint(self):
         """The columns say it all."""
-        return f"listed{self.label}" + "-".join(self.columns)
+        return f"listed{self.label}{self.twice}" + "-".join(self.columns)
 
 
 def config(objective, *overrides):
@@ -80,8 +85,9 @@ def config(objective, *overrides):
 
 
 def data(cfg, cache, batch_size):
-    _, most = get_class(cfg.objective._target_).columns
-    source = Listed(tuple("abc"[:most]), label=True)
+    kind = get_class(cfg.objective._target_)
+    # Which of two equally far negatives is mined is up to rounding: no two are where rows are told apart by distance.
+    source = Listed(tuple("abc"[: kind.columns[1]]), label=True, twice=kind.positives != "label")
     reader = Tokenizing(tokenizer(MINILM), 32, str(cache))
     return DataModule("listed", source, [], reader, build(cfg.batches), batch_size, 1, 0, 10)
 

@@ -11,8 +11,9 @@ from tercet.loss import InfoNCE
 from tests.laws.test_loss import rows
 
 DEFAULTS = dict(
-    temperature=0.05, learn_temperature=False, similarity="cosine", direction="forward", hard_negative_weight=0.0
-)
+    temperature=0.05, learn_temperature=False, similarity="cosine", direction="forward", hard_negative_weight=0.0,
+    label_smoothing=0.0, exchange="auto",
+)  # fmt: skip
 
 
 def similarity(x, y, kind):
@@ -76,7 +77,39 @@ def test_the_learned_temperature_moves_and_is_bounded():
     assert float(loss.temperature()) == pytest.approx(0.01)
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": 0}, {"similarity": "l2"}, {"direction": "back"}])
+@pytest.mark.parametrize("smoothing", [0.1, 0.9])
+def test_a_smoothed_target_is_torchs(smoothing):
+    batch = rows(views=3, labels="none", duplicates=False)
+    loss = InfoNCE(**{**DEFAULTS, "label_smoothing": smoothing}).double()
+    z = torch.nn.functional.normalize(batch.z, dim=-1)
+    scores = z[0] @ z[1:].flatten(0, 1).T / 0.05
+    expected = torch.nn.functional.cross_entropy(scores, torch.arange(9), label_smoothing=smoothing, reduction="sum")
+    torch.testing.assert_close(loss(batch, batch).total, expected)
+
+
+@pytest.mark.parametrize("change", [{}, {"direction": "both"}, {"label_smoothing": 0.2}, {"hard_negative_weight": 1.0}])
+@pytest.mark.parametrize("cuts", [[1], [3, 4], [0, 5]])
+def test_keys_that_come_in_blocks_give_the_same(change, cuts):
+    """A block may hold nothing, or nothing but what is left out."""
+    loss, batch = InfoNCE(**{**DEFAULTS, **change}).double(), rows(views=3)
+
+    def outcome(keys_of):
+        z = batch.z.clone().requires_grad_()
+        ready = loss.ready(Embedded(z, batch.uid, batch.label, batch.position, batch.content))
+        terms = loss.merged(torch.stack([loss.parts(ready, keys) for keys in keys_of(ready)]))
+        return terms, *torch.autograd.grad(terms.total, z)
+
+    whole, gradient = outcome(lambda ready: [ready])
+    cut, got = outcome(lambda ready: [ready.rows(part) for part in torch.arange(9).tensor_split(cuts) if len(part)])
+    torch.testing.assert_close(cut.total, whole.total)
+    torch.testing.assert_close(cut.stats["accuracy"], whole.stats["accuracy"])
+    torch.testing.assert_close(got, gradient)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"temperature": 0}, {"similarity": "l2"}, {"direction": "back"}, {"label_smoothing": 1}, {"exchange": "mail"}],
+)
 def test_wrong_settings_name_their_key(wrong):
     with pytest.raises(InputError, match=f"loss.{next(iter(wrong))}="):
         InfoNCE(**{**DEFAULTS, **wrong})

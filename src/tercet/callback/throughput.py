@@ -19,7 +19,8 @@ class Throughput(pl.Callback):
 
     ``train/sentences_per_second``, ``train/tokens_per_second`` and ``train/padding`` (the share of computed tokens that
     are padding) of texts, ``train/images_per_second`` of images, ``train/memory_gb`` (peak: of the device on CUDA, of
-    this process elsewhere) and ``train/gradient_norm`` (before clipping).
+    this process elsewhere), ``train/gradient_norm`` (before clipping), and ``train/waiting``: the share of its time that a
+    step waits for its batch.
 
     Rates are over all processes and smoothed over the last steps; a step is timed from the end of the one before it, so
     that waiting for data counts, evaluation and checkpoints do not.
@@ -28,6 +29,7 @@ class Throughput(pl.Callback):
     def __init__(self, smoothing: float) -> None:
         self.smoothing = smoothing
         self.start: float | None = None
+        self.waited = 0.0
         self.rates: dict[str, float] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -37,6 +39,13 @@ class Throughput(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The time of an evaluation belongs to no step."""
         self.start = time.perf_counter()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """The batch is here."""
+        now = time.perf_counter()
+        self.waited = now - (self.start or now)
 
     def on_train_batch_end(  # type: ignore[override]
         self, trainer: pl.Trainer, pl_module: Contrastive, outputs: Any, batch: Batch, batch_idx: int
@@ -48,6 +57,7 @@ class Throughput(pl.Callback):
         self.start = now
         if seconds > 0:
             self._log_rates(pl_module, views, seconds)
+            pl_module.log("train/waiting", self.waited / seconds, batch_size=1)
         if isinstance(views, Ragged):
             computed = pl_module.encoder.execution.computed_tokens(views.length)
             pl_module.log("train/padding", 1 - len(views.ids) / max(computed, 1), batch_size=len(batch))

@@ -11,6 +11,7 @@ from tercet.loss.infonce import SIMILARITIES, comparable
 from tercet.loss.slices import in_slices
 
 SELVES = ("excluded", "zero")
+ACCURACIES = ("forward_accuracy", "backward_accuracy", "neighbour_accuracy")
 
 
 class Context(nn.Module):
@@ -47,9 +48,10 @@ class Context(nn.Module):
         """``anchors.z (V, n, D)``, ``keys.z (V, N, D)``; ``count`` is the number of anchors that have a neighbour."""
         with torch.autocast(anchors.z.device.type, enabled=False):
             ready = [replace(side, z=comparable(side.z, self.similarity)) for side in (anchors, keys)]
-            return in_slices(self._terms, ready[0], ready[1], 1)
+            return self._summed(in_slices(self._table, ready[0], ready[1], 1))
 
-    def _terms(self, anchors: Embedded, keys: Embedded) -> Terms:
+    def _table(self, anchors: Embedded, keys: Embedded) -> Tensor:
+        """``(n, 8)``: the loss of each anchor and whether it has a neighbour; then three hits, each with who could hit."""
         scores = anchors.z[0] @ keys.z[-1].T / self.temperature
         own = anchors.uid[:, None] == keys.uid
         step = self._steps(anchors, keys, own)
@@ -60,21 +62,22 @@ class Context(nn.Module):
         # A row of nothing but itself would be all -inf, and its gradient no number.
         log_p = torch.where(has[:, None], scores, 0.0).log_softmax(1)
         rows = -log_p.masked_fill(~near, 0).sum(1) / near.sum(1).clamp_min(1)
-        return Terms(rows.sum(), has.sum().to(rows.dtype), self._accuracy(scores.detach(), step, near))
+        return torch.stack([rows, has.to(rows.dtype), *self._hits(scores.detach(), step, near)], 1)
+
+    def _summed(self, table: Tensor) -> Terms:
+        total, count, *pairs = table.sum(0)
+        return Terms(total, count, dict(zip(ACCURACIES, torch.stack(pairs).detach().view(-1, 2), strict=True)))
 
     def _steps(self, anchors: Embedded, keys: Embedded, own: Tensor) -> Tensor:
         """``(n, N)`` how far a key stands behind the anchor in its document; 0 for itself and for all other documents."""
         same = (anchors.label[:, None] == keys.label) & (anchors.label[:, None] >= 0) & ~own
         return (keys.position - anchors.position[:, None]).masked_fill(~same, 0)
 
-    def _accuracy(self, scores: Tensor, step: Tensor, near: Tensor) -> dict[str, Tensor]:
-        """Is the best key the next sentence, the one before, any neighbour? Each over the anchors that have such a one."""
+    def _hits(self, scores: Tensor, step: Tensor, near: Tensor) -> list[Tensor]:
+        """Is the best key the next sentence, the one before, any neighbour; and is there such a one? ``(n,)`` each."""
         best = scores.argmax(1, keepdim=True) if scores.shape[1] else scores.new_zeros(len(scores), 0, dtype=torch.long)
-        sought = {"forward_accuracy": step == 1, "backward_accuracy": step == -1, "neighbour_accuracy": near}
-        return {
-            name: torch.stack([wanted.gather(1, best).sum(), wanted.any(1).sum()]).to(scores.dtype)
-            for name, wanted in sought.items()
-        }
+        sought = (step == 1, step == -1, near)
+        return [x.to(scores.dtype) for wanted in sought for x in (wanted.gather(1, best).any(1), wanted.any(1))]
 
 
 def _copies(anchors: Embedded, keys: Embedded, near: Tensor) -> Tensor:

@@ -46,6 +46,8 @@ class Encoder(nn.Module):
 
     def forward(self, inputs: Inputs) -> Tensor:
         """``(N, D)``, in the order of the rows."""
+        if isinstance(inputs, Ragged):
+            self.execution = self.execution.fitted(self, lambda rows: self.run(rows, self.execution.whole()), inputs)
         return self.run(inputs, self.execution)
 
     @abstractmethod
@@ -154,7 +156,8 @@ class TextEncoder(Encoder):
     def plan(self) -> str:
         """Which layout and which dropout it is."""
         law = "by (seed, step, row)" if self.keyed else "torch's"
-        return f"rows are {self.execution.layout}, dropout is {law} (model.execution)"
+        why = f" ({self.reading.why})" if self.reading.why and self.execution.layout == "sorted" else ""
+        return f"rows are {self.execution.layout}{why}, dropout is {law} (model.execution)"
 
     def embed(self, rows: Ragged, packed: bool) -> Tensor:
         """``n`` rows to ``(n, D)``."""

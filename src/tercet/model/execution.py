@@ -2,14 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tercet.contract import Images, Inputs, Ragged
 from tercet.error import InputError
+from tercet.model.fitting import fitting
+from tercet.notice import say_once
 
 LAYOUTS = ("auto", "packed", "sorted", "padded")
 DROPOUTS = ("auto", "torch", "keyed")
@@ -24,14 +26,14 @@ class Execution:
     ``dropout``: ``keyed``, a function of (seed, step, row, view, layer), the same for any number of processes and any
     chunks; ``torch``'s own; ``auto`` is keyed on a CPU, where it costs less than torch's, if the backbone can pack.
     ``chunk_tokens``: the tokens, padding among them, that one chunk of texts may have; ``chunk_rows``: its rows, of texts
-    or images; null is no bound.
+    or images; null is no bound. ``chunk_tokens=auto``: as many as free memory has room for, once the first batch is seen.
     ``recompute``: keep no activations, compute each chunk again in the backward pass with the same dropout. That is
     GradCache (Gao et al. 2021, arXiv:2101.06983): the same gradient in the memory of one chunk.
     """
 
     layout: str
     dropout: str
-    chunk_tokens: int | None
+    chunk_tokens: int | Literal["auto"] | None
     chunk_rows: int | None
     recompute: bool
 
@@ -40,18 +42,31 @@ class Execution:
             if (value := getattr(self, name)) not in known:
                 raise InputError(f"model.execution.{name}={value}: choose one of {', '.join(known)}.")
         for name in ("chunk_tokens", "chunk_rows"):
-            if (value := getattr(self, name)) is not None and value < 1:
+            value = getattr(self, name)
+            if isinstance(value, str) and (name, value) != ("chunk_tokens", "auto"):
+                raise InputError(f"model.execution.{name}={value}: a number, or null. chunk_tokens can be auto.")
+            if isinstance(value, int) and value < 1:
                 raise InputError(f"model.execution.{name}={value}: a number above 0, or null for no chunks.")
 
     def whole(self) -> "Execution":
         """In one piece, for rows that are a chunk already."""
         return replace(self, chunk_tokens=None, chunk_rows=None, recompute=False)
 
+    def fitted(self, module: nn.Module, function: Callable[[Ragged], Tensor], rows: Ragged) -> "Execution":
+        """With a number for ``chunk_tokens=auto``: what ``function`` of ``module`` can keep of these ``rows``."""
+        if self.chunk_tokens != "auto":
+            return self
+        tokens = fitting(module, function, rows)
+        say_once(f"model.execution.chunk_tokens=auto is {tokens:,} here.")
+        return replace(self, chunk_tokens=tokens)
+
     def chunks(self, length: Tensor) -> list[Tensor]:
         """``length (N,)`` to index tensors that together name each row once; a row too long for the budget runs alone."""
         order = torch.arange(len(length))
         if self.layout != "padded":
             order = torch.argsort(length, descending=True, stable=True)
+        if isinstance(self.chunk_tokens, str):
+            raise RuntimeError("chunk_tokens=auto is a number once the encoder has seen a batch.")
         tokens, rows = self.chunk_tokens or float("inf"), self.chunk_rows or float("inf")
         cuts, start, longest, real = [0], 0, 0, 0
         for i, n in enumerate(length[order].tolist()):

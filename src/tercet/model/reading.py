@@ -21,15 +21,17 @@ EXACT = 1e-4  # how far a packed row may be from the same row alone; hidden stat
 class Reading:
     """A backbone and how it is run.
 
-    ``packs``: rows can stand in one sequence and do not see each other; that is tried, not believed. ``cuts``: the last
-    layer can compute first tokens only. ``noise``: what its dropouts draw from, where they are ours.
+    ``packs``: rows can stand in one sequence and do not see each other; that is tried, not believed, and ``why`` not is
+    kept. ``cuts``: the last layer can compute first tokens only. ``noise``: what its dropouts draw from, where they are
+    ours.
     """
 
     def __init__(self, backbone: PreTrainedModel, pad_id: int, compile: bool) -> None:
         self.backbone, self.pad_id = backbone, pad_id
         self.noise: Noise | None = None
         self.cuts = False
-        self.packs = not compile and self._packs()
+        self.why = "it is compiled (model.compile=true)" if compile else self._cannot_pack()
+        self.packs = not self.why
         if compile:
             backbone.compile(dynamic=True)  # in place: the names of the weights stay as they are
 
@@ -39,7 +41,7 @@ class Reading:
         if not self.packs and "packed" in (plan.layout, "packed" if plan.dropout == "keyed" else ""):
             which = "layout=packed" if plan.layout == "packed" else "dropout=keyed"
             raise InputError(
-                f"model.execution.{which}: {name} does not keep rows apart in one sequence (or model.compile=true). Use "
+                f"model.execution.{which}: {name} cannot read packed rows: {self.why}. Use "
                 f"model.execution.{which.partition('=')[0]}=auto."
             )
         if self.packs and plan.dropout != "torch":
@@ -88,22 +90,24 @@ class Reading:
             self.noise.seed = seed
         return self.noise if seed is not None else None
 
-    def _packs(self) -> bool:
+    def _cannot_pack(self) -> str:
+        """Why rows cannot stand in one sequence; empty where they can."""
         if not getattr(self.backbone, "_supports_attention_backend", False):
-            return False
+            return "it takes no attention function from outside"
         before = self.backbone.config._attn_implementation
         training = self.backbone.training
         try:
             self.backbone.set_attn_implementation(NAME)
             self.cuts = cut_last_layer(self.backbone)
-            fits = self._agrees()
-        except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
-            fits = False  # a model of another kind: it is run as it is
-        if not fits:
+            why = "" if self._agrees() else "a row's embedding would depend on its neighbours"
+        # What a forward pass raises whose model passes on neither positions nor the packing, or shapes them otherwise.
+        except (AttributeError, InputError, RuntimeError, TypeError, ValueError) as error:
+            why = f"{type(error).__name__}: {error}".splitlines()[0]
+        if why:
             self.cuts = False
             self.backbone.set_attn_implementation(before)
         self.backbone.train(training)
-        return fits
+        return why
 
     @torch.no_grad()
     def _agrees(self) -> bool:

@@ -11,16 +11,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from tercet.contract import Batch, Embedded, Evaluator, Ragged, Terms, joined
-from tercet.distributed import gather, mean
+from tercet.contract import Batch, Embedded, Evaluator, Ragged, Streamed, Terms, joined
+from tercet.distributed import gather, mean, sizes
 from tercet.error import InputError
 from tercet.model import Encoder, Encoding
 from tercet.model.checkpoint import KEY, describe
 from tercet.objective.keyed import keyed
 from tercet.objective.memory import Memory
 from tercet.objective.mlm import MaskedLM
+from tercet.ring import ring
 
 ENOUGH = 1024
+RING = 1 << 30  # bytes of keys that are not gathered any more
 
 
 class Contrastive(pl.LightningModule):
@@ -52,6 +54,10 @@ class Contrastive(pl.LightningModule):
         self.mlm_weight = mlm.weight
         self.mlm = mlm.build(encoder)
         self.memory = memory.build()
+        if self.memory is not None and getattr(loss, "exchange", None) == "ring":
+            raise InputError(
+                "objective.memory holds all keys, loss.exchange=ring shows one process's at a time: choose."
+            )
         self.seed = 0
         self.lost = 0  # rows that could not be read
         self.stage = "test"
@@ -79,8 +85,7 @@ class Contrastive(pl.LightningModule):
         """The value whose gradient, averaged over the processes, is the one of the whole global batch."""
         batch = self.looks(batch)
         anchors = self.embed(batch)
-        keys = gather(anchors)
-        terms = self.loss(anchors, self._remembered(keys))
+        keys, terms = self._contrast(anchors)
         value, logged = mean(Terms(terms.total, terms.count, {**terms.stats, **_alignment(anchors)}))
         logged |= {"uniformity": _uniformity(anchors.z[0]), **_spread(keys.z[0])}
         if self.mlm is not None:
@@ -93,6 +98,19 @@ class Contrastive(pl.LightningModule):
             logged["unreadable"] = value.new_tensor(float(self.lost))
         self.log_dict({f"train/{name}": x for name, x in logged.items()}, batch_size=len(batch))
         return value
+
+    def _contrast(self, anchors: Embedded) -> tuple[Embedded, Terms]:
+        """The keys that this process has seen at once, and its anchors' loss against all."""
+        counts = sizes(len(anchors), anchors.z.device)
+        if isinstance(self.loss, Streamed) and self._rings(self.loss.exchange, counts, anchors.z):
+            parts = ring(self.loss.parts, self.loss.ready(anchors), counts, list(self.loss.parameters()))
+            return anchors, self.loss.merged(parts)
+        keys = gather(anchors, counts)
+        return keys, self.loss(anchors, self._remembered(keys))
+
+    def _rings(self, exchange: str, counts: list[int], z: Tensor) -> bool:
+        many = exchange == "auto" and self.memory is None and sum(counts) * len(z) * z.shape[2] * 4 > RING
+        return len(counts) > 1 and (exchange == "ring" or many)
 
     def _remembered(self, keys: Embedded) -> Embedded:
         if self.memory is None:
@@ -188,6 +206,7 @@ def _uniformity(z: Tensor) -> Tensor:
 def _spread(z: Tensor) -> dict[str, Tensor]:
     """Of the global batch on the unit sphere: the mean ||x - y||^2 over distinct pairs, and the length of the mean row.
 
+    Where keys go in a ring it is of one's own rows.
     A collapsed encoder has spread 0 and length 1; 2 and 0 are those of an even sphere.
     """
     x = F.normalize(z.detach().float(), dim=-1)

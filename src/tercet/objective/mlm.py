@@ -107,6 +107,7 @@ class MaskedLMHead(nn.Module):
         # Ids and targets travel as one row, so that any order and chunking keeps them together.
         noise = {"noise": mixed(inputs.more["noise"], ANOTHER)} if "noise" in inputs.more else {}
         paired = Ragged(torch.stack([corrupted, targets], 1), inputs.length, noise)
+        self.execution = self.execution.fitted(self, self._rows, paired)
         sums = self.execution.run(self._rows, paired)
         return Terms(sums[:, 0].sum(), sums[:, 1].detach().sum())
 
@@ -121,8 +122,8 @@ class MaskedLMHead(nn.Module):
         logits = self.lm(inputs_embeds=hidden[chosen][None]).logits[0].float()
         loss = F.cross_entropy(logits, targets[chosen], reduction="none")
         row = torch.arange(len(chosen), device=chosen.device)[:, None].expand_as(chosen)[chosen]
-        sums = torch.zeros(len(chosen), device=chosen.device).index_add(0, row, loss)
-        return torch.stack([sums, chosen.sum(1).float()], 1)
+        sums = loss.new_zeros(len(chosen)).index_add(0, row, loss)
+        return torch.stack([sums, chosen.sum(1).to(sums.dtype)], 1)
 
 
 class Given(nn.Module):
