@@ -10,6 +10,7 @@ from tercet.console import quiet, say
 from tercet.contract import Encode
 from tercet.error import InputError
 from tercet.model import Encoder, Encoding, Joined, TextEncoder
+from tercet.model.exported import Exported
 from tercet.open_model import open_model
 from tercet.paths import writable
 from tercet.values import check_values
@@ -45,6 +46,9 @@ def run(cfg: DictConfig, output: Path) -> float | None:
 def _asked(cfg: DictConfig, name: str) -> Encoder:
     """The model with what the command line asks of it."""
     encoder = open_model(name, cfg.model.pooling, cfg.device, cfg.seed)
+    fixed = [key for key in ("max_length", "normalize") if cfg.model[key] is not None]
+    if fixed and isinstance(encoder, Exported):
+        raise InputError(f"model.{fixed[0]}={cfg.model[fixed[0]]}: an exported model is as it is. Export it anew.")
     texts = [part for part in encoder.modules() if isinstance(part, TextEncoder)]
     if cfg.model.max_length:
         if not texts:

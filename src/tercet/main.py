@@ -23,6 +23,7 @@ COMMANDS = {
     "train": "train, measured before and after (the same as train.py)",
     "evaluate": "measure any model: model=<run, checkpoint, folder or hub id> evaluation=sts output=<file.json>",
     "expand": "give a model of words those of larger vectors: model=<run> vectors=<file> output=<folder>",
+    "export": "one ONNX file of a model: model=<as above> output=<folder> precision=int8",
     "mine": "write hard negatives: model=<as above> data.path=<pairs or labelled texts> output=<file.parquet>",
 }
 

@@ -13,6 +13,7 @@ from tercet.error import InputError
 from tercet.main import conf
 from tercet.model import Encoder
 from tercet.model.checkpoint import load_encoder
+from tercet.model.exported import NOTE, Exported
 from tercet.model.folder import load
 from tercet.paths import locate
 
@@ -46,6 +47,8 @@ def _made(name: str, pooling: str | None, seed: int) -> Encoder:
 
 
 def _opened(name: str, path: Path, pooling: str | None) -> Encoder:
+    if (path / NOTE).is_file():
+        return Exported(path)
     if path.is_file():
         if pooling:
             raise InputError(f"model.pooling={pooling}: a checkpoint records its own pooling. Leave model.pooling out.")

@@ -166,15 +166,20 @@ class TextEncoder(Encoder):
 
     def inputs(self, items: Sequence[Item]) -> Ragged:
         """Token ids with special tokens, cut at ``max_length``."""
-        if any(isinstance(item, bytes) for item in items):
-            raise InputError("This model reads text, but was given images. Use a model of images, or texts.")
-        ids = self.tokenizer(list(items), truncation=True, max_length=self.max_length, return_attention_mask=False)
-        unknown = [self.tokenizer.unk_token_id or 0]  # of an empty text without special tokens
-        return Ragged.of([row or unknown for row in ids["input_ids"]])
+        return tokenized(self.tokenizer, items, self.max_length)
 
     def settings(self) -> dict[str, Any]:
         """How the vectors are made, as plain values."""
         return {**self.described(), "max_length": self.max_length}
+
+
+def tokenized(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], max_length: int) -> Ragged:
+    """Texts to ids with special tokens."""
+    if any(isinstance(item, bytes) for item in items):
+        raise InputError("This model reads text, but was given images. Use a model of images, or texts.")
+    ids = tokenizer(list(items), truncation=True, max_length=max_length, return_attention_mask=False)
+    unknown = [tokenizer.unk_token_id or 0]  # of an empty text without special tokens
+    return Ragged.of([row or unknown for row in ids["input_ids"]])
 
 
 def _check_pooling(backbone: PreTrainedModel, pooling: str) -> None:

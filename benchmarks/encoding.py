@@ -1,0 +1,111 @@
+"""Encoding beside ``SentenceTransformer.encode``, in float32 and in int8, and what int8 costs in quality.
+
+    python -m benchmarks.encoding                    20,000 sentences each, about six minutes on one thread
+    python -m benchmarks.encoding --sentences 4000
+
+all-MiniLM-L6-v2, mean pooling, 256 tokens at most. The sentences come in parts that everybody encodes in turn.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.report import write
+from benchmarks.texts import sentences, source
+from benchmarks.trainers import MODEL
+from benchmarks.turns import by_turns, surroundings
+from tercet.evaluation import STS
+from tercet.model import Encoder, Encoding
+from tercet.model.backbone import find
+from tercet.model.exported import Exported, export
+from tercet.open_model import open_model
+
+Encode = Callable[[list[str]], Any]
+PART = 1000
+GOALS = {"tercet": 1.3, "tercet, int8": 2.5}
+PEER = "sentence-transformers"
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Encoding beside sentence-transformers.")
+    parser.add_argument("--sentences", type=int, default=20_000)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks/encoding.json"))
+    return parser.parse_args()
+
+
+def anew(encoder: Encoder) -> Encode:
+    """A new ``Encoding`` for each call: nothing is remembered."""
+    return lambda texts: Encoding(encoder)(texts)
+
+
+def contenders() -> dict[str, Encode]:
+    """Functions of a list of texts."""
+    from sentence_transformers import SentenceTransformer
+
+    ours = open_model(MODEL, None, "cpu").eval()
+    theirs = SentenceTransformer(find(MODEL, "model"), device="cpu")
+    found: dict[str, Encode] = {
+        "tercet": anew(ours),
+        PEER: lambda texts: theirs.encode(texts, batch_size=32, convert_to_tensor=True, show_progress_bar=False),
+        f"{PEER}, batch 128": lambda texts: theirs.encode(
+            texts, batch_size=128, convert_to_tensor=True, show_progress_bar=False
+        ),
+    }
+    for precision in ("float32", "int8"):
+        folder = Path(tempfile.mkdtemp())
+        export(ours, folder, precision)  # type: ignore[arg-type]
+        name = "tercet, int8" if precision == "int8" else "tercet, ONNX float32"
+        found[name] = anew(Exported(folder))
+    return found
+
+
+def step_of(encode: Encode, parts: Iterator[list[str]]) -> Callable[[], tuple[float, float]]:
+    """Encodes the next part; seconds of wall and of CPU time."""
+
+    def step() -> tuple[float, float]:
+        texts = next(parts)
+        wall, cpu = time.perf_counter(), time.process_time()
+        encode(texts)
+        return time.perf_counter() - wall, time.process_time() - cpu
+
+    return step
+
+
+def quality(encode: Encode) -> float | None:
+    """STS-B's test, Spearman x 100; None without TERCET_DATA."""
+    root = os.environ.get("TERCET_DATA")
+    if not root:
+        return None
+    metrics = STS(f"{root}/sts.parquet", ["STS-B"], "test")(lambda texts: encode(list(texts)))  # type: ignore[arg-type]
+    return 100 * metrics["sts/stsb/spearman"]
+
+
+def main() -> None:
+    """Measure, print, write."""
+    options = arguments()
+    torch.set_num_threads(options.threads)
+    texts = sentences(options.sentences)
+    parts = [texts[i : i + PART] for i in range(0, len(texts), PART)]
+    encoders = contenders()
+    reference = encoders[PEER](parts[0][:100])
+    off = {name: float((encode(parts[0][:100]) - reference).abs().max()) for name, encode in encoders.items()}
+    found = by_turns({name: step_of(encode, iter(parts)) for name, encode in encoders.items()}, len(parts))
+    theirs = min(row["cpu"] for name, row in found.items() if name.startswith(PEER))  # at its best setting
+    rows = [
+        {"name": name, "sentences_per_second": PART / row["cpu"], "ratio": theirs / row["cpu"], "goal": GOALS.get(name),
+         "apart_by": off[name], "stsb_test": quality(encoders[name]), **row}
+        for name, row in found.items()
+    ]  # fmt: skip
+    write(options.output, rows, {"part": PART, "texts": source(), **surroundings(options.threads)})
+
+
+if __name__ == "__main__":
+    main()
