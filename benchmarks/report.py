@@ -1,8 +1,10 @@
 """A benchmark's rows as a table to read and as JSON to keep."""
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import linear_regression
 from typing import Any
 
 Row = dict[str, Any]
@@ -23,6 +25,12 @@ def table(rows: Sequence[Row]) -> str:
     lines = [f"| {' | '.join(name.replace('_', ' ') for name in names)} |", "|" + " --- |" * len(names)]
     lines += [f"| {' | '.join(_cell(row, name) for name in names)} |" for row in rows]
     return "\n".join(lines)
+
+
+def exponent(points: Sequence[tuple[float, float]]) -> float | None:
+    """The e of N^e: the slope of a line through the logarithms of ``(N, value)``; None of fewer than two."""
+    logs = [(math.log(n), math.log(value)) for n, value in points]
+    return linear_regression(*zip(*logs, strict=True)).slope if len(logs) > 1 else None
 
 
 def _cell(row: Row, name: str) -> str:

@@ -1,10 +1,9 @@
 """What the measurements say: ratios, growth, and a table to read."""
 
-import math
-from statistics import linear_regression
 from typing import Any
 
 from benchmarks.duels import OURS
+from benchmarks.report import exponent
 
 Row = dict[str, Any]
 LEAST = {"wall": 0.0, "cpu": 0.0, "peak": 1.0}  # a peak below a MiB is the allocator's, not the loss's
@@ -40,8 +39,7 @@ def growths(rows: list[Row]) -> list[Row]:
 
 def _exponent(rows: list[Row], quantity: str) -> float | None:
     least = LEAST[quantity]
-    points = [(math.log(row["n"]), math.log(row[quantity])) for row in rows if (row.get(quantity) or 0) > least]
-    return linear_regression(*zip(*points, strict=True)).slope if len(points) > 1 else None
+    return exponent([(row["n"], row[quantity]) for row in rows if (row.get(quantity) or 0) > least])
 
 
 def table(report: Row, ours: str) -> str:

@@ -31,9 +31,9 @@ def overrides(columns: Columns, batch: int) -> list[str]:
     ]  # fmt: skip
 
 
-def ours(columns: Columns, batch: int) -> Callable[[Tick], None]:
-    """Lightning and all callbacks that log."""
-    return lambda tick: composed.fit(tick, overrides(columns, batch), columns)
+def ours(columns: Columns, batch: int, *more: str) -> Callable[[Tick], None]:
+    """Lightning and all callbacks that log; ``more`` overrides."""
+    return lambda tick: composed.fit(tick, [*overrides(columns, batch), *more], columns)
 
 
 def encoder_alone(columns: Columns, batch: int) -> Callable[[Tick], None]:
@@ -50,15 +50,15 @@ def encoder_alone(columns: Columns, batch: int) -> Callable[[Tick], None]:
     return start
 
 
-def sentence_transformers(columns: Columns, batch: int) -> Callable[[Tick], None]:
-    """Its trainer and MultipleNegativesRankingLoss."""
+def sentence_transformers(columns: Columns, batch: int, cached: int | None = None) -> Callable[[Tick], None]:
+    """Its trainer and MultipleNegativesRankingLoss; ``cached``: the cached one, with this mini-batch."""
     import datasets
     from sentence_transformers import (
         SentenceTransformer,
         SentenceTransformerTrainer,
         SentenceTransformerTrainingArguments,
     )
-    from sentence_transformers.losses import MultipleNegativesRankingLoss
+    from sentence_transformers.losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss
     from sentence_transformers.models import Pooling, Transformer
 
     transformer = Transformer(find(MODEL, "model"), max_seq_length=LENGTH)
@@ -68,7 +68,8 @@ def sentence_transformers(columns: Columns, batch: int) -> Callable[[Tick], None
     both = columns if len(columns) > 1 else [columns[0], columns[0]]
     data = datasets.Dataset.from_dict({f"c{i}": list(column) for i, column in enumerate(both)})
     arguments = SentenceTransformerTrainingArguments(**_arguments(batch))
-    loss = MultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE)
+    plain = MultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE)
+    loss = CachedMultipleNegativesRankingLoss(model, 1 / TEMPERATURE, mini_batch_size=cached) if cached else plain
     return lambda tick: SentenceTransformerTrainer(
         model=model, args=arguments, train_dataset=data, loss=loss, callbacks=[_Ticking(tick)]
     ).train()
