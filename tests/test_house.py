@@ -18,7 +18,19 @@ from tests.conftest import CONF, choices, composed
 ROOT = CONF.parent
 SOURCE = ROOT / "src" / "tercet"
 FILES = sorted(SOURCE.rglob("*.py"))
-LEAVES = {"chance", "contract", "distributed", "error", "image", "negatives", "notice", "paths", "run_id", "search"}
+LEAVES = {
+    "chance",
+    "contract",
+    "distributed",
+    "error",
+    "image",
+    "negatives",
+    "notice",
+    "paths",
+    "ring",
+    "run_id",
+    "search",
+}
 NEEDS = {  # what cannot stand alone
     "facenet": ["data.path=faces"],
     "faces": ["model=resnet_small"],

@@ -1,6 +1,7 @@
 """InfoNCE: tell the positive among all keys."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -111,25 +112,71 @@ class InfoNCE(nn.Module):
         return torch.stack([self._rows(anchors, keys, a, b) for a, b in ways], 1)
 
     def _rows(self, anchors: Embedded, keys: Embedded, a: int, b: int) -> Tensor:
-        """``(n, 7)`` of view ``a`` against view ``b``."""
-        own = anchors.uid[:, None] == keys.uid
-        positive = own | ((anchors.label[:, None] == keys.label) & (anchors.label[:, None] >= 0))
-        blocks, masks = [], []
-        for view in (b, *range(2, len(keys.z))) if a == 0 else (b,):
-            scores = anchors.z[a] @ keys.z[view].T / self.temperature()
-            blocks.append(scores + self.hard_negative_weight * own if view >= 2 else scores)
-            content = keys.content[view]
-            same = (anchors.content[a][:, None] == content) | (anchors.content[b][:, None] == content)
-            masks.append(same & ~positive if view == b else same)
-        logits, left_out = torch.cat(blocks, 1), torch.cat(masks, 1)
-        # Not -inf: of a block whose keys are all left out, the gradient would be no number.
-        logits = logits.masked_fill(left_out, torch.finfo(logits.dtype).min)
-        best, at = logits.detach().max(1, keepdim=True)
-        hit = F.pad(positive, (0, logits.shape[1] - len(keys))).gather(1, at)
-        sought = logits[:, : len(keys)].masked_fill(~positive, 0).sum(1)
-        even = logits.masked_fill(left_out, 0).sum(1) if self.label_smoothing else torch.zeros_like(sought)
-        counts = [positive.sum(1), even, (~left_out).sum(1), best[:, 0], hit[:, 0]]
-        return torch.stack([logits.logsumexp(1), sought, *(x.to(sought.dtype) for x in counts)], 1)
+        """``(n, 7)`` of view ``a`` against view ``b``. Of ``n x N`` there is nothing but the scores."""
+        n, views = len(keys), (b, *range(2, len(keys.z))) if a == 0 else (b,)
+        columns = keys.z[b] if len(views) == 1 else keys.z[list(views)].flatten(0, 1)
+        scores = (anchors.z[a] / self.temperature()) @ columns.T
+        own, positive = equal(anchors.uid, keys.uid), _positives(anchors, keys)
+        if self.hard_negative_weight and len(views) > 1:
+            bonus = [(own[0], own[1] + n * block) for block in range(1, len(views))]
+            where = tuple(torch.cat(side) for side in zip(*bonus, strict=True))
+            scores = scores.index_put(where, scores.new_tensor(self.hard_negative_weight), accumulate=True)
+        left_out = _left_out(anchors, keys, positive, views, (a, b))
+        if len(left_out[0]):
+            # Not -inf: of a block whose keys are all left out, the gradient would be no number.
+            scores = scores.index_put(left_out, scores.new_tensor(torch.finfo(scores.dtype).min))
+        best, at = scores.detach().max(1)
+        hit = torch.zeros_like(best).index_put(
+            (positive[0],), (at[positive[0]] == positive[1]).to(best), accumulate=True
+        )
+        sought = torch.zeros_like(best).index_add(0, positive[0], scores[positive])
+        even = (
+            scores.index_put(left_out, scores.new_zeros(())).sum(1) if self.label_smoothing else torch.zeros_like(best)
+        )
+        counts = [_count(positive, best), even, scores.shape[1] - _count(left_out, best), best, hit]
+        return torch.stack([scores.logsumexp(1), sought, *counts], 1)
+
+
+Pairs = tuple[Tensor, Tensor]  # places (i, j) in a matrix, each once
+
+
+def equal(x: Tensor, y: Tensor) -> Pairs:
+    """Where ``x (n,)`` holds what ``y (N,)`` holds, without a matrix ``n x N``."""
+    ordered, order = y.sort()
+    first = torch.searchsorted(ordered, x)
+    count = torch.searchsorted(ordered, x, right=True) - first
+    row = torch.repeat_interleave(torch.arange(len(x), device=x.device), count)
+    place = torch.arange(len(row), device=x.device) - torch.repeat_interleave(count.cumsum(0) - count, count)
+    return row, order[torch.repeat_interleave(first, count) + place]
+
+
+def _positives(anchors: Embedded, keys: Embedded) -> Pairs:
+    """The row's own key, and those of its label."""
+    own = equal(anchors.uid, keys.uid)
+    labelled = (anchors.label >= 0).nonzero()[:, 0]
+    row, column = equal(anchors.label[labelled], keys.label)
+    alone = anchors.label[own[0]] < 0
+    return torch.cat([own[0][alone], labelled[row]]), torch.cat([own[1][alone], column])
+
+
+def _left_out(anchors: Embedded, keys: Embedded, positive: Pairs, views: Sequence[int], ab: tuple[int, int]) -> Pairs:
+    """Keys that hold what the anchor or its positive holds, and are no positives."""
+    n = len(keys)
+    width = n * len(views)
+    found = [
+        row * width + column + n * block
+        for block, view in enumerate(views)
+        for mine in dict.fromkeys(ab)
+        for row, column in [equal(anchors.content[mine], keys.content[view])]
+    ]
+    places = torch.cat(found).unique()
+    places = places[~torch.isin(places, positive[0] * width + positive[1])]
+    return places // width, places % width
+
+
+def _count(pairs: Pairs, like: Tensor) -> Tensor:
+    """``(n,)`` how many there are in each row."""
+    return torch.bincount(pairs[0], minlength=len(like)).to(like.dtype)
 
 
 def comparable(z: Tensor, kind: str) -> Tensor:
