@@ -20,7 +20,7 @@ from benchmarks.texts import sentences, source
 from benchmarks.trainers import ours, sentence_transformers
 from benchmarks.turns import Turn, surroundings
 
-CHUNKS = ("model.execution.recompute=true", "model.execution.chunk_tokens=2048")
+CHUNKS = ("model.execution.recompute=true", "model.execution.chunk_tokens=1024")
 CONTENDERS: dict[str, Any] = {
     "tercet, recomputed": lambda columns, batch: ours(columns, batch, *CHUNKS),
     "sentence-transformers, cached, 32 rows": lambda columns, batch: sentence_transformers(columns, batch, 32),

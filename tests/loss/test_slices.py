@@ -26,6 +26,7 @@ def test_slices_change_nothing(name, variant, tile, monkeypatch):
     loss, batch = loss_of(name, variant), rows(n=9, views=3)
     whole, expected = outcome(loss, batch)
     monkeypatch.setattr(slices, "DENSE", 0)
+    monkeypatch.setattr(slices, "ROWS", 1)
     monkeypatch.setattr(slices, "TILE", tile)
     cut, got = outcome(loss, batch)
     torch.testing.assert_close(cut.total, whole.total)
@@ -51,5 +52,6 @@ def test_scores_are_kept_up_to_a_size_only(monkeypatch):
 
     assert largest() >= 64 * 64
     monkeypatch.setattr(slices, "DENSE", 0)
+    monkeypatch.setattr(slices, "ROWS", 1)
     monkeypatch.setattr(slices, "TILE", 64)
     assert largest() <= batch.z.numel()

@@ -1,6 +1,7 @@
 """A loss is a sum over anchors: of many, some at a time, with nothing kept for the backward pass but the embeddings."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from tercet.contract import Embedded
 
 DENSE = 1 << 24  # scores that are computed at once and kept: 64 MiB of them in float32
 TILE = 1 << 22  # scores of a slice where there are more
+ROWS = 256  # of a slice at least: each adds up a gradient of all keys
 
 
 def in_slices(table: Callable[[Embedded, Embedded], Tensor], anchors: Embedded, keys: Embedded, blocks: int) -> Tensor:
@@ -21,8 +23,11 @@ def in_slices(table: Callable[[Embedded, Embedded], Tensor], anchors: Embedded, 
     columns = max(1, len(keys) * blocks)
     if len(anchors) * columns <= DENSE:
         return table(anchors, keys)
-    step = max(1, TILE // columns)
-    slices = [anchors.rows(slice(i, i + step)) for i in range(0, len(anchors), step)]
+    step = max(ROWS, TILE // columns)
+    # One split: the gradient of a slice taken by itself would be as large as all anchors.
+    parts = anchors.z.split(step, 1)
+    starts = range(0, len(anchors), step)
+    slices = [replace(anchors.rows(slice(i, i + step)), z=z) for i, z in zip(starts, parts, strict=True)]
     if not torch.is_grad_enabled():
         return torch.cat([table(some, keys) for some in slices])
     return torch.cat([checkpoint(table, some, keys, use_reentrant=False, preserve_rng_state=False) for some in slices])
