@@ -4,9 +4,9 @@ Shapes: V views, N examples, T tokens, L tokens of the longest row, H hidden, D 
 C channels and S x S pixels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -198,21 +198,6 @@ class Loss(Protocol):
     """``(anchors, keys) -> Terms``: pure; it sees no model, no trainer and no text."""
 
     def __call__(self, anchors: Embedded, keys: Embedded) -> Terms: ...
-
-
-@runtime_checkable
-class Streamed(Loss, Protocol):
-    """A loss that can meet its keys block by block: ``parts`` of ``ready`` rows and each block, then all ``merged``."""
-
-    exchange: str
-
-    def ready(self, side: Embedded) -> Embedded: ...
-
-    def parts(self, anchors: Embedded, keys: Embedded) -> Tensor: ...
-
-    def merged(self, parts: Tensor) -> Terms: ...
-
-    def parameters(self) -> Iterator[Any]: ...
 
 
 class Source(Protocol):

@@ -4,16 +4,35 @@ The blocks go around once in the forward pass and once in the backward pass, whe
 every process has for it (as Inf-CL does: Cheng et al. 2024, arXiv:2410.17243, section 3.3).
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tercet.contract import Embedded
+from tercet.contract import Embedded, Loss, Terms
 
 Parts = Callable[[Embedded, Embedded], Tensor]
+
+
+@runtime_checkable
+class Streamed(Loss, Protocol):
+    """A loss that can meet its keys block by block: ``parts`` of ``ready`` rows and each block, then all ``merged``."""
+
+    exchange: str
+
+    def ready(self, side: Embedded) -> Embedded:
+        """Rows as ``parts`` wants them."""
+
+    def parts(self, anchors: Embedded, keys: Embedded) -> Tensor:
+        """``(n, ...)``, what these keys are to each anchor."""
+
+    def merged(self, parts: Tensor) -> Terms:
+        """The loss, of ``parts (B, n, ...)`` of all blocks."""
+
+    def parameters(self) -> Iterator[Any]:
+        """What is learned besides the rows."""
 
 
 def ring(parts: Parts, own: Embedded, counts: list[int], parameters: Sequence[Tensor]) -> Tensor:

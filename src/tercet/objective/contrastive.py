@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from tercet.contract import Batch, Embedded, Evaluator, Ragged, Streamed, Terms, joined
+from tercet.contract import Batch, Embedded, Evaluator, Ragged, Terms, joined
 from tercet.distributed import gather, mean, sizes
 from tercet.error import InputError
 from tercet.model import Encoder, Encoding
@@ -19,7 +19,7 @@ from tercet.model.checkpoint import KEY, describe
 from tercet.objective.keyed import keyed
 from tercet.objective.memory import Memory
 from tercet.objective.mlm import MaskedLM
-from tercet.ring import ring
+from tercet.ring import Streamed, ring
 
 ENOUGH = 1024
 RING = 1 << 30  # bytes of keys that are not gathered any more
