@@ -49,7 +49,7 @@ clean:
 	@echo "Creating .venv-peers (a few minutes, once)."
 	$(PYTHON) -m venv .venv-peers
 	$(PEERS)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
-	$(PEERS)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[quickstart]' \
+	$(PEERS)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[quickstart,export]' \
 		sentence-transformers accelerate pytorch-metric-learning scikit-learn
 	@touch $@
 

@@ -5,6 +5,7 @@ every process has for it (as Inf-CL does: Cheng et al. 2024, arXiv:2410.17243, s
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -59,7 +60,7 @@ class _Ring(torch.autograd.Function):
         sums = [torch.zeros_like(x) for x in (z, *learned)]
         for grad, block in zip(grads[0], _blocks(ctx.own, ctx.counts), strict=True):
             with torch.enable_grad():
-                anchors, keys = (_with(side, side.z.detach().requires_grad_()) for side in (ctx.own, block))
+                anchors, keys = (replace(side, z=side.z.detach().requires_grad_()) for side in (ctx.own, block))
                 found = ctx.parts(anchors, keys)
             of_keys, *others = torch.autograd.grad(found, [keys.z, anchors.z, *learned], grad, allow_unused=True)
             home[:, : len(block)] += of_keys
@@ -104,7 +105,3 @@ def _filled(x: Tensor, n: int) -> Tensor:
     out = x.new_zeros(len(x), n, *x.shape[2:])
     out[:, : x.shape[1]] = x
     return out
-
-
-def _with(side: Embedded, z: Tensor) -> Embedded:
-    return Embedded(z, side.uid, side.label, side.position, side.content)

@@ -116,7 +116,8 @@ class InfoNCE(nn.Module):
         n, views = len(keys), (b, *range(2, len(keys.z))) if a == 0 else (b,)
         columns = keys.z[b] if len(views) == 1 else keys.z[list(views)].flatten(0, 1)
         scores = (anchors.z[a] / self.temperature()) @ columns.T
-        own, positive = equal(anchors.uid, keys.uid), _positives(anchors, keys)
+        own = equal(anchors.uid, keys.uid)
+        positive = _positives(anchors, keys, own)
         if self.hard_negative_weight and len(views) > 1:
             bonus = [(own[0], own[1] + n * block) for block in range(1, len(views))]
             where = tuple(torch.cat(side) for side in zip(*bonus, strict=True))
@@ -150,9 +151,8 @@ def equal(x: Tensor, y: Tensor) -> Pairs:
     return row, order[torch.repeat_interleave(first, count) + place]
 
 
-def _positives(anchors: Embedded, keys: Embedded) -> Pairs:
+def _positives(anchors: Embedded, keys: Embedded, own: Pairs) -> Pairs:
     """The row's own key, and those of its label."""
-    own = equal(anchors.uid, keys.uid)
     labelled = (anchors.label >= 0).nonzero()[:, 0]
     row, column = equal(anchors.label[labelled], keys.label)
     alone = anchors.label[own[0]] < 0
