@@ -101,7 +101,7 @@ def test_processes_are_counted():
     assert processes(cfg()) == 2
     assert processes(cfg(strategy="auto")) == 1
     assert processes(cfg(devices=[0, 1, 2])) == 3
-    assert processes(cfg(strategy="fsdp", devices=4)) == 4
+    assert processes(cfg(strategy="fsdp2", devices=4)) == 4
     with pytest.raises(InputError, match="RUN_ID"):
         processes(cfg(num_nodes=2))
 

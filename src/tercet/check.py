@@ -96,13 +96,26 @@ def _hard_negatives(cfg: DictConfig, objective: Any, data: Any) -> None:
         )
 
 
+def _shares(cfg: DictConfig) -> None:
+    if cfg.trainer.strategy != "fsdp2":
+        raise InputError(f"trainer.strategy={cfg.trainer.strategy}: choose fsdp2 (trainer=fsdp), or trainer=ddp.")
+    unshared = {
+        "objective.mlm.weight": "the language-model head shares the embeddings' weights",
+        "loss.learn_temperature": "the temperature is no part of the encoder",
+    }
+    for key, why in unshared.items():
+        if value := OmegaConf.select(cfg, key):
+            raise InputError(
+                f"{key}={str(value).lower()} with trainer.strategy=fsdp2: only the encoder is shared out, and {why}. "
+                "Use trainer=ddp."
+            )
+    if OmegaConf.select(cfg, "model.execution.chunk_tokens") == "auto":
+        raise InputError("model.execution.chunk_tokens=auto with trainer.strategy=fsdp2: give a number, as 16384.")
+
+
 def _devices(cfg: DictConfig) -> None:
     if "fsdp" in str(cfg.trainer.strategy):
-        warnings.warn(
-            "trainer.strategy=fsdp has not been run on GPUs yet. Before a long run, make a short one and see that its "
-            "model folder and its checkpoint give the same vectors. trainer=ddp is tested.",
-            stacklevel=2,
-        )
+        _shares(cfg)
     there = torch.cuda.device_count()
     if cfg.trainer.accelerator in ("gpu", "cuda") and not there and not torch.backends.mps.is_available():
         raise InputError(

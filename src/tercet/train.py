@@ -17,6 +17,7 @@ from tercet.data import DataModule, evaluators
 from tercet.error import InputError
 from tercet.model.checkpoint import read
 from tercet.model.folder import save
+from tercet.objective import sharded
 from tercet.objective.contrastive import Contrastive
 from tercet.open_model import take_over
 from tercet.paths import writable
@@ -155,7 +156,7 @@ def select(trainer: pl.Trainer, objective: Contrastive) -> dict[str, float]:
             f"No validation ran: {monitor} selected nothing, these are the last weights. See trainer.val_check_interval."
         )
     elif path and monitor:
-        objective.load_state_dict(read(path)["state_dict"])
+        sharded.load(objective, read(path)["state_dict"])
         score = float(best.best_model_score)  # type: ignore[union-attr]
         say(f"best {monitor}: {score:.4f}")
         return {monitor: score}
@@ -166,9 +167,10 @@ def finish(
     trainer: pl.Trainer, objective: Contrastive, metrics: dict[str, float], notes: dict[str, Any], output: Path
 ) -> None:
     """Write the model and the metrics; show the table."""
+    encoder = sharded.whole(objective.encoder)
     if not trainer.is_global_zero:
         return
-    save(objective.encoder, output / "model")
+    save(encoder, output / "model")
     record.metrics(output, metrics)
     before, after = (record.stage(metrics, stage) for stage in ("before", "test"))
     say("\n" + before_after(before, after))

@@ -11,20 +11,35 @@ from omegaconf import DictConfig, OmegaConf
 
 from tercet.error import InputError
 
+SPECIAL = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 SCALARS = (bool, int, float, str, type(None))
 
 
 def check_values(cfg: DictConfig, raw: DictConfig) -> None:
-    """Raise ``InputError`` for a scalar of a type that its parameter does not take.
+    """Raise ``InputError`` for a key that its target does not take, and for a scalar of a type that a parameter does not.
 
     ``cfg`` is resolved; ``raw`` still holds the interpolations, so that the key which the user can set is named.
     """
     for place, node in _targets(OmegaConf.to_container(cfg, resolve=True), ""):
+        _check_keys(raw, place.lstrip("."), node)
         hints = _hints(node["_target_"])
         for name, value in node.items():
             if name in hints and isinstance(value, SCALARS) and not takes(hints[name], value):
                 key = _key(raw, f"{place}.{name}".lstrip("."))
                 raise InputError(f"{key}={value}: {_said(hints[name])} is needed here, this is {type(value).__name__}.")
+
+
+def _check_keys(raw: DictConfig, place: str, node: dict[str, Any]) -> None:
+    """An experiment may have set what only another choice of the group has."""
+    parameters = inspect.signature(get_object(node["_target_"])).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    for name in node.keys() - parameters.keys() - SPECIAL:
+        key = _key(raw, f"{place}.{name}".lstrip("."))
+        raise InputError(
+            f"{key}={node[name]}: {node['_target_'].rsplit('.', 1)[-1]} does not take it; it takes {', '.join(parameters)}. "
+            f"Leave it out with '~{key}'."
+        )
 
 
 def _targets(node: Any, place: str) -> Iterator[tuple[str, dict[str, Any]]]:

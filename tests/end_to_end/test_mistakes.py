@@ -48,6 +48,11 @@ CASES = {
     "a dictionary too small": ([*OWN, "model.backbone.config.vocab_size=100"], ["100", "model.backbone.config.vocab_size"]),
     "more devices than rows": ([*OWN, "trainer=ddp_cpu", "trainer.devices=4", "data.batch_size=4"], ["data.batch_size=4", "8"]),
     "several nodes without a launcher": ([*OWN, "trainer.num_nodes=2"], ["torchrun", "RUN_ID"]),
+    "a key of another model": ([*OWN, "+model.backbone.hidden_size=300"],
+                               ["model.backbone.hidden_size=300", "it takes config", "~model.backbone.hidden_size"]),
+    "a temperature that is learned, in shares": (
+        [*OWN, "trainer.strategy=fsdp2", "loss.learn_temperature=true"], ["loss.learn_temperature=true", "trainer=ddp"]),
+    "shares of the first kind": ([*OWN, "trainer.strategy=fsdp"], ["trainer.strategy=fsdp", "fsdp2"]),
     "no GPU": ([*OWN, "trainer=gpu"], ["trainer.accelerator=gpu", "trainer=cpu"]),
     "a monitor that nothing measures": ([*OWN, "monitor=val/nothing"], ["monitor=val/nothing", "evaluation@validation"]),
     "an unknown monitor": ([*OWN, "monitor=val/nothing", "evaluation@validation=heldout", "trainer.val_check_interval=1"],

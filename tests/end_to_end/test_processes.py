@@ -60,6 +60,21 @@ def test_a_sweep_of_two_processes_each_learns_what_one_process_does(folder):
 
 
 @pytest.mark.slow
+def test_weights_in_shares_learn_the_same_and_go_on(folder):
+    shares = [*PAIRS, "trainer.strategy=fsdp2", "trainer.devices=2", "data.batch_size=7", "schedule=constant", "monitor=null",
+              "trainer.max_steps=4", "callback.last.every_n_train_steps=2"]  # fmt: skip
+    alone = start(
+        folder, *shares, "trainer=cpu", "trainer.strategy=auto", "trainer.devices=1", "output_dir={folder}/alone"
+    )
+    assert alone[0] == 0, alone[1]
+    for steps in (2, 4):
+        code, text = start(folder, *shares, f"trainer.max_steps={steps}", "resume=true", "output_dir={folder}/shares")
+        assert code == 0, text
+    assert "step 2" in text
+    same(metrics(folder / "alone"), metrics(folder / "shares"))
+
+
+@pytest.mark.slow
 def test_torchruns_processes_share_one_folder(folder):
     by = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     code, text = start(folder, *PAIRS, "trainer.devices=2", by=by)

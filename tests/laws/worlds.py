@@ -13,6 +13,7 @@ from tercet.build import build
 from tercet.data import DataModule, Tokenizing
 from tercet.loss.mining import MININGS
 from tercet.model import tokenizer
+from tercet.objective import sharded
 from tests.conftest import MINILM, TEXTS, choices, composed, tiny
 
 OBJECTIVES = choices("objective")
@@ -34,12 +35,22 @@ SETTINGS = {
     "in half precision": ["trainer.precision=bf16-mixed"],
     "in a ring": ["loss.exchange=ring", "loss.learn_temperature=true", "loss.label_smoothing=0.1"],
     "in a ring, both ways": ["loss.exchange=ring", "loss.direction=both"],
+    "in shares": ["trainer.strategy=fsdp2"],
+    "in shares, in chunks": [
+        "trainer.strategy=fsdp2",
+        "model.backbone.dropout=0.1",
+        "model.execution.dropout=keyed",
+        "model.execution.chunk_tokens=24",
+        "model.execution.recompute=true",
+    ],
     "with memory": ["objective.memory.size=9", "objective.memory.warmup=1"],
 }
 
 
 def has(objective, overrides):
-    """Whether an objective's configuration has the keys."""
+    """Whether an objective's configuration has the keys; masked words are not learned in shares."""
+    if "trainer.strategy=fsdp2" in overrides:
+        return objective != "mlm"
     cfg = composed(f"objective={objective}")
     keys = [override.split("=")[0].replace("view", "objective.view") for override in overrides]
     return all(OmegaConf.select(cfg, key) is not None for key in keys if key.startswith(("objective", "loss.")))
@@ -116,16 +127,19 @@ def step(objective, settings, cache, world, batch_size, steps=2):
         module.mlm.corrupt = first_token_masked  # its draws, too, differ between processes
     module.optimizer = lambda m: torch.optim.SGD(m.parameters(), lr=0.1)
     counting = Counting()
+    shares = cfg.trainer.strategy == sharded.NAME
+    strategy = "auto" if world == 1 else sharded.NAME if shares else "ddp"
     trainer = pl.Trainer(
         precision=cfg.trainer.precision, accumulate_grad_batches=cfg.trainer.accumulate_grad_batches,
-        accelerator="cpu", devices=world, strategy="ddp" if world > 1 else "auto", max_steps=steps, logger=False,
+        accelerator="cpu", devices=world, strategy=strategy, max_steps=steps, logger=False,
         gradient_clip_val=0.5, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         use_distributed_sampler=False, callbacks=[counting],
     )  # fmt: skip
     trainer.fit(module, datamodule=data(cfg, cache, batch_size))
     size = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    weights = {n: p.detach().clone() for n, p in module.named_parameters()}
-    return weights, counting.reduced / size / steps
+    weights = {n: p.full_tensor() if shares and world > 1 else p for n, p in module.named_parameters()}
+    reduced = None if shares else counting.reduced / size / steps  # shares are reduced layer by layer
+    return {n: p.detach().clone() for n, p in weights.items()}, reduced
 
 
 def first_token_masked(ids):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from tercet.contract import Batch, Inputs, Ragged, joined
@@ -75,7 +76,8 @@ class Throughput(pl.Callback):
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """The norm of the whole gradient, in the optimizer's own scale."""
         grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
-        pl_module.log("train/gradient_norm", get_total_norm(grads), batch_size=1)
+        norm = get_total_norm(grads)
+        pl_module.log("train/gradient_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm, batch_size=1)
 
 
 def _peak_gb() -> float:

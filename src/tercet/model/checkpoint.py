@@ -45,16 +45,17 @@ def read(path: str | Path) -> dict[str, Any]:
 def load_encoder(path: str | Path) -> Encoder:
     """Build the encoder that a checkpoint describes and give it the checkpoint's weights."""
     content = read(path)
-    encoder = _built(content[KEY])
+    encoder = built(content[KEY])
     prefix = "encoder."
     weights = {k.removeprefix(prefix): v for k, v in content["state_dict"].items() if k.startswith(prefix)}
     encoder.load_state_dict(weights)
     return encoder
 
 
-def _built(spec: dict[str, Any]) -> Encoder:
+def built(spec: dict[str, Any]) -> Encoder:
+    """The encoder that ``describe`` tells of, with weights of no meaning."""
     if spec["kind"] == Towers.kind:
-        return towers(*(_built(spec[name]) for name in SIDES))
+        return towers(*(built(spec[name]) for name in SIDES))
     with tempfile.TemporaryDirectory() as folder:
         for name, text in (("config.json", spec["config"]), *spec["tokenizer"].items()):
             (Path(folder) / name).write_text(text, encoding="utf-8")

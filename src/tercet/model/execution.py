@@ -83,6 +83,12 @@ class Execution:
             return int(length.sum())
         return sum(len(rows) * int(length[rows].max()) for rows in self.chunks(length) if len(rows))
 
+    def passes(self, inputs: Inputs) -> int:
+        """How often ``run`` calls its function."""
+        if isinstance(inputs, Images):
+            return -(-len(inputs) // (self.chunk_rows or max(1, len(inputs))))
+        return len(self.chunks(inputs.length))
+
     def run(self, function: Callable[[Any], Tensor], inputs: Inputs) -> Tensor:
         """Apply ``n rows of texts -> (n, ...)``, or ``pixels (n, C, S, S) -> (n, ...)``, to all rows.
 

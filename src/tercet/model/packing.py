@@ -145,13 +145,19 @@ def projections(module: nn.Module) -> tuple[str, str] | None:
     return None
 
 
-def cut_last_layer(backbone: PreTrainedModel) -> bool:
-    """Let the last layer compute first tokens only where ``packing.first`` asks for it; false where it cannot."""
+def layers(backbone: PreTrainedModel) -> nn.ModuleList | None:
+    """The backbone's layers, one on the other, if it has one such stack."""
     count = getattr(backbone.config, "num_hidden_layers", None)
     stacks = [m for m in backbone.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    if len(stacks) != 1 or not any(projections(part) for part in stacks[0][-1].modules()):
+    return stacks[0] if len(stacks) == 1 else None
+
+
+def cut_last_layer(backbone: PreTrainedModel) -> bool:
+    """Let the last layer compute first tokens only where ``packing.first`` asks for it; false where it cannot."""
+    stack = layers(backbone)
+    if stack is None or not any(projections(part) for part in stack[-1].modules()):
         return False
-    last = stacks[0][-1]
+    last = stack[-1]
     if _first_tokens not in last._forward_pre_hooks.values():
         last.register_forward_pre_hook(_first_tokens, with_kwargs=True)
     return True

@@ -16,6 +16,7 @@ from tercet.distributed import gather, mean, sizes
 from tercet.error import InputError
 from tercet.model import Encoder, Encoding
 from tercet.model.checkpoint import KEY, describe
+from tercet.objective import sharded
 from tercet.objective.keyed import keyed
 from tercet.objective.memory import Memory
 from tercet.objective.mlm import MaskedLM
@@ -72,13 +73,18 @@ class Contrastive(pl.LightningModule):
         batch = self.views(batch)
         return keyed(batch, self.seed, self.global_step) if self.encoder.keyed else batch
 
+    def configure_model(self) -> None:
+        """Share out the encoder where the strategy is FSDP2."""
+        if isinstance(self.trainer.strategy, sharded.Sharded):
+            sharded.shard(self.encoder, self.trainer.strategy.device_mesh["data_parallel"])
+
     def on_fit_start(self) -> None:
         """One seed in all processes: that of ``seed_everything``."""
         self.seed = int(self.trainer.strategy.broadcast(torch.initial_seed() % (1 << 62)))
 
     def embed(self, batch: Batch) -> Embedded:
         """All views in one forward pass: ``z (V, N, D)``."""
-        z = self.encoder(joined(batch.views)).unflatten(0, (len(batch.views), len(batch)))
+        z = sharded.embed(self.encoder, joined(batch.views)).unflatten(0, (len(batch.views), len(batch)))
         return Embedded(z, batch.uid, batch.label, batch.position, batch.content)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -98,6 +104,10 @@ class Contrastive(pl.LightningModule):
             logged["unreadable"] = value.new_tensor(float(self.lost))
         self.log_dict({f"train/{name}": x for name, x in logged.items()}, batch_size=len(batch))
         return value
+
+    def on_after_backward(self) -> None:
+        """The gradient is in its shares, if there are shares."""
+        sharded.let_go(self.encoder)
 
     def _contrast(self, anchors: Embedded) -> tuple[Embedded, Terms]:
         """The keys that this process has seen at once, and its anchors' loss against all."""
@@ -147,7 +157,8 @@ class Contrastive(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """New weights, new vectors."""
-        self.encoding = Encoding(self.encoder, self.trainer.precision_plugin.forward_context, progress="evaluating")
+        encoder = sharded.whole(self.encoder)
+        self.encoding = Encoding(encoder, self.trainer.precision_plugin.forward_context, progress="evaluating")
 
     def on_validation_epoch_end(self) -> None:
         """A monitor that nothing measures would let every checkpoint be the best."""
