@@ -22,7 +22,7 @@ test-all: lint
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 benchmark: .venv-peers/ready
-	@echo "Benchmarks beside other libraries: about ten minutes, outputs/benchmarks/."
+	@echo "Benchmarks beside other libraries: a quarter of an hour, outputs/benchmarks/."
 	HF_HUB_OFFLINE=1 $(PEERS)/python -m benchmarks
 
 lint: .venv/dev

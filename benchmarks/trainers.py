@@ -50,8 +50,10 @@ def encoder_alone(columns: Columns, batch: int) -> Callable[[Tick], None]:
     return start
 
 
-def sentence_transformers(columns: Columns, batch: int, cached: int | None = None) -> Callable[[Tick], None]:
-    """Its trainer and MultipleNegativesRankingLoss; ``cached``: the cached one, with this mini-batch."""
+def sentence_transformers(
+    columns: Columns, batch: int, cached: int | None = None, half: bool = False
+) -> Callable[[Tick], None]:
+    """Its trainer and MultipleNegativesRankingLoss; ``cached``: the cached one, with this mini-batch; ``half``: bf16."""
     import datasets
     from sentence_transformers import (
         SentenceTransformer,
@@ -67,7 +69,7 @@ def sentence_transformers(columns: Columns, batch: int, cached: int | None = Non
     _same_dropout(model)
     both = columns if len(columns) > 1 else [columns[0], columns[0]]
     data = datasets.Dataset.from_dict({f"c{i}": list(column) for i, column in enumerate(both)})
-    arguments = SentenceTransformerTrainingArguments(**_arguments(batch))
+    arguments = SentenceTransformerTrainingArguments(**_arguments(batch), bf16=half)
     plain = MultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE)
     loss = CachedMultipleNegativesRankingLoss(model, 1 / TEMPERATURE, mini_batch_size=cached) if cached else plain
     return lambda tick: SentenceTransformerTrainer(
@@ -159,4 +161,15 @@ PEERS = {
     "transformers' Trainer": hugging_face,
     "bare loop, padded": bare_loop,
 }
-CONTENDERS = {"tercet": ours, "tercet, encoder alone": encoder_alone, **PEERS}
+HALF = {
+    "tercet, bf16": lambda columns, batch: ours(columns, batch, "trainer.precision=bf16-mixed"),
+    "sentence-transformers, bf16": lambda columns, batch: sentence_transformers(columns, batch, half=True),
+}
+COMPILED = {"tercet, compiled": lambda columns, batch: ours(columns, batch, "model.compile=true")}
+CONTENDERS: dict[str, Callable[[Columns, int], Callable[[Tick], None]]] = {
+    "tercet": ours,
+    "tercet, encoder alone": encoder_alone,
+    **PEERS,
+    **(HALF if torch.cpu._is_avx512_bf16_supported() else {}),
+    **COMPILED,
+}
