@@ -62,16 +62,9 @@ def test_a_sweep_is_summed_up():
     assert stages[1].split() == ["before", "→", "first", "→", "after"] and stages[2].count("→") == 2
 
 
-def test_a_sweep_over_settings_is_a_row_each():
+def test_a_setting_is_told_by_what_differs():
     jobs = ["view=crop data=x", "view=dropout data=x"]
     assert [sweep.told(job, jobs) for job in jobs] == ["view=crop", "view=dropout"]
-    runs = {"view=crop": [{"test/a": 1.0}, {"test/a": 2.0}], "view=dropout": [{"test/a": 3.0, "test/b": 1.0}]}
-    summaries = {setting: sweep.summarize(found) for setting, found in runs.items()}
-    rows = sweep.settings(summaries, "test/a").splitlines()
-    assert rows[0] == "test/a, mean ± sd"
-    assert rows[1].split() == ["view=dropout", "3.0000", "±", "0.0000", "1", "runs"], "the best comes first"
-    assert rows[2].split() == ["view=crop", "1.5000", "±", "0.7071", "2", "runs"]
-    assert sweep.settings(summaries, None).count("mean ± sd") == 2
 
 
 def test_metrics_are_written_whole(tmp_path):

@@ -1,4 +1,4 @@
-"""``python -m tercet COMMAND [key=value ...]``: train, evaluate, expand, mine."""
+"""``python -m tercet COMMAND [key=value ...]``: train, evaluate, compare and others."""
 
 import sys
 

@@ -20,6 +20,7 @@ from tercet import mistakes
 from tercet.run_id import run_id
 
 COMMANDS = {
+    "compare": "runs as one table: compare <folders> metric=<name> output=<folder>",
     "train": "train, measured before and after (the same as train.py)",
     "evaluate": "measure any model: model=<run, checkpoint, folder or hub id> evaluation=sts output=<file.json>",
     "expand": "give a model of words those of larger vectors: model=<run> vectors=<file> output=<folder>",
@@ -40,7 +41,11 @@ def main(command: str) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back to us as they are
     OmegaConf.register_new_resolver("run_id", run_id, use_cache=True, replace=True)
     arguments = sys.argv[1:]
-    if command != "train":
+    if command == "compare":
+        folders = [a for a in arguments if "=" not in a and not a.startswith("-")]
+        rest = [a for a in arguments if a not in folders]
+        sys.argv[1:] = [*([f"runs=[{','.join(map(_quoted, folders))}]"] if folders else []), *rest]
+    elif command != "train":
         sys.argv[1:] = [_model_is_a_path(argument) for argument in arguments]
     failed: list[str] = []
     job = hydra.main(version_base="1.3", config_path=conf(), config_name=command)(_job(command, failed))

@@ -28,6 +28,9 @@ class Summary(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Print the table."""
+        from tercet import compare  # numpy; sweeps are imported before anything is known
+        from tercet import runs as finished
+
         if not self.jobs:
             return
         root = self.jobs[0][1].parent
@@ -37,7 +40,8 @@ class Summary(Callback):
             groups.setdefault(setting, []).append(record.read(folder))
         summaries = {told(setting, list(groups)): summarize(runs) for setting, runs in groups.items()}
         if len(groups) > 1:
-            say("\n" + settings(summaries, config.get("optimized_metric")))
+            compared = compare.group(finished.read([folder for _, folder in done]))
+            compare.write(compared, compared.metrics(), root)
         elif groups:
             stages = [name for name, stage in config.stages.runs.items() if stage is not None]
             say("\n" + table(next(iter(summaries.values())), len(done), stages[:-1]))  # the last one's is the test's
@@ -89,19 +93,6 @@ def table(summary: dict[str, dict[str, float]], runs: int, others: Sequence[str]
         cells = "".join(f"{_cell(summary.get(f'{stage}/{name}')):>17}  →   " for stage in ("before", *others))
         lines.append(f"{name:{width}}  {cells}{_cell(summary[f'test/{name}']):>17}")
     return "\n".join(lines)
-
-
-def settings(summaries: dict[str, dict[str, dict[str, float]]], metric: str | None) -> str:
-    """A row each setting, the best first: of the optimized metric, else a block each of all that the test measured."""
-    tested = dict.fromkeys(n for summary in summaries.values() for n in summary if n.startswith("test/"))
-    width = max(map(len, summaries))
-    blocks = []
-    for name in [metric] if metric in tested else tested:
-        rows = [(s, x[name]) for s, x in summaries.items() if name in x]
-        rows.sort(key=lambda row: -row[1]["mean"])
-        lines = [f"{s:{width}}  {_cell(x)}  {int(x['runs'])} runs" for s, x in rows]
-        blocks.append("\n".join([f"{name}, mean ± sd", *lines]))
-    return "\n\n".join(blocks)
 
 
 def _cell(entry: dict[str, float] | None) -> str:

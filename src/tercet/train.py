@@ -29,6 +29,9 @@ LEARNED = ("seed", "data", "batches", "model", "loss", "view", "objective", "opt
 def run(cfg: DictConfig, output: Path) -> float | None:
     """Train in this process, or in as many as the trainer asks for; returns the optimized metric."""
     config, data = ready(cfg, output)
+    if cfg.resume and (metrics := finished(config, output)):
+        say(f"{output} is finished; there is nothing left to do.")
+        return optimized(config, metrics)
     goes_on(config, output)
     if not launch.launched():
         data.prepare_data()  # mistakes in the data are found, and tokens cached, before any process is started
@@ -92,6 +95,15 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
         record.close(loggers, "failed")
         raise
     return optimized(cfg, metrics)
+
+
+def finished(cfg: DictConfig, output: Path) -> dict[str, float] | None:
+    """The metrics of a run that has been made to its end with these very settings."""
+    if not (output / "metrics.json").is_file():
+        return None
+    if record.changed(output, cfg, lambda key: key.split(".")[0] not in ("resume", "output_dir", "command", "check")):
+        return None
+    return record.read(output)
 
 
 def goes_on(cfg: DictConfig, output: Path) -> None:
