@@ -2,6 +2,7 @@
 
 import netrc
 import os
+import secrets
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -10,8 +11,10 @@ import pytorch_lightning.loggers as loggers
 from tercet.console import say
 
 
-def wandb(project: str, name: str, group: str | None, tags: list[str], mode: str, save_dir: str) -> loggers.WandbLogger:
-    """Weights & Biases; ``mode`` is ``offline`` or ``online``.
+def wandb(
+    project: str, name: str, group: str | None, tags: list[str], mode: str, save_dir: str, resume: bool
+) -> loggers.WandbLogger:
+    """Weights & Biases; ``mode`` is ``offline`` or ``online``. With ``resume`` the run in ``save_dir`` goes on.
 
     Online without an account goes offline and says so: a login is never asked for in the middle of a job.
     """
@@ -20,8 +23,14 @@ def wandb(project: str, name: str, group: str | None, tags: list[str], mode: str
         mode = "offline"
     os.environ.setdefault("WANDB_SILENT", "true")
     Path(save_dir).mkdir(parents=True, exist_ok=True)
+    kept = Path(save_dir) / "wandb" / "run-id.txt"
+    identity = kept.read_text().strip() if resume and kept.is_file() else secrets.token_hex(4)
+    kept.parent.mkdir(exist_ok=True)
+    kept.write_text(identity + "\n")
     # By `mode`, not by Lightning's `offline`: that stays in the environment for the next job of a sweep.
-    return loggers.WandbLogger(project=project, name=name, group=group, tags=tags, save_dir=save_dir, mode=mode)
+    return loggers.WandbLogger(
+        project=project, name=name, group=group, tags=tags, save_dir=save_dir, mode=mode, id=identity, resume="allow"
+    )
 
 
 def has_account() -> bool:

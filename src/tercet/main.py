@@ -53,7 +53,9 @@ def main(command: str) -> None:
         job()
     except KeyboardInterrupt:
         stopped()
-    except SystemExit as error:  # what Lightning makes of Ctrl-C
+    except SystemExit as error:  # what Lightning makes of SIGTERM, and of Ctrl-C
+        if type(error).__name__ == "SIGTERMException":
+            stopped(143)
         if isinstance(error.__context__, KeyboardInterrupt):
             stopped()
         raise
@@ -63,10 +65,10 @@ def main(command: str) -> None:
     raise SystemExit(1 if failed else 0)
 
 
-def stopped() -> NoReturn:
-    """The end after Ctrl-C."""
+def stopped(code: int = 130) -> NoReturn:
+    """The end after Ctrl-C, or after SIGTERM (143): not 0, which a scheduler would take for finished."""
     print("\nstopped; checkpoints/last.ckpt of the run holds the last weights, if training had begun", file=sys.stderr)
-    raise SystemExit(130)
+    raise SystemExit(code)
 
 
 def _model_is_a_path(argument: str) -> str:

@@ -11,6 +11,7 @@ from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, ModelCh
 
 from tercet import launch, record
 from tercet.build import build
+from tercet.callback.checkpoints import Durable, newest
 from tercet.check import check, check_model
 from tercet.console import before_after, quiet, say
 from tercet.data import DataModule, evaluators
@@ -74,7 +75,10 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
     tests = evaluators([build(cfg.test)])
     loggers = [build(logger) for logger in cfg.logger.values() if logger]
     callbacks = [made for callback in cfg.callback.values() if callback for made in wanted(cfg, build(callback))]
-    trainer: pl.Trainer = build(cfg.trainer, logger=loggers, callbacks=callbacks, default_root_dir=str(output))
+    plugins = [*(build(cfg.trainer.plugins) or []), Durable(cfg.keep)]
+    trainer: pl.Trainer = build(
+        cfg.trainer, logger=loggers, callbacks=callbacks, plugins=plugins, default_root_dir=str(output)
+    )
     if launch.first_here():
         data.prepare_data()
     try:
@@ -108,7 +112,7 @@ def finished(cfg: DictConfig, output: Path) -> dict[str, float] | None:
 
 def goes_on(cfg: DictConfig, output: Path) -> None:
     """Raise ``InputError`` where ``resume`` would mix two settings: the steps to make may differ, what is learned not."""
-    there = (output / "checkpoints" / "last.ckpt").is_file()
+    there = any((output / "checkpoints").glob("last*.ckpt"))
     if there and not cfg.resume:
         say(f"{output} holds a run, which is written over; resume=true would have gone on with it.")
     if cfg.resume and not there:
@@ -121,8 +125,8 @@ def goes_on(cfg: DictConfig, output: Path) -> None:
 
 def interrupted(cfg: DictConfig, output: Path, data: DataModule) -> str | None:
     """The checkpoint that a run with ``resume`` goes on from, if there is one."""
-    path = output / "checkpoints" / "last.ckpt"
-    if not cfg.resume or not path.is_file():
+    path = newest(output / "checkpoints", read) if cfg.resume else None
+    if path is None:
         return None
     if data.streaming:
         raise InputError(

@@ -62,7 +62,7 @@ def test_a_sweep_of_two_processes_each_learns_what_one_process_does(folder):
 @pytest.mark.slow
 def test_weights_in_shares_learn_the_same_and_go_on(folder):
     shares = [*PAIRS, "trainer.strategy=fsdp2", "trainer.devices=2", "data.batch_size=7", "schedule=constant", "monitor=null",
-              "trainer.max_steps=4", "callback.last.every_n_train_steps=2"]  # fmt: skip
+              "trainer.max_steps=4", "save_every=2"]  # fmt: skip
     alone = start(
         folder, *shares, "trainer=cpu", "trainer.strategy=auto", "trainer.devices=1", "output_dir={folder}/alone"
     )

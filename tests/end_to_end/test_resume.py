@@ -17,7 +17,7 @@ def run(command, tmp_path):
     """``run(*overrides)``: three epochs of a few batches with dropout, a checkpoint every second step."""
     write_texts(tmp_path / "my.txt")
     few = [o for o in FAST if "max_steps" not in o]
-    every = ["callback.last.every_n_train_steps=2", "measure_before=false", "trainer.max_epochs=3", "logger=none"]
+    every = ["save_every=2", "measure_before=false", "trainer.max_epochs=3", "logger=none"]
     return lambda *more: command("train", *tiny("data=text", f"data.path={tmp_path / 'my.txt'}", *few, *every, *more))
 
 
@@ -62,7 +62,7 @@ def test_resume_without_a_checkpoint_is_a_start(run):
 def test_a_stream_cannot_go_on(run, tmp_path):
     stream = ["data.streaming=true", "trainer.max_steps=4", "data.held_out=4"]
     assert run(*stream).code == 0
-    result = run(*stream, "resume=true")
+    result = run(*stream, "trainer.max_steps=6", "resume=true")
     assert result.code == 1 and "a stream's place is not recorded" in result.terminal
 
 
@@ -79,7 +79,7 @@ def test_ctrl_c_in_the_middle_of_a_step_changes_nothing(run, monkeypatch, tmp_pa
         return value
 
     monkeypatch.setattr(SimCSEUnsup, "training_step", stopped)
-    assert run("callback.last.every_n_train_steps=null").code == 130
+    assert run("save_every=null").code == 130
     monkeypatch.setattr(SimCSEUnsup, "training_step", original)
     resumed = run("resume=true")
     assert "going on from" in resumed.terminal and "step 5" in resumed.terminal

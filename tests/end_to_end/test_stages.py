@@ -159,7 +159,7 @@ def test_a_head_of_another_shape_starts_anew(small, tmp_path):
 
 
 def test_a_stage_that_was_stopped_goes_on_from_its_checkpoint(staged, tmp_path, monkeypatch):
-    long = ["trainer.max_steps=6", "callback.last.every_n_train_steps=2"]
+    long = ["trainer.max_steps=6", "save_every=2"]
     whole = staged(*long)
     expected = vectors(whole.output)
     whole.output.rename(tmp_path / "whole")

@@ -1,5 +1,6 @@
 """A run that goes on draws what it would have drawn."""
 
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -12,17 +13,28 @@ from tercet.distributed import rank
 class Randomness(pl.Callback):
     """Keeps torch's random state in checkpoints and puts it back before the first step; Lightning keeps none.
 
-    A checkpoint holds the first process's state. The others draw from it what they start with: no two draw alike, but
-    what they draw is not what they would have drawn.
+    A checkpoint holds the first process's state; each of the others writes its own beside it, ``random-<rank>.pt``. Where
+    that is not of the checkpoint's step they draw what they start with from the first one's: no two draw alike.
     """
 
     def __init__(self) -> None:
         self.found: dict[str, Tensor] = {}
+        self.step = torch.tensor(0)
         self.kept: dict[str, Tensor] = {}
+        self.folder = Path()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Where the checkpoints are."""
+        self.folder = Path(trainer.default_root_dir) / "checkpoints"
 
     def state_dict(self) -> dict[str, Any]:
         """As it was between the last two steps: one that is interrupted will be made again."""
-        return dict(self.kept)
+        if rank() and self.kept:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            partial = self.folder / f".random-{rank()}.pt"
+            torch.save({**self.kept, "step": self.step}, partial)
+            partial.replace(self.folder / f"random-{rank()}.pt")
+        return {**self.kept, "step": self.step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Not put back yet: what is built until the first step draws, too."""
@@ -34,19 +46,23 @@ class Randomness(pl.Callback):
         """Put back once; kept for each step."""
         if self.found:
             self._put_back()
-        self.kept = _states()
+        self.kept, self.step = _states(), torch.tensor(trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """The step is made."""
-        self.kept = _states()
+        self.kept, self.step = _states(), torch.tensor(trainer.global_step)
 
     def _put_back(self) -> None:
-        torch.set_rng_state(self.found["cpu"].cpu())
-        if "cuda" in self.found and torch.cuda.is_available():
-            torch.cuda.set_rng_state(self.found["cuda"].cpu())
-        if rank():
+        own = self.folder / f"random-{rank()}.pt"
+        mine = torch.load(own, map_location="cpu", weights_only=True) if rank() and own.is_file() else self.found
+        same = torch.equal(mine["step"].cpu(), self.found["step"].cpu())
+        states = mine if same else self.found
+        torch.set_rng_state(states["cpu"].cpu())
+        if "cuda" in states and torch.cuda.is_available():
+            torch.cuda.set_rng_state(states["cuda"].cpu())
+        if rank() and states is self.found:
             torch.manual_seed(int(torch.randint(1 << 62, (rank(),))[-1]))
         self.found = {}
 

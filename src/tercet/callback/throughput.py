@@ -1,4 +1,4 @@
-"""Speed, padding, memory and gradient norm, logged while training."""
+"""Speed, padding and memory, logged while training."""
 
 import resource
 import sys
@@ -7,8 +7,6 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import get_total_norm
 
 from tercet.contract import Batch, Inputs, Ragged, joined
 from tercet.distributed import world_size
@@ -20,8 +18,7 @@ class Throughput(pl.Callback):
 
     ``train/sentences_per_second``, ``train/tokens_per_second`` and ``train/padding`` (the share of computed tokens that
     are padding) of texts, ``train/images_per_second`` of images, ``train/memory_gb`` (peak: of the device on CUDA, of
-    this process elsewhere), ``train/gradient_norm`` (before clipping), and ``train/waiting``: the share of its time that a
-    step waits for its batch.
+    this process elsewhere), and ``train/waiting``: the share of its time that a step waits for its batch.
 
     Rates are over all processes and smoothed over the last steps; a step is timed from the end of the one before it, so
     that waiting for data counts, evaluation and checkpoints do not.
@@ -72,12 +69,6 @@ class Throughput(pl.Callback):
             now = world_size() * count / seconds
             self.rates[name] = self.smoothing * self.rates.get(name, now) + (1 - self.smoothing) * now
             pl_module.log(f"train/{name}_per_second", self.rates[name], batch_size=1)
-
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        """The norm of the whole gradient, in the optimizer's own scale."""
-        grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
-        norm = get_total_norm(grads)
-        pl_module.log("train/gradient_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm, batch_size=1)
 
 
 def _peak_gb() -> float:
