@@ -22,6 +22,7 @@ from tercet.objective import sharded
 from tercet.objective.contrastive import Contrastive
 from tercet.open_model import take_over
 from tercet.paths import writable
+from tercet.preflight import preflight
 from tercet.values import check_values
 
 LEARNED = ("seed", "data", "batches", "model", "loss", "view", "objective", "optimizer", "schedule", "start_from")
@@ -72,7 +73,10 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
     if plan := objective.encoder.plan():
         say(plan)
     check_model(objective, data, launch.launched())
-    tests = evaluators([build(cfg.test)])
+    tests = evaluators(test := [build(cfg.test)])
+    if cfg.check:
+        preflight(cfg, objective, data, test, output)
+        return None
     loggers = [build(logger) for logger in cfg.logger.values() if logger]
     callbacks = [made for callback in cfg.callback.values() if callback for made in wanted(cfg, build(callback))]
     plugins = [*(build(cfg.trainer.plugins) or []), Durable(cfg.keep)]

@@ -59,7 +59,7 @@ class Throughput(pl.Callback):
         if isinstance(views, Ragged):
             computed = pl_module.encoder.execution.computed_tokens(views.length)
             pl_module.log("train/padding", 1 - len(views.ids) / max(computed, 1), batch_size=len(batch))
-        pl_module.log("train/memory_gb", _peak_gb(), batch_size=len(batch))
+        pl_module.log("train/memory_gb", peak_gb(), batch_size=len(batch))
 
     def _log_rates(self, pl_module: Contrastive, views: Inputs, seconds: float) -> None:
         fresh = {"images": len(views)}
@@ -71,7 +71,8 @@ class Throughput(pl.Callback):
             pl_module.log(f"train/{name}_per_second", self.rates[name], batch_size=1)
 
 
-def _peak_gb() -> float:
+def peak_gb() -> float:
+    """The most memory that was held: of the device on CUDA, of this process elsewhere."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kibibytes elsewhere
