@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from omegaconf import DictConfig
 
+from tercet import report
 from tercet.console import say
 from tercet.error import InputError
 from tercet.paths import writable
@@ -107,7 +108,8 @@ def write(compared: Comparison, metrics: Sequence[str], folder: Path) -> None:
             for one in runs:
                 table.writerow([*setting, one.seed, one.folder, *(one.metrics.get(name, "") for name in names)])
     figure(compared, metrics).savefig(folder / "comparison.png", dpi=150)
-    say(f"Written to {folder}: comparison.txt, comparison.csv, comparison.png")
+    report.comparison(folder, f"{sum(map(len, compared.runs.values()))} runs compared", text, folder / "comparison.png")
+    say(f"Written to {folder}: report.html, comparison.txt, .csv, .png")
 
 
 def told(compared: Comparison, metrics: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint, ModelSummary, ProgressBar
 
-from tercet import launch, record
+from tercet import launch, record, report
 from tercet.build import build
 from tercet.callback.checkpoints import Durable, newest
 from tercet.check import check, check_model
@@ -96,7 +96,7 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
         trainer.fit(objective, datamodule=data, ckpt_path=interrupted(cfg, output, data))
         metrics |= numbers(trainer, "train/") | select(trainer, objective)
         metrics |= measure(trainer, objective, tests, "test")
-        finish(trainer, objective, metrics, notes, output)
+        finish(cfg, trainer, objective, metrics, notes, output)
         trainer.strategy.barrier("written")  # the next stage reads what the first process wrote
         record.close(loggers, "finished")
     except BaseException:
@@ -184,7 +184,12 @@ def select(trainer: pl.Trainer, objective: Contrastive) -> dict[str, float]:
 
 
 def finish(
-    trainer: pl.Trainer, objective: Contrastive, metrics: dict[str, float], notes: dict[str, Any], output: Path
+    cfg: DictConfig,
+    trainer: pl.Trainer,
+    objective: Contrastive,
+    metrics: dict[str, float],
+    notes: dict[str, Any],
+    output: Path,
 ) -> None:
     """Write the model and the metrics; show the table."""
     encoder = sharded.whole(objective.encoder)
@@ -193,6 +198,7 @@ def finish(
     save(encoder, output / "model")
     record.metrics(output, metrics)
     before, after = (record.stage(metrics, stage) for stage in ("before", "test"))
+    report.write(output, cfg, metrics, before, after)
     say("\n" + before_after(before, after))
     say(f"\n{trainer.global_step} steps, data {notes['data']['fingerprint']}. Written to {output}:")
     for path in sorted(p for p in output.iterdir() if p.name != "hparams.yaml"):
