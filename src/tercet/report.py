@@ -19,7 +19,8 @@ body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2.2rem 0 .6rem } p.sub { color: var(--soft); margin: 0 }
 .verdict { font-size: 1.15rem; border-left: 4px solid var(--mark); padding: .3rem 0 .3rem .9rem; margin: 1.2rem 0 }
 .scroll { overflow-x: auto } table { border-collapse: collapse } td, th { padding: .2rem .9rem .2rem 0; text-align: left;
-  border-bottom: 1px solid var(--line); white-space: nowrap } td.n { text-align: right; font-variant-numeric: tabular-nums }
+  border-bottom: 1px solid var(--line); white-space: nowrap }
+th + th, td.n { text-align: right; font-variant-numeric: tabular-nums }
 pre { background: color-mix(in srgb, var(--soft) 12%, transparent); padding: .7rem; overflow-x: auto; font-size: .85rem }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(17rem, 1fr)); gap: 1rem }
 figure { margin: 0 } figcaption { font-size: .85rem; color: var(--soft) } svg { width: 100%; height: auto; display: block }
@@ -71,11 +72,9 @@ def write(
 def verdict(cfg: DictConfig, metrics: dict[str, float], before: dict[str, float], after: dict[str, float]) -> str:
     """The metric that counts, from before to after, and against what the experiment is known to reach."""
     expected = {name: list(value) for name, value in cfg.expected.items()}
-    first = next(
-        iter([*expected, *([cfg.optimized_metric] if cfg.optimized_metric else []), *(f"test/{n}" for n in after)]),
-        None,
-    )
-    if first is None or first not in metrics:
+    wanted = (*expected, cfg.optimized_metric, *(f"test/{n}" for n in after))
+    first = next((name for name in wanted if name in metrics), None)
+    if first is None:
         return "No test metric was measured."
     name = first.removeprefix("test/")
     start = f"{number(before[name])} → " if name in before else ""
@@ -179,7 +178,7 @@ def number(value: Any) -> str:
     """Four digits that count."""
     if value is None:
         return ""
-    return f"{value:.4f}" if 0.001 <= abs(value) < 1000 else f"{value:.3g}"
+    return f"{value:.4f}" if 0.001 <= abs(value) < 1000 else f"{value:.2g}"
 
 
 def _change(before: float | None, after: float) -> str:

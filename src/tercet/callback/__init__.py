@@ -3,6 +3,7 @@
 from tercet.callback.before_after import BeforeAfter
 from tercet.callback.checkpoints import Last
 from tercet.callback.collapse import Collapse
+from tercet.callback.embeddings import Embeddings
 from tercet.callback.figures import Figures
 from tercet.callback.finite import Finite
 from tercet.callback.hard_labels import HardLabels
@@ -10,4 +11,15 @@ from tercet.callback.progress import Progress
 from tercet.callback.randomness import Randomness
 from tercet.callback.throughput import Throughput
 
-__all__ = ["BeforeAfter", "Collapse", "Figures", "Finite", "HardLabels", "Last", "Progress", "Randomness", "Throughput"]
+__all__ = [
+    "BeforeAfter",
+    "Collapse",
+    "Embeddings",
+    "Figures",
+    "Finite",
+    "HardLabels",
+    "Last",
+    "Progress",
+    "Randomness",
+    "Throughput",
+]

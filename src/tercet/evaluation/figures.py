@@ -1,7 +1,7 @@
-"""Pictures of a verification; matplotlib is imported when one is drawn, for evaluators run without it."""
+"""Pictures of evaluations; matplotlib is imported when one is drawn, for evaluators run without it."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -42,6 +42,24 @@ def roc(curve: Roc, far: float) -> "Figure":
         ylabel="validation rate (VAL)",
         title=f"{curve.same:,} same and {curve.different:,} different pairs",
     )
+    return figure
+
+
+def against_gold(points: Mapping[str, tuple[Floats, Floats]]) -> "Figure":
+    """Of each task the cosine over the gold score, and its mean at each whole score."""
+    from matplotlib.figure import Figure
+
+    columns = min(4, len(points))
+    rows = -(-len(points) // columns)
+    figure = Figure(figsize=(3.2 * columns, 3 * rows), layout="constrained")
+    for place, (task, (gold, cosine)) in enumerate(points.items(), 1):
+        axis = figure.add_subplot(rows, columns, place)
+        axis.plot(gold, cosine, ".", color=QUIET, ms=2, alpha=0.35)
+        whole = np.round(gold)
+        steps = np.unique(whole)
+        axis.plot(steps, [cosine[whole == step].mean() for step in steps], "-o", color=SAME, ms=4)
+        axis.set(title=f"{task}, {len(gold):,} pairs", xlabel="gold score", ylabel="cosine", ylim=(-0.3, 1.05))
+        axis.spines[["top", "right"]].set_visible(False)
     return figure
 
 

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,6 +15,9 @@ from tercet.error import InputError
 from tercet.evaluation.correlation import correlations
 from tercet.evaluation.geometry import alignment, uniformity
 from tercet.evaluation.gold import ONE_SET, SPLITS, TASKS, Pairs, read_pairs
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SIX = tuple(f"{kind}_{over}" for kind in ("spearman", "pearson") for over in ("all", "mean", "wmean"))
 ROWS = {
@@ -92,6 +96,16 @@ class STS:
             shared = [name for name in SIX if all(name in values for values in found.values())]
             metrics |= {f"sts/avg/{name}": float(np.mean([v[name] for v in found.values()])) for name in shared}
         return metrics
+
+    def figures(self, encode: Encode) -> dict[str, "Figure"]:
+        """``sts_gold``: the cosine of each pair over what people said, a panel a task."""
+        from tercet.evaluation.figures import against_gold
+
+        points = {}
+        for task, p in self.pairs.items():
+            x, y = (encode(list(side)).double() for side in (p.first, p.second))
+            points[task] = (p.gold, _cosine(x, y).numpy())
+        return {"sts_gold": against_gold(points)} if points else {}
 
     def table(self, metrics: Mapping[str, float]) -> str:
         """The paper's table, of metrics as they were returned."""

@@ -1,0 +1,161 @@
+"""What the space looks like: a map, how true and other pairs stand apart, the spectrum, and its path over training."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from pytorch_lightning.loggers import TensorBoardLogger
+from torch import Tensor
+
+from tercet.callback.figures import publish
+from tercet.contract import Source
+from tercet.distributed import world_size
+from tercet.objective.contrastive import Contrastive
+
+TRUE, OTHER = "#1b7f79", "#b5bcbf"
+COLORS = 10  # labels that get a color of their own; the rest are grey
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Unit rows ``z (V, N, D)`` of held-out examples and their ``label (N,)``, -1 where unknown."""
+
+    z: Tensor
+    label: Tensor
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """Cosines of true pairs (two views of an example, else equal labels) and of all others."""
+        n = len(self.label)
+        if len(self.z) > 1:
+            scores = self.z[0] @ self.z[1].T
+            true = torch.eye(n, dtype=torch.bool)
+        else:
+            scores = self.z[0] @ self.z[0].T
+            true = (self.label[:, None] == self.label) & (self.label[:, None] >= 0)
+            true = true.triu(1)
+        other = ~true & ~torch.eye(n, dtype=torch.bool)
+        return scores[true], scores[other]
+
+    def spread(self) -> tuple[float, float]:
+        """Alignment over true pairs (0 without any) and uniformity (Wang and Isola 2020, eq. 1 and 2)."""
+        true, _ = self.pairs()
+        close = float((2 - 2 * true).mean()) if len(true) else 0.0
+        scores = self.z[0] @ self.z[0].T
+        off = ~torch.eye(len(scores), dtype=torch.bool)
+        return close, float((4 * (scores[off] - 1)).exp().mean().log())
+
+    def spectrum(self) -> Tensor:
+        """Singular values of the centred rows, the largest is 1: those of a collapsed space fall at once."""
+        values = torch.linalg.svdvals(self.z[0] - self.z[0].mean(0))
+        shares: Tensor = values / values[0].clamp(min=1e-12)
+        return shares
+
+    def plane(self) -> Tensor:
+        """``(N, 2)``: the two directions in which the rows differ most (PCA)."""
+        centred = self.z[0] - self.z[0].mean(0)
+        place: Tensor = centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:2].T
+        return place
+
+
+class Embeddings(pl.Callback):
+    """Draws ``rows`` held-out examples of ``source`` before training, every ``every`` steps, and at the end.
+
+    ``embeddings.png`` in the run's folder and every logger; TensorBoard's projector gets the last vectors. null for
+    ``every``: before and at the end alone. Map: UMAP where the package umap-learn is installed and ``umap`` asks for it,
+    else PCA. In several processes nothing is drawn between the steps: the others would wait.
+    """
+
+    def __init__(self, source: Source | None, rows: int, every: int | None, umap: bool) -> None:
+        self.source = source
+        self.rows = rows
+        self.every = every
+        self.umap = umap
+        self.path: list[tuple[str, float, float]] = []
+        self.items: list[list[Any]] | None = None
+        self.label = torch.zeros(0, dtype=torch.long)
+
+    def on_train_batch_end(  # type: ignore[override]
+        self, trainer: pl.Trainer, pl_module: Contrastive, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Every ``every`` steps."""
+        if self.every and trainer.global_step % self.every == 0 and world_size() == 1:
+            pl_module.on_validation_epoch_start()
+            self._draw(trainer, pl_module, f"step {trainer.global_step}")
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: Contrastive) -> None:  # type: ignore[override]
+        """Before training, and at its end."""
+        self._draw(trainer, pl_module, str(pl_module.stage))
+
+    def _draw(self, trainer: pl.Trainer, pl_module: Contrastive, when: str) -> None:
+        if self.source is None or not self._read():
+            return
+        assert self.items is not None
+        z = torch.stack([F.normalize(pl_module.encoding(column), dim=-1) for column in self.items])
+        sample = Sample(z.float(), self.label)
+        self.path.append((when, *sample.spread()))
+        if when != "before" and trainer.is_global_zero:
+            publish(trainer, "embeddings", draw(sample, self.path, self.umap))
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger) and when == "test":
+                    said = [str(item)[:100] for item in self.items[0]]
+                    logger.experiment.add_embedding(z[0], metadata=said, global_step=trainer.global_step)
+
+    def _read(self) -> bool:
+        """The columns of a few rows; false for images, which have no name to show and are drawn by their evaluators."""
+        if self.items is None:
+            assert self.source is not None
+            table = self.source.rows()
+            table = table.shuffle(seed=0).select(range(min(self.rows, len(table))))
+            columns = list(self.source.columns)[:2]
+            self.items = [list(table[name]) for name in columns]
+            if "label" in table.column_names:
+                self.label = torch.as_tensor(table["label"])
+            else:
+                self.label = torch.full((len(table),), -1)
+        return len(self.items[0]) > 2 and isinstance(self.items[0][0], str)
+
+
+def draw(sample: Sample, path: list[tuple[str, float, float]], umap: bool) -> Figure:
+    """Four panels."""
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    space, pairs, spectrum, way = figure.subplots(2, 2).flat
+    place, how = _placed(sample, umap)
+    shown = sample.label.unique(return_counts=True)
+    known = shown[0][shown[0] >= 0]
+    chosen = known[shown[1][shown[0] >= 0].argsort(descending=True)][:COLORS]
+    rest = ~torch.isin(sample.label, chosen)
+    space.scatter(*place[rest].T.tolist(), s=9, color=OTHER if len(chosen) else TRUE, alpha=0.6, linewidths=0)
+    for i, label in enumerate(chosen.tolist()):
+        space.scatter(*place[sample.label == label].T.tolist(), s=14, color=f"C{i}", linewidths=0, label=str(label))
+    if len(chosen):
+        space.legend(frameon=False, fontsize="small", title="label")
+    space.set(title=f"Map ({how}), {len(place)} held-out rows", xticks=[], yticks=[])
+    true, other = sample.pairs()
+    bins = torch.linspace(-1, 1, 81).tolist()
+    pairs.hist(other.tolist(), bins=bins, density=True, color=OTHER, label="other pairs")
+    if len(true):
+        pairs.hist(true.tolist(), bins=bins, density=True, color=TRUE, alpha=0.75, label="true pairs")
+    pairs.set(title="Similarity", xlabel="cosine", yticks=[])
+    pairs.legend(frameon=False)
+    values = sample.spectrum()
+    spectrum.plot(range(1, len(values) + 1), values.clamp(min=1e-6).tolist(), color=TRUE)
+    spectrum.set(title="Singular values (a collapse falls at once)", yscale="log", ylim=(1e-4, 1.5), xlabel="direction")
+    names, aligned, uniform = zip(*path, strict=True)
+    way.plot(uniform, aligned, "-o", color=TRUE, ms=4)
+    for i in {0, len(path) - 1}:
+        way.annotate(names[i], (uniform[i], aligned[i]), (5, 5), textcoords="offset points")
+    way.set(title="Alignment and uniformity (both: less is better)", xlabel="uniformity", ylabel="alignment")
+    for axis in (space, pairs, spectrum, way):
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _placed(sample: Sample, umap: bool) -> tuple[Tensor, str]:
+    if umap:
+        from umap import UMAP
+
+        return torch.as_tensor(UMAP(metric="cosine", random_state=0).fit_transform(sample.z[0].numpy())), "UMAP"
+    return sample.plane(), "PCA"

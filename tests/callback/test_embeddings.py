@@ -1,0 +1,54 @@
+"""The picture of a space says what is true of it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tercet.callback.embeddings import Sample, draw
+from tercet.evaluation.geometry import alignment, uniformity
+
+
+def sample(views=2, n=12, d=5, labels=None):
+    z = F.normalize(torch.randn(views, n, d), dim=-1)
+    return Sample(z, torch.full((n,), -1) if labels is None else labels)
+
+
+def test_two_views_are_the_true_pairs():
+    one = sample()
+    true, other = one.pairs()
+    torch.testing.assert_close(true, (one.z[0] * one.z[1]).sum(1))
+    assert len(other) == 12 * 11
+
+
+def test_equal_labels_are_the_true_pairs_of_one_view():
+    one = sample(1, 4, labels=torch.tensor([0, 0, -1, -1]))
+    true, other = one.pairs()
+    torch.testing.assert_close(true, one.z[0, :1] @ one.z[0, 1])
+    assert len(true) == 1 and len(other) == 4 * 3 - 1
+
+
+def test_alignment_and_uniformity_are_the_evaluators():
+    one = sample()
+    close, spread = one.spread()
+    assert close == pytest.approx(alignment(*one.z), rel=1e-4)
+    assert spread == pytest.approx(uniformity(one.z[0]), rel=1e-4)
+
+
+def test_the_spectrum_of_a_collapsed_space_falls_at_once():
+    z = torch.randn(1, 20, 1) * torch.ones(1, 1, 6)
+    assert float(Sample(z, torch.full((20,), -1)).spectrum()[1]) < 1e-5
+    assert float(sample(1, 200, 6).spectrum()[-1]) > 0.5
+
+
+def test_the_map_keeps_the_two_widest_directions():
+    z = torch.randn(1, 50, 4) * torch.tensor([3.0, 2.0, 0.1, 0.1])
+    place = Sample(z, torch.full((50,), -1)).plane()
+    kept, whole = place.var(0).sum(), z[0].var(0).sum()
+    assert kept / whole > 0.99
+
+
+def test_it_draws_with_and_without_labels(tmp_path):
+    for labels in (None, torch.tensor([0, 1, 2] * 4)):
+        figure = draw(sample(labels=labels), [("before", 1.0, -2.0), ("test", 0.5, -3.0)], umap=False)
+        figure.savefig(tmp_path / "x.png")
+        assert len(figure.axes) == 4
