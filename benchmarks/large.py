@@ -23,6 +23,9 @@ from benchmarks.turns import Turn, surroundings
 CHUNKS = ("model.execution.recompute=true", "model.execution.chunk_tokens=1024")
 CONTENDERS: dict[str, Any] = {
     "tercet, recomputed": lambda columns, batch: ours(columns, batch, *CHUNKS),
+    "tercet, recomputed, smaller chunks": lambda columns, batch: ours(
+        columns, batch, CHUNKS[0], f"{CHUNKS[1][:-4]}512"
+    ),
     "sentence-transformers, cached, 32 rows": lambda columns, batch: sentence_transformers(columns, batch, 32),
     "sentence-transformers, cached, 128 rows": lambda columns, batch: sentence_transformers(columns, batch, 128),
     "tercet, kept": ours,
@@ -35,7 +38,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="A step of a large batch.")
     parser.add_argument("--batches", type=int, nargs="+", default=[1024])
-    parser.add_argument("--names", nargs="+", default=list(CONTENDERS)[:2], choices=CONTENDERS)
+    parser.add_argument("--names", nargs="+", default=list(CONTENDERS)[:3], choices=CONTENDERS)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--alone", action="store_true", help="one, in this process")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks/large.json"))

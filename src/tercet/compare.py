@@ -177,13 +177,15 @@ def effects(compared: Comparison, metric: str) -> list[str]:
     total = sum((x - statistics.fmean(grand)) ** 2 for x in grand)
     lines = []
     for i, axis in enumerate(compared.axes):
+        if len({setting[i] for setting in every}) == len(every):  # drawn anew each time: there is no mean to speak of
+            continue
         parts: dict[str, list[float]] = {}
         for setting, values in every.items():
             parts.setdefault(setting[i], []).extend(values)
         between = sum(len(v) * (statistics.fmean(v) - statistics.fmean(grand)) ** 2 for v in parts.values())
         means = ", ".join(f"{name} {statistics.fmean(v):.4f}" for name, v in parts.items())
         lines.append(f"{axis}: {means}; explains {between / total if total else 0:.0%} of the variance between runs")
-    return ["\n".join(lines)]
+    return ["\n".join(lines)] if lines else []
 
 
 def cell(values: Sequence[float]) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from tercet import record
 from tercet.console import say
@@ -18,23 +18,18 @@ Runs = list[dict[str, float]]
 class Summary(Callback):
     """Reads the jobs' ``metrics.json`` and writes ``summary.json`` beside them: by setting, where there are several."""
 
-    def __init__(self) -> None:
-        self.jobs: list[tuple[str, Path]] = []
-
-    def on_job_end(self, config: DictConfig, job_return: Any, **kwargs: Any) -> None:
-        """Remember what the job set, its seed aside, and where it wrote."""
-        setting = " ".join(o for o in job_return.overrides or [] if not o.startswith("seed="))
-        self.jobs.append((setting, Path(job_return.hydra_cfg.hydra.runtime.output_dir)))
-
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Print the table."""
+        """Print the table: of what lies on the disk, whoever ran it."""
         from tercet import compare  # numpy; sweeps are imported before anything is known
         from tercet import runs as finished
 
-        if not self.jobs:
+        root = Path(config.hydra.sweep.dir)
+        jobs = (
+            sorted((p for p in root.iterdir() if p.name.isdigit()), key=lambda p: int(p.name)) if root.is_dir() else []
+        )
+        if not jobs:
             return
-        root = self.jobs[0][1].parent
-        done = [(setting, folder) for setting, folder in self.jobs if (folder / "metrics.json").is_file()]
+        done = [(_setting(folder), folder) for folder in jobs if (folder / "metrics.json").is_file()]
         groups: dict[str, Runs] = {}
         for setting, folder in done:
             groups.setdefault(setting, []).append(record.read(folder))
@@ -47,7 +42,7 @@ class Summary(Callback):
             say("\n" + table(next(iter(summaries.values())), len(done), stages[:-1]))  # the last one's is the test's
             if stages:
                 self._draw(next(iter(summaries.values())), config.stages, stages, root)
-        for _, folder in self.jobs:
+        for folder in jobs:
             if not (folder / "metrics.json").is_file():
                 say(f"job {folder.name} failed: {(folder / 'error.txt')}")
         written = summaries if len(groups) > 1 else next(iter(summaries.values()), {})
@@ -64,6 +59,12 @@ class Summary(Callback):
             for stage in ("before", *stages)
         }
         draw(columns, settings).savefig(root / "stages.png", dpi=150)
+
+
+def _setting(folder: Path) -> str:
+    """What a job's command set, its seed aside."""
+    typed = OmegaConf.select(OmegaConf.load(folder / "config.yaml"), "command") or []
+    return " ".join(part for part in typed if not part.startswith("seed="))
 
 
 def told(setting: str, all_: list[str]) -> str:

@@ -1,5 +1,10 @@
 """Multiruns from the command line."""
 
+import optuna
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+from hydra_plugins.tercet_budget import distribution
 from tests.conftest import tiny
 from tests.end_to_end.conftest import FAST, write_texts
 
@@ -23,3 +28,35 @@ def test_a_sweep_begun_again_makes_what_is_missing(command, tmp_path):
     )
     assert table.code == 0 and "less is better" in table.terminal, table.terminal
     assert (tmp_path / "out" / "comparison.txt").is_file()
+
+
+def test_a_budgeted_search_goes_on_until_its_trials_are_made(command, tmp_path):
+    write_texts(tmp_path / "my.txt")
+    few = [o for o in FAST if not o.startswith(("logger", "trainer.max_steps"))]
+    given = ["-m", *tiny("data=text", f"data.path={tmp_path / 'my.txt'}", *few), "logger=none", "measure_before=false",
+             "trainer.max_steps=4", "trainer.val_check_interval=1", "evaluation@validation=heldout", "sweep=budget",
+             "monitor=val/geometry/text/uniformity", "optimized_metric=test/geometry/text/alignment",
+             "callback.embeddings=null", "hydra.sweeper.direction=minimize", f"hydra.sweep.dir={tmp_path / 'sweep'}"]  # fmt: skip
+    first = command("train", *given, "hydra.sweeper.trials=2")
+    assert first.code == 0 and "2 trials will be made of 2" in first.terminal, first.terminal
+    more = command("train", *given, "hydra.sweeper.trials=3", "model.pooling=choice(cls,mean)")
+    assert more.code == 0 and "2 trials are there, of 3" in more.terminal, more.terminal
+    assert "best of 3 trials" in more.terminal
+    assert sorted(p.name for p in (tmp_path / "sweep").iterdir() if p.name.isdigit()) == ["0", "1", "2"]
+    study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path / 'sweep' / 'study.db'}")
+    rates = [trial.params["optimizer.lr"] for trial in study.trials]
+    assert len(set(rates)) == 3 and all(1e-5 <= rate <= 1e-3 for rate in rates)
+    assert [len(t.intermediate_values) for t in study.trials] == [4, 4, 4], "each validation is reported"
+    none = command("train", *[o for o in given if not o.startswith("optimized")], "hydra.sweeper.trials=4")
+    assert none.code == 1 and "optimized_metric, which is null" in none.terminal
+
+
+def test_what_is_searched_is_what_was_written():
+    def drawn(text):
+        return distribution(OverridesParser.create().parse_override(text))
+
+    assert drawn("x=interval(1,2)") == FloatDistribution(1.0, 2.0)
+    assert drawn("x=tag(log,interval(1e-5,1e-3))") == FloatDistribution(1e-5, 1e-3, log=True)
+    assert drawn("x=choice(cls,mean)") == CategoricalDistribution(["cls", "mean"])
+    assert drawn("x=1,2") == CategoricalDistribution(["1", "2"])
+    assert drawn("x=range(1,4)") == CategoricalDistribution(["1", "2", "3"])

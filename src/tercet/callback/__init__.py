@@ -8,6 +8,7 @@ from tercet.callback.figures import Figures
 from tercet.callback.finite import Finite
 from tercet.callback.hard_labels import HardLabels
 from tercet.callback.progress import Progress
+from tercet.callback.prune import Prune
 from tercet.callback.randomness import Randomness
 from tercet.callback.throughput import Throughput
 
@@ -20,6 +21,7 @@ __all__ = [
     "HardLabels",
     "Last",
     "Progress",
+    "Prune",
     "Randomness",
     "Throughput",
 ]
