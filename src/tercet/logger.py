@@ -3,6 +3,7 @@
 import netrc
 import os
 import secrets
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -22,15 +23,27 @@ def wandb(
         say("W&B: no account on this machine (WANDB_API_KEY, or `wandb login`); the run is written offline.")
         mode = "offline"
     os.environ.setdefault("WANDB_SILENT", "true")
-    Path(save_dir).mkdir(parents=True, exist_ok=True)
-    kept = Path(save_dir) / "wandb" / "run-id.txt"
+    folder = Path(save_dir)
+    if folder.name.isdigit():  # a job of a sweep
+        group, tags = f"{group or name}/{folder.parent.name}", [*tags, folder.parent.name]
+    kept = folder / "wandb" / "run-id.txt"
     identity = kept.read_text().strip() if resume and kept.is_file() else secrets.token_hex(4)
-    kept.parent.mkdir(exist_ok=True)
-    kept.write_text(identity + "\n")
+    if int(os.environ.get("RANK", 0)) == 0:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(identity + "\n")
     # By `mode`, not by Lightning's `offline`: that stays in the environment for the next job of a sweep.
-    return loggers.WandbLogger(
-        project=project, name=name, group=group, tags=tags, save_dir=save_dir, mode=mode, id=identity, resume="allow"
-    )
+    made = partial(
+        loggers.WandbLogger, project=project, name=name, group=group, tags=tags, save_dir=save_dir, id=identity,
+        resume="allow",
+    )  # fmt: skip
+    if mode == "online":
+        try:
+            logger = made(mode=mode)
+            _ = logger.experiment  # it connects now
+            return logger
+        except Exception as error:  # whatever W&B, its service or the network says: no reason not to train
+            say(f"W&B: {type(error).__name__}: {error}; the run is written offline. `wandb sync` sends it later.")
+    return made(mode="offline")
 
 
 def has_account() -> bool:

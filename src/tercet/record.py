@@ -13,7 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
 
 from tercet.distributed import rank
+from tercet.error import InputError
 
+ARTIFACTS = ("record", "model", "checkpoints")
 PACKAGES = ("tercet", "torch", "pytorch-lightning", "transformers", "datasets", "hydra-core", "torchmetrics", "wandb")
 
 
@@ -52,6 +54,26 @@ def close(loggers: Sequence[Logger], status: str) -> None:
         logger.finalize(status)
         if type(logger).__name__ == "WandbLogger" and rank() == 0:
             logger.experiment.finish(exit_code=0 if status == "finished" else 1)  # type: ignore[attr-defined]
+
+
+def artifacts(loggers: Sequence[Logger], output: Path, name: str, kind: str | None) -> None:
+    """Hand W&B the run's files: what it was and said, and with it the ``model``, or that and the ``checkpoints``."""
+    if kind not in (*ARTIFACTS, None):
+        raise InputError(f"artifacts={kind}: choose one of {', '.join(ARTIFACTS)}, or null.")
+    for logger in loggers:
+        if kind is None or type(logger).__name__ != "WandbLogger":
+            continue
+        import wandb
+
+        made = wandb.Artifact(f"{name}-{output.name}", type="run")
+        for file in sorted(
+            p for p in output.iterdir() if p.suffix in (".yaml", ".txt", ".json", ".html", ".csv", ".png")
+        ):
+            made.add_file(str(file))
+        for folder in ARTIFACTS[1 : 1 + ARTIFACTS.index(kind)]:
+            if (output / folder).is_dir():
+                made.add_dir(str(output / folder), name=folder)
+        logger.experiment.log_artifact(made)  # type: ignore[attr-defined]
 
 
 def versions() -> dict[str, str]:

@@ -199,6 +199,7 @@ def finish(
     record.metrics(output, metrics)
     before, after = (record.stage(metrics, stage) for stage in ("before", "test"))
     report.write(output, cfg, metrics, before, after)
+    record.artifacts(trainer.loggers, output, cfg.name, cfg.artifacts)
     say("\n" + before_after(before, after))
     say(f"\n{trainer.global_step} steps, data {notes['data']['fingerprint']}. Written to {output}:")
     for path in sorted(p for p in output.iterdir() if p.name != "hparams.yaml"):

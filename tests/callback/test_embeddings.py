@@ -52,3 +52,26 @@ def test_it_draws_with_and_without_labels(tmp_path):
         figure = draw(sample(labels=labels), [("before", 1.0, -2.0), ("test", 0.5, -3.0)], umap=False)
         figure.savefig(tmp_path / "x.png")
         assert len(figure.axes) == 4
+
+
+def test_the_notable_pairs_are_those_of_a_search():
+    one = sample(2, 9)
+    scores = one.z[0] @ one.z[1].T
+    found = one.notable(3)
+    kinds = {
+        what: [(i, j) for w, _, i, j in found if w == what]
+        for what in ("hardest positive", "hardest negative", "nearest")
+    }
+    diagonal = scores.diagonal().argsort()[:3].tolist()
+    assert kinds["hardest positive"] == [(i, i) for i in diagonal]
+    off = scores - 9 * torch.eye(9)
+    assert kinds["hardest negative"][0] == divmod(int(off.argmax()), 9)
+    assert kinds["nearest"] == [(i, int(scores[i].argmax())) for i in range(3)]
+    assert all(cosine == pytest.approx(float(scores[i, j]), abs=1e-6) for _, cosine, i, j in found)
+
+
+def test_equal_labels_are_no_negatives():
+    labels = torch.tensor([0, 0, 1, 1, -1, -1])
+    for what, _, i, j in sample(1, 6, labels=labels).notable(20):
+        assert i != j
+        assert bool(labels[i] == labels[j] and labels[i] >= 0) == (what == "hardest positive") or what == "nearest"

@@ -36,7 +36,8 @@ def test_a_budgeted_search_goes_on_until_its_trials_are_made(command, tmp_path):
     given = ["-m", *tiny("data=text", f"data.path={tmp_path / 'my.txt'}", *few), "logger=none", "measure_before=false",
              "trainer.max_steps=4", "trainer.val_check_interval=1", "evaluation@validation=heldout", "sweep=budget",
              "monitor=val/geometry/text/uniformity", "optimized_metric=test/geometry/text/alignment",
-             "callback.embeddings=null", "hydra.sweeper.direction=minimize", f"hydra.sweep.dir={tmp_path / 'sweep'}"]  # fmt: skip
+             "callback.embeddings=null", "hydra.sweeper.direction=minimize",
+             f"hydra.sweep.dir={tmp_path / 'sweep'}"]  # fmt: skip
     first = command("train", *given, "hydra.sweeper.trials=2")
     assert first.code == 0 and "2 trials will be made of 2" in first.terminal, first.terminal
     more = command("train", *given, "hydra.sweeper.trials=3", "model.pooling=choice(cls,mean)")

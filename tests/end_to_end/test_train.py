@@ -141,6 +141,11 @@ def test_every_logger_gets_configuration_code_and_data(small, monkeypatch):
         for word in (b"revision", b"fingerprint", b"temperature"):
             assert word in content
     assert len(offline) == 1
+    assert b"report.html" in written_at_last(offline[0], b"report.html"), "the artifact of the run"
+    names = {path.name for path in result.output.iterdir()}
+    assert {"embeddings.png", "pairs.csv", "report.html"} <= names
+    for word in (b"embeddings", b"hardest negative"):
+        assert word in b"".join(e.read_bytes() for e in events)
 
 
 def written_at_last(path, word):

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 
-from tercet.callback.figures import publish
+from tercet.callback.figures import publish, publish_table
 from tercet.contract import Source
 from tercet.distributed import world_size
 from tercet.objective.contrastive import Contrastive
@@ -39,6 +39,26 @@ class Sample:
         other = ~true & ~torch.eye(n, dtype=torch.bool)
         return scores[true], scores[other]
 
+    def notable(self, count: int) -> list[tuple[str, float, int, int]]:
+        """The true pairs that are farthest, the others that are nearest, and the first rows' nearest.
+
+        (what, cosine, row of the first view, row of the last).
+        """
+        scores = self.z[0] @ self.z[-1].T
+        n = len(scores)
+        own = torch.eye(n, dtype=torch.bool)
+        same = own if len(self.z) > 1 else (self.label[:, None] == self.label) & (self.label[:, None] >= 0) & ~own
+        other = (~same & ~own).triu(1) if len(self.z) == 1 else ~same & ~own
+        found = []
+        for what, mask, least in (("hardest positive", same, True), ("hardest negative", other, False)):
+            at = mask.nonzero()
+            order = scores[mask].argsort(descending=not least)[:count]
+            found += [(what, float(scores[i, j]), i, j) for i, j in at[order].tolist()]
+        nearest = scores.masked_fill(own, -2.0) if len(self.z) == 1 else scores
+        return found + [
+            ("nearest", float(x), i, int(j)) for i, (x, j) in enumerate(zip(*nearest[:count].max(1), strict=True))
+        ]
+
     def spread(self) -> tuple[float, float]:
         """Alignment over true pairs (0 without any) and uniformity (Wang and Isola 2020, eq. 1 and 2)."""
         true, _ = self.pairs()
@@ -63,14 +83,16 @@ class Sample:
 class Embeddings(pl.Callback):
     """Draws ``rows`` held-out examples of ``source`` before training, every ``every`` steps, and at the end.
 
-    ``embeddings.png`` in the run's folder and every logger; TensorBoard's projector gets the last vectors. null for
+    ``embeddings.png``, and as ``pairs.csv`` the ``pairs`` hardest positives, negatives and nearest neighbours, in the
+    run's folder and every logger; TensorBoard's projector gets the last vectors. null for
     ``every``: before and at the end alone. Map: UMAP where the package umap-learn is installed and ``umap`` asks for it,
     else PCA. In several processes nothing is drawn between the steps: the others would wait.
     """
 
-    def __init__(self, source: Source | None, rows: int, every: int | None, umap: bool) -> None:
+    def __init__(self, source: Source | None, rows: int, pairs: int, every: int | None, umap: bool) -> None:
         self.source = source
         self.rows = rows
+        self.pairs = pairs
         self.every = every
         self.umap = umap
         self.path: list[tuple[str, float, float]] = []
@@ -98,6 +120,11 @@ class Embeddings(pl.Callback):
         self.path.append((when, *sample.spread()))
         if when != "before" and trainer.is_global_zero:
             publish(trainer, "embeddings", draw(sample, self.path, self.umap))
+            rows = [
+                (what, round(cosine, 4), self.items[0][i], self.items[-1][j])
+                for what, cosine, i, j in sample.notable(self.pairs)
+            ]
+            publish_table(trainer, "pairs", ("what", "cosine", "one", "other"), rows)
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger) and when == "test":
                     said = [str(item)[:100] for item in self.items[0]]

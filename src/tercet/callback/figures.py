@@ -1,7 +1,9 @@
 """What evaluators draw, in the run's folder and in every logger."""
 
+import csv
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import TensorBoardLogger
@@ -23,6 +25,19 @@ class Figures(pl.Callback):
             draw = getattr(call.__self__, "figures", None)
             for name, figure in (draw(pl_module.encoding) if draw else {}).items():
                 publish(trainer, name, figure)
+
+
+def publish_table(trainer: pl.Trainer, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """``<name>.csv`` in the run's folder, and the same in W&B and, as text, in TensorBoard."""
+    with (Path(trainer.default_root_dir) / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([columns, *rows])
+    for logger in trainer.loggers:
+        if hasattr(logger, "log_table"):
+            logger.log_table(key=name, columns=list(columns), data=[list(row) for row in rows])
+        elif isinstance(logger, TensorBoardLogger):
+            table = [columns, ["---"] * len(columns), *rows]
+            lines = [" | ".join(str(cell).replace("|", " ") for cell in row) for row in table]
+            logger.experiment.add_text(name, "\n".join(lines), trainer.global_step)
 
 
 def publish(trainer: pl.Trainer, name: str, figure: "Figure") -> None:
