@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,13 @@ def launch(worker: Worker, cfg: DictConfig, output: Path) -> float | None:
     try:
         results = elastic_launch(plan, _reported)(worker, config, str(output))
     except ChildFailedError as error:
+        for rank, failure in sorted(error.failures.items()):
+            if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:  # SIGTERM is what the others get
+                name, saved = signal.Signals(-failure.exitcode).name, output / "checkpoints"
+                raise InputError(
+                    f"process {rank} of {count} was ended by {name} (SIGKILL: often there was too little memory), and the "
+                    f"others were stopped. {saved} holds what was saved; the same command with resume=true goes on."
+                ) from None
         message = output / "error.txt"
         if message.is_file():
             raise InputError(message.read_text(encoding="utf-8").strip()) from None

@@ -3,8 +3,10 @@
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -92,3 +94,34 @@ def test_a_mistake_in_a_process_is_one_message(folder):
     assert "optimized_metric=train/none was not measured" in text
     assert "Traceback" not in text
     assert (folder / "run" / "metrics.json").is_file(), "what was measured is not lost"
+
+
+def test_a_process_that_dies_ends_the_others_within_a_minute(folder):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERCET_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
+    given = [o.replace("{folder}", str(folder)) for o in tiny(
+        *OWN, *PAIRS, "trainer.devices=2", "data.batch_size=8", "trainer.max_steps=1000000", "trainer.max_epochs=-1",
+        "measure_before=false", "save_every=1", "output_dir={folder}/run")]  # fmt: skip
+    run = subprocess.Popen(
+        [sys.executable, str(CONF.parent / "train.py"), *given],
+        cwd=folder,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    ends = time.monotonic() + 120
+    while not (folder / "run" / "checkpoints" / "last.ckpt").is_file() and time.monotonic() < ends:
+        time.sleep(0.2)
+    workers = [p for p in children(run.pid) if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    assert len(workers) == 2
+    os.kill(workers[1], signal.SIGKILL)
+    killed = time.monotonic()
+    _, said = run.communicate(timeout=60)
+    assert time.monotonic() - killed < 60 and run.returncode == 1
+    assert "of 2 was ended by SIGKILL" in said and "resume=true" in said, said
+    assert not [p for p in workers if Path(f"/proc/{p}").exists()]
+
+
+def children(pid):
+    """Of a process, and theirs."""
+    own = [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return [*own, *(grandchild for child in own for grandchild in children(child))]

@@ -68,8 +68,10 @@ class Durable(TorchCheckpointIO):
                 self._rotate(file)
             partial.replace(file)
             _sync(file.parent)
-        except (OSError, RuntimeError) as error:  # torch's writer says of a full disk that it is a RuntimeError
+        except (OSError, RuntimeError) as error:
             partial.unlink(missing_ok=True)
+            if not isinstance(error, OSError) and "StreamWriter" not in str(error):  # torch's word for a full disk
+                raise
             say_once(f"{file} could not be written ({error}); training goes on, with the checkpoints that there are.")
 
     def _rotate(self, file: Path) -> None:
