@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from tercet.model.checkpoint import read
 from tests.conftest import CONF, tiny
 from tests.end_to_end.conftest import FAST, write_texts
 
@@ -125,3 +127,18 @@ def children(pid):
     """Of a process, and theirs."""
     own = [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return [*own, *(grandchild for child in own for grandchild in children(child))]
+
+
+@pytest.mark.slow
+def test_every_process_goes_on_with_its_own_draws(folder):
+    drawn = [*PAIRS, "trainer.devices=2", "data.batch_size=8", "schedule=constant", "measure_before=false", "save_every=2",
+             "model.backbone.dropout=0.3", "model.execution.dropout=torch", "trainer.max_epochs=-1"]  # fmt: skip
+    whole = start(folder, *drawn, "trainer.max_steps=4", "output_dir={folder}/whole")
+    assert whole[0] == 0, whole[1]
+    for steps in (2, 4):
+        code, text = start(folder, *drawn, f"trainer.max_steps={steps}", "resume=true", "output_dir={folder}/parts")
+        assert code == 0, text
+    assert (folder / "parts" / "checkpoints" / "random-1.pt").is_file()
+    one, other = (read(folder / name / "checkpoints" / "last.ckpt")["state_dict"] for name in ("whole", "parts"))
+    for name, value in one.items():
+        torch.testing.assert_close(other[name], value, rtol=0, atol=0, msg=name)

@@ -1,6 +1,8 @@
 """A run that was stopped goes on as if it had not been."""
 
+import os
 import re
+import signal
 
 import pytest
 import torch
@@ -92,3 +94,17 @@ def test_other_settings_are_not_mixed_in(run):
     result = run("resume=true", "optimizer.lr=0.5")
     assert result.code == 1
     assert re.search(r"was begun with optimizer.lr=0.0001, not 0.5. Set it as it was", result.terminal)
+
+
+def test_sigterm_saves_the_step_it_was_at(run, monkeypatch):
+    original = ModelCheckpoint.on_train_batch_end
+
+    def told(self, trainer, *args, **kwargs):
+        original(self, trainer, *args, **kwargs)
+        if trainer.global_step == 5 and self.filename == "last":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(ModelCheckpoint, "on_train_batch_end", told)
+    result = run("save_every=null")
+    assert result.code == 143, result.terminal  # not 0: a scheduler would take it for finished
+    assert read(result.output / "checkpoints" / "last.ckpt")["global_step"] == 5
