@@ -5,20 +5,18 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from tercet.console import quiet, say
-from tercet.error import InputError
 from tercet.model.expansion import expand
 from tercet.model.folder import save
 from tercet.model.vectors import read_vectors
 from tercet.open_model import open_model
-from tercet.paths import writable
+from tercet.paths import new, writable
 
 
 def run(cfg: DictConfig, output: Path) -> None:
     """Fit the map, write the model's folder."""
     quiet()
     target = Path(cfg.output)
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise InputError(f"output={target} holds something already. Name a new folder.")
+    new(target, "output")
     vectors = read_vectors(cfg.vectors, "vectors")
     made, done = expand(open_model(cfg.model.path, None, "cpu"), vectors)
     writable(target, "output")

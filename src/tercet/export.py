@@ -5,18 +5,16 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from tercet.console import quiet, say
-from tercet.error import InputError
 from tercet.model.exported import FILE, export
 from tercet.open_model import open_model
-from tercet.paths import writable
+from tercet.paths import new, writable
 
 
 def run(cfg: DictConfig, output: Path) -> None:
     """Write the folder."""
     quiet()
     target = Path(cfg.output)
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise InputError(f"output={target} holds something already. Name a new folder.")
+    new(target, "output")
     encoder = open_model(cfg.model.path, cfg.model.pooling, "cpu", cfg.seed)
     writable(target, "output")
     export(encoder, target, cfg.precision)

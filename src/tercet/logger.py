@@ -28,22 +28,22 @@ def wandb(
         group, tags = f"{group or name}/{folder.parent.name}", [*tags, folder.parent.name]
     kept = folder / "wandb" / "run-id.txt"
     identity = kept.read_text().strip() if resume and kept.is_file() else secrets.token_hex(4)
+    # By `mode`, not by Lightning's `offline`: that stays in the environment for the next job of a sweep.
+    made = partial(
+        loggers.WandbLogger, project=project, name=name, group=group, tags=tags, save_dir=save_dir, resume="allow"
+    )
+    logger = None
+    if mode == "online":
+        try:
+            logger = made(mode=mode, id=identity)
+            _ = logger.experiment  # it connects now
+        except Exception as error:  # whatever W&B, its service or the network says: no reason not to train
+            say(f"W&B: {type(error).__name__}: {error}; the run is written offline. `wandb sync` sends it later.")
+            logger, identity = None, secrets.token_hex(4)  # the id of the attempt is in use
     if int(os.environ.get("RANK", 0)) == 0:
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(identity + "\n")
-    # By `mode`, not by Lightning's `offline`: that stays in the environment for the next job of a sweep.
-    made = partial(
-        loggers.WandbLogger, project=project, name=name, group=group, tags=tags, save_dir=save_dir, id=identity,
-        resume="allow",
-    )  # fmt: skip
-    if mode == "online":
-        try:
-            logger = made(mode=mode)
-            _ = logger.experiment  # it connects now
-            return logger
-        except Exception as error:  # whatever W&B, its service or the network says: no reason not to train
-            say(f"W&B: {type(error).__name__}: {error}; the run is written offline. `wandb sync` sends it later.")
-    return made(mode="offline")
+    return logger or made(mode="offline", id=identity)
 
 
 def has_account() -> bool:

@@ -13,6 +13,12 @@ def locate(path: str) -> Path:
     return here if here.is_absolute() or here.exists() or not root else Path(root) / here
 
 
+def new(folder: Path, key: str) -> None:
+    """Raise ``InputError`` naming ``key`` where something would be written over."""
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise InputError(f"{key}={folder} holds something already. Name a new folder.")
+
+
 def writable(folder: Path, key: str) -> None:
     """Make the folder; raise ``InputError`` naming ``key`` now, rather than fail when the work is done."""
     try:

@@ -189,3 +189,23 @@ def test_a_sweep_ends_with_mean_and_sd(command, tmp_path):
     values = [json.loads((root / job / "metrics.json").read_text())["test/retrieval/text/mrr"] for job in ("0", "2")]
     assert entry["mean"] == pytest.approx(sum(values) / 2)
     assert entry["sd"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+
+
+def test_wandb_out_of_reach_is_said_and_the_run_goes_on_offline(small, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "local-" + 40 * "0")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "5")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    result = small("logger=wandb", "callback.embeddings=null", "measure_before=false")
+    assert result.code == 0, result.terminal
+    assert result.terminal.count("the run is written offline") == 1
+    assert list((result.output / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_a_run_that_goes_on_is_the_same_in_wandb(small):
+    few = ["logger=wandb_offline", "callback.embeddings=null", "measure_before=false", "schedule=constant"]
+    small(*few)
+    result = small(*few, "trainer.max_steps=3", "resume=true")
+    assert result.code == 0, result.terminal
+    runs = [path.name.rsplit("-", 1)[1] for path in (result.output / "wandb").glob("offline-run-*")]
+    assert len(runs) == 2 and len(set(runs)) == 1
