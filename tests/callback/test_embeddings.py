@@ -4,8 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tercet.callback.embeddings import Sample, draw
+from tercet.build import build
+from tercet.callback.embeddings import usable
+from tercet.callback.sample import Sample, draw
 from tercet.evaluation.geometry import alignment, uniformity
+from tests.conftest import composed, tiny
 
 
 def sample(views=2, n=12, d=5, labels=None):
@@ -75,3 +78,25 @@ def test_equal_labels_are_no_negatives():
     for what, _, i, j in sample(1, 6, labels=labels).notable(20):
         assert i != j
         assert bool(labels[i] == labels[j] and labels[i] >= 0) == (what == "hardest positive") or what == "nearest"
+
+
+def test_the_worst_triplets_are_those_of_a_search():
+    one = sample(1, 10, labels=torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 3, -1]))
+    scores = one.z[0] @ one.z[0].T
+    found = []
+    for a in range(10):
+        positives = [p for p in range(10) if p != a and one.label[p] == one.label[a] >= 0]
+        negatives = [n for n in range(10) if n != a and n not in positives]
+        if positives:
+            p, n = min(positives, key=lambda i: scores[a, i]), max(negatives, key=lambda i: scores[a, i])
+            found.append((float(scores[a, n] - scores[a, p]), a, p, n))
+    expected = [row[1:] for row in sorted(found, reverse=True)]
+    assert [row[:3] for row in one.triplets(20)] == expected
+    assert sample(1, 5).triplets(3) == [], "without labels there are none"
+    assert [row[:2] for row in sample(2, 4).triplets(4)] != [] and all(a == p for a, p, *_ in sample(2, 4).triplets(4))
+
+
+def test_images_that_cannot_be_used_are_left_out():
+    encoder = build(composed("model=resnet_small", "model.pixels.size=16").model)
+    assert not usable(encoder, b"image")
+    assert usable(encoder, "a text") and usable(build(composed(*tiny()).model), b"whatever")

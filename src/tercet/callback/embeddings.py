@@ -1,90 +1,27 @@
 """What the space looks like: a map, how true and other pairs stand apart, the spectrum, and its path over training."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from pytorch_lightning.loggers import TensorBoardLogger
-from torch import Tensor
 
 from tercet.callback.figures import publish, publish_table
-from tercet.contract import Source
+from tercet.callback.sample import Sample, draw, sheet
+from tercet.contract import Item, Source
 from tercet.distributed import world_size
+from tercet.image import BadImage, content
+from tercet.model import Encoder, ImageEncoder
 from tercet.objective.contrastive import Contrastive
-
-TRUE, OTHER = "#1b7f79", "#b5bcbf"
-COLORS = 10  # labels that get a color of their own; the rest are grey
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Unit rows ``z (V, N, D)`` of held-out examples and their ``label (N,)``, -1 where unknown."""
-
-    z: Tensor
-    label: Tensor
-
-    def pairs(self) -> tuple[Tensor, Tensor]:
-        """Cosines of true pairs (two views of an example, else equal labels) and of all others."""
-        n = len(self.label)
-        if len(self.z) > 1:
-            scores = self.z[0] @ self.z[1].T
-            true = torch.eye(n, dtype=torch.bool)
-        else:
-            scores = self.z[0] @ self.z[0].T
-            true = (self.label[:, None] == self.label) & (self.label[:, None] >= 0)
-            true = true.triu(1)
-        other = ~true & ~torch.eye(n, dtype=torch.bool)
-        return scores[true], scores[other]
-
-    def notable(self, count: int) -> list[tuple[str, float, int, int]]:
-        """The true pairs that are farthest, the others that are nearest, and the first rows' nearest.
-
-        (what, cosine, row of the first view, row of the last).
-        """
-        scores = self.z[0] @ self.z[-1].T
-        n = len(scores)
-        own = torch.eye(n, dtype=torch.bool)
-        same = own if len(self.z) > 1 else (self.label[:, None] == self.label) & (self.label[:, None] >= 0) & ~own
-        other = (~same & ~own).triu(1) if len(self.z) == 1 else ~same & ~own
-        found = []
-        for what, mask, least in (("hardest positive", same, True), ("hardest negative", other, False)):
-            at = mask.nonzero()
-            order = scores[mask].argsort(descending=not least)[:count]
-            found += [(what, float(scores[i, j]), i, j) for i, j in at[order].tolist()]
-        nearest = scores.masked_fill(own, -2.0) if len(self.z) == 1 else scores
-        return found + [
-            ("nearest", float(x), i, int(j)) for i, (x, j) in enumerate(zip(*nearest[:count].max(1), strict=True))
-        ]
-
-    def spread(self) -> tuple[float, float]:
-        """Alignment over true pairs (0 without any) and uniformity (Wang and Isola 2020, eq. 1 and 2)."""
-        true, _ = self.pairs()
-        close = float((2 - 2 * true).mean()) if len(true) else 0.0
-        scores = self.z[0] @ self.z[0].T
-        off = ~torch.eye(len(scores), dtype=torch.bool)
-        return close, float((4 * (scores[off] - 1)).exp().mean().log())
-
-    def spectrum(self) -> Tensor:
-        """Singular values of the centred rows, the largest is 1: those of a collapsed space fall at once."""
-        values = torch.linalg.svdvals(self.z[0] - self.z[0].mean(0))
-        shares: Tensor = values / values[0].clamp(min=1e-12)
-        return shares
-
-    def plane(self) -> Tensor:
-        """``(N, 2)``: the two directions in which the rows differ most (PCA)."""
-        centred = self.z[0] - self.z[0].mean(0)
-        place: Tensor = centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:2].T
-        return place
 
 
 class Embeddings(pl.Callback):
     """Draws ``rows`` held-out examples of ``source`` before training, every ``every`` steps, and at the end.
 
-    ``embeddings.png``, and as ``pairs.csv`` the ``pairs`` hardest positives, negatives and nearest neighbours, in the
-    run's folder and every logger; TensorBoard's projector gets the last vectors. null for
+    ``embeddings.png``; of texts ``pairs.csv``, the ``pairs`` hardest positives, negatives and nearest neighbours, and
+    ``triplets.csv``, the anchors whose farthest positive and nearest negative are in the wrong order most; of images these as
+    ``triplets.png``; all in the run's folder and in every logger; TensorBoard's projector gets the last vectors. null for
     ``every``: before and at the end alone. Map: UMAP where the package umap-learn is installed and ``umap`` asks for it,
     else PCA. In several processes nothing is drawn between the steps: the others would wait.
     """
@@ -112,7 +49,7 @@ class Embeddings(pl.Callback):
         self._draw(trainer, pl_module, str(pl_module.stage))
 
     def _draw(self, trainer: pl.Trainer, pl_module: Contrastive, when: str) -> None:
-        if self.source is None or not self._read():
+        if self.source is None or not self._read(pl_module.encoder):
             return
         assert self.items is not None
         z = torch.stack([F.normalize(pl_module.encoding(column), dim=-1) for column in self.items])
@@ -120,69 +57,51 @@ class Embeddings(pl.Callback):
         self.path.append((when, *sample.spread()))
         if when != "before" and trainer.is_global_zero:
             publish(trainer, "embeddings", draw(sample, self.path, self.umap))
-            rows = [
-                (what, round(cosine, 4), self.items[0][i], self.items[-1][j])
-                for what, cosine, i, j in sample.notable(self.pairs)
-            ]
-            publish_table(trainer, "pairs", ("what", "cosine", "one", "other"), rows)
+            self._show(trainer, sample)
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger) and when == "test":
-                    said = [str(item)[:100] for item in self.items[0]]
+                    said = [
+                        str(item)[:100] if isinstance(item, str) else str(i) for i, item in enumerate(self.items[0])
+                    ]
                     logger.experiment.add_embedding(z[0], metadata=said, global_step=trainer.global_step)
 
-    def _read(self) -> bool:
-        """The columns of a few rows; false for images, which have no name to show and are drawn by their evaluators."""
+    def _show(self, trainer: pl.Trainer, sample: Sample) -> None:
+        assert self.items is not None
+        triplets = sample.triplets(self.pairs)
+        one, other = self.items[0], self.items[-1]
+        if isinstance(one[0], bytes):
+            publish(trainer, "triplets", sheet(triplets, one))
+            return
+        pairs = [(what, round(cosine, 4), one[i], other[j]) for what, cosine, i, j in sample.notable(self.pairs)]
+        publish_table(trainer, "pairs", ("what", "cosine", "one", "other"), pairs)
+        hard = [(round(far, 4), round(near, 4), one[a], other[p], other[n]) for a, p, n, far, near in triplets]
+        if hard:
+            publish_table(trainer, "triplets", ("to positive", "to negative", "anchor", "positive", "negative"), hard)
+
+    def _read(self, encoder: Encoder) -> bool:
+        """The columns of a few rows, those with an image that cannot be used left out; false where there are too few."""
         if self.items is None:
             assert self.source is not None
             table = self.source.rows()
             table = table.shuffle(seed=0).select(range(min(self.rows, len(table))))
             columns = list(self.source.columns)[:2]
-            self.items = [list(table[name]) for name in columns]
+            cells = [list(table[name]) for name in columns]
+            items = [[cell if isinstance(cell, str) else content(cell) for cell in column] for column in cells]
+            kept = [i for i, row in enumerate(zip(*items, strict=True)) if all(usable(encoder, item) for item in row)]
+            self.items = [[column[i] for i in kept] for column in items]
             if "label" in table.column_names:
-                self.label = torch.as_tensor(table["label"])
+                self.label = torch.as_tensor(table["label"])[kept]
             else:
-                self.label = torch.full((len(table),), -1)
-        return len(self.items[0]) > 2 and isinstance(self.items[0][0], str)
+                self.label = torch.full((len(kept),), -1)
+        return len(self.items[0]) > 2
 
 
-def draw(sample: Sample, path: list[tuple[str, float, float]], umap: bool) -> Figure:
-    """Four panels."""
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    space, pairs, spectrum, way = figure.subplots(2, 2).flat
-    place, how = _placed(sample, umap)
-    shown = sample.label.unique(return_counts=True)
-    known = shown[0][shown[0] >= 0]
-    chosen = known[shown[1][shown[0] >= 0].argsort(descending=True)][:COLORS]
-    rest = ~torch.isin(sample.label, chosen)
-    space.scatter(*place[rest].T.tolist(), s=9, color=OTHER if len(chosen) else TRUE, alpha=0.6, linewidths=0)
-    for i, label in enumerate(chosen.tolist()):
-        space.scatter(*place[sample.label == label].T.tolist(), s=14, color=f"C{i}", linewidths=0, label=str(label))
-    if len(chosen):
-        space.legend(frameon=False, fontsize="small", title="label")
-    space.set(title=f"Map ({how}), {len(place)} held-out rows", xticks=[], yticks=[])
-    true, other = sample.pairs()
-    bins = torch.linspace(-1, 1, 81).tolist()
-    pairs.hist(other.tolist(), bins=bins, density=True, color=OTHER, label="other pairs")
-    if len(true):
-        pairs.hist(true.tolist(), bins=bins, density=True, color=TRUE, alpha=0.75, label="true pairs")
-    pairs.set(title="Similarity", xlabel="cosine", yticks=[])
-    pairs.legend(frameon=False)
-    values = sample.spectrum()
-    spectrum.plot(range(1, len(values) + 1), values.clamp(min=1e-6).tolist(), color=TRUE)
-    spectrum.set(title="Singular values (a collapse falls at once)", yscale="log", ylim=(1e-4, 1.5), xlabel="direction")
-    names, aligned, uniform = zip(*path, strict=True)
-    way.plot(uniform, aligned, "-o", color=TRUE, ms=4)
-    for i in {0, len(path) - 1}:
-        way.annotate(names[i], (uniform[i], aligned[i]), (5, 5), textcoords="offset points")
-    way.set(title="Alignment and uniformity (both: less is better)", xlabel="uniformity", ylabel="alignment")
-    for axis in (space, pairs, spectrum, way):
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure
-
-
-def _placed(sample: Sample, umap: bool) -> tuple[Tensor, str]:
-    if umap:
-        from umap import UMAP
-
-        return torch.as_tensor(UMAP(metric="cosine", random_state=0).fit_transform(sample.z[0].numpy())), "UMAP"
-    return sample.plane(), "PCA"
+def usable(encoder: Encoder, item: Item) -> bool:
+    """Whether the encoder can read it."""
+    if not isinstance(encoder, ImageEncoder) or isinstance(item, str):
+        return True
+    try:
+        encoder.pixels.open(item)
+    except BadImage:
+        return False
+    return True
