@@ -54,6 +54,21 @@ def test_the_table_names_the_best_and_what_explains_it(sweep):
     assert "best run" in text and "loss.temperature=0.2 model.pooling=mean" in text
 
 
+def test_the_verdict_says_who_is_ahead_and_whether_it_is_sure(tmp_path):
+    for setting, values in {"1": (1.0, 1.2, 1.1), "2": (1.1, 1.1, 1.1), "3": (0.1, 0.2, 0.3)}.items():
+        for seed, value in enumerate(values):
+            lay(
+                tmp_path / f"{setting}{seed}",
+                seed,
+                {"test/a": value + (setting == "1") * 0.01, "test/b": value},
+                f"x={setting}",
+            )
+    said = compare.verdict(compare.group(runs.read([tmp_path])), "test/a")
+    assert said.startswith("x=1: test/a 1.1100 ± 0.1000, not surely ahead of x=2 by +0.0100 [")
+    two = compare.group([r for r in runs.read([tmp_path]) if r.set["x"] != "2"])
+    assert "x=3: test/loss 0.2000 ± 0.1000, ahead of x=1 by -0.9" in compare.verdict(two, "test/loss")
+
+
 @pytest.mark.parametrize("n", [2, 3, 5])
 def test_the_bootstrap_of_few_seeds_is_the_whole_distribution(n):
     d = [0.3, -0.1, 0.2, 0.05, -0.4][:n]

@@ -108,7 +108,11 @@ def write(compared: Comparison, metrics: Sequence[str], folder: Path) -> None:
             for one in runs:
                 table.writerow([*setting, one.seed, one.folder, *(one.metrics.get(name, "") for name in names)])
     figure(compared, metrics).savefig(folder / "comparison.png", dpi=150)
-    report.comparison(folder, f"{sum(map(len, compared.runs.values()))} runs compared", text, folder / "comparison.png")
+    title, said = (
+        f"{sum(map(len, compared.runs.values()))} runs compared",
+        verdict(compared, metrics[0]) if metrics else "",
+    )
+    report.comparison(folder, title, said, text, folder / "comparison.png")
     say(f"Written to {folder}: report.html, comparison.txt, .csv, .png")
 
 
@@ -124,6 +128,25 @@ def told(compared: Comparison, metrics: Sequence[str]) -> str:
         )
         blocks.append(f"best run: {best.folder}, {metrics[0]} = {best.metrics[metrics[0]]:.4f}\n  {best.command}")
     return "\n\n".join(blocks)
+
+
+def verdict(compared: Comparison, metric: str) -> str:
+    """Which setting is ahead, and of which by how much: a sentence."""
+    order = compared.order(metric)
+    names = [
+        " ".join(f"{axis}={value}" for axis, value in zip(compared.axes, s, strict=True)) or "all runs" for s in order
+    ]
+    best = compared.values(order[0], metric)
+    said = f"{names[0]}: {metric} {cell(list(best.values()))}"
+    if len(order) == 1:
+        return f"{said}."
+    other = compared.values(order[1], metric)
+    seeds = sorted(best.keys() & other.keys())
+    if len(seeds) < 2:
+        return f"{said}, before {names[1]} (no two seeds in common)."
+    mean, low, high, _ = paired_bootstrap([best[seed] - other[seed] for seed in seeds])
+    sure = "ahead of" if low * high > 0 else "not surely ahead of"
+    return f"{said}, {sure} {names[1]} by {mean:+.4f} [{low:+.4f}, {high:+.4f}]."
 
 
 def ranking(compared: Comparison, metric: str) -> str:

@@ -103,11 +103,10 @@ def _others(cfg: DictConfig) -> list[str]:
     return [o for o in cfg.command or [] if not o.lstrip("+").startswith(free)]
 
 
-def comparison(folder: Path, title: str, text: str, picture: Path) -> None:
-    """Of ``tercet compare``: the text's first lines say which setting is ahead."""
-    best = next((line for line in text.splitlines() if line.startswith("best run")), "")
+def comparison(folder: Path, title: str, said: str, text: str, picture: Path) -> None:
+    """Of ``tercet compare``."""
     parts = [section("Settings", f"<pre>{escape(text)}</pre>"), section("All runs", pictures([picture]))]
-    page(folder / "report.html", title, str(folder), escape(best), parts)
+    page(folder / "report.html", title, str(folder), f"<b>{escape(said)}</b>", parts)
 
 
 def page(path: Path, title: str, subtitle: str, verdict: str, parts: Iterable[str]) -> None:

@@ -82,7 +82,7 @@ class Sample:
         """Singular values of the centred rows, the largest is 1: those of a collapsed space fall at once."""
         values = torch.linalg.svdvals(self.z[0] - self.z[0].mean(0))
         shares: Tensor = values / values[0].clamp(min=1e-12)
-        return shares
+        return shares[: len(self.label) - 1]  # centred rows have no more directions
 
     def plane(self) -> Tensor:
         """``(N, 2)``: the two directions in which the rows differ most (PCA)."""
