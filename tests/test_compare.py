@@ -60,7 +60,7 @@ def test_the_verdict_says_who_is_ahead_and_whether_it_is_sure(tmp_path):
             lay(
                 tmp_path / f"{setting}{seed}",
                 seed,
-                {"test/a": value + (setting == "1") * 0.01, "test/b": value},
+                {"test/a": value + (setting == "1") * 0.01, "test/loss": value},
                 f"x={setting}",
             )
     said = compare.verdict(compare.group(runs.read([tmp_path])), "test/a")
