@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tercet.contract import Embedded
 
-DENSE = 1 << 24  # scores that are computed at once and kept: 64 MiB of them in float32
+DENSE = 1 << 22  # scores that are computed at once and kept: 16 MiB of them in float32, several times
 TILE = 1 << 22  # scores of a slice where there are more
 ROWS = 256  # of a slice at least: each adds up a gradient of all keys
 
