@@ -6,7 +6,7 @@ import time
 
 COMMANDS = (
     ("benchmarks.training", "--steps", "4"),
-    ("benchmarks.large",),
+    ("benchmarks.large", "--names", "tercet, recomputed", "sentence-transformers, cached, 32 rows"),
     ("benchmarks.mining", "--sizes", "256", "512"),
     ("benchmarks.encoding", "--sentences", "2000"),
     ("benchmarks.evaluation", "--share", "0.1"),
