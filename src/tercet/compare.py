@@ -140,11 +140,10 @@ def verdict(compared: Comparison, metric: str) -> str:
     said = f"{names[0]}: {metric} {cell(list(best.values()))}"
     if len(order) == 1:
         return f"{said}."
-    other = compared.values(order[1], metric)
-    seeds = sorted(best.keys() & other.keys())
-    if len(seeds) < 2:
+    differences = paired(best, compared.values(order[1], metric))
+    if len(differences) < 2:
         return f"{said}, before {names[1]} (no two seeds in common)."
-    mean, low, high, _ = paired_bootstrap([best[seed] - other[seed] for seed in seeds])
+    mean, low, high, _ = paired_bootstrap(differences)
     sure = "ahead of" if low * high > 0 else "not surely ahead of"
     return f"{said}, {sure} {names[1]} by {mean:+.4f} [{low:+.4f}, {high:+.4f}]."
 
@@ -170,11 +169,16 @@ def ranking(compared: Comparison, metric: str) -> str:
 
 
 def _against(best: dict[int, float], other: dict[int, float]) -> list[str]:
-    seeds = sorted(best.keys() & other.keys())
-    if len(seeds) < 2:
+    differences = paired(best, other)
+    if len(differences) < 2:
         return ["no two seeds in common", ""]
-    mean, low, high, share = paired_bootstrap([best[s] - other[s] for s in seeds])
+    mean, low, high, share = paired_bootstrap(differences)
     return [f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]", f"{max(share, 1 - share):.0%}"]
+
+
+def paired(best: dict[int, float], other: dict[int, float]) -> list[float]:
+    """By how much the best is ahead, for each seed that both have."""
+    return [best[seed] - other[seed] for seed in sorted(best.keys() & other.keys())]
 
 
 def paired_bootstrap(differences: Sequence[float]) -> tuple[float, float, float, float]:
