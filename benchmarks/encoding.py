@@ -2,6 +2,7 @@
 
     python -m benchmarks.encoding                    20,000 sentences each, about six minutes on one thread
     python -m benchmarks.encoding --sentences 4000
+    python -m benchmarks.encoding --device cuda      in float32 as above, without the exports
 
 all-MiniLM-L6-v2, mean pooling, 256 tokens at most. The sentences come in parts that everybody encodes in turn.
 """
@@ -9,16 +10,14 @@ all-MiniLM-L6-v2, mean pooling, 256 tokens at most. The sentences come in parts 
 import argparse
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from benchmarks import device
 from benchmarks.report import write
+from benchmarks.shapes import MODEL
 from benchmarks.texts import sentences, source
-from benchmarks.trainers import MODEL
 from benchmarks.turns import by_turns, surroundings
 from tercet.evaluation import STS
 from tercet.model import Encoder, Encoding
@@ -36,7 +35,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Encoding beside sentence-transformers.")
     parser.add_argument("--sentences", type=int, default=20_000)
-    parser.add_argument("--threads", type=int, default=1)
+    device.add(parser)
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks/encoding.json"))
     return parser.parse_args()
 
@@ -46,20 +45,23 @@ def anew(encoder: Encoder) -> Encode:
     return lambda texts: Encoding(encoder)(texts)
 
 
-def contenders() -> dict[str, Encode]:
-    """Functions of a list of texts."""
+def contenders(where: str) -> dict[str, Encode]:
+    """Functions of a list of texts; exports run on a CPU."""
     from sentence_transformers import SentenceTransformer
 
-    ours = open_model(MODEL, None, "cpu").eval()
-    theirs = SentenceTransformer(find(MODEL, "model"), device="cpu")
+    ours = open_model(MODEL, None, where).eval()
+    theirs = SentenceTransformer(find(MODEL, "model"), device=where)
     found: dict[str, Encode] = {
         "tercet": anew(ours),
         PEER: lambda texts: theirs.encode(texts, batch_size=32, convert_to_tensor=True, show_progress_bar=False),
-        f"{PEER}, batch 128": lambda texts: theirs.encode(
-            texts, batch_size=128, convert_to_tensor=True, show_progress_bar=False
-        ),
+        **{
+            f"{PEER}, batch {size}": lambda texts, size=size: theirs.encode(
+                texts, batch_size=size, convert_to_tensor=True, show_progress_bar=False
+            )
+            for size in ((128,) if where == "cpu" else (128, 512))
+        },
     }
-    for precision in ("float32", "int8"):
+    for precision in ("float32", "int8") if where == "cpu" else ():
         folder = Path(tempfile.mkdtemp())
         export(ours, folder, precision)  # type: ignore[arg-type]
         name = "tercet, int8" if precision == "int8" else "tercet, ONNX float32"
@@ -72,9 +74,9 @@ def step_of(encode: Encode, parts: Iterator[list[str]]) -> Callable[[], tuple[fl
 
     def step() -> tuple[float, float]:
         texts = next(parts)
-        wall, cpu = time.perf_counter(), time.process_time()
+        start = device.now()
         encode(texts)
-        return time.perf_counter() - wall, time.process_time() - cpu
+        return device.since(start)
 
     return step
 
@@ -91,16 +93,17 @@ def quality(encode: Encode) -> float | None:
 def main() -> None:
     """Measure, print, write."""
     options = arguments()
-    torch.set_num_threads(options.threads)
+    device.prepare(options)
+    clock = device.clock(options.device)
     texts = sentences(options.sentences)
     parts = [texts[i : i + PART] for i in range(0, len(texts), PART)]
-    encoders = contenders()
+    encoders = contenders(options.device)
     reference = encoders[PEER](parts[0][:100])
-    off = {name: float((encode(parts[0][:100]) - reference).abs().max()) for name, encode in encoders.items()}
+    off = {name: float((encode(parts[0][:100]) - reference).abs().max().cpu()) for name, encode in encoders.items()}
     found = by_turns({name: step_of(encode, iter(parts)) for name, encode in encoders.items()}, len(parts))
-    theirs = min(row["cpu"] for name, row in found.items() if name.startswith(PEER))  # at its best setting
+    theirs = min(row[clock] for name, row in found.items() if name.startswith(PEER))  # at its best setting
     rows = [
-        {"name": name, "sentences_per_second": PART / row["cpu"], "ratio": theirs / row["cpu"], "goal": GOALS.get(name),
+        {"name": name, "sentences_per_second": PART / row[clock], "ratio": theirs / row[clock], "goal": GOALS.get(name),
          "apart_by": off[name], "stsb_test": quality(encoders[name]), **row}
         for name, row in found.items()
     ]  # fmt: skip

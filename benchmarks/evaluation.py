@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from benchmarks.report import write
-from benchmarks.trainers import MODEL
+from benchmarks.shapes import MODEL
 from benchmarks.turns import surroundings
 from tercet.evaluation import STS
 from tercet.model import Encoding

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from benchmarks import composed
 from benchmarks.memory import MIB, alone, status
 from benchmarks.report import exponent, write
-from benchmarks.trainers import MODEL, overrides
+from benchmarks.shapes import MODEL, Task
+from benchmarks.trainers import overrides
 from benchmarks.turns import surroundings
 from tercet.build import build
 from tercet.contract import Batch, Embedded, Ragged
@@ -88,7 +89,7 @@ def step(n: int) -> Work:
 
 def length(n: int) -> Work:
     """Mean pooling: every token is computed in every layer."""
-    encoder: Encoder = build(composed.configuration([*overrides([[]], 64), "model.pooling=mean"]).model).train()
+    encoder: Encoder = build(composed.configuration([*overrides(Task([[]], 64)), "model.pooling=mean"]).model).train()
     rows = Ragged(torch.randint(1000, 20_000, (TOKENS,)), torch.full((TOKENS // n,), n))
 
     def work() -> None:

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from benchmarks.report import write
+from benchmarks.shapes import MODEL
 from benchmarks.texts import sentences
-from benchmarks.trainers import MODEL
 from benchmarks.turns import surroundings
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -3,10 +3,11 @@
 import platform
 import statistics
 import threading
-import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+
+from benchmarks.device import now, since
 
 Tick = Callable[[], None]
 
@@ -39,10 +40,10 @@ class Turn:
 
     def step(self) -> tuple[float, float]:
         """Seconds of wall and of CPU time."""
-        wall, cpu = time.perf_counter(), time.process_time()
+        start = now()
         self.go.release()
         self._wait()
-        return time.perf_counter() - wall, time.process_time() - cpu
+        return since(start)
 
 
 def by_turns(steps: Mapping[str, Callable[[], tuple[float, float]]], count: int) -> dict[str, dict[str, Any]]:

