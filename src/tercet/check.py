@@ -11,6 +11,7 @@ from tercet.error import InputError
 from tercet.launch import launched, processes
 from tercet.model import ImageEncoder, TextEncoder
 from tercet.model.encoder import limit
+from tercet.record import ARTIFACTS
 
 
 def check(cfg: DictConfig, objective: Any, data: Any) -> None:
@@ -24,6 +25,8 @@ def check(cfg: DictConfig, objective: Any, data: Any) -> None:
     _batch(cfg)
     _monitor(cfg)
     _precision(cfg)
+    if cfg.artifacts not in (*ARTIFACTS, None):
+        raise InputError(f"artifacts={cfg.artifacts}: choose one of {', '.join(ARTIFACTS)}, or null.")
 
 
 def _name(cfg: DictConfig) -> str:

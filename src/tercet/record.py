@@ -13,7 +13,6 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import Logger, TensorBoardLogger
 
 from tercet.distributed import rank
-from tercet.error import InputError
 
 ARTIFACTS = ("record", "model", "checkpoints")
 PACKAGES = ("tercet", "torch", "pytorch-lightning", "transformers", "datasets", "hydra-core", "torchmetrics", "wandb")
@@ -58,8 +57,6 @@ def close(loggers: Sequence[Logger], status: str) -> None:
 
 def artifacts(loggers: Sequence[Logger], output: Path, name: str, kind: str | None) -> None:
     """Hand W&B the run's files: what it was and said, and with it the ``model``, or that and the ``checkpoints``."""
-    if kind not in (*ARTIFACTS, None):
-        raise InputError(f"artifacts={kind}: choose one of {', '.join(ARTIFACTS)}, or null.")
     for logger in loggers:
         if kind is None or type(logger).__name__ != "WandbLogger":
             continue

@@ -80,10 +80,16 @@ def verdict(cfg: DictConfig, metrics: dict[str, float], before: dict[str, float]
     start = f"{number(before[name])} → " if name in before else ""
     said = f"<b>{escape(name)}: {start}{number(metrics[first])}</b>"
     if first in expected and not _others(cfg):
-        mean, sd = expected[first]
-        fits = abs(metrics[first] - mean) <= 3 * sd
-        said += f". Expected {number(mean)} ± {number(sd)} over seeds: {'as expected.' if fits else '<b>not as expected</b>.'}"
+        said += f". {_judged(metrics[first], *expected[first])}"
     return said
+
+
+def _judged(value: float, mean: float, sd: float | None) -> str:
+    """Against ``expected``; one number of a paper has no sd, and is only named."""
+    if sd is None:
+        return f"The paper has {number(mean)}."
+    fits = abs(value - mean) <= 3 * sd
+    return f"Expected {number(mean)} ± {number(sd)} over seeds: {'as expected.' if fits else '<b>not as expected</b>.'}"
 
 
 def _others(cfg: DictConfig) -> list[str]:

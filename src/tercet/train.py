@@ -93,7 +93,7 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
         # The draws of the evaluation must not decide what training draws.
         # Processes draw differently: rows of two of them must not share their dropout.
         pl.seed_everything(cfg.seed + trainer.global_rank, workers=True, verbose=False)
-        trainer.fit(objective, datamodule=data, ckpt_path=interrupted(cfg, output, data))
+        trainer.fit(objective, datamodule=data, ckpt_path=interrupted(cfg, output))
         metrics |= numbers(trainer, "train/") | select(trainer, objective)
         metrics |= measure(trainer, objective, tests, "test")
         finish(cfg, trainer, objective, metrics, notes, output)
@@ -127,15 +127,11 @@ def goes_on(cfg: DictConfig, output: Path) -> None:
         raise InputError(f"resume=true: {output} was begun with {other}. Set it as it was, or use another output_dir.")
 
 
-def interrupted(cfg: DictConfig, output: Path, data: DataModule) -> str | None:
+def interrupted(cfg: DictConfig, output: Path) -> str | None:
     """The checkpoint that a run with ``resume`` goes on from, if there is one."""
     path = newest(output / "checkpoints", read) if cfg.resume else None
     if path is None:
         return None
-    if data.streaming:
-        raise InputError(
-            "resume=true with data.streaming=true: a stream's place is not recorded. Use data.streaming=false."
-        )
     say(f"going on from {path}, step {read(path)['global_step']}")
     return str(path)
 

@@ -62,6 +62,7 @@ CASES = {
     "a word where a number is needed": ([*OWN, "loss.temperature=hot"], ["loss.temperature=hot", "a number"]),
     "an optimized metric that is not measured": ([*OWN, "optimized_metric=test/nothing"], ["test/nothing", "There are"]),
     "longer rows than the backbone takes": ([*OWN, "data.max_length=800"], ["data.max_length=800", "512"]),
+    "an unknown kind of artifact": ([*OWN, "artifacts=weights"], ["artifacts=weights", "checkpoints"]),
     "an unknown precision": ([*OWN, "trainer.precision=17"], ["trainer.precision=17", "bf16-mixed"]),
     "devices without a strategy": ([*OWN, "trainer=cpu", "trainer.devices=2"], ["trainer.devices=2", "trainer=ddp_cpu"]),
     "a masked LM without a mask": ([*OWN, "objective.mlm.probability=1.5"], ["objective.mlm.probability=1.5"]),

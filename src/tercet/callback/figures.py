@@ -15,16 +15,27 @@ if TYPE_CHECKING:
 
 
 class Figures(pl.Callback):
-    """After the test stage: the figures of each evaluator that draws, as ``<name>.png``."""
+    """The figures of each evaluator that draws: after the test as ``<name>.png``, with every validation ``val_<name>.png``.
+
+    What both encode is remembered, so that a figure costs its drawing alone. All processes encode, the first one writes.
+    """
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: Contrastive) -> None:  # type: ignore[override]
+        """The loggers keep those of every validation, the folder the last."""
+        if not trainer.sanity_checking:
+            _publish_all(trainer, pl_module, trainer.val_dataloaders, "val_")
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: Contrastive) -> None:  # type: ignore[override]
-        """All processes encode, the first one writes."""
-        if pl_module.stage != "test":
-            return
-        for call in trainer.test_dataloaders.dataset:  # type: ignore[union-attr]
-            draw = getattr(call.__self__, "figures", None)
-            for name, figure in (draw(pl_module.encoding) if draw else {}).items():
-                publish(trainer, name, figure)
+        """Not those of the weights before training: they would be written over."""
+        if pl_module.stage == "test":
+            _publish_all(trainer, pl_module, trainer.test_dataloaders, "")
+
+
+def _publish_all(trainer: pl.Trainer, pl_module: Contrastive, loader: Any, prefix: str) -> None:
+    for call in loader.dataset:
+        draw = getattr(call.__self__, "figures", None)
+        for name, figure in (draw(pl_module.encoding) if draw else {}).items():
+            publish(trainer, prefix + name, figure)
 
 
 def publish_table(trainer: pl.Trainer, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -64,6 +64,7 @@ class DataModule(pl.LightningDataModule):
         self.streaming = bool(getattr(train, "streaming", False))
         self.rows: Rows | None = None
         self.sampler: Sampler[Draw] | None = None
+        self.epoch, self.skipped = 0, 0  # of a stream
 
     def prepare_data(self) -> None:
         """Check the rows and make them ready; asked again, as Lightning does, there is nothing to do."""
@@ -86,9 +87,10 @@ class DataModule(pl.LightningDataModule):
         """An element is a process's part of a global batch."""
         if self.rows is None:
             assert isinstance(self.reader, Tokenizing)
-            return DataLoader(
-                StreamBatches(self.train, self.reader, self.batch_size, self.seed, self.shuffle_buffer), batch_size=None
+            stream = StreamBatches(
+                self.train, self.reader, self.batch_size, self.seed, self.shuffle_buffer, self._place
             )
+            return DataLoader(stream, batch_size=None)
         assert self.sampler is not None
         sampler = Rest(self.sampler, self._done)
         return DataLoader(
@@ -103,6 +105,20 @@ class DataModule(pl.LightningDataModule):
         """How many batches of the epoch the weights have seen."""
         loop = getattr(self.trainer, "fit_loop", None)
         return loop.epoch_loop.batch_progress.current.processed if loop else 0
+
+    def state_dict(self) -> dict[str, int]:
+        """Where a stream is. It begins before Lightning's loops know where they are; rows in memory ask these later."""
+        return {"epoch": self.trainer.current_epoch if self.trainer else 0, "done": self._done()}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Where a stream goes on."""
+        self.epoch, self.skipped = state_dict["epoch"], state_dict["done"]
+
+    def _place(self) -> tuple[int, int]:
+        """The epoch that begins, and how many of its batches were had; the next epoch after it begins at 0."""
+        place = self.epoch, self.skipped
+        self.epoch, self.skipped = self.epoch + 1, 0
+        return place
 
     def val_dataloader(self) -> "DataLoader[Evaluator]":
         """An element is an evaluator."""

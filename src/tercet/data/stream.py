@@ -1,6 +1,6 @@
 """Batches of a stream that does not fit: tokenized as it comes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
 
 import pyarrow as pa
@@ -17,22 +17,27 @@ class StreamBatches(IterableDataset[Batch]):
     """Global batches in the order of the stream, shuffled in a buffer from (seed, epoch) alone, sliced by process.
 
     Every process reads the whole stream but tokenizes its own rows only, so that the global batch is the same for any
-    number of processes. ``uid`` counts rows from the start of the epoch.
+    number of processes. ``uid`` counts rows from the start of the epoch. ``place`` says which epoch begins and how many
+    of its batches a run that goes on has had: these are read again, and not tokenized.
     """
 
-    def __init__(self, source: Source, tokenizing: Tokenizing, batch_size: int, seed: int, buffer: int) -> None:
+    def __init__(
+        self, source: Source, tokenizing: Tokenizing, batch_size: int, seed: int, buffer: int,
+        place: Callable[[], tuple[int, int]],
+    ) -> None:  # fmt: skip
         self.source = source
         self.tokenizing = tokenizing
         self.batch_size = batch_size
         self.seed = seed
         self.buffer = buffer
-        self.epoch = 0
+        self.place = place
 
     def __iter__(self) -> Iterator[Batch]:
         rows = self.source.rows().shuffle(seed=self.seed, buffer_size=self.buffer)
-        rows.set_epoch(self.epoch)
-        self.epoch += 1
-        stream, start = iter(rows), 0
+        epoch, done = self.place()
+        rows.set_epoch(epoch)
+        start = done * self.batch_size
+        stream = islice(rows, start, None)
         own = own_slice(self.batch_size)
         while len(batch := list(islice(stream, self.batch_size))) == self.batch_size:
             mine = batch[own]
