@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytorch_lightning as pl
 from pytorch_lightning.loggers import TensorBoardLogger
 
+from tercet.notice import say_once
 from tercet.objective.contrastive import Contrastive
 
 if TYPE_CHECKING:
@@ -40,8 +41,12 @@ def _publish_all(trainer: pl.Trainer, pl_module: Contrastive, loader: Any, prefi
 
 def publish_table(trainer: pl.Trainer, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """``<name>.csv`` in the run's folder, and the same in W&B and, as text, in TensorBoard."""
-    with (Path(trainer.default_root_dir) / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([columns, *rows])
+    path = Path(trainer.default_root_dir) / f"{name}.csv"
+    try:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([columns, *rows])
+    except OSError as error:
+        _missed(path, error)
     for logger in trainer.loggers:
         if hasattr(logger, "log_table"):
             logger.log_table(key=name, columns=list(columns), data=[list(row) for row in rows])
@@ -56,9 +61,18 @@ def publish(trainer: pl.Trainer, name: str, figure: "Figure") -> None:
     if not trainer.is_global_zero:
         return
     path = Path(trainer.default_root_dir) / f"{name}.png"
-    figure.savefig(path, dpi=150)
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        _missed(path, error)
+        return
     for logger in trainer.loggers:
         if hasattr(logger, "log_image"):
             logger.log_image(key=name, images=[str(path)])
         elif isinstance(logger, TensorBoardLogger):
             logger.experiment.add_figure(name, figure, trainer.global_step, close=False)
+
+
+def _missed(path: Path, error: OSError) -> None:
+    path.unlink(missing_ok=True)  # half of it
+    say_once(f"{path} could not be written ({error}); training goes on without it.")
