@@ -48,6 +48,8 @@ class Summary(Callback):
         written = summaries if len(groups) > 1 else next(iter(summaries.values()), {})
         (root / "summary.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
         say(f"Written to {root / 'summary.json'}")
+        if any((f / "error.txt").is_file() and not (f / "metrics.json").is_file() for f in jobs):
+            raise SystemExit(1)  # main knows of jobs in its own process only
 
     def _draw(self, summary: dict[str, Any], settings: DictConfig, stages: list[str], root: Path) -> None:
         from tercet.stages import draw  # heavy; sweeps are imported before anything is known

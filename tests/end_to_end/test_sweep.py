@@ -1,10 +1,14 @@
 """Multiruns from the command line."""
 
+import sys
+
 import optuna
+import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
 from hydra_plugins.tercet_budget import distribution
+from tercet.record import read
 from tests.conftest import tiny
 from tests.end_to_end.conftest import FAST, write_texts
 
@@ -50,6 +54,29 @@ def test_a_budgeted_search_goes_on_until_its_trials_are_made(command, tmp_path):
     assert [len(t.intermediate_values) for t in study.trials] == [4, 4, 4], "each validation is reported"
     none = command("train", *[o for o in given if not o.startswith("optimized")], "hydra.sweeper.trials=4")
     assert none.code == 1 and "optimized_metric, which is null" in none.terminal
+
+
+@pytest.mark.slow
+def test_jobs_of_ray_are_those_of_one_process(command, tmp_path):
+    pytest.importorskip("ray")
+    write_texts(tmp_path / "my.txt")
+    few = [o for o in FAST if not o.startswith("logger")]
+    given = ["-m", *tiny("data=text", f"data.path={tmp_path / 'my.txt'}", *few), "logger=none", "measure_before=false",
+             "seed=1", "data.batch_size=4,400"]  # fmt: skip
+    for launcher in ("basic", "ray"):
+        swept = command("train", *given, f"hydra/launcher={launcher}", f"hydra.sweep.dir={tmp_path / launcher}")
+        assert swept.code == 1 and "job 1 failed" in swept.terminal, swept.terminal
+        assert "data.batch_size=400" in (tmp_path / launcher / "1" / "error.txt").read_text()
+    one, other = (read(tmp_path / launcher / "0") for launcher in ("basic", "ray"))
+    assert {k: v for k, v in one.items() if k.startswith("test/")} == pytest.approx(
+        {k: v for k, v in other.items() if k.startswith("test/")}
+    )
+
+
+def test_without_ray_its_launcher_says_what_to_install(command, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    swept = command("train", "-m", "seed=1,2", "hydra/launcher=ray", f"hydra.sweep.dir={tmp_path / 'sweep'}")
+    assert swept.code == 1 and "pip install 'tercet[ray]'" in swept.terminal, swept.terminal
 
 
 def test_what_is_searched_is_what_was_written():
