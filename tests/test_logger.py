@@ -84,7 +84,7 @@ def test_what_the_agent_of_wandb_starts_is_a_command_of_ours():
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("train", overrides)
     assert cfg.optimizer.lr == sweep["parameters"]["optimizer.lr"]["min"]
-    assert cfg.optimized_metric == sweep["metric"]["name"], "what the sweep looks for is measured"
+    assert cfg.monitor == sweep["metric"]["name"], "what the sweep looks for is measured"
 
 
 @pytest.mark.parametrize("agent", [True, False])
