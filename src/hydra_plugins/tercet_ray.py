@@ -42,6 +42,8 @@ class Ray(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """The jobs' results in their order; Ctrl-C and SIGTERM stop all of them, as they would one."""
+        from tercet.main import stopped
+
         setup_globals()
         configure_log(self.cfg.hydra.hydra_logging, self.cfg.hydra.verbose)
         jobs = [self._composed(list(job), initial_job_idx + i) for i, job in enumerate(job_overrides)]
@@ -49,8 +51,10 @@ class Ray(Launcher):
         before = signal.getsignal(signal.SIGTERM)
         self.ray.init(address=self.address, runtime_env=self.runtime_env, logging_level="error", **local)
         try:
-            signal.signal(signal.SIGTERM, _terminated)  # Ray's own leaves with 15
+            signal.signal(signal.SIGTERM, _terminated)  # Ray's prints a stack and aborts
             return self._run(jobs)
+        except SystemExit:  # Ray has put a code of its own in it
+            stopped(143)
         finally:
             time.sleep(0.5)  # what the jobs print last is on its way
             self.ray.shutdown()
@@ -77,9 +81,9 @@ class Ray(Launcher):
                 except self.ray.exceptions.RayError as error:
                     results[ref] = lost(refs[ref], error)
         except BaseException:
-            for ref in waiting:
+            for ref in refs:  # to one that has ended this is nothing
                 self.ray.cancel(ref)
-            self.ray.wait(waiting, num_returns=len(waiting), timeout=SAVING)
+            self.ray.wait(list(refs), num_returns=len(refs), timeout=SAVING)
             raise
         return [results[ref] for ref in refs]
 
@@ -133,7 +137,7 @@ def lost(job: DictConfig, error: Exception) -> JobReturn:
         why = f"job {number}: {explain(cause, '', 'train')}"
     else:
         why = (
-            f"job {number} was ended from outside ({type(error).__name__}; SIGKILL: often there was too little memory). "
+            f"job {number} was ended from outside ({type(error).__name__}: often there was too little memory). "
             f"{folder} holds what was saved; the sweep's command with hydra.sweep.dir={folder.parent} resume=true goes on."
         )
     folder.mkdir(parents=True, exist_ok=True)

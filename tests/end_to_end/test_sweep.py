@@ -1,13 +1,16 @@
 """Multiruns from the command line."""
 
+import math
 import sys
 
 import optuna
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
 from hydra_plugins.tercet_budget import distribution
+from hydra_plugins.tercet_ray import lost
 from tercet.record import read
 from tests.conftest import tiny
 from tests.end_to_end.conftest import FAST, write_texts
@@ -77,6 +80,15 @@ def test_without_ray_its_launcher_says_what_to_install(command, monkeypatch, tmp
     monkeypatch.setitem(sys.modules, "ray", None)
     swept = command("train", "-m", "seed=1,2", "hydra/launcher=ray", f"hydra.sweep.dir={tmp_path / 'sweep'}")
     assert swept.code == 1 and "pip install 'tercet[ray]'" in swept.terminal, swept.terminal
+
+
+def test_a_job_whose_process_died_is_named_and_the_sweep_goes_on(tmp_path, capsys):
+    hydra = {"job": {"num": 3}, "sweep": {"dir": str(tmp_path), "subdir": "3"}, "overrides": {"task": ["seed=4"]}}
+    result = lost(OmegaConf.create({"hydra": hydra}), RuntimeError("gone"))
+    assert math.isnan(result.return_value) and result.overrides == ["seed=4"]
+    written = (tmp_path / "3" / "error.txt").read_text()
+    assert "job 3 was ended" in written and "resume=true" in written
+    assert written in capsys.readouterr().err
 
 
 def test_what_is_searched_is_what_was_written():
