@@ -116,6 +116,8 @@ def execute(job: DictConfig, shared: tuple[Any, HydraContext, TaskFunction, str]
     if not Path(folder).is_dir():
         raise InputError(f"{folder} is not on {os.uname().nodename}: a cluster's machines share the folder of a sweep.")
     os.chdir(folder)
+    # Ray cancels by it; a sweep begun in the background hands down that it is ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     setup_globals()
     Singleton.set_state(state)
     HydraConfig.instance().set_config(job)

@@ -1,7 +1,10 @@
 """Multiruns from the command line."""
 
 import math
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import optuna
 import pytest
@@ -74,6 +77,29 @@ def test_jobs_of_ray_are_those_of_one_process(command, tmp_path):
     assert {k: v for k, v in one.items() if k.startswith("test/")} == pytest.approx(
         {k: v for k, v in other.items() if k.startswith("test/")}
     )
+
+
+@pytest.mark.slow
+def test_sigterm_lets_the_jobs_of_ray_save_also_from_the_background(tmp_path):
+    """A shell's background jobs ignore SIGINT and hand that down; it is what Ray cancels by."""
+    pytest.importorskip("ray")
+    write_texts(tmp_path / "my.txt")
+    few = [o for o in FAST if not o.startswith(("logger", "trainer.max_steps"))]
+    given = ["-m", *tiny("data=text", f"data.path={tmp_path / 'my.txt'}", *few), "logger=none", "measure_before=false",
+             "trainer.max_steps=1000000", "trainer.max_epochs=-1", "save_every=1000000", "seed=1", "hydra/launcher=ray",
+             f"hydra.sweep.dir={tmp_path / 'sweep'}"]  # fmt: skip
+    ignore = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); os.execv(sys.executable, sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", ignore, sys.executable, "train.py", *given]
+    sweep = subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert sweep.stdout is not None
+    next(line for line in sweep.stdout if b"rows are" in line)
+    time.sleep(10)  # its steps take milliseconds
+    sweep.terminate()
+    said = sweep.communicate(timeout=50)[0]  # not the minute after which jobs are left alone
+    assert sweep.returncode == 143, said
+    assert (tmp_path / "sweep" / "0" / "checkpoints" / "last.ckpt").is_file(), said
 
 
 def test_without_ray_its_launcher_says_what_to_install(command, monkeypatch, tmp_path):
