@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from tercet.error import InputError
 
 MODES = {1: "L", 3: "RGB"}
+SIDE = 112  # pixels of a thumbnail
 SMALLEST = 8  # pixels of a side: less than that shows nothing, and is most often a placeholder
 
 
@@ -89,6 +90,12 @@ def _plain(picture: Image.Image) -> Image.Image:
         white = Image.new("RGBA", picture.size, "white")
         return Image.alpha_composite(white, picture)
     return picture.convert("RGB") if picture.mode == "LAB" else picture  # Pillow has no way from LAB to grey
+
+
+def thumbnail(data: bytes) -> Image.Image:
+    """A file's content to look at: upright, square, in colour."""
+    picture = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    return ImageOps.fit(picture, (SIDE, SIDE))
 
 
 def to_array(picture: Image.Image) -> npt.NDArray[np.uint8]:

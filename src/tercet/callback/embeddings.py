@@ -19,9 +19,9 @@ from tercet.objective.contrastive import Contrastive
 class Embeddings(pl.Callback):
     """Draws ``rows`` held-out examples of ``source`` before training, every ``every`` steps, and at the end.
 
-    ``embeddings.png``; of texts ``pairs.csv``, the ``pairs`` hardest positives, negatives and nearest neighbours, and
-    ``triplets.csv``, the anchors whose farthest positive and nearest negative are in the wrong order most; of images these as
-    ``triplets.png``; all in the run's folder and in every logger; TensorBoard's projector gets the last vectors. null for
+    ``embeddings.png``; ``pairs.csv``, the ``pairs`` hardest positives, negatives and nearest neighbours, and ``triplets.csv``,
+    the anchors whose farthest positive and nearest negative are in the wrong order most; of images ``triplets.png``. All in
+    the run's folder and in every logger; W&B has both tables with pictures, TensorBoard's projector the last vectors. null for
     ``every``: before and at the end alone. Map: UMAP where the package umap-learn is installed and ``umap`` asks for it,
     else PCA. In several processes nothing is drawn between the steps: the others would wait.
     """
@@ -71,7 +71,6 @@ class Embeddings(pl.Callback):
         one, other = self.items[0], self.items[-1]
         if isinstance(one[0], bytes):
             publish(trainer, "triplets", sheet(triplets, one))
-            return
         pairs = [(what, round(cosine, 4), one[i], other[j]) for what, cosine, i, j in sample.notable(self.pairs)]
         publish_table(trainer, "pairs", ("what", "cosine", "one", "other"), pairs)
         hard = [(round(far, 4), round(near, 4), one[a], other[p], other[n]) for a, p, n, far, near in triplets]

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.loggers import TensorBoardLogger
+from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 
-from tercet.notice import say_once
+from tercet.image import thumbnail
+from tercet.notice import enduring, say_once, told
 from tercet.objective.contrastive import Contrastive
 
 if TYPE_CHECKING:
@@ -40,20 +41,30 @@ def _publish_all(trainer: pl.Trainer, pl_module: Contrastive, loader: Any, prefi
 
 
 def publish_table(trainer: pl.Trainer, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """``<name>.csv`` in the run's folder, and the same in W&B and, as text, in TensorBoard."""
+    """``<name>.csv`` in the run's folder, and the same in W&B and, as text, in TensorBoard; with images in W&B alone."""
+    images = any(isinstance(cell, bytes) for row in rows for cell in row)
     path = Path(trainer.default_root_dir) / f"{name}.csv"
     try:
-        with path.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([columns, *rows])
+        if not images:
+            with path.open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows([columns, *rows])
     except OSError as error:
         _missed(path, error)
     for logger in trainer.loggers:
-        if hasattr(logger, "log_table"):
-            logger.log_table(key=name, columns=list(columns), data=[list(row) for row in rows])
-        elif isinstance(logger, TensorBoardLogger):
+        if isinstance(logger, WandbLogger):
+            data = [[_shown(cell) for cell in row] for row in rows]
+            logger.log_table(key=f"tables/{name}", columns=list(columns), data=data, step=trainer.global_step)
+        elif isinstance(logger, TensorBoardLogger) and not images:
             table = [columns, ["---"] * len(columns), *rows]
             lines = [" | ".join(str(cell).replace("|", " ") for cell in row) for row in table]
-            logger.experiment.add_text(name, "\n".join(lines), trainer.global_step)
+            with enduring(told(logger)):
+                logger.experiment.add_text(f"tables/{name}", "\n".join(lines), trainer.global_step)
+
+
+def _shown(cell: Any) -> Any:
+    import wandb
+
+    return wandb.Image(thumbnail(cell)) if isinstance(cell, bytes) else cell
 
 
 def publish(trainer: pl.Trainer, name: str, figure: "Figure") -> None:
@@ -67,10 +78,11 @@ def publish(trainer: pl.Trainer, name: str, figure: "Figure") -> None:
         _missed(path, error)
         return
     for logger in trainer.loggers:
-        if hasattr(logger, "log_image"):
-            logger.log_image(key=name, images=[str(path)])
+        if isinstance(logger, WandbLogger):
+            logger.log_image(key=f"figures/{name}", images=[str(path)], step=trainer.global_step)
         elif isinstance(logger, TensorBoardLogger):
-            logger.experiment.add_figure(name, figure, trainer.global_step, close=False)
+            with enduring(told(logger)):
+                logger.experiment.add_figure(f"figures/{name}", figure, trainer.global_step, close=False)
 
 
 def _missed(path: Path, error: OSError) -> None:

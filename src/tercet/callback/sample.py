@@ -1,18 +1,17 @@
 """A few held-out examples as a model sees them, and pictures of them."""
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
 from torch import Tensor
+
+from tercet.image import thumbnail
 
 TRUE, OTHER = "#1b7f79", "#b5bcbf"
 COLORS = 10  # labels that get a color of their own; the rest are grey
-SIDE = 112  # pixels of a picture on a sheet
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,6 @@ def sheet(triplets: Sequence[tuple[int, int, int, float, float]], images: Sequen
     for row, (a, p, n, far, near) in zip(axes, triplets, strict=False):
         titles = ("anchor", f"positive {far:.2f}", f"negative {near:.2f}")
         for axis, which, title in zip(row, (a, p, n), titles, strict=True):
-            picture = ImageOps.exif_transpose(Image.open(io.BytesIO(images[which]))).convert("RGB")
-            axis.imshow(ImageOps.fit(picture, (SIDE, SIDE)))
+            axis.imshow(thumbnail(images[which]))
             axis.set_title(title, fontsize=8)
     return figure

@@ -175,7 +175,7 @@ class Contrastive(pl.LightningModule):
                 "The number of steps is not known, so the schedule cannot be laid out. Set trainer.max_steps."
             )
         schedule = self.schedule(optimizer, int(steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "train/lr"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """A checkpoint holds all that the encoder is built from: it can be moved and read alone."""
