@@ -1,15 +1,11 @@
-"""metrics.csv loses nothing by a full disk, nor by a second part of a run; W&B's agent finds its run."""
+"""metrics.csv loses nothing by a full disk, nor by a second part of a run."""
 
 import csv
 import resource
-from pathlib import Path
 
 import pytest
-import yaml
-from hydra import compose, initialize_config_dir
-from wandb.sdk.launch.sweeps import utils
 
-from tercet.logger import Curves, wandb
+from tercet.logger import Curves
 
 
 def rows(path):
@@ -64,32 +60,3 @@ def test_a_run_that_goes_on_keeps_what_was_before(tmp_path, keep):
     found = [(row["step"], row.get("a"), row["b"], row["c"]) for row in rows(tmp_path)]
     new = [("2", "" if keep else None, "12.0", "4.0"), ("3", "" if keep else None, "13.0", "4.0")]
     assert found == ([("0", "1.0", "0.0", ""), ("1", "1.0", "1.0", "")] if keep else []) + new
-
-
-ROOT = Path(__file__).parents[1]
-
-
-def test_what_the_agent_of_wandb_starts_is_a_command_of_ours():
-    """Built by W&B's own code from the sweep that the documentation ships."""
-    sweep = yaml.safe_load((ROOT / "docs" / "wandb_sweep.yaml").read_text())
-    drawn = {name: {"value": p.get("value", p.get("min"))} for name, p in sweep["parameters"].items()}
-    parts = {**utils.create_sweep_command_args({"args": drawn}), "program": [sweep["program"]], "env": ["env"]}
-    command = [
-        word
-        for part in utils.create_sweep_command(sweep["command"])[2:]
-        for word in (parts[part[2:-1]] if part.startswith("${") else [part])
-    ]
-    start, *overrides = command
-    assert (ROOT / start).is_file()
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("train", overrides)
-    assert cfg.optimizer.lr == sweep["parameters"]["optimizer.lr"]["min"]
-    assert cfg.monitor == sweep["metric"]["name"], "what the sweep looks for is measured"
-
-
-@pytest.mark.parametrize("agent", [True, False])
-def test_a_run_of_the_agent_has_the_name_that_it_was_given(tmp_path, monkeypatch, agent):
-    monkeypatch.setenv("WANDB_RUN_ID", "abcd1234")
-    monkeypatch.setenv("WANDB_SWEEP_ID", "s") if agent else monkeypatch.delenv("WANDB_SWEEP_ID", raising=False)
-    wandb("tercet", "toy", None, [], "offline", str(tmp_path), resume=False)
-    assert ((tmp_path / "wandb" / "run-id.txt").read_text().strip() == "abcd1234") == agent

@@ -4,31 +4,35 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from pytorch_lightning.loggers import Logger, TensorBoardLogger
+from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from tercet.distributed import rank
+from tercet.notice import enduring, told
 
 ARTIFACTS = ("record", "model", "checkpoints")
+RECORD = (".yaml", ".txt", ".json", ".html", ".csv", ".png", ".md", ".patch")
 PACKAGES = ("tercet", "torch", "pytorch-lightning", "transformers", "datasets", "hydra-core", "torchmetrics", "wandb")
 
 
 def start(cfg: DictConfig, output: Path, data: Any, loggers: Sequence[Logger]) -> dict[str, Any]:
-    """Write the configuration and the state of code and data; tell the loggers."""
-    notes = {
-        "revision": revision(),
-        "data": {"name": data.name, "fingerprint": data.fingerprint()},
-        "versions": versions(),
-    }
-    config = {**_plain(cfg), **notes}
+    """Write the configuration and the state of code (what is not committed is ``changes.patch``) and data; tell the loggers."""
+    data_notes = {"name": data.name, "fingerprint": data.fingerprint()}
+    notes = {"revision": revision(), "data": data_notes, "versions": versions()}
+    config = _plain(cfg)
+    config |= notes | {"data": config["data"] | data_notes}
     if first():
         (output / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
         (output / "revision.txt").write_text(_text(notes), encoding="utf-8")
+        (output / "changes.patch").unlink(missing_ok=True)
+        if changes := _git("diff", "HEAD", "--binary"):
+            (output / "changes.patch").write_text(changes, encoding="utf-8")
     for logger in loggers:
         logger.log_hyperparams(config)
         if isinstance(logger, TensorBoardLogger):  # its hyper-parameters stay in a file beside the events
@@ -51,26 +55,36 @@ def close(loggers: Sequence[Logger], status: str) -> None:
     """``finished`` or ``failed``. W&B keeps one run open per process; the next job of a sweep needs its own."""
     for logger in loggers:
         logger.finalize(status)
-        if type(logger).__name__ == "WandbLogger" and rank() == 0:
-            logger.experiment.finish(exit_code=0 if status == "finished" else 1)  # type: ignore[attr-defined]
+        if isinstance(logger, WandbLogger) and first():
+            with enduring(told(logger), Exception):
+                logger.experiment.finish(exit_code=0 if status == "finished" else 1)
 
 
-def artifacts(loggers: Sequence[Logger], output: Path, name: str, kind: str | None) -> None:
-    """Hand W&B the run's files: what it was and said, and with it the ``model``, or that and the ``checkpoints``."""
+def hand_over(
+    loggers: Sequence[Logger], output: Path, cfg: DictConfig, metrics: dict[str, float], notes: dict[str, Any]
+) -> None:
+    """W&B gets the metrics as its summary, as artifacts the run's ``record``, with it the ``model``, or ``checkpoints`` too."""
+    kind = cfg.artifacts
+    metadata = {"revision": notes["revision"], "data": notes["data"]["fingerprint"], **metrics}
     for logger in loggers:
-        if kind is None or type(logger).__name__ != "WandbLogger":
+        if not isinstance(logger, WandbLogger):
             continue
-        import wandb
+        with enduring(told(logger), Exception):
+            logger.experiment.summary.update(metrics)
+            for what in ARTIFACTS[: 1 + ARTIFACTS.index(kind)] if kind else ():
+                logger.experiment.log_artifact(_artifact(output, cfg.name, what, metadata))
 
-        made = wandb.Artifact(f"{name}-{output.name}", type="run")
-        for file in sorted(
-            p for p in output.iterdir() if p.suffix in (".yaml", ".txt", ".json", ".html", ".csv", ".png")
-        ):
-            made.add_file(str(file))
-        for folder in ARTIFACTS[1 : 1 + ARTIFACTS.index(kind)]:
-            if (output / folder).is_dir():
-                made.add_dir(str(output / folder), name=folder)
-        logger.experiment.log_artifact(made)  # type: ignore[attr-defined]
+
+def _artifact(output: Path, name: str, what: str, metadata: dict[str, Any]) -> Any:
+    import wandb
+
+    named = re.sub(r"[^\w.-]", "_", f"{name}-{output.name}-{what}", flags=re.ASCII)[-128:]
+    made = wandb.Artifact(named, type=what, metadata=metadata)
+    if what != "record" and (output / what).is_dir():
+        made.add_dir(str(output / what), policy="immutable")  # no copy: the run's folder has it
+    for file in sorted(p for p in output.iterdir() if what == "record" and p.suffix in RECORD):
+        made.add_file(str(file))
+    return made
 
 
 def versions() -> dict[str, str]:
@@ -82,15 +96,19 @@ def versions() -> dict[str, str]:
 
 def revision() -> str:
     """The commit of the code, marked where files differ from it; the version where there is no repository."""
+    said = _git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    return said.strip() if said else f"no repository, tercet {importlib.metadata.version('tercet')}"
+
+
+def _git(*arguments: str) -> str:
     here = Path(__file__).resolve().parent
     try:
-        said = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            cwd=here, capture_output=True, text=True, check=True,
-        )  # fmt: skip
+        done = subprocess.run(
+            ["git", *arguments], cwd=here, capture_output=True, text=True, check=True, errors="replace"
+        )
     except (OSError, subprocess.CalledProcessError):
-        return f"no repository, tercet {importlib.metadata.version('tercet')}"
-    return said.stdout.strip()
+        return ""
+    return done.stdout
 
 
 def _text(notes: dict[str, Any]) -> str:

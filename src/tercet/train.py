@@ -8,6 +8,7 @@ import torch
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint, ModelSummary, ProgressBar
+from pytorch_lightning.loggers import Logger
 
 from tercet import launch, record, report
 from tercet.build import build
@@ -16,6 +17,7 @@ from tercet.check import check, check_model
 from tercet.console import before_after, quiet, say
 from tercet.data import DataModule, evaluators
 from tercet.error import InputError
+from tercet.logger import lasting
 from tercet.model.checkpoint import read
 from tercet.model.folder import save
 from tercet.objective import sharded
@@ -77,8 +79,10 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
     if cfg.check:
         preflight(cfg, objective, data, test, output)
         return None
-    loggers = [build(logger) for logger in cfg.logger.values() if logger]
-    callbacks = [made for callback in cfg.callback.values() if callback for made in wanted(cfg, build(callback))]
+    loggers = [lasting(made) for logger in cfg.logger.values() if logger and (made := build(logger))]
+    callbacks = [
+        made for callback in cfg.callback.values() if callback for made in wanted(cfg, build(callback), loggers)
+    ]
     plugins = [*(build(cfg.trainer.plugins) or []), Durable(cfg.keep)]
     trainer: pl.Trainer = build(
         cfg.trainer, logger=loggers, callbacks=callbacks, plugins=plugins, default_root_dir=str(output)
@@ -136,7 +140,7 @@ def interrupted(cfg: DictConfig, output: Path) -> str | None:
     return str(path)
 
 
-def wanted(cfg: DictConfig, callback: pl.Callback) -> list[pl.Callback]:
+def wanted(cfg: DictConfig, callback: pl.Callback, loggers: list[Logger]) -> list[pl.Callback]:
     """The callback, unless the trainer's switch for its kind is off: Lightning takes both at once for a mistake."""
     kinds = {
         ProgressBar: "enable_progress_bar",
@@ -145,7 +149,7 @@ def wanted(cfg: DictConfig, callback: pl.Callback) -> list[pl.Callback]:
     }
     if isinstance(callback, ModelCheckpoint) and callback.filename == "best" and not cfg.monitor:
         return []  # nothing selects
-    if isinstance(callback, LearningRateMonitor) and not any(cfg.logger.values()):
+    if isinstance(callback, LearningRateMonitor) and not loggers:
         return []
     return [callback] if all(cfg.trainer[key] for kind, key in kinds.items() if isinstance(callback, kind)) else []
 
@@ -195,7 +199,7 @@ def finish(
     record.metrics(output, metrics)
     before, after = (record.stage(metrics, stage) for stage in ("before", "test"))
     report.write(output, cfg, metrics, before, after)
-    record.artifacts(trainer.loggers, output, cfg.name, cfg.artifacts)
+    record.hand_over(trainer.loggers, output, cfg, metrics, notes)
     say("\n" + before_after(before, after))
     say(f"\n{trainer.global_step} steps, data {notes['data']['fingerprint']}. Written to {output}:")
     for path in sorted(p for p in output.iterdir() if p.name != "hparams.yaml"):

@@ -1,7 +1,6 @@
 """From the command line to a model that others can open."""
 
 import csv
-import time
 
 import pytest
 import torch
@@ -123,37 +122,15 @@ def test_a_stream_without_an_end_is_refused(small):
     assert "trainer.max_steps" in result.terminal
 
 
-def test_every_logger_gets_configuration_code_and_data(small, monkeypatch):
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setenv("NETRC", "/dev/null")
-    result = small("logger=all")
+def test_every_logger_gets_configuration_code_and_data(small):
+    result = small("logger=[csv,tensorboard]")
     assert result.code == 0, result.terminal
-    assert "the run is written offline" in result.terminal
-    offline = list((result.output / "wandb").glob("offline-run-*/*.wandb"))
-    events = list((result.output / "tensorboard").rglob("events*"))
-    told = [
-        written_at_last(offline[0], b"temperature"),
-        b"".join(e.read_bytes() for e in events),
-        (result.output / "hparams.yaml").read_bytes(),
-    ]
-    for content in told:
-        for word in (b"revision", b"fingerprint", b"temperature"):
+    events = b"".join(e.read_bytes() for e in (result.output / "tensorboard").rglob("events*"))
+    for content in (events, (result.output / "hparams.yaml").read_bytes()):
+        for word in (b"revision", b"fingerprint", b"temperature", b"batch_size"):
             assert word in content
-    assert len(offline) == 1
-    assert b"report.html" in written_at_last(offline[0], b"report.html"), "the artifact of the run"
-    names = {path.name for path in result.output.iterdir()}
-    assert {"embeddings.png", "pairs.csv", "report.html"} <= names
     for word in (b"embeddings", b"hardest negative"):
-        assert word in b"".join(e.read_bytes() for e in events)
-
-
-def written_at_last(path, word):
-    """W&B writes by a process of its own, which on a busy machine is behind."""
-    ends = time.monotonic() + 60
-    while word not in (content := path.read_bytes()) and time.monotonic() < ends:
-        time.sleep(0.2)
-    return content
+        assert word in events
 
 
 def test_without_loggers_it_runs_too(small):
@@ -189,23 +166,3 @@ def test_a_sweep_ends_with_mean_and_sd(command, tmp_path):
     values = [json.loads((root / job / "metrics.json").read_text())["test/retrieval/text/mrr"] for job in ("0", "2")]
     assert entry["mean"] == pytest.approx(sum(values) / 2)
     assert entry["sd"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
-
-
-def test_wandb_out_of_reach_is_said_and_the_run_goes_on_offline(small, monkeypatch):
-    monkeypatch.setenv("WANDB_API_KEY", "local-" + 40 * "0")
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "5")
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    result = small("logger=wandb", "callback.embeddings=null", "measure_before=false")
-    assert result.code == 0, result.terminal
-    assert result.terminal.count("the run is written offline") == 1
-    assert list((result.output / "wandb").glob("offline-run-*/*.wandb"))
-
-
-def test_a_run_that_goes_on_is_the_same_in_wandb(small):
-    few = ["logger=wandb_offline", "callback.embeddings=null", "measure_before=false", "schedule=constant"]
-    small(*few)
-    result = small(*few, "trainer.max_steps=3", "resume=true")
-    assert result.code == 0, result.terminal
-    runs = [path.name.rsplit("-", 1)[1] for path in (result.output / "wandb").glob("offline-run-*")]
-    assert len(runs) == 2 and len(set(runs)) == 1
