@@ -31,7 +31,7 @@ def start(cfg: DictConfig, output: Path, data: Any, loggers: Sequence[Logger]) -
         (output / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
         (output / "revision.txt").write_text(_text(notes), encoding="utf-8")
         (output / "changes.patch").unlink(missing_ok=True)
-        if changes := _git("diff", "HEAD", "--binary"):
+        if changes := _git("diff", "HEAD"):
             (output / "changes.patch").write_text(changes, encoding="utf-8")
     for logger in loggers:
         logger.log_hyperparams(config)

@@ -9,10 +9,10 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+import wandb
 import yaml
 from PIL import Image
 
-import wandb
 from tercet import notice
 from tercet.image import SIDE
 from tests.conftest import CONF, composed, tiny
@@ -142,9 +142,8 @@ def test_without_a_place_for_wandb_training_goes_on(small, tmp_path, monkeypatch
 @pytest.fixture
 def agent(monkeypatch, tmp_path):
     """W&B's own agent; what its server would answer is made up. Returns the commands that it starts."""
-    import wandb.apis.public.sweeps as server
-
     import wandb
+    import wandb.apis.public.sweeps as server
     from wandb import wandb_agent
 
     drawn = {"optimizer.lr": {"value": 1.25e-05}, "loss.temperature": {"value": 0.07}}
