@@ -4,6 +4,8 @@ One attention function, registered with ``transformers``, does it for its models
 normalisation and dropout see real tokens only, and no model is written again.
 """
 
+from collections.abc import Callable
+from functools import cache
 from itertools import groupby
 from typing import Any
 
@@ -17,8 +19,10 @@ from transformers.masking_utils import sdpa_mask
 from tercet.chance import mixed
 from tercet.contract import gathered, spread
 from tercet.model.dropout import Noise, drop
+from tercet.notice import say_once
 
 NAME = "tercet"
+LONG = 128  # tokens; below, attention is a hundredth of a layer's work (its scores are L / 6H of the linear layers')
 KEY_VALUE = (("key", "value"), ("k_lin", "v_lin"))  # what BERT's relatives call their projections, and DistilBERT
 
 
@@ -34,7 +38,17 @@ class Packing:
         self.groups = [(sum(1 for _ in rows), n) for n, rows in groupby(length.tolist())]
         self.starts = length.cumsum(0) - length
         self.length = length
+        self.uneven = _uneven(length)
         self.whole: Tensor | None = None  # the hidden states of all tokens, where a layer was given the first ones
+
+
+Way = Callable[[Tensor, Tensor, Tensor, Packing, float, float | None, int | None, Tensor | None], Tensor]
+
+
+def _uneven(length: Tensor) -> bool:
+    """Whether padding would double the work of attention, in rows so long that this is more than a kernel's calls."""
+    longest = int(length.max()) if len(length) else 0
+    return longest >= LONG and 2 * int(length.square().sum()) <= len(length) * longest**2
 
 
 def attention(
@@ -66,9 +80,16 @@ def attention(
     if packing.whole is not None:
         key, value = _all_tokens(module, packing.whole, key.shape)
         packing.whole = None
-    if query.is_cuda:
-        return _by_row(query, key, value, packing, dropout, scaling, sliding_window, seed), None
-    return _by_length(query, key, value, packing, dropout, scaling, sliding_window, seed), None
+    way = chosen(query, packing, sliding_window, seed)
+    return way(query, key, value, packing, dropout, scaling, sliding_window, seed), None
+
+
+def chosen(query: Tensor, packing: Packing, window: int | None, seed: Tensor | None) -> Way:
+    """How rows are kept apart here. All ways give the same."""
+    if not query.is_cuda:
+        return by_length
+    plain = window is None and seed is None
+    return nested if plain and packing.uneven and _nests(query.device, query.dtype, query.shape[-1]) else by_row
 
 
 def _all_tokens(module: nn.Module, hidden: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
@@ -79,7 +100,7 @@ def _all_tokens(module: nn.Module, hidden: Tensor, shape: torch.Size) -> tuple[T
     return made[0], made[1]
 
 
-def _by_length(
+def by_length(
     query: Tensor, key: Tensor, value: Tensor, packing: Packing, dropout: float, scaling: float | None,
     window: int | None, seed: Tensor | None,
 ) -> Tensor:  # fmt: skip
@@ -99,11 +120,11 @@ def _by_length(
     return torch.cat(parts)[None]
 
 
-def _by_row(
+def by_row(
     query: Tensor, key: Tensor, value: Tensor, packing: Packing, dropout: float, scaling: float | None,
     window: int | None, seed: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Padded for the attention alone, one call: it is a few percent of the work, and on a GPU calls cost more than that."""
+    """Padded for the attention alone, one call: with short rows it is a few percent of the work, and calls cost more."""
     first = query.shape[2] != key.shape[2]
     length = packing.length
     asked = torch.ones_like(length) if first else length
@@ -114,6 +135,46 @@ def _by_row(
     mask = there if band is None else there & band
     out = _one(q, k, v, mask, dropout, scaling, None if seed is None else spread(seed[0], asked))
     return gathered(out.transpose(1, 2), asked)[None]
+
+
+def nested(
+    query: Tensor, key: Tensor, value: Tensor, packing: Packing, dropout: float, scaling: float | None,
+    window: int | None, seed: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """One call of a kernel that is told where rows end: nothing is padded. It knows neither windows nor seeds."""
+    if window is not None or seed is not None:
+        raise ValueError("nested attention has no window and draws its own dropout.")
+    lengths = [torch.ones_like(packing.length) if query.shape[2] != key.shape[2] else packing.length]
+    lengths += [packing.length] * 2
+    q, k, v = (_jagged(x[0].transpose(0, 1), n) for x, n in zip((query, key, value), lengths, strict=True))
+    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
+    return out.transpose(1, 2).values()[None]
+
+
+def _jagged(tokens: Tensor, length: Tensor) -> Tensor:
+    """``(T, heads, d)`` to a nested ``(n, heads, L, d)``; told the extremes of ``L``, so that no device is asked."""
+    ends = F.pad(length.cumsum(0), (1, 0)).to(tokens.device, non_blocking=True)
+    least, most = int(length.min()), int(length.max())
+    jagged = torch.nested.nested_tensor_from_jagged(tokens.contiguous(), ends, min_seqlen=least, max_seqlen=most)
+    return jagged.transpose(1, 2)
+
+
+@cache
+def _nests(device: torch.device, dtype: torch.dtype, d: int) -> bool:
+    """Whether nested tensors do here what padding does, forward and backward; tried, not believed."""
+    packing = Packing(torch.tensor([40, 9]), True, False, None)
+    with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        q, k, v = (torch.randn(1, 2, 49, d, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+        try:
+            got, want = (way(q, k, v, packing, 0.0, None, None, None) for way in (nested, by_row))
+            slopes = [torch.autograd.grad(out.float().square().sum(), (q, k, v)) for out in (got, want)]
+            nested(q, k, v, packing, 0.1, None, None, None).sum().backward()
+        except (RuntimeError, NotImplementedError) as error:
+            say_once(f"Attention pads its rows: nested tensors do not run here ({str(error).splitlines()[0]}).")
+            return False
+    near = 1e-4 if dtype == torch.float32 else 0.05
+    pairs = [(got, want), *zip(*slopes, strict=True)]
+    return all(torch.allclose(a.float(), b.float(), near, near) for a, b in pairs)
 
 
 def _band(asked: int, length: int, window: int | None, device: torch.device) -> Tensor | None:
