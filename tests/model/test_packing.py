@@ -123,6 +123,9 @@ def test_what_nested_tensors_can_is_tried_and_not_believed(monkeypatch, caplog):
     real = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *a, **k: real(q, *a, **k) * (1 + q.is_nested))
     assert not ask(*given)
+    still = lambda q, *a, **k: real(q, *a, **({**k, "dropout_p": 0.0} if q.is_nested else k))  # noqa: E731
+    monkeypatch.setattr(F, "scaled_dot_product_attention", still)
+    assert not ask(*given), "a kernel without dropout"
 
     def none(q, *a, **k):
         if q.is_nested:

@@ -161,20 +161,22 @@ def _jagged(tokens: Tensor, length: Tensor) -> Tensor:
 
 @cache
 def _nests(device: torch.device, dtype: torch.dtype, d: int) -> bool:
-    """Whether nested tensors do here what padding does, forward and backward; tried, not believed."""
+    """Whether nested tensors do here what padding does, forward and backward, and drop; tried, not believed."""
     packing = Packing(torch.tensor([40, 9]), True, False, None)
     with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         q, k, v = (torch.randn(1, 2, 49, d, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
         try:
             got, want = (way(q, k, v, packing, 0.0, None, None, None) for way in (nested, by_row))
             slopes = [torch.autograd.grad(out.float().square().sum(), (q, k, v)) for out in (got, want)]
-            nested(q, k, v, packing, 0.1, None, None, None).sum().backward()
+            dropped = nested(q, k, v, packing, 0.5, None, None, None)
+            dropped.sum().backward()
         except (RuntimeError, NotImplementedError) as error:
             say_once(f"Attention pads its rows: nested tensors do not run here ({str(error).splitlines()[0]}).")
             return False
     near = 1e-4 if dtype == torch.float32 else 0.05
     pairs = [(got, want), *zip(*slopes, strict=True)]
-    return all(torch.allclose(a.float(), b.float(), near, near) for a, b in pairs)
+    drops = not torch.allclose(dropped.float(), want.float(), near, near)  # a view would be its twin's copy
+    return drops and all(torch.allclose(a.float(), b.float(), near, near) for a, b in pairs)
 
 
 def _band(asked: int, length: int, window: int | None, device: torch.device) -> Tensor | None:
