@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -63,11 +65,14 @@ def launch(worker: Worker, cfg: DictConfig, output: Path) -> float | None:
     )
     say(f"{count} processes on this machine")
     if not os.environ.get("TERCET_DEBUG"):  # the launcher logs the traceback of a failure that is told below
-        logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+        for name in ("", ".agent.server.api", ".multiprocessing.api"):
+            logging.getLogger(f"torch.distributed.elastic{name}").setLevel(logging.CRITICAL)
     config = OmegaConf.to_container(cfg)
     (output / "error.txt").unlink(missing_ok=True)
     try:
         results = elastic_launch(plan, _reported)(worker, config, str(output))
+    except SignalException as error:  # the processes have had it too, and saved where they were
+        raise (KeyboardInterrupt if error.sigval == signal.SIGINT else SIGTERMException) from None
     except ChildFailedError as error:
         for rank, failure in sorted(error.failures.items()):
             if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:  # SIGTERM is what the others get
@@ -89,6 +94,8 @@ def launch(worker: Worker, cfg: DictConfig, output: Path) -> float | None:
 
 def _reported(worker: Worker, config: dict[str, Any], output: str) -> float | None:
     """The worker, leaving its message in the run folder before it fails."""
+    if "SLURM_JOB_ID" in os.environ:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the process that started this one passes it on
     try:
         return worker(config, output)
     except Exception as error:

@@ -91,6 +91,8 @@ def _job(command: str, failed: list[str]) -> Callable[[DictConfig], Any]:
         module = "stages" if command == "train" and cfg.stages.runs else command
         run: Callable[[DictConfig, Path], Any] = importlib.import_module(f"tercet.{module}").run
         output = Path(HydraConfig.get().runtime.output_dir)
+        if command == "train" and int(os.environ.get("SLURM_RESTART_COUNT", 0)):
+            cfg.resume = True  # SLURM has queued the job again
         try:
             return run(cfg, output)
         except Exception as error:

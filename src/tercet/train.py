@@ -25,6 +25,7 @@ from tercet.objective.contrastive import Contrastive
 from tercet.open_model import take_over
 from tercet.paths import writable
 from tercet.preflight import preflight
+from tercet.requeue import requeued
 from tercet.values import check_values
 
 LEARNED = ("seed", "data", "batches", "model", "loss", "view", "objective", "optimizer", "schedule", "start_from")
@@ -37,11 +38,12 @@ def run(cfg: DictConfig, output: Path) -> float | None:
         say(f"{output} is finished; there is nothing left to do.")
         return optimized(config, metrics)
     goes_on(config, output)
-    if not launch.launched():
-        data.prepare_data()  # mistakes in the data are found, and tokens cached, before any process is started
-        if launch.processes(config) > 1:
-            return launch.launch(worker, config, output)
-    return train(config, output, data)
+    with requeued():
+        if not launch.launched():
+            data.prepare_data()  # mistakes in the data are found, and tokens cached, before any process is started
+            if launch.processes(config) > 1:
+                return launch.launch(worker, config, output)
+        return train(config, output, data)
 
 
 def ready(cfg: DictConfig, output: Path) -> tuple[DictConfig, DataModule]:

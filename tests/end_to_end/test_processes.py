@@ -98,7 +98,8 @@ def test_a_mistake_in_a_process_is_one_message(folder):
     assert (folder / "run" / "metrics.json").is_file(), "what was measured is not lost"
 
 
-def test_a_process_that_dies_ends_the_others_within_a_minute(folder):
+def endless(folder):
+    """A run of two processes that only a signal ends, once it has saved something; and the processes."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERCET_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
     given = [o.replace("{folder}", str(folder)) for o in tiny(
         *OWN, *PAIRS, "trainer.devices=2", "data.batch_size=8", "trainer.max_steps=1000000", "trainer.max_epochs=-1",
@@ -109,12 +110,33 @@ def test_a_process_that_dies_ends_the_others_within_a_minute(folder):
         env=environment,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     ends = time.monotonic() + 120
     while not (folder / "run" / "checkpoints" / "last.ckpt").is_file() and time.monotonic() < ends:
         time.sleep(0.2)
     workers = [p for p in children(run.pid) if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
     assert len(workers) == 2
+    return run, workers
+
+
+@pytest.mark.parametrize(("send", "code"), [(os.kill, 143), (os.killpg, 130)], ids=["SIGTERM", "Ctrl-C"])
+def test_stopped_processes_save_the_same_step(folder, send, code):
+    """SIGTERM as a scheduler sends it, to the first process; Ctrl-C as a terminal does, to all of them."""
+    run, workers = endless(folder)
+    time.sleep(0.7)  # somewhere in a step
+    send(run.pid, signal.SIGTERM if code == 143 else signal.SIGINT)
+    _, said = run.communicate(timeout=25)  # after 30 seconds they would be killed
+    assert run.returncode == code, said
+    assert "Traceback" not in said and "error" not in said, said
+    assert not [p for p in workers if Path(f"/proc/{p}").exists()]
+    saved = folder / "run" / "checkpoints"
+    step = read(saved / "last.ckpt")["global_step"]
+    assert step == int(torch.load(saved / "random-1.pt", weights_only=True)["step"])
+
+
+def test_a_process_that_dies_ends_the_others_within_a_minute(folder):
+    run, workers = endless(folder)
     os.kill(workers[1], signal.SIGKILL)
     killed = time.monotonic()
     _, said = run.communicate(timeout=60)

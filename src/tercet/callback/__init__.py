@@ -10,6 +10,7 @@ from tercet.callback.hard_labels import HardLabels
 from tercet.callback.progress import Progress
 from tercet.callback.prune import Prune
 from tercet.callback.randomness import Randomness
+from tercet.callback.stop import Stop
 from tercet.callback.throughput import Throughput
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "Progress",
     "Prune",
     "Randomness",
+    "Stop",
     "Throughput",
 ]

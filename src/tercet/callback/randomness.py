@@ -13,14 +13,17 @@ from tercet.distributed import rank
 class Randomness(pl.Callback):
     """Keeps torch's random state in checkpoints and puts it back before the first step; Lightning keeps none.
 
-    A checkpoint holds the first process's state; each of the others writes its own beside it, ``random-<rank>.pt``. Where
-    that is not of the checkpoint's step they draw what they start with from the first one's: no two draw alike.
+    It is that of the last step, and so is the place in the data: a gradient that is still being added up
+    (``accumulate_grad_batches``) is not kept, and its batches will be drawn again. A checkpoint holds the first process's
+    state; each of the others writes its own beside it, ``random-<rank>.pt``. Where that is not of the checkpoint's step
+    they draw what they start with from the first one's: no two draw alike.
     """
 
     def __init__(self) -> None:
         self.found: dict[str, Tensor] = {}
         self.step = torch.tensor(0)
         self.kept: dict[str, Tensor] = {}
+        self.pending = 0  # batches since the last step
         self.folder = Path()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -46,13 +49,30 @@ class Randomness(pl.Callback):
         """Put back once; kept for each step."""
         if self.found:
             self._put_back()
-        self.kept, self.step = _states(), torch.tensor(trainer.global_step)
+        self._keep(trainer, batch_idx % trainer.accumulate_grad_batches)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """The step is made."""
-        self.kept, self.step = _states(), torch.tensor(trainer.global_step)
+        """The step is made, or one batch nearer."""
+        self._keep(trainer, 0 if trainer.is_last_batch else (batch_idx + 1) % trainer.accumulate_grad_batches)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Lightning counts every batch; those of a gradient that is not kept are taken back."""
+        if not self.pending or "loops" not in checkpoint:
+            return
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):
+            counts.update(dict.fromkeys(counts, counts["processed"] - self.pending))
+        if "done" in (place := checkpoint.get(type(trainer.datamodule).__qualname__, {})):  # type: ignore[attr-defined]
+            place["done"] -= self.pending
+
+    def _keep(self, trainer: pl.Trainer, pending: int) -> None:
+        self.pending = pending
+        if not pending:
+            self.kept, self.step = _states(), torch.tensor(trainer.global_step)
 
     def _put_back(self) -> None:
         own = self.folder / f"random-{rank()}.pt"
