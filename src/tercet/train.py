@@ -20,6 +20,7 @@ from tercet.error import InputError
 from tercet.logger import lasting
 from tercet.model.checkpoint import read
 from tercet.model.folder import save
+from tercet.model.heap import tidy
 from tercet.objective import sharded
 from tercet.objective.contrastive import Contrastive
 from tercet.open_model import take_over
@@ -108,6 +109,8 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
     except BaseException:
         record.close(loggers, "failed")
         raise
+    finally:
+        tidy(now=True)  # the next job of a sweep is in this process too
     return optimized(cfg, metrics)
 
 

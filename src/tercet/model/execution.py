@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from tercet.contract import Images, Inputs, Ragged
 from tercet.error import InputError
 from tercet.model.fitting import fitting
+from tercet.model.heap import tidy
 from tercet.notice import say_once
 
 LAYOUTS = ("auto", "packed", "sorted", "padded")
@@ -104,9 +105,19 @@ class Execution:
 
     def _apply(self, function: Callable[[Any], Tensor], part: Ragged | Tensor) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
-            out: Tensor = checkpoint(function, part, use_reentrant=False)
+            out: Tensor = checkpoint(_tidied(function), part, use_reentrant=False)
             return out
         return function(part)
+
+
+def _tidied(function: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+    """Asked twice a chunk: when it is computed, and when it is computed again."""
+
+    def computed(part: Any) -> Tensor:
+        tidy()
+        return function(part)
+
+    return computed
 
 
 PLAIN = Execution(layout="auto", dropout="auto", chunk_tokens=None, chunk_rows=None, recompute=False)
