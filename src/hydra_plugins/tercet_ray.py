@@ -42,8 +42,6 @@ class Ray(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """The jobs' results in their order; Ctrl-C and SIGTERM stop all of them, as they would one."""
-        from tercet.main import stopped
-
         setup_globals()
         configure_log(self.cfg.hydra.hydra_logging, self.cfg.hydra.verbose)
         jobs = [self._composed(list(job), initial_job_idx + i) for i, job in enumerate(job_overrides)]
@@ -54,7 +52,7 @@ class Ray(Launcher):
             signal.signal(signal.SIGTERM, _terminated)  # Ray's prints a stack and aborts
             return self._run(jobs)
         except SystemExit:  # Ray has put a code of its own in it
-            stopped(143)
+            raise SystemExit(143) from None
         finally:
             time.sleep(0.5)  # what the jobs print last is on its way
             self.ray.shutdown()

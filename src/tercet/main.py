@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from tercet import mistakes
+from tercet import jobs, mistakes
 from tercet.run_id import run_id
 
 COMMANDS = {
@@ -54,7 +54,7 @@ def main(command: str) -> None:
     except KeyboardInterrupt:
         stopped()
     except SystemExit as error:  # what Lightning makes of SIGTERM, and of Ctrl-C
-        if type(error).__name__ == "SIGTERMException":
+        if type(error).__name__ == "SIGTERMException" or error.code == 143:
             stopped(143)
         if isinstance(error.__context__, KeyboardInterrupt):
             stopped()
@@ -101,6 +101,9 @@ def _job(command: str, failed: list[str]) -> Callable[[DictConfig], Any]:
             if HydraConfig.get().mode == RunMode.MULTIRUN:  # the sweep goes on, its summary points here
                 (output / "error.txt").write_text(text + "\n", encoding="utf-8")
             return float("nan")
+        except (KeyboardInterrupt, SystemExit):
+            jobs.leave()
+            raise
 
     return job
 

@@ -1,6 +1,8 @@
 """Multiruns from the command line."""
 
 import math
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +19,7 @@ from hydra_plugins.tercet_ray import lost
 from tercet.record import read
 from tests.conftest import tiny
 from tests.end_to_end.conftest import FAST, write_texts
+from tests.end_to_end.test_processes import children
 
 
 def test_a_sweep_begun_again_makes_what_is_missing(command, tmp_path):
@@ -60,6 +63,38 @@ def test_a_budgeted_search_goes_on_until_its_trials_are_made(command, tmp_path):
     assert [len(t.intermediate_values) for t in study.trials] == [4, 4, 4], "each validation is reported"
     none = command("train", *[o for o in given if not o.startswith("optimized")], "hydra.sweeper.trials=4")
     assert none.code == 1 and "optimized_metric, which is null" in none.terminal
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("send", "number", "code"),
+    [(os.killpg, signal.SIGINT, 130), (os.kill, signal.SIGTERM, 143), (os.kill, signal.SIGKILL, -9)],
+    ids=["Ctrl-C", "SIGTERM", "SIGKILL"],
+)
+def test_the_jobs_of_joblib_save_when_their_sweep_is_stopped(send, number, code, tmp_path):
+    """By a terminal, which tells all of them; by a scheduler, which tells the first; by nobody who says anything."""
+    write_texts(tmp_path / "my.txt")
+    few = [o for o in FAST if not o.startswith(("logger", "trainer.max_steps"))]
+    given = ["-m", *tiny("data=text", f"data.path={tmp_path / 'my.txt'}", *few), "logger=csv", "measure_before=false",
+             "trainer.max_steps=1000000", "trainer.max_epochs=-1", "save_every=1000000", "seed=1,2,3",
+             "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"hydra.sweep.dir={tmp_path / 'sweep'}"]  # fmt: skip
+    root = Path(__file__).parents[2]
+    with (tmp_path / "said.txt").open("wb") as said:
+        sweep = subprocess.Popen(
+            [sys.executable, "train.py", *given], cwd=root, stdout=said, stderr=said, start_new_session=True
+        )
+    ends = time.monotonic() + 120
+    while len(list(tmp_path.glob("sweep/*/metrics.csv"))) < 2 and time.monotonic() < ends:
+        time.sleep(0.2)
+    jobs = children(sweep.pid)
+    send(sweep.pid, number)
+    assert sweep.wait(timeout=60) == code, (tmp_path / "said.txt").read_text()
+    ends = time.monotonic() + 30  # where nobody waits for them
+    while any(Path(f"/proc/{job}").exists() for job in jobs) and time.monotonic() < ends:
+        time.sleep(0.2)
+    assert not any(Path(f"/proc/{job}").exists() for job in jobs)
+    saved = sorted(path.parts[-3] for path in tmp_path.glob("sweep/*/checkpoints/last.ckpt"))
+    assert saved == ["0", "1"], "and no third job was begun"
 
 
 @pytest.mark.slow
