@@ -15,25 +15,12 @@ from tercet import report
 from tercet.console import say
 from tercet.error import InputError
 from tercet.paths import writable
-from tercet.runs import Run, read
+from tercet.runs import IDLE, Run, read
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NO_AXIS = (
-    "seed",
-    "output_dir",
-    "name",
-    "resume",
-    "check",
-    "threads",
-    "logger",
-    "callback",
-    "optimized_metric",
-    "+",
-    "~",
-    "hydra",
-)
+NO_AXIS = (*IDLE, "seed", "callback", "+", "~", "hydra")
 SMALLER = ("alignment", "uniformity", "loss", "perplexity", "forgotten")  # of these metrics less is better
 DRAWS = 10_000
 

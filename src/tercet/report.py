@@ -10,6 +10,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from tercet.runs import IDLE
+
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2326; --soft: #5d6a70; --line: #d9dfe1; --paper: #fff; --mark: #1b7f79 }
 @media (prefers-color-scheme: dark) {
@@ -94,18 +96,7 @@ def _judged(value: float, mean: float, sd: float | None) -> str:
 
 def _others(cfg: DictConfig) -> list[str]:
     """What was typed beside the experiment, and what changes no result."""
-    free = (
-        "experiment",
-        "seed",
-        "output_dir",
-        "resume",
-        "logger",
-        "threads",
-        "measure_before",
-        "save_every",
-        "keep",
-        "sweep",
-    )
+    free = (*IDLE, "experiment", "seed", "sweep")
     return [o for o in cfg.command or [] if not o.lstrip("+").startswith(free)]
 
 
@@ -183,7 +174,9 @@ def number(value: Any) -> str:
     """Four digits that count."""
     if value is None:
         return ""
-    return f"{value:.4f}" if 0.001 <= abs(value) < 1000 else f"{value:.2g}"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4f}" if abs(value) >= 0.001 else f"{value:.2g}"
 
 
 def _change(before: float | None, after: float) -> str:

@@ -12,6 +12,11 @@ from tercet import record
 from tercet.console import say
 from tercet.error import InputError
 
+IDLE = (  # keys, or how they begin, that change no result
+    "output_dir", "name", "resume", "check", "threads", "logger", "keep", "save_every", "measure_before", "optimized_metric",
+    "artifacts", "callback.progress", "callback.summary", "callback.embeddings", "callback.figures",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Run:
