@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tercet.main import main
+from tercet.model.checkpoint import read
 from tests.conftest import TEXTS, tiny
 
 
@@ -61,3 +62,16 @@ def small(command, tmp_path):
         return command("train", *tiny("data=text", f"data.path={path}", *FAST, *overrides))
 
     return run
+
+
+@pytest.fixture
+def run(command, tmp_path):
+    """``run(*overrides)``: three epochs of a few batches with dropout, a checkpoint every second step."""
+    write_texts(tmp_path / "my.txt")
+    few = [o for o in FAST if "max_steps" not in o]
+    every = ["save_every=2", "measure_before=false", "trainer.max_epochs=3", "logger=none"]
+    return lambda *more: command("train", *tiny("data=text", f"data.path={tmp_path / 'my.txt'}", *few, *every, *more))
+
+
+def weights(output):
+    return read(output / "checkpoints" / "last.ckpt")["state_dict"]

@@ -120,7 +120,10 @@ def endless(folder):
     return run, workers
 
 
-@pytest.mark.parametrize(("send", "code"), [(os.kill, 143), (os.killpg, 130)], ids=["SIGTERM", "Ctrl-C"])
+@pytest.mark.parametrize(
+    ("send", "code"),
+    [pytest.param(os.kill, 143, id="SIGTERM"), pytest.param(os.killpg, 130, id="Ctrl-C", marks=pytest.mark.slow)],
+)
 def test_stopped_processes_save_the_same_step(folder, send, code):
     """SIGTERM as a scheduler sends it, to the first process; Ctrl-C as a terminal does, to all of them."""
     run, workers = endless(folder)

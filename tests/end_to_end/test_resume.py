@@ -8,26 +8,11 @@ import pytest
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from tercet.data import DataModule
 from tercet.model.checkpoint import read
 from tercet.objective import SimCSEUnsup
-from tests.conftest import tiny
-from tests.end_to_end.conftest import FAST, write_texts
+from tests.end_to_end.conftest import weights
 
 STREAM = ["data.streaming=true", "data.held_out=4"]
-
-
-@pytest.fixture
-def run(command, tmp_path):
-    """``run(*overrides)``: three epochs of a few batches with dropout, a checkpoint every second step."""
-    write_texts(tmp_path / "my.txt")
-    few = [o for o in FAST if "max_steps" not in o]
-    every = ["save_every=2", "measure_before=false", "trainer.max_epochs=3", "logger=none"]
-    return lambda *more: command("train", *tiny("data=text", f"data.path={tmp_path / 'my.txt'}", *few, *every, *more))
-
-
-def weights(output):
-    return read(output / "checkpoints" / "last.ckpt")["state_dict"]
 
 
 @pytest.mark.parametrize(
@@ -117,7 +102,15 @@ def test_a_gradient_that_was_being_added_up_is_made_again(run, monkeypatch, tmp_
         assert torch.equal(weights(resumed.output)[name], value), name
 
 
-def test_ctrl_c_lets_the_step_be_made(run, monkeypatch):
+@pytest.fixture
+def terminal():
+    """Ctrl-C counts, also where the tests run in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_lets_the_step_be_made(run, monkeypatch, terminal):
     original = SimCSEUnsup.training_step
 
     def interrupted(self, batch, batch_idx):
@@ -133,7 +126,22 @@ def test_ctrl_c_lets_the_step_be_made(run, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_second_ctrl_c_ends_at_once(run, monkeypatch):
+def test_ctrl_c_is_nothing_in_the_background(run, monkeypatch):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    original = SimCSEUnsup.training_step
+
+    def interrupted(self, batch, batch_idx):
+        signal.raise_signal(signal.SIGINT)
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(SimCSEUnsup, "training_step", interrupted)
+    try:
+        assert run("trainer.max_epochs=1").code == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_ctrl_c_ends_at_once(run, monkeypatch, terminal):
     original = SimCSEUnsup.training_step
 
     def interrupted(self, batch, batch_idx):
@@ -168,79 +176,3 @@ def test_sigterm_saves_the_step_it_was_at(run, monkeypatch):
     result = run("save_every=null")
     assert result.code == 143, result.terminal  # not 0: a scheduler would take it for finished
     assert read(result.output / "checkpoints" / "last.ckpt")["global_step"] == 5
-
-
-SLURM = {"SLURM_JOB_ID": "42", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "1"}
-
-
-@pytest.fixture
-def slurm(monkeypatch, tmp_path):
-    """``scontrol`` on the path, which writes down what it was asked, and a job of SLURM's around."""
-    asked = tmp_path / "asked.txt"
-    program = tmp_path / "bin" / "scontrol"
-    program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\necho "$@" >> {asked}\nls {tmp_path}/run/checkpoints >> {asked}\n')
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
-    for name, value in SLURM.items():
-        monkeypatch.setenv(name, value)
-    return asked
-
-
-def warned(monkeypatch, step):
-    """SLURM's warning, in the middle of a step."""
-    original = SimCSEUnsup.training_step
-
-    def told(self, batch, batch_idx):
-        if self.global_step == step:
-            signal.raise_signal(signal.SIGUSR1)
-        return original(self, batch, batch_idx)
-
-    monkeypatch.setattr(SimCSEUnsup, "training_step", told)
-
-
-def test_slurms_warning_saves_queues_again_and_the_job_goes_on(run, monkeypatch, slurm, tmp_path):
-    whole = run()
-    expected = weights(whole.output)
-    whole.output.rename(tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        warned(patch, 4)
-        result = run("save_every=null")
-    assert result.code == 143 and "queue job 42 again" in result.terminal, result.terminal
-    assert slurm.read_text().split() == ["requeue", "42", "last.ckpt"], "saved first, then asked"
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    again = run("save_every=null")  # the same command
-    assert again.code == 0 and "step 5" in again.terminal, again.terminal
-    for name, value in expected.items():
-        assert torch.equal(weights(again.output)[name], value), name
-    assert len(slurm.read_text().split()) == 3, "a run that ends is not queued again"
-
-
-def test_of_a_jobs_array_the_task_is_queued_again_and_a_refusal_is_said(run, monkeypatch, slurm):
-    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "40")
-    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
-    (slurm.parent / "bin" / "scontrol").write_text('#!/bin/sh\necho "no such job: $2" >&2\nexit 1\n')
-    warned(monkeypatch, 1)
-    result = run()
-    assert result.code == 143
-    assert "scontrol requeue 40_2: no such job: 40_2. The same command with resume=true goes on." in result.terminal
-
-
-def test_a_warning_while_nothing_trains_queues_again(run, monkeypatch, slurm):
-    monkeypatch.setattr(DataModule, "prepare_data", lambda self: signal.raise_signal(signal.SIGUSR1))
-    assert run().code == 143
-    assert slurm.read_text().split()[:2] == ["requeue", "42"]
-
-
-def test_sigusr1_is_nobodys_business_outside_slurm(run, monkeypatch):
-    before = signal.getsignal(signal.SIGUSR1)
-    seen = []
-    original = SimCSEUnsup.training_step
-
-    def look(self, batch, batch_idx):
-        seen.append(signal.getsignal(signal.SIGUSR1))
-        return original(self, batch, batch_idx)
-
-    monkeypatch.setattr(SimCSEUnsup, "training_step", look)
-    assert run("trainer.max_epochs=1").code == 0
-    assert set(seen) == {before}

@@ -21,6 +21,11 @@ from tests.conftest import tiny
 from tests.end_to_end.conftest import FAST, write_texts
 from tests.end_to_end.test_processes import children
 
+# Ctrl-C counts in what it becomes, also where the tests run in the background, which ignores it.
+TERMINAL = (
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.executable, sys.argv[1:])"
+)
+
 
 def test_a_sweep_begun_again_makes_what_is_missing(command, tmp_path):
     write_texts(tmp_path / "my.txt")
@@ -81,7 +86,11 @@ def test_the_jobs_of_joblib_save_when_their_sweep_is_stopped(send, number, code,
     root = Path(__file__).parents[2]
     with (tmp_path / "said.txt").open("wb") as said:
         sweep = subprocess.Popen(
-            [sys.executable, "train.py", *given], cwd=root, stdout=said, stderr=said, start_new_session=True
+            [sys.executable, "-c", TERMINAL, sys.executable, "train.py", *given],
+            cwd=root,
+            stdout=said,
+            stderr=said,
+            start_new_session=True,
         )
     ends = time.monotonic() + 120
     while len(list(tmp_path.glob("sweep/*/metrics.csv"))) < 2 and time.monotonic() < ends:
