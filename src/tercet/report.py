@@ -28,6 +28,8 @@ pre { background: color-mix(in srgb, var(--soft) 12%, transparent); padding: .7r
 figure { margin: 0 } figcaption { font-size: .85rem; color: var(--soft) } svg { width: 100%; height: auto; display: block }
 img { max-width: 100%; background: #fff } polyline { fill: none; stroke: var(--mark); stroke-width: 1.5 }
 svg text { font-size: 10px; fill: var(--soft) } svg line { stroke: var(--line) }
+@media (max-width: 34rem) { table { font-size: .85rem } td, th { padding-right: .6rem }
+  td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 6rem } }
 """
 CURVES = (
     "train/loss",
@@ -125,7 +127,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Numbers stand on the right."""
     if not rows:
         return ""
-    lines = ([f"<td{' class=n' if i else ''}>{escape(cell)}</td>" for i, cell in enumerate(row)] for row in rows)
+    names = (escape(row[0]).replace("/", "/<wbr>") for row in rows)  # where a phone may break them
+    lines = (
+        [f"<td>{name}</td>", *(f"<td class=n>{escape(cell)}</td>" for cell in row[1:])]
+        for name, row in zip(names, rows, strict=True)
+    )
     cells = "".join(f"<tr>{''.join(line)}</tr>" for line in lines)
     top = "".join(f"<th>{escape(name)}</th>" for name in head)
     return f'<div class="scroll"><table><tr>{top}</tr>{cells}</table></div>'
