@@ -1,5 +1,6 @@
 """A run that was stopped goes on as if it had not been."""
 
+import csv
 import os
 import re
 import signal
@@ -110,7 +111,12 @@ def terminal():
     signal.signal(signal.SIGINT, before)
 
 
-def test_ctrl_c_lets_the_step_be_made(run, monkeypatch, terminal):
+def test_ctrl_c_lets_the_step_be_made(run, monkeypatch, terminal, tmp_path):
+    """And the validation that follows it: the run that goes on has all that the whole one has."""
+    validated = ["save_every=null", "evaluation@validation=heldout", "trainer.val_check_interval=2", "logger=csv"]
+    whole = run(*validated)
+    assert whole.code == 0, whole.terminal
+    whole.output.rename(tmp_path / "whole")
     original = SimCSEUnsup.training_step
 
     def interrupted(self, batch, batch_idx):
@@ -120,10 +126,46 @@ def test_ctrl_c_lets_the_step_be_made(run, monkeypatch, terminal):
         return value
 
     monkeypatch.setattr(SimCSEUnsup, "training_step", interrupted)
-    result = run("save_every=null")
+    result = run(*validated)
     assert result.code == 130, result.terminal
     assert read(result.output / "checkpoints" / "last.ckpt")["global_step"] == 6
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    monkeypatch.setattr(SimCSEUnsup, "training_step", original)
+    assert run(*validated, "resume=true").code == 0
+    for name, value in weights(tmp_path / "whole").items():
+        assert torch.equal(weights(result.output)[name], value), name
+    assert validations(result.output) == validations(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("killed", [True, False], ids=["SIGKILL", "Ctrl-C"])
+@pytest.mark.parametrize("number", [2, 4], ids=["in an epoch", "at its end"])
+def test_a_validation_that_was_cut_off_is_made(run, monkeypatch, tmp_path, number, killed):
+    """Also where the checkpoint is of the step before it: the best one is chosen among all."""
+    validated = ["evaluation@validation=heldout", "trainer.val_check_interval=2", "logger=csv",
+                 "monitor=val/geometry/text/uniformity", "optimized_metric=null", "trainer.max_steps=-1"]  # fmt: skip
+    whole = run(*validated)
+    assert whole.code == 0, whole.terminal
+    whole.output.rename(tmp_path / "whole")
+    original, made = SimCSEUnsup.validation_step, []
+
+    def cut(self, evaluator, batch_idx):
+        if batch_idx == 0:
+            made.append(1)
+        if len(made) == number and batch_idx == 0:
+            self.trainer.checkpoint_callbacks[1].save_on_exception = not killed
+            raise KeyboardInterrupt
+        return original(self, evaluator, batch_idx)
+
+    monkeypatch.setattr(SimCSEUnsup, "validation_step", cut)
+    assert run(*validated).code == 130
+    monkeypatch.setattr(SimCSEUnsup, "validation_step", original)
+    resumed = run(*validated, "resume=true")
+    assert resumed.code == 0, resumed.terminal
+    assert validations(resumed.output) == validations(tmp_path / "whole")
+    best = [
+        read(folder / "checkpoints" / "best.ckpt")["global_step"] for folder in (resumed.output, tmp_path / "whole")
+    ]
+    assert best[0] == best[1]
 
 
 def test_ctrl_c_is_nothing_in_the_background(run, monkeypatch):
@@ -139,6 +181,12 @@ def test_ctrl_c_is_nothing_in_the_background(run, monkeypatch):
         assert run("trainer.max_epochs=1").code == 0
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def validations(output):
+    """What each has measured."""
+    with (output / "metrics.csv").open(newline="") as file:
+        return [value for row in csv.DictReader(file) if (value := row["val/geometry/text/alignment"])]
 
 
 def test_a_second_ctrl_c_ends_at_once(run, monkeypatch, terminal):

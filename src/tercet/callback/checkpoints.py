@@ -7,9 +7,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loops.evaluation_loop import RestartStage
 
 from tercet.error import InputError
 from tercet.notice import say_once
@@ -31,6 +33,17 @@ class Last(ModelCheckpoint):
             train_time_interval=None if minutes is None else timedelta(minutes=minutes),
             enable_version_counter=False,
         )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A validation that a stop has cut off, or that was due after the checkpoint's step, is made from its beginning.
+
+        Lightning takes the latter for made, and goes on in the middle of the former without what was measured before.
+        """
+        super().on_train_start(trainer, pl_module)
+        loop = trainer.fit_loop.epoch_loop
+        if loop.restarted_on_train_batch_end or loop.val_loop.restarted_mid_evaluation:
+            loop.val_loop.batch_progress.reset_on_run()
+            loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
 
 
 def interval(save_every: int | str | None) -> tuple[int | None, float | None]:
