@@ -51,6 +51,7 @@ def same(one, other):
     assert {n: one[n] for n in names} == pytest.approx({n: other[n] for n in names}, rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_sweep_of_two_processes_each_learns_what_one_process_does(folder):
     alone = start(folder, *PAIRS, "trainer=cpu", "output_dir={folder}/alone", "data.batch_size=7")
     assert alone[0] == 0, alone[1]

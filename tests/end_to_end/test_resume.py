@@ -13,15 +13,16 @@ from tercet.model.checkpoint import read
 from tercet.objective import SimCSEUnsup
 from tests.end_to_end.conftest import weights
 
+SLOW = pytest.mark.slow  # the same at another place
 STREAM = ["data.streaming=true", "data.held_out=4"]
 
 
 @pytest.mark.parametrize(
     ("objective", "stop", "more"),
     [
-        ("simcse_unsup", 3, []),
+        pytest.param("simcse_unsup", 3, [], marks=SLOW),
         ("simcse_unsup", 8, []),
-        ("simcse_unsup", 15, []),
+        pytest.param("simcse_unsup", 15, [], marks=SLOW),
         ("mlm", 10, []),
         *(("simcse_unsup", stop, STREAM) for stop in (3, 8, 15)),
     ],
@@ -137,8 +138,11 @@ def test_ctrl_c_lets_the_step_be_made(run, monkeypatch, terminal, tmp_path):
     assert validations(result.output) == validations(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("killed", [True, False], ids=["SIGKILL", "Ctrl-C"])
-@pytest.mark.parametrize("number", [2, 4], ids=["in an epoch", "at its end"])
+@pytest.mark.parametrize(
+    ("number", "killed"),
+    [(2, True), pytest.param(2, False, marks=SLOW), pytest.param(4, True, marks=SLOW), (4, False)],
+    ids=["in an epoch, SIGKILL", "Ctrl-C", "at its end, SIGKILL", "Ctrl-C"],
+)
 def test_a_validation_that_was_cut_off_is_made(run, monkeypatch, tmp_path, number, killed):
     """Also where the checkpoint is of the step before it: the best one is chosen among all."""
     validated = ["evaluation@validation=heldout", "trainer.val_check_interval=2", "logger=csv",
