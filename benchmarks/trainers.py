@@ -15,6 +15,7 @@ from benchmarks import composed
 from benchmarks.shapes import LENGTH, Task
 from benchmarks.turns import Tick
 from tercet.build import build
+from tercet.optimizer import adamw
 
 DROPOUT, TEMPERATURE, LR = 0.1, 0.05, 3e-5
 Start = Callable[[Tick], Any]
@@ -35,6 +36,11 @@ def overrides(task: Task) -> list[str]:
 def ours(task: Task, *more: str) -> Start:
     """Lightning and all callbacks that log; ``more`` overrides."""
     return lambda tick: composed.fit(tick, [*overrides(task), *more], task.columns)
+
+
+def not_fused(module: nn.Module, **settings: Any) -> torch.optim.Optimizer:
+    """Our optimizer as torch makes it by itself."""
+    return torch.optim.AdamW(adamw(module, **settings).param_groups, fused=False)
 
 
 def encoder_alone(task: Task) -> Start:
@@ -173,6 +179,7 @@ ALL: dict[str, Callable[[Task], Start]] = {
     "tercet, bf16": lambda task: ours(task.in_half()),
     "sentence-transformers, bf16": lambda task: sentence_transformers(task.in_half()),
     "tercet, compiled": lambda task: ours(task, "model.compile=true"),
+    "tercet, AdamW not fused": lambda task: ours(task, "optimizer._target_=benchmarks.trainers.not_fused"),
 }
 
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.training                    both, about five minutes
     python -m benchmarks.training --tasks unsup --steps 16
-    python -m benchmarks.training --names tercet 'tercet, compiled'
+    python -m benchmarks.training --names tercet 'tercet, compiled' 'tercet, AdamW not fused'
     python -m benchmarks.training --device cuda      BERT-base's shape in bf16, batches of 64 and 512
 
 all-MiniLM-L6-v2's shape, batch 64, 32 tokens at most, dropout 0.1. Every step is made by everybody in turn; a ratio is
