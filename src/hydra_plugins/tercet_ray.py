@@ -21,9 +21,9 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from tercet.error import InputError
+from tercet.jobs import SAVING
 
 STORE = 80 * 2**20  # bytes, Ray's least is 75 MiB: a job is a configuration, its result a number
-SAVING = 60  # seconds that stopped jobs have for their checkpoints
 
 
 class Ray(Launcher):

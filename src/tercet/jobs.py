@@ -17,7 +17,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-SAVING = 60  # seconds for it
+SAVING = 60  # seconds that stopped jobs have for their checkpoints
 PARENT_DIES = 1  # prctl's PR_SET_PDEATHSIG
 DEFAULTS: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 

@@ -127,11 +127,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Numbers stand on the right."""
     if not rows:
         return ""
-    names = (escape(row[0]).replace("/", "/<wbr>") for row in rows)  # where a phone may break them
     lines = (
-        [f"<td>{name}</td>", *(f"<td class=n>{escape(cell)}</td>" for cell in row[1:])]
-        for name, row in zip(names, rows, strict=True)
-    )
+        [f"<td>{escape(name).replace('/', '/<wbr>')}</td>", *(f"<td class=n>{escape(cell)}</td>" for cell in values)]
+        for name, *values in rows
+    )  # <wbr>: where a phone may break the name
     cells = "".join(f"<tr>{''.join(line)}</tr>" for line in lines)
     top = "".join(f"<th>{escape(name)}</th>" for name in head)
     return f'<div class="scroll"><table><tr>{top}</tr>{cells}</table></div>'

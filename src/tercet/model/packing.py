@@ -5,7 +5,7 @@ normalisation and dropout see real tokens only, and no model is written again.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, cached_property
 from itertools import groupby
 from typing import Any
 
@@ -22,7 +22,9 @@ from tercet.model.dropout import Noise, drop
 from tercet.notice import say_once
 
 NAME = "tercet"
-LONG = 128  # tokens; below, attention is a hundredth of a layer's work (its scores are L / 6H of the linear layers')
+LONG = (
+    128  # tokens; below, attention is some hundredths of a layer's work (its scores are L / 6H of the linear layers')
+)
 KEY_VALUE = (("key", "value"), ("k_lin", "v_lin"))  # what BERT's relatives call their projections, and DistilBERT
 
 
@@ -38,17 +40,16 @@ class Packing:
         self.groups = [(sum(1 for _ in rows), n) for n, rows in groupby(length.tolist())]
         self.starts = length.cumsum(0) - length
         self.length = length
-        self.uneven = _uneven(length)
         self.whole: Tensor | None = None  # the hidden states of all tokens, where a layer was given the first ones
+
+    @cached_property
+    def uneven(self) -> bool:
+        """Whether padding would double the work of attention, in rows so long that this is more than a kernel's calls."""
+        longest = int(self.length.max()) if len(self.length) else 0
+        return longest >= LONG and 2 * int(self.length.square().sum()) <= len(self.length) * longest**2
 
 
 Way = Callable[[Tensor, Tensor, Tensor, Packing, float, float | None, int | None, Tensor | None], Tensor]
-
-
-def _uneven(length: Tensor) -> bool:
-    """Whether padding would double the work of attention, in rows so long that this is more than a kernel's calls."""
-    longest = int(length.max()) if len(length) else 0
-    return longest >= LONG and 2 * int(length.square().sum()) <= len(length) * longest**2
 
 
 def attention(
@@ -170,7 +171,7 @@ def _nests(device: torch.device, dtype: torch.dtype, d: int) -> bool:
             slopes = [torch.autograd.grad(out.float().square().sum(), (q, k, v)) for out in (got, want)]
             dropped = nested(q, k, v, packing, 0.5, None, None, None)
             dropped.sum().backward()
-        except (RuntimeError, NotImplementedError) as error:
+        except RuntimeError as error:  # what torch raises where there is no kernel
             say_once(f"Attention pads its rows: nested tensors do not run here ({str(error).splitlines()[0]}).")
             return False
     near = 1e-4 if dtype == torch.float32 else 0.05
