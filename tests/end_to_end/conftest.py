@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from tercet.main import main
 from tercet.model.checkpoint import read
@@ -73,5 +74,25 @@ def run(command, tmp_path):
     return lambda *more: command("train", *tiny("data=text", f"data.path={tmp_path / 'my.txt'}", *few, *every, *more))
 
 
+@pytest.fixture
+def whole(run, tmp_path):
+    """``whole(*overrides)``: the folder of a run that nothing stopped, out of the way of the next."""
+
+    def made(*more):
+        result = run(*more)
+        assert result.code == 0, result.terminal
+        return result.output.rename(tmp_path / "whole")
+
+    return made
+
+
 def weights(output):
     return read(output / "checkpoints" / "last.ckpt")["state_dict"]
+
+
+def assert_same_weights(output, other):
+    """Bit by bit."""
+    found, expected = weights(output), weights(other)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name

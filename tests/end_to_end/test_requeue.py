@@ -4,11 +4,10 @@ import os
 import signal
 
 import pytest
-import torch
 
 from tercet.data import DataModule
 from tercet.objective import SimCSEUnsup
-from tests.end_to_end.conftest import weights
+from tests.end_to_end.conftest import assert_same_weights
 
 SLURM = {"SLURM_JOB_ID": "42", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "1"}
 
@@ -39,10 +38,8 @@ def warned(monkeypatch, step):
     monkeypatch.setattr(SimCSEUnsup, "training_step", told)
 
 
-def test_slurms_warning_saves_queues_again_and_the_job_goes_on(run, monkeypatch, slurm, tmp_path):
-    whole = run()
-    expected = weights(whole.output)
-    whole.output.rename(tmp_path / "whole")
+def test_slurms_warning_saves_queues_again_and_the_job_goes_on(run, whole, monkeypatch, slurm):
+    before = whole()
     with monkeypatch.context() as patch:
         warned(patch, 4)
         result = run("save_every=null")
@@ -51,8 +48,7 @@ def test_slurms_warning_saves_queues_again_and_the_job_goes_on(run, monkeypatch,
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     again = run("save_every=null")  # the same command
     assert again.code == 0 and "step 5" in again.terminal, again.terminal
-    for name, value in expected.items():
-        assert torch.equal(weights(again.output)[name], value), name
+    assert_same_weights(again.output, before)
     assert len(slurm.read_text().split()) == 3, "a run that ends is not queued again"
 
 

@@ -6,12 +6,11 @@ import re
 import signal
 
 import pytest
-import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from tercet.model.checkpoint import read
 from tercet.objective import SimCSEUnsup
-from tests.end_to_end.conftest import weights
+from tests.end_to_end.conftest import assert_same_weights
 
 SLOW = pytest.mark.slow  # the same at another place
 STREAM = ["data.streaming=true", "data.held_out=4"]
@@ -27,11 +26,8 @@ STREAM = ["data.streaming=true", "data.held_out=4"]
         *(("simcse_unsup", stop, STREAM) for stop in (3, 8, 15)),
     ],
 )  # 8 batches are an epoch
-def test_weights_are_bit_identical(run, monkeypatch, tmp_path, stop, objective, more):
-    whole = run(f"objective={objective}", *more)
-    assert whole.code == 0, whole.terminal
-    expected = weights(whole.output)
-    whole.output.rename(tmp_path / "whole")
+def test_weights_are_bit_identical(run, whole, monkeypatch, stop, objective, more):
+    before = whole(f"objective={objective}", *more)
 
     original = ModelCheckpoint.on_train_batch_end
 
@@ -42,15 +38,13 @@ def test_weights_are_bit_identical(run, monkeypatch, tmp_path, stop, objective, 
             raise KeyboardInterrupt
 
     monkeypatch.setattr(ModelCheckpoint, "on_train_batch_end", killed)
-    assert run(f"objective={objective}", *more).code == 130
-    assert read(whole.output / "checkpoints" / "last.ckpt")["global_step"] == stop // 2 * 2
+    ended = run(f"objective={objective}", *more)
+    assert ended.code == 130
+    assert read(ended.output / "checkpoints" / "last.ckpt")["global_step"] == stop // 2 * 2
     monkeypatch.setattr(ModelCheckpoint, "on_train_batch_end", original)
     resumed = run(f"objective={objective}", *more, "resume=true")
     assert resumed.code == 0 and f"step {stop // 2 * 2}" in resumed.terminal, resumed.terminal
-    found = weights(resumed.output)
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(found[name], value), name
+    assert_same_weights(resumed.output, before)
 
 
 def test_resume_without_a_checkpoint_is_a_start(run):
@@ -58,10 +52,8 @@ def test_resume_without_a_checkpoint_is_a_start(run):
     assert result.code == 0 and "going on" not in result.terminal
 
 
-def test_ctrl_c_in_the_middle_of_a_step_changes_nothing(run, monkeypatch, tmp_path):
-    whole = run()
-    expected = weights(whole.output)
-    whole.output.rename(tmp_path / "whole")
+def test_ctrl_c_in_the_middle_of_a_step_changes_nothing(run, whole, monkeypatch):
+    before = whole()
     original = SimCSEUnsup.training_step
 
     def stopped(self, batch, batch_idx):
@@ -75,19 +67,15 @@ def test_ctrl_c_in_the_middle_of_a_step_changes_nothing(run, monkeypatch, tmp_pa
     monkeypatch.setattr(SimCSEUnsup, "training_step", original)
     resumed = run("resume=true")
     assert "going on from" in resumed.terminal and "step 5" in resumed.terminal
-    for name, value in expected.items():
-        assert torch.equal(weights(resumed.output)[name], value), name
+    assert_same_weights(resumed.output, before)
 
 
 @pytest.mark.parametrize("more", [[], STREAM], ids=["rows", "stream"])
 @pytest.mark.parametrize("batch", [4, 7], ids=["", "last"])
-def test_a_gradient_that_was_being_added_up_is_made_again(run, monkeypatch, tmp_path, more, batch):
+def test_a_gradient_that_was_being_added_up_is_made_again(run, whole, monkeypatch, more, batch):
     """Steps of 3, 3 and 2 batches: of the batches 3 to 5 one, and of the last two one, is in no step yet."""
     adds_up = ["trainer.accumulate_grad_batches=3", "save_every=null", *more]
-    whole = run(*adds_up)
-    assert whole.code == 0, whole.terminal
-    expected = weights(whole.output)
-    whole.output.rename(tmp_path / "whole")
+    before = whole(*adds_up)
     original = SimCSEUnsup.training_step
 
     def stopped(self, rows, batch_idx):
@@ -100,8 +88,7 @@ def test_a_gradient_that_was_being_added_up_is_made_again(run, monkeypatch, tmp_
     monkeypatch.setattr(SimCSEUnsup, "training_step", original)
     resumed = run(*adds_up, "resume=true")
     assert f"step {3 + batch // 3}" in resumed.terminal
-    for name, value in expected.items():
-        assert torch.equal(weights(resumed.output)[name], value), name
+    assert_same_weights(resumed.output, before)
 
 
 @pytest.fixture
@@ -112,12 +99,10 @@ def terminal():
     signal.signal(signal.SIGINT, before)
 
 
-def test_ctrl_c_lets_the_step_be_made(run, monkeypatch, terminal, tmp_path):
+def test_ctrl_c_lets_the_step_be_made(run, whole, monkeypatch, terminal):
     """And the validation that follows it: the run that goes on has all that the whole one has."""
     validated = ["save_every=null", "evaluation@validation=heldout", "trainer.val_check_interval=2", "logger=csv"]
-    whole = run(*validated)
-    assert whole.code == 0, whole.terminal
-    whole.output.rename(tmp_path / "whole")
+    before = whole(*validated)
     original = SimCSEUnsup.training_step
 
     def interrupted(self, batch, batch_idx):
@@ -133,9 +118,8 @@ def test_ctrl_c_lets_the_step_be_made(run, monkeypatch, terminal, tmp_path):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     monkeypatch.setattr(SimCSEUnsup, "training_step", original)
     assert run(*validated, "resume=true").code == 0
-    for name, value in weights(tmp_path / "whole").items():
-        assert torch.equal(weights(result.output)[name], value), name
-    assert validations(result.output) == validations(tmp_path / "whole")
+    assert_same_weights(result.output, before)
+    assert validations(result.output) == validations(before)
 
 
 @pytest.mark.parametrize(
@@ -143,13 +127,11 @@ def test_ctrl_c_lets_the_step_be_made(run, monkeypatch, terminal, tmp_path):
     [(2, True), pytest.param(2, False, marks=SLOW), pytest.param(4, True, marks=SLOW), (4, False)],
     ids=["in an epoch, SIGKILL", "Ctrl-C", "at its end, SIGKILL", "Ctrl-C"],
 )
-def test_a_validation_that_was_cut_off_is_made(run, monkeypatch, tmp_path, number, killed):
+def test_a_validation_that_was_cut_off_is_made(run, whole, monkeypatch, number, killed):
     """Also where the checkpoint is of the step before it: the best one is chosen among all."""
     validated = ["evaluation@validation=heldout", "trainer.val_check_interval=2", "logger=csv",
                  "monitor=val/geometry/text/uniformity", "optimized_metric=null", "trainer.max_steps=-1"]  # fmt: skip
-    whole = run(*validated)
-    assert whole.code == 0, whole.terminal
-    whole.output.rename(tmp_path / "whole")
+    before = whole(*validated)
     original, made = SimCSEUnsup.validation_step, []
 
     def cut(self, evaluator, batch_idx):
@@ -165,10 +147,8 @@ def test_a_validation_that_was_cut_off_is_made(run, monkeypatch, tmp_path, numbe
     monkeypatch.setattr(SimCSEUnsup, "validation_step", original)
     resumed = run(*validated, "resume=true")
     assert resumed.code == 0, resumed.terminal
-    assert validations(resumed.output) == validations(tmp_path / "whole")
-    best = [
-        read(folder / "checkpoints" / "best.ckpt")["global_step"] for folder in (resumed.output, tmp_path / "whole")
-    ]
+    assert validations(resumed.output) == validations(before)
+    best = [read(folder / "checkpoints" / "best.ckpt")["global_step"] for folder in (resumed.output, before)]
     assert best[0] == best[1]
 
 

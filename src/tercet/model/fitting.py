@@ -52,14 +52,14 @@ def free(device: torch.device) -> int:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    available = _number(Path("/proc/meminfo"), "MemAvailable:", 1024)
+    available = kernel_number(Path("/proc/meminfo"), "MemAvailable:", 1024)
     if available is None:  # not Linux
         available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    limit, used = (_number(Path("/sys/fs/cgroup") / f"memory.{name}", "", 1) for name in ("max", "current"))
+    limit, used = (kernel_number(Path("/sys/fs/cgroup") / f"memory.{name}", "", 1) for name in ("max", "current"))
     return available if limit is None or used is None else min(available, limit - used)
 
 
-def _number(path: Path, name: str, unit: int) -> int | None:
+def kernel_number(path: Path, name: str, unit: int) -> int | None:
     """The number after ``name`` in a file of the kernel; None where there is none."""
     if not path.is_file():
         return None

@@ -1,11 +1,11 @@
 """Memory that was freed and that malloc still holds, given back before it outgrows what is used."""
 
 import ctypes
-import os
 from pathlib import Path
 
+from tercet.model.fitting import kernel_number
+
 GROWN = 1.5  # times what was left the last time
-STATM = Path("/proc/self/statm")
 
 _trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; elsewhere there is nothing to do
 _left = 0
@@ -18,13 +18,14 @@ def tidy(now: bool = False) -> None:
     step needs. Giving back costs, since what is given back must be asked for again.
     """
     global _left
-    if _trim is None or not STATM.is_file():
+    size = held()
+    if _trim is None or size is None:
         return
-    if now or held() > GROWN * _left:
+    if now or size > GROWN * _left:
         _trim(0)
-        _left = held()
+        _left = held() or 0
 
 
-def held() -> int:
-    """Bytes that this process has in memory."""
-    return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def held() -> int | None:
+    """Bytes that this process has in memory; None where the kernel does not say."""
+    return kernel_number(Path("/proc/self/status"), "VmRSS:", 1024)
