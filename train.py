@@ -9,7 +9,7 @@
 Everything is set by keys of conf/train.yaml and its groups; `python train.py --help` lists them.
 """
 
-from tercet.main import main
+from tercet.app.cli import main
 
 if __name__ == "__main__":
     main("train")

@@ -12,9 +12,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from benchmarks.turns import Tick
-from tercet.build import build
-from tercet.console import quiet
-from tercet.main import conf
+from tercet.app.cli import config_folder
+from tercet.app.components import build
+from tercet.messages import silence_libraries
 
 COLUMNS = ("text", "paraphrase", "contradiction")
 
@@ -22,7 +22,7 @@ COLUMNS = ("text", "paraphrase", "contradiction")
 def configuration(overrides: Sequence[str]) -> DictConfig:
     """What ``train.py`` would run with them."""
     OmegaConf.register_new_resolver("run_id", lambda: "benchmark", replace=True)
-    with initialize_config_dir(conf(), version_base="1.3"):
+    with initialize_config_dir(config_folder(), version_base="1.3"):
         cfg = compose("train", list(overrides))
     OmegaConf.register_new_resolver("hydra", lambda key: "benchmark", replace=True)
     return cfg
@@ -46,7 +46,7 @@ class _Ticking(pl.Callback):
 
 def fit(tick: Tick, overrides: Sequence[str], columns: Sequence[Sequence[str]]) -> None:
     """Train with the project's own callbacks, as ``train.py`` does; nothing is written."""
-    quiet()
+    silence_libraries()
     names = ",".join(COLUMNS[: len(columns)])
     path = file_of(columns)
     cfg = configuration([

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tercet.contract import Embedded
-from tercet.loss import Triplet
+from tercet.losses import TripletLoss
+from tercet.types import Embeddings
 
 D, K, MARGIN = 128, 40, 0.2  # FaceNet: 128 dimensions, about 40 faces of an identity, margin on squared distance
 OURS = "tercet"
@@ -17,11 +17,11 @@ Value = Callable[[Tensor, Tensor], Tensor]  # embeddings (N, D), not normalised;
 
 
 def _ours(mining: str, fallback: bool, divide_by: str) -> Value:
-    loss = Triplet(MARGIN, mining, fallback, "hinge", divide_by, None)
+    loss = TripletLoss(MARGIN, mining, fallback, "hinge", divide_by, None)
 
     def value(x: Tensor, label: Tensor) -> Tensor:
         n = torch.arange(len(x))
-        batch = Embedded(x[None], n, label, n, n[None])
+        batch = Embeddings(x[None], n, label, n, n[None])
         terms = loss(batch, batch)
         return terms.total / terms.count.clamp(min=1)
 

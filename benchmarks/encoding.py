@@ -1,8 +1,8 @@
 """Encoding beside ``SentenceTransformer.encode``, in float32 and in int8, and what int8 costs in quality.
 
-    python -m benchmarks.encoding                    20,000 sentences each, about six minutes on one thread
-    python -m benchmarks.encoding --sentences 4000
-    python -m benchmarks.encoding --device cuda      in float32 as above, without the exports
+    python -m benchmarks.cached_encoder                    20,000 sentences each, about six minutes on one thread
+    python -m benchmarks.cached_encoder --sentences 4000
+    python -m benchmarks.cached_encoder --device cuda      in float32 as above, without the exports
 
 all-MiniLM-L6-v2, mean pooling, 256 tokens at most. The sentences come in parts that everybody encodes in turn.
 """
@@ -19,11 +19,11 @@ from benchmarks.report import write
 from benchmarks.shapes import MODEL
 from benchmarks.texts import sentences, source
 from benchmarks.turns import by_turns, surroundings
+from tercet.app.model_loading import open_model
 from tercet.evaluation import STS
-from tercet.model import Encoder, Encoding
-from tercet.model.backbone import find
-from tercet.model.exported import Exported, export
-from tercet.open_model import open_model
+from tercet.models import CachedEncoder, Encoder
+from tercet.models.onnx import ONNXEncoder, export_onnx
+from tercet.models.pretrained import resolve_source
 
 Encode = Callable[[list[str]], Any]
 PART = 1000
@@ -42,7 +42,7 @@ def arguments() -> argparse.Namespace:
 
 def anew(encoder: Encoder) -> Encode:
     """A new ``Encoding`` for each call: nothing is remembered."""
-    return lambda texts: Encoding(encoder)(texts)
+    return lambda texts: CachedEncoder(encoder)(texts)
 
 
 def contenders(where: str) -> dict[str, Encode]:
@@ -50,7 +50,7 @@ def contenders(where: str) -> dict[str, Encode]:
     from sentence_transformers import SentenceTransformer
 
     ours = open_model(MODEL, None, where).eval()
-    theirs = SentenceTransformer(find(MODEL, "model"), device=where)
+    theirs = SentenceTransformer(resolve_source(MODEL, "model"), device=where)
     found: dict[str, Encode] = {
         "tercet": anew(ours),
         PEER: lambda texts: theirs.encode(texts, batch_size=32, convert_to_tensor=True, show_progress_bar=False),
@@ -63,9 +63,9 @@ def contenders(where: str) -> dict[str, Encode]:
     }
     for precision in ("float32", "int8") if where == "cpu" else ():
         folder = Path(tempfile.mkdtemp())
-        export(ours, folder, precision)  # type: ignore[arg-type]
+        export_onnx(ours, folder, precision)  # type: ignore[arg-type]
         name = "tercet, int8" if precision == "int8" else "tercet, ONNX float32"
-        found[name] = anew(Exported(folder))
+        found[name] = anew(ONNXEncoder(folder))
     return found
 
 

@@ -23,10 +23,10 @@ from transformers import AutoModel, AutoTokenizer
 from benchmarks.report import write
 from benchmarks.shapes import MODEL
 from benchmarks.turns import surroundings
+from tercet.app.model_loading import open_model
 from tercet.evaluation import STS
-from tercet.model import Encoding
-from tercet.model.backbone import find
-from tercet.open_model import open_model
+from tercet.models import CachedEncoder
+from tercet.models.pretrained import resolve_source
 
 BATCH = 128
 GOAL = 5.0
@@ -45,8 +45,8 @@ class SentEval:
     """One set after the other, as the SimCSE repository's batcher does it."""
 
     def __init__(self) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(find(MODEL, "model"))
-        self.model = AutoModel.from_pretrained(find(MODEL, "model"), add_pooling_layer=False).eval()
+        self.tokenizer = AutoTokenizer.from_pretrained(resolve_source(MODEL, "model"))
+        self.model = AutoModel.from_pretrained(resolve_source(MODEL, "model"), add_pooling_layer=False).eval()
 
     @torch.no_grad()
     def batcher(self, texts: Sequence[str]) -> Tensor:
@@ -90,7 +90,7 @@ def main() -> None:
     table.to_parquet(path)
     encoder, senteval = open_model(MODEL, None, "cpu"), SentEval()
     tasks = [task for task in ("STS12", "STS13", "STS14", "STS15", "STS-B") if task in set(table.task)]
-    ours, metrics = timed(lambda: STS(str(path), tasks, "test")(Encoding(encoder)))
+    ours, metrics = timed(lambda: STS(str(path), tasks, "test")(CachedEncoder(encoder)))
     sets = {name: group for name, group in table.groupby(["task", "split"])}
     seconds = {name: timed(lambda pairs=pairs: senteval(pairs)) for name, pairs in sets.items()}
     reported = [name for name in seconds if name[1] == "test"]

@@ -24,9 +24,9 @@ from benchmarks.report import exponent, write
 from benchmarks.shapes import MODEL, Task
 from benchmarks.trainers import overrides
 from benchmarks.turns import surroundings
-from tercet.build import build
-from tercet.contract import Batch, Embedded, Ragged
-from tercet.model import Encoder
+from tercet.app.components import build
+from tercet.models import Encoder
+from tercet.types import Batch, Embeddings, TokenBatch
 
 D = 256
 TOKENS = 4096
@@ -60,7 +60,7 @@ def loss(n: int) -> Work:
     )
 
     def work() -> None:
-        rows = Embedded(z, ids, torch.full_like(ids, -1), ids, torch.arange(2 * n).view(2, n))
+        rows = Embeddings(z, ids, torch.full_like(ids, -1), ids, torch.arange(2 * n).view(2, n))
         criterion(rows, rows).total.backward()
 
     return work
@@ -73,7 +73,7 @@ def step(n: int) -> Work:
     ])  # fmt: skip
     objective = build(cfg.objective).train()
     optimizer, ids, length = objective.optimizer(objective), torch.arange(n), 5 + torch.arange(n) % 21
-    text = Ragged(torch.randint(1000, 20_000, (int(length.sum()),)), length)
+    text = TokenBatch(torch.randint(1000, 20_000, (int(length.sum()),)), length)
     batch = Batch((text,), ids, torch.full_like(ids, -1), ids, ids[None])
 
     def work() -> None:
@@ -90,7 +90,7 @@ def step(n: int) -> Work:
 def length(n: int) -> Work:
     """Mean pooling: every token is computed in every layer."""
     encoder: Encoder = build(composed.configuration([*overrides(Task([[]], 64)), "model.pooling=mean"]).model).train()
-    rows = Ragged(torch.randint(1000, 20_000, (TOKENS,)), torch.full((TOKENS // n,), n))
+    rows = TokenBatch(torch.randint(1000, 20_000, (TOKENS,)), torch.full((TOKENS // n,), n))
 
     def work() -> None:
         encoder.zero_grad(set_to_none=True)

@@ -43,7 +43,7 @@ def command(folder: Path, texts: Path, steps: int) -> list[str]:
     """A run that writes a checkpoint every other step."""
     return [
         sys.executable, "train.py", "data=text", f"data.path={texts}", "model=bert_small", f"model.tokenizer.name={MODEL}",
-        *(f"model.backbone.config.{name}={value}" for name, value in SIZES.items()), "objective=simcse_unsup", "threads=1",
+        *(f"model.backbone.config.{name}={value}" for name, value in SIZES.items()), "objective=simcse_unsup", "num_threads=1",
         f"trainer.max_steps={steps}", "trainer.max_epochs=-1", "data.batch_size=16", "save_every=2", "measure_before=false",
         "logger=none", "evaluation@test=none", "callback.progress=null", f"output_dir={folder}", "resume=true",
     ]  # fmt: skip

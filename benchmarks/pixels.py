@@ -2,9 +2,9 @@
 
 import torch
 
-from tercet.contract import Item
 from tercet.evaluation import Verification
-from tercet.image import Pixels
+from tercet.images import PixelFormat
+from tercet.types import Item
 
 SIZES = (16, 32, 64)
 
@@ -13,9 +13,9 @@ def main() -> None:
     """One line for each size."""
     evaluate = Verification("lfw", "faces_lfw.parquet", "faces_lfw_pairs.parquet", None)
     for size in SIZES:
-        pixels = Pixels(size, 1, [0.0], [1.0])
+        pixels = PixelFormat(size, 1, [0.0], [1.0])
 
-        def encode(items: list[Item], pixels: Pixels = pixels) -> torch.Tensor:
+        def encode(items: list[Item], pixels: PixelFormat = pixels) -> torch.Tensor:
             # Less their mean: brightness is no feature of a person.
             x = torch.stack([torch.from_numpy(pixels.read(item)).flatten().float() for item in items])
             return x - x.mean(1, keepdim=True)

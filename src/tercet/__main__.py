@@ -2,8 +2,8 @@
 
 import sys
 
-from tercet.main import COMMANDS
-from tercet.main import main as run
+from tercet.app.cli import COMMANDS
+from tercet.app.cli import main as run
 
 
 def main() -> None:

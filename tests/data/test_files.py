@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tercet.data.files import Files
-from tercet.error import InputError
+from tercet.data.text_files import TextFiles
+from tercet.errors import InputError
 
 needs_data = pytest.mark.skipif("TERCET_DATA" not in os.environ, reason="TERCET_DATA is not set")
 SENTENCES = [f"sentence number {i}" for i in range(40)]
@@ -63,7 +63,7 @@ def test_any_text_comes_back(tmp_path, kind, lines):
     else:
         write(path, [{"text": line} for line in lines], kind)
     for streaming in (False, True):
-        assert [row["text"] for row in Files(str(path), streaming=streaming).rows()] == lines
+        assert [row["text"] for row in TextFiles(str(path), streaming=streaming).rows()] == lines
 
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
@@ -73,40 +73,40 @@ def test_any_text_comes_back(tmp_path, kind, lines):
 def test_line_ends_and_marks(tmp_path, end, mark, last, name):
     rows = [b"text"] * (name == "a.csv") + ["één".encode(), b"two"]
     (tmp_path / name).write_bytes(mark + end.join(rows) + end * last)
-    assert Files(str(tmp_path / name)).rows()["text"][:] == ["één", "two"]
+    assert TextFiles(str(tmp_path / name)).rows()["text"][:] == ["één", "two"]
 
 
 def test_lines_end_at_line_ends_only(tmp_path):
     line = "a\u2028b\u2029c\x0bd\x0ce\x85f"
     (tmp_path / "a.txt").write_text(f"{line}\nx\n", encoding="utf-8", newline="")
-    assert Files(str(tmp_path / "a.txt")).rows()["text"][:] == [line, "x"]
+    assert TextFiles(str(tmp_path / "a.txt")).rows()["text"][:] == [line, "x"]
 
 
 def test_lines_cross_blocks(tmp_path, monkeypatch):
     lines = [f"é{i}" * 3 for i in range(50)]
     for block in (1, 2, 7):
-        monkeypatch.setattr("tercet.data.plain.BLOCK", block)
+        monkeypatch.setattr("tercet.data.file_reader.BLOCK", block)
         (tmp_path / "a.txt").write_bytes("\r\n".join(lines).encode())
-        assert Files(str(tmp_path / "a.txt")).rows()["text"][:] == lines
+        assert TextFiles(str(tmp_path / "a.txt")).rows()["text"][:] == lines
 
 
 def test_words_for_nothing_stay_text(tmp_path):
     words = ["NA", "null", "None", "NaN", "true", "1", "1.50", "#N/A"]
     path = write(tmp_path / "a.csv", [{"text": word} for word in words], "csv")
-    assert Files(str(path)).rows()["text"][:] == words
+    assert TextFiles(str(path)).rows()["text"][:] == words
     path.write_text("text\n" + "\n".join(words))
-    assert Files(str(path)).rows()["text"][:] == words
+    assert TextFiles(str(path)).rows()["text"][:] == words
 
 
 def test_cells_are_stripped(tmp_path):
     (tmp_path / "a.txt").write_text(" a\t\n\u00a0b\n")
-    assert Files(str(tmp_path / "a.txt")).rows()["text"][:] == ["a", "b"]
+    assert TextFiles(str(tmp_path / "a.txt")).rows()["text"][:] == ["a", "b"]
 
 
 def test_blank_lines_are_counted(text, caplog):
     path = text(["a", "", "b", "  ", "c"])
-    assert len(Files(path).rows()) == 3
-    Files(path).rows()
+    assert len(TextFiles(path).rows()) == 3
+    TextFiles(path).rows()
     assert [r.message for r in caplog.records] == [f"data.path={path}: 2 blank lines skipped."]
 
 
@@ -114,7 +114,7 @@ def test_a_folder_is_read_by_name(tmp_path):
     (tmp_path / "deep").mkdir()
     for name, line in [("b.txt", "2"), ("a.txt", "1"), ("deep/c.txt", "3"), ("README.md", "no"), (".hid.txt", "no")]:
         (tmp_path / name).write_text(line)
-    assert Files(str(tmp_path)).rows()["text"][:] == ["1", "2", "3"]
+    assert TextFiles(str(tmp_path)).rows()["text"][:] == ["1", "2", "3"]
 
 
 @pytest.mark.parametrize(
@@ -132,22 +132,22 @@ def test_a_folder_is_read_by_name(tmp_path):
 @pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "json", "parquet"])
 def test_columns_are_found_by_name(tmp_path, kind, names, found):
     path = write(tmp_path / f"a.{kind}", [{name: f"{name} cell" for name in names}], kind)
-    files = Files(str(path))
+    files = TextFiles(str(path))
     assert files.columns == found
     assert files.rows().column_names == list(found)
 
 
 def test_chosen_columns_keep_their_order(tmp_path):
     path = write(tmp_path / "a.csv", [{"a": "1", "b": "2", "c": "3"}], "csv")
-    assert Files(str(path), columns=["c", "a"]).rows()[0] == {"c": "3", "a": "1"}
+    assert TextFiles(str(path), columns=["c", "a"]).rows()[0] == {"c": "3", "a": "1"}
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_where_keeps_rows(tmp_path, kind):
     rows = [{"text": f"t{i}", "split": "train" if i % 2 else "dev", "year": i} for i in range(10)]
     path = str(write(tmp_path / f"a.{kind}", rows, kind))
-    assert Files(path, where={"split": "train", "year": [1, 3, 4]}).rows()["text"][:] == ["t1", "t3"]
-    assert len(Files(path, where={"year": "7"}).rows()) == 1
+    assert TextFiles(path, where={"split": "train", "year": [1, 3, 4]}).rows()["text"][:] == ["t1", "t3"]
+    assert len(TextFiles(path, where={"year": "7"}).rows()) == 1
 
 
 @pytest.mark.parametrize(
@@ -164,19 +164,19 @@ def test_where_keeps_rows(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_labels_are_numbered(tmp_path, kind, values, ids):
     path = write(tmp_path / f"a.{kind}", [{"text": "x", "label": value} for value in values], kind)
-    rows = Files(str(path), label="label").rows()
+    rows = TextFiles(str(path), label="label").rows()
     assert rows["label"][:] == ids
     assert rows.features["label"].dtype == "int64"
 
 
 def test_csv_labels_are_numbered_and_may_be_empty(tmp_path):
     (tmp_path / "a.csv").write_text("text,kind\na,10\nb,9\nc,\n")
-    assert Files(str(tmp_path / "a.csv"), label="kind").rows()["label"][:] == [1, 0, -1]
+    assert TextFiles(str(tmp_path / "a.csv"), label="kind").rows()["label"][:] == [1, 0, -1]
 
 
 def test_position_is_given_when_asked(tmp_path):
     path = write(tmp_path / "a.csv", [{"text": "x", "line": 7}], "csv")
-    assert Files(str(path), position="line").rows()[0] == {"text": "x", "position": 7}
+    assert TextFiles(str(path), position="line").rows()[0] == {"text": "x", "position": 7}
 
 
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -188,7 +188,7 @@ def test_sides_share_nothing(tmp_path, lines, held_out):
     (tmp_path / "a.txt").write_text("\n".join(lines))
     path = str(tmp_path / "a.txt")
     try:
-        test, train = (Files(path, split=side, held_out=held_out).rows()["text"][:] for side in ("test", "train"))
+        test, train = (TextFiles(path, split=side, held_out=held_out).rows()["text"][:] for side in ("test", "train"))
     except InputError as error:
         assert "too few to hold some out" in str(error)
         return
@@ -198,30 +198,30 @@ def test_sides_share_nothing(tmp_path, lines, held_out):
 
 
 def test_the_cut_depends_on_the_text_alone(text):
-    first = Files(text(), split="test", held_out=5).rows()["text"][:]
-    turned = Files(text([f"  {line.upper()} " for line in reversed(SENTENCES)]), split="test", held_out=5).rows()
+    first = TextFiles(text(), split="test", held_out=5).rows()["text"][:]
+    turned = TextFiles(text([f"  {line.upper()} " for line in reversed(SENTENCES)]), split="test", held_out=5).rows()
     assert len(first) == 5
     assert sorted(turned["text"][:]) == sorted(line.upper() for line in first)
 
 
 def test_a_fifth_is_held_out_at_most(text):
-    assert len(Files(text(SENTENCES[:20]), split="test", held_out=500).rows()) == 4
-    assert len(Files(text(SENTENCES[:4]), split="test", held_out=500).rows()) == 2
-    assert len(Files(text(SENTENCES[:4]), split="all", held_out=500).rows()) == 4
+    assert len(TextFiles(text(SENTENCES[:20]), split="test", held_out=500).rows()) == 4
+    assert len(TextFiles(text(SENTENCES[:4]), split="test", held_out=500).rows()) == 2
+    assert len(TextFiles(text(SENTENCES[:4]), split="all", held_out=500).rows()) == 4
 
 
 def test_whole_groups_are_held_out(tmp_path):
     rows = [{"text": f"t{i}", "book": f"b{i // 4}"} for i in range(80)]
     path = str(write(tmp_path / "a.parquet", rows, "parquet"))
-    test = Files(path, columns=["text"], split="test", held_out=9, held_out_by="book").rows()["text"][:]
+    test = TextFiles(path, columns=["text"], split="test", held_out=9, held_out_by="book").rows()["text"][:]
     assert len(test) == 8
     assert {int(t[1:]) // 4 for t in test} == {int(test[0][1:]) // 4, int(test[-1][1:]) // 4}
 
 
 def test_streams_cut_at_the_front(text):
     path = text()
-    test = Files(path, split="test", held_out=3, streaming=True).rows()
-    train = Files(path, split="train", held_out=3, streaming=True).rows()
+    test = TextFiles(path, split="test", held_out=3, streaming=True).rows()
+    train = TextFiles(path, split="train", held_out=3, streaming=True).rows()
     assert [row["text"] for row in test] == SENTENCES[:3]
     assert [row["text"] for row in train] == SENTENCES[3:]
     assert sorted(row["text"] for row in train.shuffle(seed=1, buffer_size=8)) == sorted(SENTENCES[3:])
@@ -232,26 +232,26 @@ def test_streamed_rows_are_the_same_rows(tmp_path):
     for kind in ("csv", "jsonl", "parquet"):
         path = str(write(tmp_path / f"a.{kind}", rows, kind))
         options = {"path": path, "label": "y", "position": "p", "where": {"s": "a"}}
-        assert list(Files(**options, streaming=True).rows()) == list(Files(**options).rows())
+        assert list(TextFiles(**options, streaming=True).rows()) == list(TextFiles(**options).rows())
 
 
 def test_a_changed_file_is_read_anew(text):
-    before = Files(text())
+    before = TextFiles(text())
     first, stat = before.fingerprint(), os.stat(text())
     path = text([line.replace("number", "NUMBER") for line in SENTENCES])
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    assert Files(path).fingerprint() != first
-    assert Files(path).rows()["text"][0] == "sentence NUMBER 0"
+    assert TextFiles(path).fingerprint() != first
+    assert TextFiles(path).rows()["text"][0] == "sentence NUMBER 0"
 
 
 def test_the_fingerprint_follows_contents_and_options(text, tmp_path):
-    files = Files(text())
-    assert Files(text(name="b.txt")).fingerprint() == files.fingerprint()
-    others = [Files(files.path, split=s, held_out=3) for s in ("train", "test")]
+    files = TextFiles(text())
+    assert TextFiles(text(name="b.txt")).fingerprint() == files.fingerprint()
+    others = [TextFiles(files.path, split=s, held_out=3) for s in ("train", "test")]
     others += [
-        Files(files.path, max_characters=9),
-        Files(files.path, bad_rows="drop"),
-        Files(files.path, streaming=True),
+        TextFiles(files.path, max_characters=9),
+        TextFiles(files.path, bad_rows="drop"),
+        TextFiles(files.path, streaming=True),
     ]
     assert len({f.fingerprint() for f in [files, *others]}) == 6
     # In every process and on every machine; a new option or version makes another one.
@@ -260,7 +260,7 @@ def test_the_fingerprint_follows_contents_and_options(text, tmp_path):
 
 def test_sources_can_be_pickled_and_compared(tmp_path):
     path = write(tmp_path / "a.csv", [{"text": "x", "split": "a"}], "csv")
-    files = Files(str(path), where={"split": "a"})
+    files = TextFiles(str(path), where={"split": "a"})
     again = pickle.loads(pickle.dumps(files))
     assert again == files
     assert hash(again) == hash(files)
@@ -270,27 +270,27 @@ def test_sources_can_be_pickled_and_compared(tmp_path):
 @needs_data
 def test_a_million_sentences_are_quick():
     start = time.perf_counter()
-    rows = Files("sentences_unlabelled.parquet").rows()
+    rows = TextFiles("sentences_unlabelled.parquet").rows()
     assert len(rows) == 991_263
     assert time.perf_counter() - start < 10
 
 
 @needs_data
 def test_real_triplets():
-    rows = Files("nli_triplets.parquet", where={"split": "train"}).rows()
+    rows = TextFiles("nli_triplets.parquet", where={"split": "train"}).rows()
     assert rows.column_names == ["sent0", "sent1", "hard_neg"]
     assert len(rows) == 23_003
 
 
 def test_quoted_line_ends_cross_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr("tercet.data.tables.CSV_BLOCK", 64)
+    monkeypatch.setattr("tercet.data.file_reader.CSV_BLOCK", 64)
     cells = [f'line one, {i}\nline "two"' for i in range(50)]
     path = write(tmp_path / "a.csv", [{"text": cell, "n": i} for i, cell in enumerate(cells)], "csv")
-    assert Files(str(path), position="n").rows()["text"][:] == cells
+    assert TextFiles(str(path), position="n").rows()["text"][:] == cells
 
 
 def test_row_numbers_cross_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr("tercet.data.tables.CSV_BLOCK", 64)
+    monkeypatch.setattr("tercet.data.file_reader.CSV_BLOCK", 64)
     (tmp_path / "a.csv").write_text("text,n\n" + "".join(f"cell,{i}\n" for i in range(70)) + ",70\n")
     with pytest.raises(InputError, match="row 71: column 'text' is empty"):
-        Files(str(tmp_path / "a.csv")).rows()
+        TextFiles(str(tmp_path / "a.csv")).rows()

@@ -7,15 +7,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tercet.data.files import Files
-from tercet.data.groups import Groups
-from tercet.error import InputError
+from tercet.data.text_files import Groups, TextFiles
+from tercet.errors import InputError
 
 
 def grouped(tmp_path, groups, **options):
     table = pa.table({"text": [f"t{i}" for i in range(len(groups))], "picture": groups})
     pq.write_table(table, tmp_path / "a.parquet")
-    return Groups(Files(str(tmp_path / "a.parquet"), columns=["text"], **options), "picture")
+    return Groups(TextFiles(str(tmp_path / "a.parquet"), columns=["text"], **options), "picture")
 
 
 def test_members_are_paired_in_order(tmp_path, caplog):
@@ -54,13 +53,13 @@ def test_what_cannot_be_grouped(tmp_path):
     with pytest.raises(InputError, match=r"data.streaming=false"):
         grouped(tmp_path, ["a", "a"], streaming=True)
     with pytest.raises(InputError, match=r"Did you mean 'picture'\?"):
-        Groups(Files(str(tmp_path / "a.parquet"), columns=["text"]), "pictures")
+        Groups(TextFiles(str(tmp_path / "a.parquet"), columns=["text"]), "pictures")
     with pytest.raises(InputError, match="one text column"):
-        Groups(Files(str(tmp_path / "a.parquet"), columns=["text", "picture"]), "picture")
+        Groups(TextFiles(str(tmp_path / "a.parquet"), columns=["text", "picture"]), "picture")
 
 
 @pytest.mark.skipif("TERCET_DATA" not in os.environ, reason="TERCET_DATA is not set")
 def test_real_captions():
-    rows = Groups(Files("captions_groups.parquet", columns=["text"], where={"split": "train"}), "image_id").rows()
+    rows = Groups(TextFiles("captions_groups.parquet", columns=["text"], where={"split": "train"}), "image_id").rows()
     assert len(rows) > 57_000
     assert max(rows["label"][:]) < 29_000

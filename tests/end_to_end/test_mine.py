@@ -4,7 +4,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
-from tercet.mine import KINDS
+from tercet.app.commands.mine import KINDS
 from tests.conftest import MINILM
 
 PAIRS = [(f"how do I {verb} my {thing}?", f"You {verb} the {thing} in the {place} menu.")

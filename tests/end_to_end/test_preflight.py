@@ -2,7 +2,7 @@
 
 import re
 
-from tercet.preflight import span
+from tercet.app.commands.preflight import format_duration
 from tests.conftest import tiny
 from tests.end_to_end.conftest import FAST, write_texts
 
@@ -29,4 +29,4 @@ def test_it_finds_what_only_a_step_shows(command, tmp_path):
 
 
 def test_spans_are_for_people():
-    assert [span(x) for x in (5, 300, 7200)] == ["5 s", "5 min", "2.0 h"]
+    assert [format_duration(x) for x in (5, 300, 7200)] == ["5 s", "5 min", "2.0 h"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tercet.model.checkpoint import read
+from tercet.models.checkpoint import read_checkpoint
 from tests.conftest import CONF, tiny
 from tests.end_to_end.conftest import FAST, write_texts
 
@@ -66,7 +66,7 @@ def test_a_sweep_of_two_processes_each_learns_what_one_process_does(folder):
 
 @pytest.mark.slow
 def test_weights_in_shares_learn_the_same_and_go_on(folder):
-    shares = [*PAIRS, "trainer.strategy=fsdp2", "trainer.devices=2", "data.batch_size=7", "schedule=constant", "monitor=null",
+    shares = [*PAIRS, "trainer.strategy=fsdp2", "trainer.devices=2", "data.batch_size=7", "scheduler=constant", "monitor=null",
               "trainer.max_steps=4", "save_every=2"]  # fmt: skip
     alone = start(
         folder, *shares, "trainer=cpu", "trainer.strategy=auto", "trainer.devices=1", "output_dir={folder}/alone"
@@ -135,7 +135,7 @@ def test_stopped_processes_save_the_same_step(folder, send, code):
     assert "Traceback" not in said and "error" not in said, said
     assert not [p for p in workers if Path(f"/proc/{p}").exists()]
     saved = folder / "run" / "checkpoints"
-    step = read(saved / "last.ckpt")["global_step"]
+    step = read_checkpoint(saved / "last.ckpt")["global_step"]
     assert step == int(torch.load(saved / "random-1.pt", weights_only=True)["step"])
 
 
@@ -157,7 +157,7 @@ def children(pid):
 
 @pytest.mark.slow
 def test_every_process_goes_on_with_its_own_draws(folder):
-    drawn = [*PAIRS, "trainer.devices=2", "data.batch_size=8", "schedule=constant", "measure_before=false", "save_every=2",
+    drawn = [*PAIRS, "trainer.devices=2", "data.batch_size=8", "scheduler=constant", "measure_before=false", "save_every=2",
              "model.backbone.dropout=0.3", "model.execution.dropout=torch", "trainer.max_epochs=-1"]  # fmt: skip
     whole = start(folder, *drawn, "trainer.max_steps=4", "output_dir={folder}/whole")
     assert whole[0] == 0, whole[1]
@@ -165,6 +165,8 @@ def test_every_process_goes_on_with_its_own_draws(folder):
         code, text = start(folder, *drawn, f"trainer.max_steps={steps}", "resume=true", "output_dir={folder}/parts")
         assert code == 0, text
     assert (folder / "parts" / "checkpoints" / "random-1.pt").is_file()
-    one, other = (read(folder / name / "checkpoints" / "last.ckpt")["state_dict"] for name in ("whole", "parts"))
+    one, other = (
+        read_checkpoint(folder / name / "checkpoints" / "last.ckpt")["state_dict"] for name in ("whole", "parts")
+    )
     for name, value in one.items():
         torch.testing.assert_close(other[name], value, rtol=0, atol=0, msg=name)

@@ -8,8 +8,8 @@ import signal
 import pytest
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from tercet.model.checkpoint import read
-from tercet.objective import SimCSEUnsup
+from tercet.models.checkpoint import read_checkpoint
+from tercet.training import SimCSEUnsup
 from tests.end_to_end.conftest import assert_same_weights
 
 SLOW = pytest.mark.slow  # the same at another place
@@ -40,7 +40,7 @@ def test_weights_are_bit_identical(run, whole, monkeypatch, stop, objective, mor
     monkeypatch.setattr(ModelCheckpoint, "on_train_batch_end", killed)
     ended = run(f"objective={objective}", *more)
     assert ended.code == 130
-    assert read(ended.output / "checkpoints" / "last.ckpt")["global_step"] == stop // 2 * 2
+    assert read_checkpoint(ended.output / "checkpoints" / "last.ckpt")["global_step"] == stop // 2 * 2
     monkeypatch.setattr(ModelCheckpoint, "on_train_batch_end", original)
     resumed = run(f"objective={objective}", *more, "resume=true")
     assert resumed.code == 0 and f"step {stop // 2 * 2}" in resumed.terminal, resumed.terminal
@@ -114,7 +114,7 @@ def test_ctrl_c_lets_the_step_be_made(run, whole, monkeypatch, terminal):
     monkeypatch.setattr(SimCSEUnsup, "training_step", interrupted)
     result = run(*validated)
     assert result.code == 130, result.terminal
-    assert read(result.output / "checkpoints" / "last.ckpt")["global_step"] == 6
+    assert read_checkpoint(result.output / "checkpoints" / "last.ckpt")["global_step"] == 6
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     monkeypatch.setattr(SimCSEUnsup, "training_step", original)
     assert run(*validated, "resume=true").code == 0
@@ -130,7 +130,7 @@ def test_ctrl_c_lets_the_step_be_made(run, whole, monkeypatch, terminal):
 def test_a_validation_that_was_cut_off_is_made(run, whole, monkeypatch, number, killed):
     """Also where the checkpoint is of the step before it: the best one is chosen among all."""
     validated = ["evaluation@validation=heldout", "trainer.val_check_interval=2", "logger=csv",
-                 "monitor=val/geometry/text/uniformity", "optimized_metric=null", "trainer.max_steps=-1"]  # fmt: skip
+                 "monitor=val/alignment_uniformity/text/uniformity", "optimized_metric=null", "trainer.max_steps=-1"]  # fmt: skip
     before = whole(*validated)
     original, made = SimCSEUnsup.validation_step, []
 
@@ -148,7 +148,7 @@ def test_a_validation_that_was_cut_off_is_made(run, whole, monkeypatch, number, 
     resumed = run(*validated, "resume=true")
     assert resumed.code == 0, resumed.terminal
     assert validations(resumed.output) == validations(before)
-    best = [read(folder / "checkpoints" / "best.ckpt")["global_step"] for folder in (resumed.output, before)]
+    best = [read_checkpoint(folder / "checkpoints" / "best.ckpt")["global_step"] for folder in (resumed.output, before)]
     assert best[0] == best[1]
 
 
@@ -170,7 +170,7 @@ def test_ctrl_c_is_nothing_in_the_background(run, monkeypatch):
 def validations(output):
     """What each has measured."""
     with (output / "metrics.csv").open(newline="") as file:
-        return [value for row in csv.DictReader(file) if (value := row["val/geometry/text/alignment"])]
+        return [value for row in csv.DictReader(file) if (value := row["val/alignment_uniformity/text/alignment"])]
 
 
 def test_a_second_ctrl_c_ends_at_once(run, monkeypatch, terminal):
@@ -186,7 +186,7 @@ def test_a_second_ctrl_c_ends_at_once(run, monkeypatch, terminal):
     monkeypatch.setattr(SimCSEUnsup, "training_step", interrupted)
     result = run("save_every=null")
     assert result.code == 130
-    assert read(result.output / "checkpoints" / "last.ckpt")["global_step"] == 5
+    assert read_checkpoint(result.output / "checkpoints" / "last.ckpt")["global_step"] == 5
 
 
 def test_other_settings_are_not_mixed_in(run):
@@ -207,4 +207,4 @@ def test_sigterm_saves_the_step_it_was_at(run, monkeypatch):
     monkeypatch.setattr(ModelCheckpoint, "on_train_batch_end", told)
     result = run("save_every=null")
     assert result.code == 143, result.terminal  # not 0: a scheduler would take it for finished
-    assert read(result.output / "checkpoints" / "last.ckpt")["global_step"] == 5
+    assert read_checkpoint(result.output / "checkpoints" / "last.ckpt")["global_step"] == 5

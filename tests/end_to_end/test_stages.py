@@ -9,8 +9,8 @@ import torch
 from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from tercet.model import Encoding
-from tercet.open_model import open_model
+from tercet.app.model_loading import open_model
+from tercet.models import CachedEncoder
 from tests.conftest import CONF, TEXTS, tiny
 from tests.end_to_end.conftest import FAST, write_texts
 
@@ -18,7 +18,7 @@ TWO = [
     "+stages.runs.words={objective:mlm}",
     "+stages.runs.looks={objective:simcse_unsup,optimizer:{lr:0.01}}",
 ]
-SHOWN = ["stages.in_domain=retrieval/text/mrr", "stages.out_of_domain=geometry/text/uniformity"]
+SHOWN = ["stages.in_domain=retrieval/text/mrr", "stages.out_of_domain=alignment_uniformity/text/uniformity"]
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def staged(command, tmp_path):
 
 
 def vectors(path):
-    return Encoding(open_model(str(path), None, "cpu"))(TEXTS)
+    return CachedEncoder(open_model(str(path), None, "cpu"))(TEXTS)
 
 
 def test_each_stage_starts_where_the_last_one_ended(staged):
@@ -42,16 +42,18 @@ def test_each_stage_starts_where_the_last_one_ended(staged):
     assert result.code == 0, result.terminal
     first, second = (json.loads((result.output / name / "metrics.json").read_text()) for name in ("1_words", "2_looks"))
     metrics = result.metrics()
-    for name in ("retrieval/text/mrr", "geometry/text/uniformity"):
+    for name in ("retrieval/text/mrr", "alignment_uniformity/text/uniformity"):
         assert metrics[f"before/{name}"] == first[f"before/{name}"]
         assert metrics[f"words/{name}"] == first[f"test/{name}"]
         assert metrics[f"looks/{name}"] == metrics[f"test/{name}"] == second[f"test/{name}"]
         assert f"before/{name}" not in second, "the first stage has measured it already"
     table = (result.output / "stages.txt").read_text().splitlines()
     assert table[0].split() == ["before", "words", "looks"]
-    assert table[1].split()[0] == "retrieval/text/mrr" and table[2].split()[0] == "geometry/text/uniformity"
-    lost = metrics["before/geometry/text/uniformity"] - metrics["looks/geometry/text/uniformity"]
-    assert table[3].startswith("forgotten: geometry/text/uniformity")
+    assert table[1].split()[0] == "retrieval/text/mrr" and table[2].split()[0] == "alignment_uniformity/text/uniformity"
+    lost = (
+        metrics["before/alignment_uniformity/text/uniformity"] - metrics["looks/alignment_uniformity/text/uniformity"]
+    )
+    assert table[3].startswith("forgotten: alignment_uniformity/text/uniformity")
     assert float(table[3].split()[-1]) == pytest.approx(lost, abs=1e-4)
     assert (result.output / "stages.png").stat().st_size > 5000
     torch.testing.assert_close(vectors(result.output), vectors(result.output / "2_looks"))
@@ -67,7 +69,7 @@ def test_a_stage_alone_from_the_same_start_is_the_same(staged, command, tmp_path
         "objective=simcse_unsup",
         "optimizer.lr=0.01",
         "measure_before=false",
-        f"start_from={tmp_path / 'staged' / '1_words'}",
+        f"init_from={tmp_path / 'staged' / '1_words'}",
     )
     assert alone.code == 0, alone.terminal
     assert (alone.output / "checkpoints").is_dir()
@@ -83,7 +85,7 @@ def test_stages_take_chains_and_dictionaries_and_need_no_evaluator(staged, tmp_p
         "data.columns=[text]",
         "stages.runs.words=null",
         "+stages.runs.looks.data={where:{kind:[b]}}",
-        "+stages.runs.looks.view={second:[{_target_:tercet.view.Crop,rate:0.2},{_target_:tercet.view.Shuffle}]}",
+        "+stages.runs.looks.view={second:[{_target_:tercet.views.Crop,rate:0.2},{_target_:tercet.views.Shuffle}]}",
         "evaluation@test=none",
     )
     assert result.code == 0, result.terminal
@@ -135,7 +137,7 @@ def test_seeds_of_stages_end_in_one_table(command, tmp_path, monkeypatch):
     ],
 )
 def test_a_start_that_does_not_fit_is_named(small, start, message):
-    result = small(f"start_from={start}")
+    result = small(f"init_from={start}")
     assert result.code == 1
     assert re.search(message, result.terminal)
 
@@ -147,14 +149,14 @@ def test_other_words_are_not_taken_for_ones_own(command, tmp_path):
     first = command("train", *run, "logger=none", "model.tokenizer.size=20")
     assert first.code == 0, first.terminal
     first.output.rename(tmp_path / "first")
-    result = command("train", *run, "logger=none", "model.tokenizer.size=21", f"start_from={tmp_path / 'first'}")
+    result = command("train", *run, "logger=none", "model.tokenizer.size=21", f"init_from={tmp_path / 'first'}")
     assert result.code == 1 and "it reads other tokens (22) than this model (23)" in result.terminal
 
 
 def test_a_head_of_another_shape_starts_anew(small, tmp_path):
     first = small("model.head.kind=mlp", "model.head.dim=16")
     first.output.rename(tmp_path / "first")
-    result = small("model.head.kind=linear", "model.head.dim=8", f"start_from={tmp_path / 'first'}")
+    result = small("model.head.kind=linear", "model.head.dim=8", f"init_from={tmp_path / 'first'}")
     assert result.code == 0 and "the head starts anew" in result.terminal
 
 

@@ -14,9 +14,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-from hydra_plugins.tercet_budget import distribution
-from hydra_plugins.tercet_ray import lost
-from tercet.record import read
+from tercet.app.record import read_metrics
+from tercet.app.sweeps.optuna import distribution
+from tercet.app.sweeps.ray import lost_job_result
 from tests.conftest import tiny
 from tests.end_to_end.conftest import FAST, write_texts
 from tests.end_to_end.test_processes import children
@@ -42,7 +42,10 @@ def test_a_sweep_begun_again_makes_what_is_missing(command, tmp_path):
     assert (tmp_path / "sweep" / "0" / "metrics.json").stat().st_mtime_ns == kept
     assert (tmp_path / "sweep" / "3" / "metrics.json").is_file()
     table = command(
-        "compare", str(tmp_path / "sweep"), "metric=test/geometry/text/alignment", f"output={tmp_path / 'out'}"
+        "compare",
+        str(tmp_path / "sweep"),
+        "metric=test/alignment_uniformity/text/alignment",
+        f"output={tmp_path / 'out'}",
     )
     assert table.code == 0 and "less is better" in table.terminal, table.terminal
     assert (tmp_path / "out" / "comparison.txt").is_file()
@@ -52,8 +55,8 @@ def test_a_budgeted_search_goes_on_until_its_trials_are_made(command, tmp_path):
     write_texts(tmp_path / "my.txt")
     few = [o for o in FAST if not o.startswith(("logger", "trainer.max_steps"))]
     given = ["-m", *tiny("data=text", f"data.path={tmp_path / 'my.txt'}", *few), "logger=none", "measure_before=false",
-             "trainer.max_steps=4", "trainer.val_check_interval=1", "evaluation@validation=heldout", "sweep=budget",
-             "monitor=val/geometry/text/uniformity", "optimized_metric=test/geometry/text/alignment",
+             "trainer.max_steps=4", "trainer.val_check_interval=1", "evaluation@validation=heldout", "sweep=optuna",
+             "monitor=val/alignment_uniformity/text/uniformity", "optimized_metric=test/alignment_uniformity/text/alignment",
              "callback.embeddings=null", "hydra.sweeper.direction=minimize",
              f"hydra.sweep.dir={tmp_path / 'sweep'}"]  # fmt: skip
     first = command("train", *given, "hydra.sweeper.trials=2")
@@ -117,7 +120,7 @@ def test_jobs_of_ray_are_those_of_one_process(command, tmp_path):
         swept = command("train", *given, f"hydra/launcher={launcher}", f"hydra.sweep.dir={tmp_path / launcher}")
         assert swept.code == 1 and "job 1 failed" in swept.terminal, swept.terminal
         assert "data.batch_size=400" in (tmp_path / launcher / "1" / "error.txt").read_text()
-    one, other = (read(tmp_path / launcher / "0") for launcher in ("basic", "ray"))
+    one, other = (read_metrics(tmp_path / launcher / "0") for launcher in ("basic", "ray"))
     assert {k: v for k, v in one.items() if k.startswith("test/")} == pytest.approx(
         {k: v for k, v in other.items() if k.startswith("test/")}
     )
@@ -154,7 +157,7 @@ def test_without_ray_its_launcher_says_what_to_install(command, monkeypatch, tmp
 
 def test_a_job_whose_process_died_is_named_and_the_sweep_goes_on(tmp_path, capsys):
     hydra = {"job": {"num": 3}, "sweep": {"dir": str(tmp_path), "subdir": "3"}, "overrides": {"task": ["seed=4"]}}
-    result = lost(OmegaConf.create({"hydra": hydra}), RuntimeError("gone"))
+    result = lost_job_result(OmegaConf.create({"hydra": hydra}), RuntimeError("gone"))
     assert math.isnan(result.return_value) and result.overrides == ["seed=4"]
     written = (tmp_path / "3" / "error.txt").read_text()
     assert "job 3 was ended" in written and "resume=true" in written

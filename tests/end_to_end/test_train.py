@@ -17,8 +17,8 @@ def test_ones_own_text_in_one_line(small):
     for name in (
         "retrieval/text/recall@1",
         "retrieval/text/mrr",
-        "geometry/text/alignment",
-        "geometry/text/uniformity",
+        "alignment_uniformity/text/alignment",
+        "alignment_uniformity/text/uniformity",
     ):
         assert f"before/{name}" in metrics
         assert f"test/{name}" in metrics
@@ -34,22 +34,22 @@ def test_ones_own_text_in_one_line(small):
 def test_the_model_folder_opens_in_sentence_transformers(small):
     from sentence_transformers import SentenceTransformer
 
-    from tercet.evaluate import open_model
-    from tercet.model import Encoding
+    from tercet.app.commands.evaluate import open_model
+    from tercet.models import CachedEncoder
 
     result = small("model.pooling=cls", "model.head.kind=mlp", "model.head.dim=16", "model.normalize=true")
     theirs = torch.tensor(SentenceTransformer(str(result.output / "model"), device="cpu").encode(TEXTS))
     for name in (result.output, result.output / "model", result.output / "checkpoints" / "last.ckpt"):
-        torch.testing.assert_close(Encoding(open_model(str(name), None, "cpu"))(TEXTS), theirs, rtol=0, atol=1e-5)
+        torch.testing.assert_close(CachedEncoder(open_model(str(name), None, "cpu"))(TEXTS), theirs, rtol=0, atol=1e-5)
 
 
 def test_a_train_only_head_is_kept_but_not_exported(small):
-    from tercet.model.folder import load
+    from tercet.models.folder import load_folder
 
     result = small("model.head.kind=mlp", "model.head.dim=16", "model.head.train_only=true")
-    encoder, _ = load(str(result.output / "model"))
-    assert encoder.eval()(encoder.inputs(TEXTS)).shape == (12, 32)
-    assert encoder.train()(encoder.inputs(TEXTS)).shape == (12, 16)
+    encoder, _ = load_folder(str(result.output / "model"))
+    assert encoder.eval()(encoder.prepare(TEXTS)).shape == (12, 32)
+    assert encoder.train()(encoder.prepare(TEXTS)).shape == (12, 16)
 
 
 def test_pairs_with_masked_lm_a_label_and_both_directions(command, tmp_path):
@@ -104,11 +104,12 @@ def test_streams_are_read_as_they_come(small):
 
 
 def test_the_rows_held_out_of_a_stream_are_not_trained_on(tmp_path):
-    from tercet.data import Files
+    from tercet.data import TextFiles
 
     write_texts(tmp_path / "my.txt")
     sides = {
-        split: Files(str(tmp_path / "my.txt"), split=split, held_out=7, streaming=True) for split in ("train", "test")
+        split: TextFiles(str(tmp_path / "my.txt"), split=split, held_out=7, streaming=True)
+        for split in ("train", "test")
     }
     train = {row["text"] for row in sides["train"].rows()}
     test = set(sides["test"].rows()["text"])

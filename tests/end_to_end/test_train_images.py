@@ -31,7 +31,7 @@ def people(tmp_path):
 
 def images(command, people, *more):
     own = ["objective=facenet", "data=images", f"data.path={people}", "data.held_out=0", "data.test=null",
-           "batches.per_label=2", "evaluation@test=none", *more]  # fmt: skip
+           "sampler.per_label=2", "evaluation@test=none", *more]  # fmt: skip
     return command(
         "train", *[o for o in FAST if "max_steps" not in o], "trainer.max_steps=12", "data.batch_size=4", *TINY, *own
     )
@@ -57,10 +57,10 @@ def test_two_processes_train_on_images(command, people):
 
 
 def test_held_out_people_are_searched(command, people):
-    own = ["objective=facenet", "data=images", f"data.path={people}", "data.held_out=12", "batches.per_label=2"]
-    done = command("train", *FAST, *TINY, *own, "evaluation@test=labelled", "test.ks=[1]", "test.neighbours=3")
+    own = ["objective=facenet", "data=images", f"data.path={people}", "data.held_out=12", "sampler.per_label=2"]
+    done = command("train", *FAST, *TINY, *own, "evaluation@test=nearest_neighbor", "test.ks=[1]", "test.neighbors=3")
     assert done.code == 0, done.terminal
-    assert {"before/labelled/images/recall@1", "test/labelled/images/map@r"} <= done.metrics().keys()
+    assert {"before/nearest_neighbor/images/recall@1", "test/nearest_neighbor/images/map@r"} <= done.metrics().keys()
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_held_out_people_are_searched(command, people):
           "evaluation@test=none"], "the same label"),
         (["data=images", "data.path={people}", *TINY, "objective=facenet", "model.execution.recompute=true"],
          "model.norm=keep"),
-        (["data=images", "data.path={people}", *TINY, "objective=facenet", "batches=random"], "batches=labels"),
+        (["data=images", "data.path={people}", *TINY, "objective=facenet", "sampler=random"], "sampler=pk"),
         (["data=images", "data.path={people}", *TINY, "objective=facenet", "loss=infonce"], "needs loss=triplet"),
     ],
 )  # fmt: skip

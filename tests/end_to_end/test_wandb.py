@@ -13,12 +13,12 @@ import wandb
 import yaml
 from PIL import Image
 
-from tercet import notice
-from tercet.image import SIDE
+from tercet import messages
+from tercet.images import SIDE
 from tests.conftest import CONF, composed, tiny
 from tests.end_to_end.conftest import FAST
 from tests.end_to_end.test_train_images import TINY, people  # noqa: F401 - a fixture
-from tests.written import written
+from tests.wandb_reader import written
 
 SWEEP = CONF.parent / "docs" / "wandb_sweep.yaml"
 
@@ -29,7 +29,7 @@ def _nobody(monkeypatch):
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_DATA_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", "/dev/null")
-    notice._failed.clear()
+    messages._failed.clear()
     teardown = wandb.teardown  # it reads the environment once in a process
     teardown()
     yield
@@ -67,7 +67,7 @@ def test_a_run_is_whole_in_its_folder(small):
 
 
 def test_tables_of_images_have_pictures(command, people):  # noqa: F811
-    own = ["objective=facenet", "data=images", f"data.path={people}", "data.held_out=12", "batches.per_label=2",
+    own = ["objective=facenet", "data=images", f"data.path={people}", "data.held_out=12", "sampler.per_label=2",
            "evaluation@test=none", "measure_before=false"]  # fmt: skip
     done = command("train", *FAST, *TINY, *own, "logger=wandb_offline")
     assert done.code == 0, done.terminal
@@ -108,7 +108,7 @@ def test_wandb_out_of_reach_is_said_and_the_run_goes_on_offline(small, monkeypat
 
 
 def test_a_run_that_goes_on_is_the_same_in_wandb(small):
-    few = ["logger=wandb_offline", "callback.embeddings=null", "measure_before=false", "schedule=constant"]
+    few = ["logger=wandb_offline", "callback.embeddings=null", "measure_before=false", "scheduler=constant"]
     small(*few)
     result = small(*few, "trainer.max_steps=3", "resume=true")
     assert result.code == 0, result.terminal
@@ -131,7 +131,7 @@ def test_a_full_disk_is_said_once_and_training_goes_on(small, monkeypatch, caplo
 @pytest.mark.parametrize("why", ["full", "no folder"])
 def test_without_a_place_for_wandb_training_goes_on(small, tmp_path, monkeypatch, why):
     if why == "full":
-        monkeypatch.setattr("tercet.logger.FREE", 2**63)
+        monkeypatch.setattr("tercet.training.loggers.FREE", 2**63)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "wandb").write_text("a file")
     result = small("logger=wandb_offline", "callback.embeddings=null", "measure_before=false")

@@ -9,12 +9,11 @@ from hypothesis import strategies as st
 from scipy.cluster.hierarchy import fcluster
 from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 
-from tercet.error import InputError
+from tercet.errors import InputError
 from tercet.evaluation import Clustering
-from tercet.evaluation.agreement import Contingency, bcubed_of_merges
-from tercet.evaluation.clustering import best_threshold, tree
+from tercet.evaluation.clustering import Contingency, bcubed_after_merges, best_threshold, linkage_tree
 from tests.evaluation.fakes import Counted, broken, collapsed, noise
-from tests.evaluation.test_labelled import AXES, distinct, source, vectors
+from tests.evaluation.test_nearest_neighbor import AXES, distinct, source, vectors
 
 
 def measure(rows, encode=vectors, *, most=5000, threshold=None, images=False, name="toy"):
@@ -94,7 +93,7 @@ def test_agreement_of_a_thousand_items_and_of_nothing():
 @given(seed=st.integers(0, 999), count=st.integers(2, 14), threshold=st.floats(0, 4))
 def test_the_tree_is_the_twin(seed, count, threshold):
     z = sphere(seed, count)
-    ours = fcluster(tree(z), threshold, "distance")
+    ours = fcluster(linkage_tree(z), threshold, "distance")
     theirs = agglomerated(z.numpy(), threshold)
     assert np.array_equal(ours[:, None] == ours, theirs[:, None] == theirs)
 
@@ -103,7 +102,7 @@ def test_the_tree_reads_every_block():
     z = sphere(0, 600, 8)
     from scipy.cluster.hierarchy import linkage
 
-    assert tree(z)[:, 2] == pytest.approx(linkage(z.numpy(), "average", metric="sqeuclidean")[:, 2])
+    assert linkage_tree(z)[:, 2] == pytest.approx(linkage(z.numpy(), "average", metric="sqeuclidean")[:, 2])
 
 
 @given(seed=st.integers(0, 999), count=st.integers(2, 14), values=st.sampled_from([2, 1000]))
@@ -112,14 +111,14 @@ def test_no_threshold_is_better(seed, count, values):
     rng = np.random.default_rng(seed)
     z = sphere(seed, values)[torch.from_numpy(rng.integers(0, values, count))]
     label = rng.integers(0, 3, count)
-    merges = tree(z)
+    merges = linkage_tree(z)
 
     def f(threshold):
         return bcubed(fcluster(merges, threshold, "distance"), label)[2]
 
     cuts = [-1.0, *merges[:, 2]]
     assert f(best_threshold(merges, label)) == pytest.approx(max(f(t) for t in cuts))
-    poured = bcubed_of_merges(label, merges[:, :2].astype(np.int64))
+    poured = bcubed_after_merges(label, merges[:, :2].astype(np.int64))
     assert [poured[0], poured[-1]] == pytest.approx([f(-1.0), f(9.0)])
 
 

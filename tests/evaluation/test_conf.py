@@ -7,10 +7,10 @@ CHOICES = choices("evaluation")
 
 
 def test_all_are_there():
-    assert {"sts", "stsb_dev", "retrieval", "geometry", "heldout"} <= set(CHOICES)
+    assert {"sts", "stsb_dev", "retrieval", "alignment_uniformity", "heldout"} <= set(CHOICES)
 
 
-@pytest.mark.parametrize("member", ["retrieval", "geometry"])
+@pytest.mark.parametrize("member", ["retrieval", "alignment_uniformity"])
 def test_held_out_means_the_held_out_side(member):
     config = OmegaConf.to_container(composed("evaluation@test=heldout").test, resolve=False)["members"][member]
     assert (config["name"], config["source"]) == ("${data.name}", "${data.test}")
@@ -22,7 +22,7 @@ def test_sts_is_simcses():
     assert (test.split, dev.split, list(dev.tasks)) == ("test", "dev", ["STS-B"])
 
 
-@pytest.mark.parametrize("evaluation", ["labelled", "clustering"])
+@pytest.mark.parametrize("evaluation", ["nearest_neighbor", "clustering"])
 @pytest.mark.parametrize("data", ["files", "images"])
 def test_labels_are_measured_on_held_out_texts_and_images(evaluation, data):
     """Nothing of training is needed: no batches, no tokenizer, no pixels."""

@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from tercet.evaluation import Verification, figures
-from tercet.evaluation.face_pairs import FacePairs
-from tercet.evaluation.roc import Roc
+from tercet.evaluation.face_data import FacePairs
+from tercet.evaluation.verification import Roc
 from tests.evaluation.test_verification import picture
 
 SAME = np.array([True, False] * 30)
@@ -88,9 +88,9 @@ def test_the_shared_faces(shared, tmp_path):
     """Real pictures, all three figures."""
     import torch
 
-    from tercet.image import Pixels
+    from tercet.images import PixelFormat
 
-    pixels = Pixels(size=16, channels=1, mean=(0.5,), std=(0.25,))
+    pixels = PixelFormat(size=16, channels=1, mean=(0.5,), std=(0.25,))
     evaluator = Verification("lfw", str(shared / "faces_lfw.parquet"), str(shared / "faces_lfw_pairs.parquet"), [7, 8])
     drawn = evaluator.figures(
         lambda items: torch.stack([torch.from_numpy(pixels.read(item)).flatten().float() - 128 for item in items])

@@ -13,9 +13,9 @@ from torchmetrics.functional.retrieval import (
     retrieval_reciprocal_rank,
 )
 
-from tercet.error import InputError
+from tercet.errors import InputError
 from tercet.evaluation import Retrieval
-from tercet.evaluation.retrieval import ranks, scores
+from tercet.evaluation.retrieval import relevant_ranks, retrieval_metrics
 from tests.evaluation.fakes import Counted, Listed, broken, collapsed, noise, words
 
 
@@ -40,7 +40,7 @@ def brute_ranks(x, y, relevant):
 @given(seed=st.integers(0, 999), queries=st.integers(1, 12), documents=st.integers(1, 15), block=st.integers(1, 13))
 def test_ranks_are_those_of_the_definition_in_any_block(seed, queries, documents, block):
     x, y, relevant = world(seed, queries, documents)
-    assert [r.tolist() for r in ranks(x, y, relevant, block)] == brute_ranks(x, y, relevant)
+    assert [r.tolist() for r in relevant_ranks(x, y, relevant, block)] == brute_ranks(x, y, relevant)
 
 
 @given(seed=st.integers(0, 999))
@@ -48,8 +48,8 @@ def test_ranks_with_ties(seed):
     """Documents come in equal copies: an irrelevant copy stands before the relevant one."""
     x, y, relevant = world(seed, 5, 6)
     y = torch.cat([y, y])
-    assert [r.tolist() for r in ranks(x, y, relevant)] == brute_ranks(x, y, relevant)
-    assert all(r[0] >= 2 for r in ranks(x, y, relevant))
+    assert [r.tolist() for r in relevant_ranks(x, y, relevant)] == brute_ranks(x, y, relevant)
+    assert all(r[0] >= 2 for r in relevant_ranks(x, y, relevant))
 
 
 @settings(max_examples=30, deadline=None)
@@ -67,7 +67,7 @@ def test_metrics_are_those_of_torchmetrics(seed, most):
         "ndcg@10": lambda p, t: retrieval_normalized_dcg(p, t, 10),
         "map": retrieval_average_precision,
     }
-    found = scores(ranks(x, y, relevant), [1, 3])
+    found = retrieval_metrics(relevant_ranks(x, y, relevant), [1, 3])
     assert found.keys() == expected.keys()
     for name, measure in expected.items():
         mean = sum(float(measure(p, t)) for p, t in zip(cosine, target, strict=True)) / 7
@@ -75,7 +75,7 @@ def test_metrics_are_those_of_torchmetrics(seed, most):
 
 
 def test_a_known_case():
-    found = scores([torch.tensor([2, 4]), torch.tensor([1])], [1, 2])
+    found = retrieval_metrics([torch.tensor([2, 4]), torch.tensor([1])], [1, 2])
     assert found["recall@1"] == 0.5
     assert found["recall@2"] == 1
     assert found["mrr"] == 0.75
@@ -85,8 +85,8 @@ def test_a_known_case():
 
 
 def test_ndcg_stops_at_ten():
-    assert scores([torch.tensor([11])], [1])["ndcg@10"] == 0
-    assert scores([torch.arange(1, 31)], [1])["ndcg@10"] == pytest.approx(1)
+    assert retrieval_metrics([torch.tensor([11])], [1])["ndcg@10"] == 0
+    assert retrieval_metrics([torch.arange(1, 31)], [1])["ndcg@10"] == pytest.approx(1)
 
 
 N = 60
@@ -104,7 +104,7 @@ def test_a_model_that_tells_nothing_apart_finds_nothing(encode):
 def test_a_score_that_is_no_number_is_the_lowest():
     x, y = torch.eye(3), torch.eye(3)
     y[1] = torch.nan
-    assert [r.tolist() for r in ranks(x, y, [[0], [1], [2]])] == [[1], [3], [1]]
+    assert [r.tolist() for r in relevant_ranks(x, y, [[0], [1], [2]])] == [[1], [3], [1]]
 
 
 def test_perfect_and_random():

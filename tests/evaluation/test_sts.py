@@ -10,11 +10,10 @@ import pytest
 import torch
 from scipy.stats import pearsonr, spearmanr
 
-from tercet.evaluation import STS, alignment, table, uniformity
-from tercet.evaluation.correlation import correlations
-from tercet.evaluation.sts import SIX, TASKS, _cosine
-from tercet.model import Encoding
-from tercet.model.folder import load
+from tercet.evaluation import STS, alignment, sts_table, uniformity
+from tercet.evaluation.sts import SIX, STS_TASKS, _cosine, correlations
+from tercet.models import CachedEncoder
+from tercet.models.folder import load_folder
 from tests.conftest import MINILM
 from tests.evaluation.fakes import Counted, broken, collapsed, words
 
@@ -193,7 +192,7 @@ def test_the_papers_table(toy):
     evaluator = STS(toy, ["STS12", "STS-B"], "test")
     metrics = {f"sts/{task}/{name}": 0.76254 for task in ("sts12", "stsb", "avg") for name in SIX}
     metrics |= {"sts/stsb/spearman_all": 0.5, "sts/avg/pearson_all": -0.01234, "train/loss": 3.0}
-    text = table({f"test/{name}": value for name, value in metrics.items()}, "test/")
+    text = sts_table({f"test/{name}": value for name, value in metrics.items()}, "test/")
     *rows, last = text.splitlines()
     assert [line.split() for line in rows] == [
         ["STS12", "STS-B", "Avg."],
@@ -208,16 +207,16 @@ def test_the_papers_table(toy):
 
 
 def test_a_full_table_names_nothing_missing():
-    metrics = {f"sts/{t.lower().replace('-', '')}/spearman_all": 0.5 for t in TASKS} | {"sts/avg/spearman_all": 0.5}
-    lines = table(metrics, "").splitlines()
-    assert lines[0].split() == [*TASKS, "Avg."]
+    metrics = {f"sts/{t.lower().replace('-', '')}/spearman_all": 0.5 for t in STS_TASKS} | {"sts/avg/spearman_all": 0.5}
+    lines = sts_table(metrics, "").splitlines()
+    assert lines[0].split() == [*STS_TASKS, "Avg."]
     assert len(lines) == 2
 
 
 def test_the_real_data(shared):
     """Pair counts are SentEval's; the numbers are those of the protocol written down once more."""
     path = str(shared / "sts.parquet")
-    evaluator = STS(path, list(TASKS), "test")
+    evaluator = STS(path, list(STS_TASKS), "test")
     found = evaluator(words)
     counts = {task: len(pairs.gold) for task, pairs in evaluator.pairs.items()}
     expected = {"STS12": 3108, "STS13": 1500, "STS14": 3750, "STS15": 3000, "STS-B": 1379}
@@ -235,6 +234,6 @@ def test_the_real_data(shared):
 @pytest.mark.slow
 def test_a_known_model_scores_what_is_known(shared):
     """all-MiniLM-L6-v2 has 0.820 on STS-B test with its own mean pooling."""
-    encode = Encoding(load(MINILM, None)[0])
+    encode = CachedEncoder(load_folder(MINILM, None)[0])
     found = STS(str(shared / "sts.parquet"), ["STS-B"], "test")(encode)
     assert found["sts/stsb/spearman"] == pytest.approx(0.820, abs=0.0005)

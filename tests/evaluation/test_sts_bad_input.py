@@ -1,7 +1,7 @@
 import datasets
 import pytest
 
-from tercet.error import InputError
+from tercet.errors import InputError
 from tercet.evaluation import STS
 from tests.evaluation.fakes import words
 from tests.evaluation.test_sts import COLUMNS, ROWS, write

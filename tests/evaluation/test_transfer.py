@@ -6,12 +6,12 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from tercet.build import build
-from tercet.error import InputError
+from tercet.app.cli import main
+from tercet.app.components import build
+from tercet.errors import InputError
 from tercet.evaluation import Transfer
-from tercet.main import main
-from tercet.model.encode import Encoding
-from tercet.model.folder import save
+from tercet.models.encoder import CachedEncoder
+from tercet.models.folder import save_model
 from tests.conftest import composed, tiny
 from tests.evaluation.fakes import words
 
@@ -140,9 +140,9 @@ def peer(x, y, train, penalty):
 def test_scikit_learn_agrees_within_half_a_point(shared, monkeypatch):
     encoder = build(composed("model=glove", "data=books").model).eval()
     evaluator = Transfer("transfer.parquet", ["CR", "TREC", "MRPC"], 10, 1111, "cpu")
-    encode, known = Encoding(encoder), {}
+    encode, known = CachedEncoder(encoder), {}
     ours = evaluator(lambda texts: known.setdefault("z", encode(texts)))
-    monkeypatch.setattr("tercet.evaluation.transfer.predicted", peer)
+    monkeypatch.setattr("tercet.evaluation.transfer.fit_predict", peer)
     theirs = evaluator(lambda texts: known["z"])
     for task in ("cr", "trec", "mrpc"):
         assert abs(ours[f"transfer/{task}/accuracy"] - theirs[f"transfer/{task}/accuracy"]) < 0.005
@@ -150,7 +150,7 @@ def test_scikit_learn_agrees_within_half_a_point(shared, monkeypatch):
 
 def test_both_of_the_papers_tables_in_one_call(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    save(build(composed(*tiny()).model).eval(), tmp_path / "model")
+    save_model(build(composed(*tiny()).model).eval(), tmp_path / "model")
     sts = [
         ["STS-B", "x", "test", "a harp", f"a {word}", score]
         for word, score in (("harp", 5.0), ("dog", 1.0), ("cat", 0.0))

@@ -13,11 +13,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from tercet.error import InputError
-from tercet.evaluation import Together, Verification
-from tercet.evaluation.face_pairs import COLUMNS
-from tercet.evaluation.roc import Roc, wilson
-from tercet.evaluation.threshold import accuracy_threshold
+from tercet.errors import InputError
+from tercet.evaluation import EvaluatorGroup, Verification
+from tercet.evaluation.face_data import PAIR_COLUMNS
+from tercet.evaluation.verification import Roc, accuracy_threshold, wilson_interval
 from tests.evaluation.fakes import Counted
 
 PEOPLE = ("Ann_Lee", "Bo", "Cy_de_la_Mer", "Di", "Ed", "Flo", "Gus", "Hal")
@@ -47,7 +46,7 @@ def rows():
 
 def columns(table):
     cells = list(table)
-    return {name: [row[i] for row in cells] for i, name in enumerate(COLUMNS)}
+    return {name: [row[i] for row in cells] for i, name in enumerate(PAIR_COLUMNS)}
 
 
 @pytest.fixture
@@ -84,7 +83,7 @@ def test_every_form_is_the_same(world, path, pairs):
     assert found["verification/toy/accuracy"] == found["verification/toy/auc"] == 1
     assert found["verification/toy/accuracy_sem"] == found["verification/toy/eer"] == found["verification/toy/far"] == 0
     assert found["verification/toy/val@far1e-3"] == found["verification/toy/val@far1e-3_high"] == 1
-    assert found["verification/toy/val@far1e-3_low"] == pytest.approx(wilson(1.0, 4)[0])
+    assert found["verification/toy/val@far1e-3_low"] == pytest.approx(wilson_interval(1.0, 4)[0])
 
 
 def test_names(world):
@@ -159,9 +158,9 @@ def test_the_curve_is_brute_force(seed, count, values):
 def test_known_rates():
     assert Roc.of(np.array([1.0, 3.0, 2.0, 4.0]), np.array([True, True, False, False])).eer() == 0.5
     assert Roc.of(np.ones(4), np.array([True, True, False, False])).eer() == 0.5
-    low, high = wilson(0.9, 100)  # statsmodels: proportion_confint(90, 100, method="wilson")
+    low, high = wilson_interval(0.9, 100)  # statsmodels: proportion_confint(90, 100, method="wilson")
     assert (low, high) == pytest.approx((0.8256343, 0.9447709), abs=1e-6)
-    assert wilson(0.0, 10)[0] == 0
+    assert wilson_interval(0.0, 10)[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -304,7 +303,7 @@ def test_tables_with_other_columns(world):
     "encode", [faces, lambda items: torch.randn(len(items), 4), lambda items: torch.ones(len(items), 4)]
 )
 def test_figures_are_drawn(world, encode):
-    drawn = Together({"faces": make(world), "none": Together({})}).figures(encode)
+    drawn = EvaluatorGroup({"faces": make(world), "none": EvaluatorGroup({})}).figures(encode)
     assert list(drawn) == ["faces_roc", "faces_distances", "faces_errors"]
     for figure in drawn.values():
         figure.savefig(io.BytesIO(), dpi=30)

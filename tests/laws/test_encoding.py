@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from tercet.build import build
-from tercet.contract import Batch, Ragged
-from tercet.model import Execution
-from tercet.model.pooling import OF_WORDS, POOLINGS
-from tercet.objective.keyed import keyed
+from tercet.app.components import build
+from tercet.models import Execution
+from tercet.models.engine.deterministic_dropout import with_dropout_seeds
+from tercet.models.pooling import OF_WORDS, POOLINGS
+from tercet.types import Batch, TokenBatch
 from tests.conftest import MINILM, TEXTS, choices, composed, tiny
 
 
@@ -33,7 +33,7 @@ CUTS = PACKS - {"modernbert"}  # its query, key and value are one projection
 
 def batch_of(module, columns):
     # No text twice: which of two equal negatives is mined would be up to rounding.
-    views = tuple(module.encoder.inputs([f"{text} {'again ' * v}" for text in TEXTS]) for v in range(columns))
+    views = tuple(module.encoder.prepare([f"{text} {'again ' * v}" for text in TEXTS]) for v in range(columns))
     n = len(TEXTS)
     content = torch.arange(columns * n).view(columns, n)
     return Batch(views, torch.arange(n), torch.arange(n) % 3 - 1, torch.arange(n), content)
@@ -59,7 +59,7 @@ def objective(name, recompute, tokens, dropout_rate=0.1, mlm=0.1, layout="auto",
 @pytest.mark.filterwarnings("ignore:You are trying to `self.log")
 @pytest.mark.parametrize("name", choices("objective"))
 @pytest.mark.parametrize("layout", ["padded", "sorted", "packed"])
-@pytest.mark.parametrize("dropout", ["torch", "keyed"])
+@pytest.mark.parametrize("dropout", ["torch", "deterministic"])
 @pytest.mark.parametrize("tokens", [None, 40])
 def test_recomputed_gradients_are_the_plain_ones_with_dropout_on(name, layout, dropout, tokens):
     plain, again = (objective(name, recompute, tokens, layout=layout, dropout=dropout) for recompute in (False, True))
@@ -79,7 +79,7 @@ def test_recomputed_gradients_are_the_plain_ones_with_dropout_on(name, layout, d
 def test_chunks_and_padding_do_not_change_the_gradient(name, dropout):
     """With dropout on too: what is dropped is a function of the row, not of where it is computed."""
     mlm = float(name == "mlm")  # which tokens it masks is drawn from torch's numbers
-    given = {"dropout_rate": dropout, "dropout": "keyed", "mlm": mlm}
+    given = {"dropout_rate": dropout, "dropout": "deterministic", "mlm": mlm}
     whole = objective(name, False, None, layout="padded", **given)
     batch = batch_of(whole, whole.columns[1])
     expected = gradients(whole, batch, 0)
@@ -103,8 +103,8 @@ def encoder_of(family, *overrides):
 def test_rows_embed_together_as_they_do_alone(family, pooling):
     encoder = encoder_of(family, f"model.pooling={pooling}").eval()
     assert (encoder.execution.layout == "packed") == (family in PACKS)
-    inputs = encoder.inputs(TEXTS)
-    alone = torch.cat([encoder.run(inputs.take(torch.tensor([i])), padded()) for i in range(len(inputs))])
+    inputs = encoder.prepare(TEXTS)
+    alone = torch.cat([encoder.run(inputs.select(torch.tensor([i])), padded()) for i in range(len(inputs))])
     expected = slopes(encoder, alone)
     plans = [padded(), Execution("sorted", "torch", None, None, False), Execution("sorted", "torch", 30, None, False),
              Execution("padded", "torch", None, 2, False)]  # fmt: skip
@@ -133,16 +133,16 @@ def slopes(encoder, z):
 @pytest.mark.parametrize("family", sorted(PACKS))
 def test_a_packed_row_does_not_see_its_neighbours(family):
     encoder = encoder_of(family).eval()
-    inputs = encoder.inputs(TEXTS)
+    inputs = encoder.prepare(TEXTS)
     z = encoder(inputs)
     for row in range(len(inputs)):
         others = inputs.ids.clone()
-        start = int(inputs.length[:row].sum())
-        own = slice(start, start + int(inputs.length[row]))
+        start = int(inputs.lengths[:row].sum())
+        own = slice(start, start + int(inputs.lengths[row]))
         outside = torch.ones(len(others), dtype=torch.bool)
         outside[own] = False
         others[outside] = others[outside] % 1000 + 1500
-        torch.testing.assert_close(encoder(Ragged(others, inputs.length))[row], z[row], rtol=0, atol=1e-6)
+        torch.testing.assert_close(encoder(TokenBatch(others, inputs.lengths))[row], z[row], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", sorted(PACKS))
@@ -152,8 +152,8 @@ def test_the_last_layer_computes_first_tokens_only_where_no_others_are_read(fami
         encoder = encoder_of(family, f"model.pooling={pooling}")
         wide = next(m for m in reversed(list(encoder.backbone.modules())) if isinstance(m, torch.nn.LayerNorm))
         wide.register_forward_hook(lambda m, args, out, p=pooling: seen.update({p: out.shape[1]}))
-        encoder(encoder.inputs(TEXTS))
-    tokens = len(encoder.inputs(TEXTS).ids)
+        encoder(encoder.prepare(TEXTS))
+    tokens = len(encoder.prepare(TEXTS).ids)
     assert seen == {"cls": len(TEXTS) if family in CUTS else tokens, "mean": tokens}
 
 
@@ -161,27 +161,27 @@ def test_the_last_layer_computes_first_tokens_only_where_no_others_are_read(fami
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_keyed_dropout_is_a_function_of_the_row(family, pooling):
     """The same for any layout, any chunks and any order of the rows; another for another seed, step, view and place."""
-    encoder = encoder_of(family, f"model.pooling={pooling}", "model.execution.dropout=keyed").train()
-    batch = keyed(one_column(encoder), seed=1, step=7)
+    encoder = encoder_of(family, f"model.pooling={pooling}", "model.execution.dropout=deterministic").train()
+    batch = with_dropout_seeds(one_column(encoder), seed=1, step=7)
     rows = batch.views[0]
     z = encoder.run(rows, padded())
-    for plan in (Execution("sorted", "keyed", 30, None, True), Execution("packed", "keyed", None, None, False),
-                 Execution("packed", "keyed", 20, None, True)):  # fmt: skip
+    for plan in (Execution("sorted", "deterministic", 30, None, True), Execution("packed", "deterministic", None, None, False),
+                 Execution("packed", "deterministic", 20, None, True)):  # fmt: skip
         torch.testing.assert_close(encoder.run(rows, plan), z, rtol=1e-4, atol=1e-4)
     back = torch.arange(len(rows)).flip(0)
-    torch.testing.assert_close(encoder(rows.take(back)), z[back], rtol=1e-4, atol=1e-4)
-    for other in (keyed(one_column(encoder), 1, 8), keyed(one_column(encoder), 2, 7)):
+    torch.testing.assert_close(encoder(rows.select(back)), z[back], rtol=1e-4, atol=1e-4)
+    for other in (with_dropout_seeds(one_column(encoder), 1, 8), with_dropout_seeds(one_column(encoder), 2, 7)):
         assert (encoder(other.views[0]) - z).abs().max() > 0.01
-    twice = keyed(one_column(encoder).columns(0, 0), 1, 7)
+    twice = with_dropout_seeds(one_column(encoder).select_columns(0, 0), 1, 7)
     assert (encoder(twice.views[1]) - z).abs().max() > 0.01
 
 
 def one_column(encoder):
     n = torch.arange(len(TEXTS))
-    return Batch((encoder.inputs(TEXTS),), n, n, n, n[None])
+    return Batch((encoder.prepare(TEXTS),), n, n, n, n[None])
 
 
 def test_what_cannot_be_packed_is_said():
-    for key in ("layout=packed", "dropout=keyed"):
+    for key in ("layout=packed", "dropout=deterministic"):
         with pytest.raises(Exception, match=f"model.execution.{key}: MPNetModel .* model.execution.{key[:6]}.*=auto"):
             encoder_of("mpnet", f"model.execution.{key}")

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from tercet.build import build
-from tercet.contract import Embedded
-from tercet.loss.mining import MININGS
+from tercet.app.components import build
+from tercet.losses.triplet_mining import MININGS
+from tercet.types import Embeddings
 from tests.conftest import choices, composed
 
 LOSSES = choices("loss")
@@ -13,7 +13,7 @@ TRIPLET = ([], ["loss.form=softplus", "loss.divide_by=pairs", "loss.tile=2"])
 VARIANTS = {
     "infonce": [[], ["loss.learn_temperature=true"], ["loss.direction=both"], ["loss.similarity=dot", "loss.temperature=1"],
                 ["loss.hard_negative_weight=1.5"], ["loss.label_smoothing=0.1"]],
-    "context": [["loss.context=4"], ["loss.context=4", "loss.self_score=zero"],
+    "context": [["loss.context=4"], ["loss.context=4", "loss.self_logit=zero"],
                 ["loss.context=8", "loss.similarity=cosine", "loss.temperature=0.05"]],
     "triplet": [[f"loss.mining={mining}", *more] for mining in MININGS for more in TRIPLET],
 }  # fmt: skip
@@ -34,7 +34,7 @@ def rows(n=9, views=3, dim=6, labels="some", duplicates=True, seed=0):
     if duplicates and n > 2:
         content[1, 1] = content[1, 0]
         content[0, 2] = content[0, 0]
-    return Embedded(z, torch.arange(n), label, torch.arange(n), content)
+    return Embeddings(z, torch.arange(n), label, torch.arange(n), content)
 
 
 @pytest.mark.parametrize(("name", "variant"), CASES)
@@ -43,9 +43,9 @@ def test_splitting_the_anchors_changes_nothing(name, variant, views):
     loss, batch = loss_of(name, variant), rows(views=views)
     whole = loss(batch, batch)
     for cuts in ([1], [4, 5], list(range(1, 9))):
-        parts = [loss(batch.rows(part), batch) for part in torch.arange(9).tensor_split(cuts)]
-        torch.testing.assert_close(sum(p.total for p in parts), whole.total)
-        assert sum(p.count for p in parts) == whole.count
+        parts = [loss(batch.select(part), batch) for part in torch.arange(9).tensor_split(cuts)]
+        torch.testing.assert_close(sum(p.loss_sum for p in parts), whole.loss_sum)
+        assert sum(p.normalizer for p in parts) == whole.normalizer
         for stat in whole.stats:
             torch.testing.assert_close(sum(p.stats[stat] for p in parts), whole.stats[stat])
 
@@ -53,7 +53,7 @@ def test_splitting_the_anchors_changes_nothing(name, variant, views):
 @pytest.mark.parametrize(("name", "variant"), CASES)
 def test_the_order_of_the_keys_changes_nothing(name, variant):
     loss, batch = loss_of(name, variant), rows()
-    torch.testing.assert_close(loss(batch, batch.rows(torch.randperm(9))).total, loss(batch, batch).total)
+    torch.testing.assert_close(loss(batch, batch.select(torch.randperm(9))).loss_sum, loss(batch, batch).loss_sum)
 
 
 @pytest.mark.parametrize(("name", "variant"), CASES)
@@ -61,8 +61,8 @@ def test_the_gradient_is_the_derivative(name, variant):
     loss, batch = loss_of(name, variant), rows(n=5, dim=3)
 
     def total(z):
-        moved = Embedded(z, batch.uid, batch.label, batch.position, batch.content)
-        return loss(moved, moved).total
+        moved = Embeddings(z, batch.example_id, batch.label, batch.position, batch.content_hash)
+        return loss(moved, moved).loss_sum
 
     assert torch.autograd.gradcheck(total, batch.z.clone().requires_grad_())
 
@@ -71,13 +71,13 @@ DEGENERATE = {
     "one label": lambda: rows(labels="one"),
     "no label": lambda: rows(labels="none"),
     "one row": lambda: rows(n=1),
-    "all cells equal": lambda: Embedded(
+    "all cells equal": lambda: Embeddings(
         torch.ones(2, 4, 3, dtype=torch.float64), torch.arange(4), torch.full((4,), -1), torch.arange(4),
         torch.zeros(2, 4, dtype=torch.long)),
-    "collapsed to zero": lambda: Embedded(
+    "collapsed to zero": lambda: Embeddings(
         torch.zeros(2, 4, 3, dtype=torch.float64), torch.arange(4), torch.full((4,), -1), torch.arange(4),
         torch.arange(8).view(2, 4)),
-    "the same example twice": lambda: rows(n=4).rows(torch.tensor([0, 0, 1, 2])),
+    "the same example twice": lambda: rows(n=4).select(torch.tensor([0, 0, 1, 2])),
 }  # fmt: skip
 
 
@@ -86,29 +86,29 @@ DEGENERATE = {
 def test_degenerate_batches_are_finite_and_keep_a_graph(name, variant, case):
     loss, batch = loss_of(name, variant), DEGENERATE[case]()
     z = batch.z.clone().requires_grad_()
-    live = Embedded(z, batch.uid, batch.label, batch.position, batch.content)
+    live = Embeddings(z, batch.example_id, batch.label, batch.position, batch.content_hash)
     terms = loss(live, live)
-    assert terms.total.requires_grad
-    terms.total.backward()
-    assert torch.isfinite(terms.total)
+    assert terms.loss_sum.requires_grad
+    terms.loss_sum.backward()
+    assert torch.isfinite(terms.loss_sum)
     assert torch.isfinite(z.grad).all()
 
 
 @pytest.mark.parametrize(("name", "variant"), CASES)
 def test_half_precision_scores_are_float32(name, variant):
     loss, batch = loss_of(name, variant).float(), rows()
-    half = Embedded(batch.z.bfloat16(), batch.uid, batch.label, batch.position, batch.content)
-    full = Embedded(half.z.float(), batch.uid, batch.label, batch.position, batch.content)
+    half = Embeddings(batch.z.bfloat16(), batch.example_id, batch.label, batch.position, batch.content_hash)
+    full = Embeddings(half.z.float(), batch.example_id, batch.label, batch.position, batch.content_hash)
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(loss(half, half).total, loss(full, full).total)
+        torch.testing.assert_close(loss(half, half).loss_sum, loss(full, full).loss_sum)
 
 
 @pytest.mark.parametrize(("name", "variant"), CASES)
 def test_a_process_without_rows_keeps_a_graph(name, variant):
     loss, keys = loss_of(name, variant), rows(n=4)
     z = keys.z.clone().requires_grad_()
-    live = Embedded(z, keys.uid, keys.label, keys.position, keys.content)
-    terms = loss(live.rows(slice(0, 0)), live)
-    terms.total.backward()
-    assert float(terms.count) == 0
+    live = Embeddings(z, keys.example_id, keys.label, keys.position, keys.content_hash)
+    terms = loss(live.select(slice(0, 0)), live)
+    terms.loss_sum.backward()
+    assert float(terms.normalizer) == 0
     assert not z.grad.any()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.laws import worlds
+from tests.laws import distributed_runs
 
 BATCH = 7  # uneven: three rows in one process, four in the other
 CLOSE = {"rtol": 1e-4, "atol": 2e-6}
@@ -13,11 +13,11 @@ HALF = {"rtol": 1e-2, "atol": 2e-3}  # bfloat16 has 8 bits; a step of these move
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)], ids="{} processes".format)
 def results(tmp_path_factory, request):
     cache = str(tmp_path_factory.mktemp("cache"))
-    alone = worlds.everything(cache, 1, BATCH)
-    return alone, worlds.in_processes(request.param, cache, request.param, BATCH)
+    alone = distributed_runs.everything(cache, 1, BATCH)
+    return alone, distributed_runs.in_processes(request.param, cache, request.param, BATCH)
 
 
-@pytest.mark.parametrize("case", worlds.CASES, ids=str)
+@pytest.mark.parametrize("case", distributed_runs.CASES, ids=str)
 def test_several_processes_learn_what_one_does(results, case):
     alone, together = (weights for weights, _ in (result[case] for result in results))
     assert alone.keys() == together.keys()
@@ -26,15 +26,15 @@ def test_several_processes_learn_what_one_does(results, case):
         torch.testing.assert_close(together[name], weight, **close, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("case", worlds.CASES, ids=str)
+@pytest.mark.parametrize("case", distributed_runs.CASES, ids=str)
 def test_training_moves_the_weights(results, case):
-    cfg = worlds.config(case[0], *worlds.SETTINGS.get(case[1], [case[1]]))
-    worlds.pl.seed_everything(0, verbose=False)
-    fresh = dict(worlds.build(cfg.objective).named_parameters())
+    cfg = distributed_runs.config(case[0], *distributed_runs.SETTINGS.get(case[1], [case[1]]))
+    distributed_runs.pl.seed_everything(0, verbose=False)
+    fresh = dict(distributed_runs.build(cfg.objective).named_parameters())
     moved = max(float((w - fresh[n]).abs().max()) for n, w in results[0][case][0].items())
     assert moved > 1e-3
 
 
-@pytest.mark.parametrize("case", worlds.CASES, ids=str)
+@pytest.mark.parametrize("case", distributed_runs.CASES, ids=str)
 def test_each_gradient_is_reduced_once_a_step(results, case):
     assert results[1][case][1] in (1, None)

@@ -1,30 +1,23 @@
-"""Rows to batches: sources, samplers, tokens, pixels, the data module."""
+"""Sources of rows, transforms of rows to inputs, and batch samplers."""
 
-from tercet.data.augment import Augment
-from tercet.data.batches import GlobalBatches
 from tercet.data.bible import Bible
 from tercet.data.books import Books
-from tercet.data.decoding import Decoding
-from tercet.data.files import Files
-from tercet.data.groups import Groups
-from tercet.data.images import ImageFiles
-from tercet.data.labels import LabelBatches
-from tercet.data.module import DataModule, evaluators
-from tercet.data.rows import Tokenizing
-from tercet.data.windows import WindowBatches
+from tercet.data.image_files import ImageFiles
+from tercet.data.image_transform import Augmentation, ImageTransform
+from tercet.data.samplers import PKBatchSampler, RandomBatchSampler, WindowBatchSampler
+from tercet.data.text_files import Groups, TextFiles
+from tercet.data.text_transform import TextTransform
 
 __all__ = [
-    "Augment",
+    "Augmentation",
     "Bible",
     "Books",
-    "DataModule",
-    "Decoding",
-    "Files",
-    "GlobalBatches",
     "Groups",
     "ImageFiles",
-    "LabelBatches",
-    "Tokenizing",
-    "WindowBatches",
-    "evaluators",
+    "ImageTransform",
+    "PKBatchSampler",
+    "RandomBatchSampler",
+    "TextFiles",
+    "TextTransform",
+    "WindowBatchSampler",
 ]

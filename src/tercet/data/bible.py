@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import Dataset, Features, Value
 
-from tercet.error import InputError
+from tercet.errors import InputError
 
 PSALMS = 19
 SIDES = ("train", "validation", "test")

@@ -11,12 +11,11 @@ import pyarrow as pa
 from datasets import ClassLabel, Dataset, DatasetInfo, Features, Value
 from datasets.table import InMemoryTable
 
-from tercet.data.fingerprint import place_print, text_print
-from tercet.data.held_out import held_out_rows
-from tercet.data.place import Place, find
-from tercet.data.plain import lines
-from tercet.error import InputError
-from tercet.notice import say_once
+from tercet.data.file_reader import lines
+from tercet.data.paths import DataPath, resolve
+from tercet.data.splits import files_fingerprint, held_out_rows, text_fingerprint
+from tercet.errors import InputError
+from tercet.messages import warn_once
 
 SIDES = ("train", "test", "all")
 GUTENBERG = re.compile(r"^\*\*\* ?(START|END) OF (?:THE|THIS) PROJECT GUTENBERG.*$", re.MULTILINE)
@@ -50,7 +49,7 @@ class Books:
         if not re.fullmatch("[a-z]{2,3}", self.language):
             raise InputError(f"data.language={self.language}: a code as en, de or fr.")
         try:
-            kind = find(self.path).kind
+            kind = resolve(self.path).kind
         except InputError as error:
             raise InputError(f"{error} Of these data=raw_books reads .txt files alone.") from error
         if kind != "txt":
@@ -63,8 +62,8 @@ class Books:
 
     def rows(self) -> Dataset:
         """The side's sentences, document by document."""
-        place = find(self.path)
-        table, names = _read(place, place_print(place, whole=True), self.language, self.max_characters)
+        place = resolve(self.path)
+        table, names = _read(place, files_fingerprint(place, whole=True), self.language, self.max_characters)
         if self.held_out and self.split != "all":
             test = held_out_rows(_named(table["label"], names), self.held_out, self.path)
             table = table.filter(pa.array(test if self.split == "test" else ~test))
@@ -74,7 +73,7 @@ class Books:
 
     def fingerprint(self) -> str:
         """Hashes what the files hold and every option; not where they are."""
-        return text_print("books-1", repr(astuple(self)[1:]), place_print(find(self.path), whole=True))
+        return text_fingerprint("books-1", repr(astuple(self)[1:]), files_fingerprint(resolve(self.path), whole=True))
 
 
 def _named(label: pa.ChunkedArray, names: list[str]) -> pa.ChunkedArray:
@@ -82,7 +81,7 @@ def _named(label: pa.ChunkedArray, names: list[str]) -> pa.ChunkedArray:
 
 
 @lru_cache(maxsize=2)  # both sides are cut from the same sentences
-def _read(place: Place, print_: str, language: str, longest: int) -> tuple[pa.Table, list[str]]:
+def _read(place: DataPath, print_: str, language: str, longest: int) -> tuple[pa.Table, list[str]]:
     texts: list[str] = []
     label: list[int] = []
     position: list[int] = []
@@ -103,18 +102,18 @@ def _read(place: Place, print_: str, language: str, longest: int) -> tuple[pa.Ta
         raise InputError(f"data.path={place.path}: no file holds a sentence. Is it the right folder?")
     counts = f"{len(names)} documents, {len(texts)} sentences"
     less = f"; left out: {silent} files without a sentence, {left} sentences longer than {longest} characters"
-    say_once(f"data.path={place.path}: {counts}{less if silent or left else ''}.")
+    warn_once(f"data.path={place.path}: {counts}{less if silent or left else ''}.")
     return pa.table({"text": texts, "label": pa.array(label, pa.int64()), "position": position}), names
 
 
-def _name(file: Path, place: Place) -> str:
+def _name(file: Path, place: DataPath) -> str:
     """The file's path from the folder that they share."""
     folders = [set(other.parents) for other in place.files]
     shared = max(set.intersection(*folders), key=lambda folder: len(folder.parts))
     return file.relative_to(shared).as_posix()
 
 
-def _sentences(file: Path, place: Place, language: str) -> Iterator[str]:
+def _sentences(file: Path, place: DataPath, language: str) -> Iterator[str]:
     """In order, each on one line."""
     try:
         from sentencex import segment

@@ -1,26 +1,26 @@
-"""``encode -> metrics``: an evaluator sees a function, whatever model is behind it."""
+"""Evaluators: functions of an ``encode`` function that return metrics."""
 
+from tercet.evaluation.adjacent_sentences import AdjacentSentences
+from tercet.evaluation.alignment_uniformity import AlignmentUniformity, alignment, uniformity
 from tercet.evaluation.clustering import Clustering
-from tercet.evaluation.geometry import Geometry, alignment, uniformity
-from tercet.evaluation.labelled import Labelled
-from tercet.evaluation.neighbours import Neighbours
+from tercet.evaluation.inputs import EvaluatorGroup
+from tercet.evaluation.nearest_neighbor import NearestNeighbor
 from tercet.evaluation.retrieval import Retrieval
-from tercet.evaluation.sts import STS, table
-from tercet.evaluation.together import Together
+from tercet.evaluation.sts import STS, sts_table
 from tercet.evaluation.transfer import Transfer
 from tercet.evaluation.verification import Verification
 
 __all__ = [
     "STS",
+    "AdjacentSentences",
+    "AlignmentUniformity",
     "Clustering",
-    "Geometry",
-    "Labelled",
-    "Neighbours",
+    "EvaluatorGroup",
+    "NearestNeighbor",
     "Retrieval",
-    "Together",
     "Transfer",
     "Verification",
     "alignment",
-    "table",
+    "sts_table",
     "uniformity",
 ]

@@ -1,21 +1,116 @@
-"""Do items fall into clusters that are their labels?"""
+"""How well a clustering agrees with labels. In float64: torchmetrics' AMI is off by 0.002 at 1,300 items, and takes 20 s."""
 
 import hashlib
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.stats import hypergeom
 from torch import Tensor
 
-from tercet.contract import Encode, Source
-from tercet.error import InputError
-from tercet.evaluation.agreement import Contingency, Floats, Ints, bcubed_of_merges
-from tercet.evaluation.items import Items, read_items
-from tercet.evaluation.pairs import check_source
-from tercet.evaluation.threshold import middle_of_best
-from tercet.evaluation.unit import unit
-from tercet.notice import say_once
+from tercet.errors import InputError
+from tercet.evaluation.inputs import LabeledItems, check_source, encode_unit, read_labeled_items
+from tercet.evaluation.verification import middle_of_best
+from tercet.messages import warn_once
+from tercet.types import EncodeFunction, Source
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Contingency:
+    """J places where a cluster and a label meet: ``joint (J,)`` items, and the sizes ``cluster (J,)``, ``label (J,)`` of both.
+
+    ``clusters`` and ``labels`` are the sizes of all, once each.
+    """
+
+    joint: Ints
+    cluster: Ints
+    label: Ints
+    clusters: Ints
+    labels: Ints
+
+    @staticmethod
+    def of(cluster: Ints, label: Ints) -> "Contingency":
+        """``(N,), (N,)``: any whole numbers."""
+        _, cluster, clusters = np.unique(cluster, return_inverse=True, return_counts=True)
+        _, label, labels = np.unique(label, return_inverse=True, return_counts=True)
+        cells, joint = np.unique(cluster * len(labels) + label, return_counts=True)
+        return Contingency(joint, clusters[cells // len(labels)], labels[cells % len(labels)], clusters, labels)
+
+    def bcubed(self) -> tuple[float, float, float]:
+        """Precision, recall and their harmonic mean F (Bagga and Baldwin 1998; Amigó et al. 2009).
+
+        Precision is the mean over items of the share of its cluster that has its label, itself included; recall that of
+        its label that is in its cluster.
+        """
+        count, square = self.labels.sum(), self.joint.astype(np.float64) ** 2
+        precision, recall = (square / self.cluster).sum() / count, (square / self.label).sum() / count
+        return float(precision), float(recall), float(2 * precision * recall / (precision + recall))
+
+    def nmi(self) -> float:
+        """Mutual information over the mean of the two entropies; 0 where neither side tells anything apart."""
+        mean = (_entropy(self.clusters) + _entropy(self.labels)) / 2
+        return self._information() / mean if mean > 0 else 0.0
+
+    def ami(self) -> float:
+        """(MI - E) / (mean entropy - E), E being what chance gives with these sizes (Vinh et al. 2010).
+
+        0 where chance leaves nothing to gain: one cluster, or one for each item.
+        """
+        expected = self._expected()
+        room = (_entropy(self.clusters) + _entropy(self.labels)) / 2 - expected
+        return (self._information() - expected) / room if room > 1e-9 else 0.0
+
+    def _information(self) -> float:
+        """Mutual information in nats."""
+        count = self.labels.sum()
+        ratio = self.joint * count / (self.cluster.astype(np.float64) * self.label)
+        return float(max(0.0, (self.joint / count * np.log(ratio)).sum()))
+
+    def _expected(self) -> float:
+        """Over the distinct pairs of sizes: there are few, however many clusters there are."""
+        count, total = int(self.labels.sum()), 0.0
+        for a, times_a in zip(*np.unique(self.clusters, return_counts=True), strict=True):
+            for b, times_b in zip(*np.unique(self.labels, return_counts=True), strict=True):
+                n = np.arange(max(1, a + b - count), min(a, b) + 1)
+                gain = n / count * np.log(n * count / (float(a) * b))
+                total += times_a * times_b * float((gain * hypergeom.pmf(n, count, a, b)).sum())
+        return float(total)
+
+
+def _entropy(sizes: Ints) -> float:
+    share = sizes / sizes.sum()
+    return float(-(share * np.log(share)).sum())
+
+
+def bcubed_after_merges(label: Ints, merges: Ints) -> Floats:
+    """B-cubed F after each merge: ``(N,), (N - 1, 2)`` as in scipy's linkage, to ``(N,)``, of which the first is before any.
+
+    The smaller cluster's counts are poured into the larger's, so that all merges together cost N log N.
+    """
+    count = len(label)
+    sizes = dict(zip(*(x.tolist() for x in np.unique(label, return_counts=True)), strict=True))
+    members: dict[int, dict[int, int]] = {i: {int(x): 1} for i, x in enumerate(label)}
+    square, size = dict.fromkeys(members, 1), dict.fromkeys(members, 1)
+    precision, recall = float(count), sum(1 / sizes[int(x)] for x in label)
+    found = [2 * precision * recall / (precision + recall) / count]
+    for step, (a, b) in enumerate(merges.tolist()):
+        large, small = (a, b) if len(members[a]) >= len(members[b]) else (b, a)
+        into, total = members.pop(large), square[a] + square[b]
+        for key, n in members.pop(small).items():
+            there = into.get(key, 0)
+            into[key] = there + n
+            total += 2 * there * n
+            recall += 2 * there * n / sizes[key]
+        new = count + step
+        members[new], square[new], size[new] = into, total, size[a] + size[b]
+        precision += total / size[new] - square[a] / size[a] - square[b] / size[b]
+        found.append(2 * precision * recall / (precision + recall) / count)
+    return np.array(found)
 
 
 @dataclass(frozen=True)
@@ -46,16 +141,16 @@ class Clustering:
                 f"evaluation.threshold={self.threshold}: squared distances of unit vectors are from 0 to 4; null chooses one."
             )
 
-    def __call__(self, encode: Encode) -> dict[str, float]:
+    def __call__(self, encode: EncodeFunction) -> dict[str, float]:
         """All metrics, from one call of ``encode``."""
         suite = f"clustering of {self.name}"
-        items = self._chosen(read_items(self.source, suite), suite)
-        z = unit(encode, items.items, suite)
+        items = self._chosen(read_labeled_items(self.source, suite), suite)
+        z = encode_unit(encode, items.items, suite)
         measured, threshold = torch.ones(len(items), dtype=torch.bool), self.threshold
         if threshold is None:
             measured = self._half(items.label, suite)
-            threshold = best_threshold(tree(z[~measured]), items.label[~measured].numpy())
-        cluster = fcluster(tree(z[measured]), threshold, "distance")
+            threshold = best_threshold(linkage_tree(z[~measured]), items.label[~measured].numpy())
+        cluster = fcluster(linkage_tree(z[measured]), threshold, "distance")
         table = Contingency.of(cluster.astype(np.int64), items.label[measured].numpy())
         precision, recall, f = table.bcubed()
         found = {
@@ -70,7 +165,7 @@ class Clustering:
         }
         return {f"clustering/{self.name}/{metric}": value for metric, value in found.items()}
 
-    def _chosen(self, items: Items, suite: str) -> Items:
+    def _chosen(self, items: LabeledItems, suite: str) -> LabeledItems:
         """Labelled items, at most ``most``."""
         sizes = torch.bincount(items.label[items.label >= 0]).tolist()
         labels, room = [], self.most
@@ -78,7 +173,7 @@ class Clustering:
             if sizes[label] <= room:
                 labels.append(label)
                 room -= sizes[label]
-        kept = items.only(torch.isin(items.label, torch.tensor(labels, dtype=torch.long)).nonzero().squeeze(1))
+        kept = items.select(torch.isin(items.label, torch.tensor(labels, dtype=torch.long)).nonzero().squeeze(1))
         repeated = sum(sizes[label] > 1 for label in labels)
         if len(labels) < 2 or not repeated:
             raise InputError(
@@ -86,12 +181,12 @@ class Clustering:
                 "which one has several items. Use other labels, or raise evaluation.most."
             )
         if len(kept) < sum(sizes):
-            say_once(
+            warn_once(
                 f"{suite}: {len(kept)} of {sum(sizes)} items are used, {len(labels)} whole labels "
                 f"(evaluation.most={self.most}: memory grows with its square)."
             )
         if bare := len(items) - sum(sizes):
-            say_once(f"{suite}: {bare} of {len(items)} items have no label and are left out.")
+            warn_once(f"{suite}: {bare} of {len(items)} items have no label and are left out.")
         return kept
 
     def _half(self, label: Tensor, suite: str) -> Tensor:
@@ -107,7 +202,7 @@ class Clustering:
         return torch.isin(label, torch.tensor([value for value, _ in order[1::2]]))
 
 
-def tree(z: Tensor) -> Floats:
+def linkage_tree(z: Tensor) -> Floats:
     """Scipy's linkage of unit vectors ``(N, D)``, ``(N - 1, 4)``: the heights are mean squared distances."""
     distance = np.empty(len(z) * (len(z) - 1) // 2)  # each pair once, row before column
     done = 0
@@ -125,7 +220,7 @@ def best_threshold(merges: Floats, label: Ints) -> float:
     It is below 0 where nothing should be merged, although equal vectors are there.
     """
     heights, last = np.unique(merges[::-1, 2], return_index=True)
-    f = bcubed_of_merges(label, merges[:, :2].astype(np.int64))
+    f = bcubed_after_merges(label, merges[:, :2].astype(np.int64))
     after = f[len(merges) - last]  # the last merge of each height
     return middle_of_best(heights, np.append(f[0], after).round(12))
 

@@ -1,5 +1,7 @@
 """Pictures of evaluations; matplotlib is imported when one is drawn, for evaluators run without it."""
 
+from __future__ import annotations
+
 import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -7,17 +9,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from tercet.evaluation.face_pairs import FacePairs
-from tercet.evaluation.roc import Floats, Roc
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from tercet.evaluation.face_data import FacePairs
+    from tercet.evaluation.verification import Floats, Roc
+
 
 SAME, QUIET = "#1b7f79", "#888888"
 SIDE = 128  # pixels of a face on the sheet of errors
 
 
-def roc(curve: Roc, far: float) -> "Figure":
+def roc(curve: Roc, far: float) -> Figure:
     """VAL over FAR on a logarithmic axis, with VAL at ``far`` marked."""
     figure, axis = _figure(5.2, 4.2)
     least = 1 / (2 * curve.different)  # where no pair is accepted falsely: a logarithmic axis has no 0
@@ -45,7 +48,7 @@ def roc(curve: Roc, far: float) -> "Figure":
     return figure
 
 
-def against_gold(points: Mapping[str, tuple[Floats, Floats]]) -> "Figure":
+def against_gold(points: Mapping[str, tuple[Floats, Floats]]) -> Figure:
     """Of each task the cosine over the gold score, and its mean at each whole score."""
     from matplotlib.figure import Figure
 
@@ -63,7 +66,7 @@ def against_gold(points: Mapping[str, tuple[Floats, Floats]]) -> "Figure":
     return figure
 
 
-def distances(distance: Floats, same: npt.NDArray[np.bool_], threshold: float) -> "Figure":
+def distances(distance: Floats, same: npt.NDArray[np.bool_], threshold: float) -> Figure:
     """How the distances of same and of different pairs stand apart; the threshold is the mean over folds."""
     figure, axis = _figure(5.6, 3.6)
     low, high = float(distance.min()), float(distance.max())
@@ -81,7 +84,7 @@ def distances(distance: Floats, same: npt.NDArray[np.bool_], threshold: float) -
     return figure
 
 
-def errors(pairs: FacePairs, images: Sequence[bytes], distance: Floats, excess: Floats, columns: int = 5) -> "Figure":
+def errors(pairs: FacePairs, images: Sequence[bytes], distance: Floats, excess: Floats, columns: int = 5) -> Figure:
     """The worst false accepts and false rejects: ``excess (P,)`` is by how much a distance misses its threshold, 0 if right."""
     from matplotlib.figure import Figure
 
@@ -104,7 +107,7 @@ def errors(pairs: FacePairs, images: Sequence[bytes], distance: Floats, excess: 
     return figure
 
 
-def _figure(width: float, height: float) -> tuple["Figure", Any]:
+def _figure(width: float, height: float) -> tuple[Figure, Any]:
     """Not through pyplot: no window, no state that is shared with whoever else draws."""
     from matplotlib.figure import Figure
 

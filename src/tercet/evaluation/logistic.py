@@ -19,7 +19,7 @@ AT_ONCE = 1 << 25  # numbers in a matrix of scores
 Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def predicted(x: Tensor, y: Tensor, train: Tensor, penalty: Tensor) -> Tensor:
+def fit_predict(x: Tensor, y: Tensor, train: Tensor, penalty: Tensor) -> Tensor:
     """``(J, N)`` the class that each of J classifiers gives to each of ``x (N, D)``.
 
     Classifier j minimizes the mean cross entropy of ``y (N,)``, classes from 0, over the rows of ``train (J, N)``, plus
@@ -69,12 +69,12 @@ def _predicted(x: Tensor, y: Tensor, train: Tensor, penalty: Tensor, curvature: 
         gradient = (slope.view(rows, -1).T @ x).view_as(w) + ridge[which, None] * w
         return value, (gradient / root[which, None]).flatten(1)
 
-    v = minimized(objective, x.new_zeros(jobs, columns * dim))
+    v = minimize(objective, x.new_zeros(jobs, columns * dim))
     scores = (x @ (v.view(jobs, columns, dim) / root[:, None]).view(-1, dim).T).view(rows, jobs, columns)
     return ((scores[..., 0] > 0).long() if columns == 1 else scores.argmax(-1)).T
 
 
-def minimized(objective: Objective, start: Tensor) -> Tensor:
+def minimize(objective: Objective, start: Tensor) -> Tensor:
     """``(J, P)`` where J functions are smallest: L-BFGS (Liu and Nocedal 1989), each with its own steps.
 
     ``objective(v (j, P), which (j,)) -> values (j,), gradients (j, P)`` of the functions numbered ``which``.

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tercet.contract import Encode, Source
-from tercet.error import InputError
-from tercet.evaluation.pairs import check_source, numbered, text_pairs
+from tercet.errors import InputError
+from tercet.evaluation.inputs import check_source, distinct, text_pairs
+from tercet.types import EncodeFunction, Source
 
 TIE = 1e-6  # of cosines: float32 rounds equal rows apart by less, depending on where they stand
 
@@ -37,18 +37,18 @@ class Retrieval:
         if not self.ks or any(type(k) is not int or k < 1 for k in self.ks):
             raise InputError(f"evaluation.ks={self.ks}: a list of ranks from 1 on, as [1, 10].")
 
-    def __call__(self, encode: Encode) -> dict[str, float]:
+    def __call__(self, encode: EncodeFunction) -> dict[str, float]:
         """``retrieval/<name>/<metric>``."""
         queries, documents, relevant = self._texts()
         z = encode([*queries, *documents])
         x, y = z.split([len(queries), len(documents)])
-        found = scores(ranks(x, y, relevant), self.ks)
+        found = retrieval_metrics(relevant_ranks(x, y, relevant), self.ks)
         return {f"retrieval/{self.name}/{metric}": value for metric, value in found.items()}
 
     def _texts(self) -> tuple[list[str], list[str], list[list[int]]]:
         first, second, labels = text_pairs(self.source, f"retrieval of {self.name}")
-        queries, query_of = numbered(first)
-        documents, document_of = numbered(second)
+        queries, query_of = distinct(first)
+        documents, document_of = distinct(second)
         relevant: list[set[int]] = [set() for _ in queries]
         same: dict[int, set[int]] = {}
         for label, document in zip(labels, document_of, strict=True):
@@ -58,7 +58,7 @@ class Retrieval:
         return queries, documents, [sorted(documents) for documents in relevant]
 
 
-def ranks(x: Tensor, y: Tensor, relevant: Sequence[Sequence[int]], block: int = 256) -> list[Tensor]:
+def relevant_ranks(x: Tensor, y: Tensor, relevant: Sequence[Sequence[int]], block: int = 256) -> list[Tensor]:
     """For each query the ranks of its relevant documents, from 1 and ascending: ``(Q, D), (M, D)`` to Q tensors.
 
     Among equal scores the irrelevant come first; a score that is no number is the lowest. ``block`` x M numbers at a time.
@@ -79,7 +79,7 @@ def ranks(x: Tensor, y: Tensor, relevant: Sequence[Sequence[int]], block: int = 
     return out
 
 
-def scores(found: Sequence[Tensor], ks: Sequence[int]) -> dict[str, float]:
+def retrieval_metrics(found: Sequence[Tensor], ks: Sequence[int]) -> dict[str, float]:
     """The metrics of ranks; torchmetrics' retrieval functions agree where nothing is tied."""
     first = torch.stack([r[0] for r in found])
     metrics = {f"recall@{k}": float((first <= k).double().mean()) for k in ks}

@@ -1,4 +1,4 @@
-"""Semantic textual similarity as SimCSE and SentEval measure it (Gao et al. 2021, arXiv:2104.08821, appendix B)."""
+"""How well scores follow a gold standard."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -7,17 +7,47 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 
-from tercet.contract import Encode
-from tercet.error import InputError
-from tercet.evaluation.correlation import correlations
-from tercet.evaluation.geometry import alignment, uniformity
-from tercet.evaluation.gold import ONE_SET, SPLITS, TASKS, Pairs, read_pairs
+from tercet.errors import InputError
+from tercet.evaluation.alignment_uniformity import alignment, uniformity
+from tercet.evaluation.task_data import ONE_SET, STS_SPLITS, STS_TASKS, ScoredPairs, read_sts
+from tercet.types import EncodeFunction
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+Floats = npt.NDArray[np.float64]
+
+
+def correlations(scores: Floats, gold: Floats, subset: npt.NDArray[np.str_] | None) -> dict[str, float]:
+    """Spearman's and Pearson's correlation, each in the three ways that papers report (SimCSE, arXiv:2104.08821, B).
+
+    ``_all`` is one correlation over all pairs, ``_mean`` the mean over subsets, ``_wmean`` that weighted by their
+    sizes; without ``subset`` there is only ``_all``. Shapes ``(N,)``; ``gold`` must vary in each subset.
+    """
+    found = {}
+    for name, measure in (("spearman", spearmanr), ("pearson", pearsonr)):
+        found[f"{name}_all"] = _correlation(measure, scores, gold)
+        if subset is not None:
+            names, sizes = np.unique(subset, return_counts=True)
+            parts = [_correlation(measure, scores[subset == s], gold[subset == s]) for s in names]
+            found[f"{name}_mean"] = float(np.mean(parts))
+            found[f"{name}_wmean"] = float(np.average(parts, weights=sizes))
+    return found
+
+
+def _correlation(measure: object, scores: Floats, gold: Floats) -> float:
+    """0 for constant scores: a collapsed model ranks nothing, and a NaN would neither compare nor be valid JSON."""
+    if np.ptp(scores) == 0:
+        return 0.0
+    assert callable(measure)
+    return float(measure(scores, gold).statistic)
+
 
 SIX = tuple(f"{kind}_{over}" for kind in ("spearman", "pearson") for over in ("all", "mean", "wmean"))
 ROWS = {
@@ -29,7 +59,7 @@ ROWS = {
 CLOSE = 4  # pairs with a gold score above it are positives (SimCSE, section 2.3)
 
 
-def key(task: str) -> str:
+def task_key(task: str) -> str:
     """A task's name in metrics: ``STS-B`` is ``stsb``, ``SICK-R`` is ``sickr``."""
     return task.lower().replace("-", "")
 
@@ -54,15 +84,15 @@ class STS:
     split: str
 
     def __post_init__(self) -> None:
-        if self.split not in SPLITS:
-            raise InputError(f"evaluation.split={self.split}: use one of {', '.join(SPLITS)}.")
+        if self.split not in STS_SPLITS:
+            raise InputError(f"evaluation.split={self.split}: use one of {', '.join(STS_SPLITS)}.")
         if isinstance(self.tasks, str) or not self.tasks or len(set(self.tasks)) < len(self.tasks):
-            raise InputError(f"evaluation.tasks={self.tasks}: a list without repetitions, of {', '.join(TASKS)}.")
+            raise InputError(f"evaluation.tasks={self.tasks}: a list without repetitions, of {', '.join(STS_TASKS)}.")
         for task in self.tasks:
-            if task not in TASKS:
-                near = difflib.get_close_matches(str(task).upper(), TASKS, 1)
+            if task not in STS_TASKS:
+                near = difflib.get_close_matches(str(task).upper(), STS_TASKS, 1)
                 hint = f" Did you mean {near[0]}?" if near else ""
-                raise InputError(f"evaluation.tasks has {task}: there are {', '.join(TASKS)}.{hint}")
+                raise InputError(f"evaluation.tasks has {task}: there are {', '.join(STS_TASKS)}.{hint}")
             if self.split == "dev" and task not in ONE_SET:
                 raise InputError(
                     f"evaluation.split=dev, but {task} has only a test split. "
@@ -70,16 +100,16 @@ class STS:
                 )
 
     @cached_property
-    def pairs(self) -> dict[str, Pairs]:
+    def pairs(self) -> dict[str, ScoredPairs]:
         """By task, in the paper's order; read at the first use, once."""
-        return read_pairs(self.path, [task for task in TASKS if task in self.tasks], self.split)
+        return read_sts(self.path, [task for task in STS_TASKS if task in self.tasks], self.split)
 
     @property
     def missing(self) -> tuple[str, ...]:
         """The tasks that were asked for and that the data lacks."""
         return tuple(task for task in self.tasks if task not in self.pairs)
 
-    def __call__(self, encode: Encode) -> dict[str, float]:
+    def __call__(self, encode: EncodeFunction) -> dict[str, float]:
         """All metrics, from one call of ``encode`` with each distinct sentence once."""
         texts = list(dict.fromkeys(text for p in self.pairs.values() for text in (*p.first, *p.second)))
         place, z = {text: i for i, text in enumerate(texts)}, encode(texts)
@@ -89,7 +119,7 @@ class STS:
             x, y = (z[[place[text] for text in side]].double() for side in (p.first, p.second))
             found[task] = correlations(_cosine(x, y).numpy(), p.gold, p.subset)
             whole = {kind: found[task][f"{kind}_all"] for kind in ("spearman", "pearson") if task in ONE_SET}
-            metrics |= {f"sts/{key(task)}/{name}": value for name, value in (found[task] | whole).items()}
+            metrics |= {f"sts/{task_key(task)}/{name}": value for name, value in (found[task] | whole).items()}
             if task == "STS-B":
                 metrics |= _geometry(x, y, p, z[[place[text] for text in dict.fromkeys((*p.first, *p.second))]])
         if len(found) > 1:
@@ -97,7 +127,7 @@ class STS:
             metrics |= {f"sts/avg/{name}": float(np.mean([v[name] for v in found.values()])) for name in shared}
         return metrics
 
-    def figures(self, encode: Encode) -> dict[str, "Figure"]:
+    def figures(self, encode: EncodeFunction) -> dict[str, "Figure"]:
         """``sts_gold``: the cosine of each pair over what people said, a panel a task."""
         from tercet.evaluation.figures import against_gold
 
@@ -109,21 +139,21 @@ class STS:
 
     def table(self, metrics: Mapping[str, float]) -> str:
         """The paper's table, of metrics as they were returned."""
-        return f"STS, {self.split} split, x100\n{table(metrics, '')}"
+        return f"STS, {self.split} split, x100\n{sts_table(metrics, '')}"
 
 
-def table(metrics: Mapping[str, float], prefix: str) -> str:
+def sts_table(metrics: Mapping[str, float], prefix: str) -> str:
     """SimCSE's table as plain text, times 100; ``prefix`` stands before ``sts/`` in the names, as ``test/``."""
-    present = [task for task in TASKS if f"{prefix}sts/{key(task)}/spearman_all" in metrics]
-    columns = {task: key(task) for task in present} | ({"Avg.": "avg"} if len(present) > 1 else {})
+    present = [task for task in STS_TASKS if f"{prefix}sts/{task_key(task)}/spearman_all" in metrics]
+    columns = {task: task_key(task) for task in present} | ({"Avg.": "avg"} if len(present) > 1 else {})
     lines = [" " * 14 + "".join(f"{title:>8}" for title in columns)]
     for title, name in ROWS.items():
         values = [metrics.get(f"{prefix}sts/{column}/{name}") for column in columns.values()]
         if any(value is not None for value in values):
             cells = (f"{'-' if value is None else f'{100 * value:.2f}':>8}" for value in values)
             lines.append(f"{title:<14}{''.join(cells)}")
-    if missing := [task for task in TASKS if task not in present]:
-        lines.append(f"Not measured: {', '.join(missing)}. The paper's average is over all {len(TASKS)} tasks.")
+    if missing := [task for task in STS_TASKS if task not in present]:
+        lines.append(f"Not measured: {', '.join(missing)}. The paper's average is over all {len(STS_TASKS)} tasks.")
     return "\n".join(lines)
 
 
@@ -136,7 +166,7 @@ def _cosine(x: Tensor, y: Tensor) -> Tensor:
     return torch.nan_to_num(cosine, 0.0, 0.0, 0.0).round(decimals=12)
 
 
-def _geometry(x: Tensor, y: Tensor, pairs: Pairs, unique: Tensor) -> dict[str, float]:
+def _geometry(x: Tensor, y: Tensor, pairs: ScoredPairs, unique: Tensor) -> dict[str, float]:
     close = torch.from_numpy(pairs.gold > CLOSE)
     found = {"sts/stsb/alignment": alignment(x[close], y[close])} if close.any() else {}
     return found | {"sts/stsb/uniformity": uniformity(unique)}

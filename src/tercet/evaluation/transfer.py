@@ -1,7 +1,4 @@
-"""Transfer: how well a linear classifier does on sentence vectors that are not trained for it (SentEval).
-
-Conneau and Kiela 2018, arXiv:1803.05449: MR, CR, SUBJ, MPQA, SST-2, TREC and MRPC.
-"""
+"""Cross-validation: which rows are held out when."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -11,11 +8,32 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from tercet.contract import Encode
-from tercet.error import InputError
-from tercet.evaluation.classified import TASKS, Classified, read_classified
-from tercet.evaluation.folds import stratified
-from tercet.evaluation.logistic import predicted
+from tercet.errors import InputError
+from tercet.evaluation.logistic import fit_predict
+from tercet.evaluation.task_data import TRANSFER_TASKS, LabeledSentences, read_transfer
+from tercet.types import EncodeFunction
+
+
+def stratified_folds(label: Tensor, folds: int, seed: int, what: str) -> Tensor:
+    """``(N,)`` the fold of each row, so that every label (N,) has its share in each; drawn from ``seed``.
+
+    Raises:
+        InputError: a label has fewer rows than there are folds, so that one would lack it; ``what`` names the data.
+    """
+    counts = torch.bincount(label)
+    if few := [i for i, n in enumerate(counts.tolist()) if 0 < n < folds]:
+        raise InputError(
+            f"{what}: the label number {few[0]} (in alphabetical order) has {int(counts[few[0]])} rows, fewer than the "
+            f"{folds} folds; one would lack it. Use evaluation.folds={max(2, int(counts[few[0]]))}, add rows or leave "
+            "the task out of evaluation.tasks."
+        )
+    draw = torch.rand(len(label), generator=torch.Generator().manual_seed(seed))
+    order = draw.argsort()
+    order = order[label[order].argsort(stable=True)]  # by label, at random among equals
+    fold = torch.empty_like(label)
+    fold[order] = torch.arange(len(label)) % folds
+    return fold
+
 
 PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2)  # SentEval's grid
 
@@ -43,23 +61,25 @@ class Transfer:
 
     def __post_init__(self) -> None:
         if isinstance(self.tasks, str) or not self.tasks or len(set(self.tasks)) < len(self.tasks):
-            raise InputError(f"evaluation.tasks={self.tasks}: a list without repetitions, of {', '.join(TASKS)}.")
+            raise InputError(
+                f"evaluation.tasks={self.tasks}: a list without repetitions, of {', '.join(TRANSFER_TASKS)}."
+            )
         for task in self.tasks:
-            if task not in TASKS:
-                near = difflib.get_close_matches(str(task).upper().replace("-", ""), TASKS, 1)
+            if task not in TRANSFER_TASKS:
+                near = difflib.get_close_matches(str(task).upper().replace("-", ""), TRANSFER_TASKS, 1)
                 hint = f" Did you mean {near[0]}?" if near else ""
-                raise InputError(f"evaluation.tasks has {task}: there are {', '.join(TASKS)}.{hint}")
+                raise InputError(f"evaluation.tasks has {task}: there are {', '.join(TRANSFER_TASKS)}.{hint}")
         if self.folds < 2:
             raise InputError(f"evaluation.folds={self.folds}: 2 or more; SentEval has 10.")
         if self.device not in ("auto", "cpu", "cuda") or (self.device == "cuda" and not torch.cuda.is_available()):
             raise InputError(f"evaluation.device={self.device}: auto or cpu, or cuda where torch sees a GPU.")
 
     @cached_property
-    def data(self) -> dict[str, Classified]:
+    def data(self) -> dict[str, LabeledSentences]:
         """By task; read at the first use, once."""
-        return read_classified(self.path, [task for task in TASKS if task in self.tasks])
+        return read_transfer(self.path, [task for task in TRANSFER_TASKS if task in self.tasks])
 
-    def __call__(self, encode: Encode) -> dict[str, float]:
+    def __call__(self, encode: EncodeFunction) -> dict[str, float]:
         """All metrics, from one call of ``encode`` with each distinct sentence once."""
         texts = list(
             dict.fromkeys(text for d in self.data.values() for side in (d.first, d.second or ()) for text in side)
@@ -78,7 +98,7 @@ class Transfer:
             metrics["transfer/avg/accuracy"] = sum(accuracies) / len(accuracies)
         return metrics
 
-    def _scores(self, task: str, x: Tensor, data: Classified) -> dict[str, float]:
+    def _scores(self, task: str, x: Tensor, data: LabeledSentences) -> dict[str, float]:
         y, what = data.label.to(x.device), f"evaluation.path={self.path}, {task}"
         rows = {name: torch.from_numpy(data.split == name).to(x.device) for name in set(data.split)}
         if "all" in rows:
@@ -112,21 +132,23 @@ class Transfer:
     def _held(self, label: Tensor, rows: Tensor, seed: int, what: str) -> Tensor:
         """``(K, N)`` which of the ``rows`` each fold holds out."""
         held = torch.zeros(self.folds, len(label), dtype=torch.bool)
-        held[:, rows] = stratified(label[rows], self.folds, seed, what) == torch.arange(self.folds)[:, None]
+        held[:, rows] = stratified_folds(label[rows], self.folds, seed, what) == torch.arange(self.folds)[:, None]
         return held
 
     def table(self, metrics: Mapping[str, float]) -> str:
         """SentEval's table, of metrics as they were returned."""
-        return f"Transfer, accuracy x100\n{table(metrics, '')}"
+        return f"Transfer, accuracy x100\n{transfer_table(metrics, '')}"
 
 
-def table(metrics: Mapping[str, float], prefix: str) -> str:
+def transfer_table(metrics: Mapping[str, float], prefix: str) -> str:
     """Plain text, times 100; ``prefix`` stands before ``transfer/`` in the names, as ``test/``."""
-    found = {task: metrics.get(f"{prefix}transfer/{task.lower()}/accuracy") for task in (*TASKS, "avg")}
+    found = {task: metrics.get(f"{prefix}transfer/{task.lower()}/accuracy") for task in (*TRANSFER_TASKS, "avg")}
     columns = {"Avg." if task == "avg" else task: value for task, value in found.items() if value is not None}
     lines = ["".join(f"{title:>8}" for title in columns), "".join(f"{100 * x:>8.2f}" for x in columns.values())]
-    if missing := [task for task in TASKS if found[task] is None]:
-        lines.append(f"Not measured: {', '.join(missing)}. The paper's average is over all {len(TASKS)} tasks.")
+    if missing := [task for task in TRANSFER_TASKS if found[task] is None]:
+        lines.append(
+            f"Not measured: {', '.join(missing)}. The paper's average is over all {len(TRANSFER_TASKS)} tasks."
+        )
     return "\n".join(lines)
 
 
@@ -134,7 +156,7 @@ def _fits(x: Tensor, y: Tensor, train: Tensor) -> Tensor:
     """``(J, penalties, N)`` classes, of J sets of training rows ``(J, N)``, each with every penalty."""
     penalty = torch.tensor(PENALTIES, device=x.device)
     each = train.repeat_interleave(len(penalty), 0)
-    found = predicted(x, y, each, penalty.repeat(len(train)))
+    found = fit_predict(x, y, each, penalty.repeat(len(train)))
     return found.view(len(train), len(penalty), -1)
 
 

@@ -1,0 +1,154 @@
+"""The job of ``python -m tercet mine``: hard negatives for pairs or labelled texts, as a file to train on."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
+
+from tercet.app.components import build, check_values
+from tercet.app.model_loading import open_model
+from tercet.errors import InputError
+from tercet.evaluation.search import FalseNegativeFilter, hard_negatives
+from tercet.messages import print_status, silence_libraries
+from tercet.models import CachedEncoder, TextEncoder
+from tercet.paths import check_writable
+from tercet.types import Source
+
+KINDS = (".parquet", ".csv", ".tsv", ".jsonl")
+
+
+@dataclass(frozen=True)
+class MiningPairs:
+    """A anchors with a positive each, and the M ``keys`` that negatives come from.
+
+    ``allowed`` takes anchors ``(a,)`` and keys of each ``(a, m)``: which of them are nobody's known positive.
+    """
+
+    anchors: list[str]
+    positives: list[str]
+    keys: list[str]
+    allowed: Callable[[Tensor, Tensor], Tensor]
+
+
+def run(cfg: DictConfig, output: Path) -> None:
+    """Embed, search, write ``anchor``, ``positive``, ``negative`` and the two cosines."""
+    silence_libraries()
+    target = Path(cfg.output)
+    if target.suffix not in KINDS:
+        raise InputError(f"output={target}: a file that ends in {', '.join(KINDS)} is needed.")
+    if cfg.negatives < 1 or cfg.skip < 0:
+        raise InputError(f"negatives={cfg.negatives}, skip={cfg.skip}: 1 or more, and 0 or more.")
+    check_writable(target.parent, "output")
+    train = OmegaConf.to_container(cfg.data.train, resolve=True)
+    check_values(OmegaConf.create({"guard": cfg.guard, "data": {"train": train}}), cfg)
+    guard: FalseNegativeFilter = build(cfg.guard)
+    pairs = read_mining_pairs(build(cfg.data.train), cfg.seed)
+    encoder = open_model(cfg.model.path, cfg.model.pooling, cfg.device, cfg.seed)
+    if not isinstance(encoder, TextEncoder):
+        raise InputError(f"model={cfg.model.path} reads images; mine writes texts. Images: callback=hard_labels.")
+    table = mine(pairs, CachedEncoder(encoder, progress="embedding"), guard, cfg.negatives, cfg.skip)
+    if len(table) == 0:
+        raise InputError(
+            f"No negative is left of {len(pairs.keys)} texts: guard.max_similarity={guard.max_similarity} and "
+            f"guard.relative_margin={guard.relative_margin} shut all out. Loosen them."
+        )
+    write_table(table, target)
+    got = len(set(zip(table["anchor"].to_pylist(), table["positive"].to_pylist(), strict=True)))
+    means = {name: float(np.mean(table[name])) for name in ("positive_cosine", "negative_cosine")}
+    print_status(
+        f"{len(table)} rows of {len(pairs.anchors)} pairs ({got} different ones have a negative). "
+        f"Mean cosine: positives {means['positive_cosine']:.3f}, negatives {means['negative_cosine']:.3f}."
+    )
+    print_status(f"Written to {target}. To train on it:")
+    print_status(
+        f"  python train.py objective=simcse_sup data=text data.path={target} 'data.columns=[anchor,positive,negative]'"
+    )
+
+
+def read_mining_pairs(source: Source, seed: int) -> MiningPairs:
+    """The pairs of a source of two columns or more; or those that equal labels make of one column."""
+    rows = source.rows()
+    first = list(rows[source.columns[0]])
+    if not first or not isinstance(first[0], str):
+        raise InputError("mine reads texts; this data holds images. For images use callback=hard_labels in training.")
+    if len(source.columns) > 1:
+        return of_columns(first, list(rows[source.columns[1]]))
+    if "label" not in rows.column_names:
+        raise InputError(
+            "mine needs pairs: two columns, as data.columns=[question,answer], or one with a label, as data.label=intent."
+        )
+    return of_labels(first, np.array(rows["label"]), seed)
+
+
+def of_columns(first: list[str], second: list[str]) -> MiningPairs:
+    """Negatives are other rows' documents, but none that stands beside the same anchor anywhere, nor the anchor itself."""
+    keys = list(dict.fromkeys(second))
+    place = {text: i for i, text in enumerate(keys)}
+    number = {text: i for i, text in enumerate(dict.fromkeys(first))}
+    pairs = {(number[a], place[b]) for a, b in zip(first, second, strict=True)}
+    pairs |= {(n, place[a]) for a, n in number.items() if a in place}
+    known = torch.tensor([a * len(keys) + b for a, b in pairs])
+    anchor = torch.tensor([number[a] for a in first])
+    return MiningPairs(first, second, keys, lambda rows, at: ~torch.isin(anchor[rows, None] * len(keys) + at, known))
+
+
+def of_labels(texts: list[str], label: "np.ndarray[tuple[int], np.dtype[np.int64]]", seed: int) -> MiningPairs:
+    """Each labelled text with another one of its label, drawn at random; negatives have another label, or none."""
+    rng, anchors, positives = np.random.default_rng(seed), [], []
+    for name in np.unique(label[label >= 0]):
+        members = list(dict.fromkeys(texts[i] for i in np.flatnonzero(label == name)))
+        if len(members) > 1:  # a derangement: the next one in a random circle
+            order = rng.permutation(len(members))
+            anchors += [members[i] for i in order]
+            positives += [members[i] for i in np.roll(order, -1)]
+    if not anchors:
+        raise InputError("data.label: no label has two different texts, so that there is no positive.")
+    groups: dict[str, set[int]] = {}
+    for text, name in zip(texts, label.tolist(), strict=True):
+        groups.setdefault(text, set()).add(name)
+    keys = list(groups)
+    # A text of two labels is no negative of either.
+    codes = torch.tensor([next(iter(found)) if len(found) == 1 else -2 for found in groups.values()])
+    place = {text: i for i, text in enumerate(keys)}
+    own = codes[torch.tensor([place[text] for text in anchors])]
+    return MiningPairs(anchors, positives, keys, lambda rows, at: (codes[at] != own[rows, None]) & (codes[at] != -2))
+
+
+def mine(pairs: MiningPairs, encode: CachedEncoder, guard: FalseNegativeFilter, count: int, skip: int) -> pa.Table:
+    """Rows by anchor, its nearest negative first."""
+    x, y, keys = (F.normalize(encode(texts), dim=-1) for texts in (pairs.anchors, pairs.positives, pairs.keys))
+    own = (x * y).sum(1)
+    scores, at = hard_negatives(x, keys, pairs.allowed, guard.limit(own), count + skip)
+    row, column = (at[:, skip:] >= 0).nonzero(as_tuple=True)
+    chosen = at[row, column + skip].tolist()
+    return pa.table(
+        {
+            "anchor": [pairs.anchors[i] for i in row.tolist()],
+            "positive": [pairs.positives[i] for i in row.tolist()],
+            "negative": [pairs.keys[i] for i in chosen],
+            "positive_cosine": own[row].numpy(),
+            "negative_cosine": scores[row, column + skip].numpy(),
+        }
+    )
+
+
+def write_table(table: pa.Table, target: Path) -> None:
+    """All or nothing, in the format that the name says."""
+    partial = target.with_name(f".{target.name}.{os.getpid()}")
+    if target.suffix == ".parquet":
+        pq.write_table(table, partial)
+    elif target.suffix == ".jsonl":
+        table.to_pandas().to_json(partial, orient="records", lines=True, force_ascii=False)
+    else:
+        options = pyarrow.csv.WriteOptions(delimiter="," if target.suffix == ".csv" else "\t")
+        pyarrow.csv.write_csv(table, partial, options)
+    partial.replace(target)

@@ -1,0 +1,227 @@
+"""The job of ``train.py``: build, check, measure, train, measure again, write down."""
+
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint, ModelSummary, ProgressBar
+from pytorch_lightning.loggers import Logger
+
+from tercet.app import launch, record, report
+from tercet.app.commands.preflight import preflight
+from tercet.app.components import build, check_values
+from tercet.app.config_checks import check_config, check_model
+from tercet.app.launch import requeue_on_signal
+from tercet.app.model_loading import initialize_from
+from tercet.app.report import before_after_table
+from tercet.errors import InputError
+from tercet.messages import print_status, silence_libraries
+from tercet.models.checkpoint import read_checkpoint
+from tercet.models.engine.autochunk import trim_heap
+from tercet.models.folder import save_model
+from tercet.paths import check_writable
+from tercet.training import sharding
+from tercet.training.callbacks.checkpoints import AtomicCheckpointIO, newest_checkpoint
+from tercet.training.contrastive import Contrastive
+from tercet.training.datamodule import DataModule, evaluators
+from tercet.training.loggers import fault_tolerant
+
+RESULT_GROUPS = ("seed", "data", "sampler", "model", "loss", "view", "objective", "optimizer", "scheduler", "init_from")
+
+
+def run(cfg: DictConfig, output: Path) -> float | None:
+    """Train in this process, or in as many as the trainer asks for; returns the optimized metric."""
+    config, data = prepare(cfg, output)
+    if cfg.resume and (metrics := finished_metrics(config, output)):
+        print_status(f"{output} is finished; there is nothing left to do.")
+        return optimized_value(config, metrics)
+    check_resume(config, output)
+    with requeue_on_signal():
+        if not launch.started_by_launcher():
+            data.prepare_data()  # mistakes in the data are found, and tokens cached, before any process is started
+            if launch.num_processes(config) > 1:
+                return launch.launch_processes(worker, config, output)
+        return train(config, output, data)
+
+
+def prepare(cfg: DictConfig, output: Path) -> tuple[DictConfig, DataModule]:
+    """The resolved configuration and its data, after all that can be checked without reading the data."""
+    config = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    assert isinstance(config, DictConfig)
+    check_writable(output, "output_dir")
+    silence_libraries()
+    check_values(config, cfg)
+    config.output_dir = str(output)
+    data = build(config.data.module)
+    check_config(config, get_class(config.objective._target_), data)
+    return config, data
+
+
+def worker(config: dict[str, Any], output: str) -> float | None:
+    """What each of several processes runs."""
+    silence_libraries()
+    cfg = OmegaConf.create(config)
+    return train(cfg, Path(output), build(cfg.data.module))
+
+
+def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
+    """One process's part of the run."""
+    pl.seed_everything(cfg.seed, workers=True, verbose=False)
+    if cfg.num_threads:
+        torch.set_num_threads(cfg.num_threads)
+    objective: Contrastive = build(cfg.objective)
+    if cfg.init_from:
+        print_status(initialize_from(objective.encoder, cfg.init_from))
+    if plan := objective.encoder.describe_execution():
+        print_status(plan)
+    check_model(objective, data, launch.started_by_launcher())
+    tests = evaluators(test := [build(cfg.test)])
+    if cfg.check:
+        preflight(cfg, objective, data, test, output)
+        return None
+    loggers = [fault_tolerant(made) for logger in cfg.logger.values() if logger and (made := build(logger))]
+    callbacks = [
+        made
+        for callback in cfg.callback.values()
+        if callback
+        for made in enabled_callbacks(cfg, build(callback), loggers)
+    ]
+    plugins = [*(build(cfg.trainer.plugins) or []), AtomicCheckpointIO(cfg.keep_last)]
+    trainer: pl.Trainer = build(
+        cfg.trainer, logger=loggers, callbacks=callbacks, plugins=plugins, default_root_dir=str(output)
+    )
+    if launch.is_first_on_node():
+        data.prepare_data()
+    try:
+        notes = record.write_start(cfg, output, data, loggers)
+        metrics = measure(trainer, objective, tests, "before") if cfg.measure_before else {}
+        if metrics and str(cfg.optimized_metric).startswith("test/"):  # better said now than after training
+            optimized_value(cfg, {name.replace("before/", "test/", 1): value for name, value in metrics.items()})
+        # The draws of the evaluation must not decide what training draws.
+        # Processes draw differently: rows of two of them must not share their dropout.
+        pl.seed_everything(cfg.seed + trainer.global_rank, workers=True, verbose=False)
+        trainer.fit(objective, datamodule=data, ckpt_path=resume_checkpoint(cfg, output))
+        metrics |= stage_values(trainer, "train/") | restore_best(trainer, objective)
+        metrics |= measure(trainer, objective, tests, "test")
+        write_results(cfg, trainer, objective, metrics, notes, output)
+        trainer.strategy.barrier("written")  # the next stage reads what the first process wrote
+        record.close_loggers(loggers, "finished")
+    except BaseException:
+        record.close_loggers(loggers, "failed")
+        raise
+    finally:
+        trim_heap(now=True)  # the next job of a sweep is in this process too
+    return optimized_value(cfg, metrics)
+
+
+def finished_metrics(cfg: DictConfig, output: Path) -> dict[str, float] | None:
+    """The metrics of a run that has been made to its end with these very settings."""
+    if not (output / "metrics.json").is_file():
+        return None
+    if record.first_difference(
+        output, cfg, lambda key: key.split(".")[0] not in ("resume", "output_dir", "command", "check")
+    ):
+        return None
+    return record.read_metrics(output)
+
+
+def check_resume(cfg: DictConfig, output: Path) -> None:
+    """Raise ``InputError`` where ``resume`` would mix two settings: the steps to make may differ, what is learned not."""
+    there = any((output / "checkpoints").glob("last*.ckpt"))
+    if there and not cfg.resume:
+        print_status(f"{output} holds a run, which is written over; resume=true would have gone on with it.")
+    if cfg.resume and not there:
+        print_status(f"resume=true: {output} holds no checkpoint; this is the start.")
+    if not cfg.resume or not there:
+        return
+    if other := record.first_difference(output, cfg, lambda key: key.split(".")[0] in RESULT_GROUPS):
+        raise InputError(f"resume=true: {output} was begun with {other}. Set it as it was, or use another output_dir.")
+
+
+def resume_checkpoint(cfg: DictConfig, output: Path) -> str | None:
+    """The checkpoint that a run with ``resume`` goes on from, if there is one."""
+    path = newest_checkpoint(output / "checkpoints", read_checkpoint) if cfg.resume else None
+    if path is None:
+        return None
+    print_status(f"going on from {path}, step {read_checkpoint(path)['global_step']}")
+    return str(path)
+
+
+def enabled_callbacks(cfg: DictConfig, callback: pl.Callback, loggers: list[Logger]) -> list[pl.Callback]:
+    """The callback, unless the trainer's switch for its kind is off: Lightning takes both at once for a mistake."""
+    kinds = {
+        ProgressBar: "enable_progress_bar",
+        Checkpoint: "enable_checkpointing",
+        ModelSummary: "enable_model_summary",
+    }
+    if isinstance(callback, ModelCheckpoint) and callback.filename == "best" and not cfg.monitor:
+        return []  # nothing selects
+    if isinstance(callback, LearningRateMonitor) and not loggers:
+        return []
+    return [callback] if all(cfg.trainer[key] for kind, key in kinds.items() if isinstance(callback, kind)) else []
+
+
+def measure(trainer: pl.Trainer, objective: Contrastive, tests: Any, stage: str) -> dict[str, float]:
+    """Run the test evaluator under the name of a stage."""
+    objective.stage = stage
+    trainer.test(objective, tests, verbose=False)
+    return stage_values(trainer, f"{stage}/")
+
+
+def stage_values(trainer: pl.Trainer, *prefixes: str) -> dict[str, float]:
+    """The trainer's last values of the metrics whose names start so."""
+    seen = trainer.callback_metrics.items()
+    return {name: float(value) for name, value in seen if name.startswith(prefixes)}
+
+
+def restore_best(trainer: pl.Trainer, objective: Contrastive) -> dict[str, float]:
+    """Go back to the best checkpoint where a metric selects one; what validation says of the weights that are kept."""
+    best = trainer.checkpoint_callback
+    path, monitor = getattr(best, "best_model_path", ""), getattr(best, "monitor", None)
+    if monitor and getattr(best, "best_model_score", None) is None:
+        print_status(
+            f"No validation ran: {monitor} selected nothing, these are the last weights. See trainer.val_check_interval."
+        )
+    elif path and monitor:
+        sharding.load_state(objective, read_checkpoint(path)["state_dict"])
+        score = float(best.best_model_score)  # type: ignore[union-attr]
+        print_status(f"best {monitor}: {score:.4f}")
+        return {monitor: score}
+    return stage_values(trainer, "val/")
+
+
+def write_results(
+    cfg: DictConfig,
+    trainer: pl.Trainer,
+    objective: Contrastive,
+    metrics: dict[str, float],
+    notes: dict[str, Any],
+    output: Path,
+) -> None:
+    """Write the model and the metrics; show the table."""
+    encoder = sharding.unsharded(objective.encoder)
+    if not trainer.is_global_zero:
+        return
+    save_model(encoder, output / "model")
+    record.write_metrics(output, metrics)
+    before, after = (record.stage_metrics(metrics, stage) for stage in ("before", "test"))
+    report.write_report(output, cfg, metrics, before, after)
+    record.log_artifacts(trainer.loggers, output, cfg, metrics, notes)
+    print_status("\n" + before_after_table(before, after))
+    print_status(f"\n{trainer.global_step} steps, data {notes['data']['fingerprint']}. Written to {output}:")
+    for path in sorted(p for p in output.iterdir() if p.name != "hparams.yaml"):
+        print_status(f"  {path.name}{'/' if path.is_dir() else ''}")
+
+
+def optimized_value(cfg: DictConfig, metrics: dict[str, float]) -> float | None:
+    """The value that a sweeper gets back."""
+    if not cfg.optimized_metric:
+        return None
+    if cfg.optimized_metric not in metrics:
+        raise InputError(
+            f"optimized_metric={cfg.optimized_metric} was not measured. There are: {', '.join(sorted(metrics))}."
+        )
+    return metrics[cfg.optimized_metric]

@@ -1,0 +1,174 @@
+"""Run ids, one process per device, and SLURM's requeue signal."""
+
+import contextlib
+import logging
+import os
+import secrets
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from pytorch_lightning.utilities.exceptions import SIGTERMException
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from tercet.app.error_formatting import explain
+from tercet.errors import InputError
+from tercet.messages import print_status
+
+
+def run_id() -> str:
+    """``RUN_ID``, else SLURM's job and step, else what the first process of torchrun chose, else the time and four digits."""
+    if value := os.environ.get("RUN_ID"):
+        return value
+    if int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+        return "-".join(os.environ[name] for name in ("SLURM_JOB_ID", "SLURM_STEP_ID") if name in os.environ)
+    fresh = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    if not os.environ.get("TORCHELASTIC_RUN_ID"):
+        return fresh
+    # Started by torchrun: the processes share its store and nothing else yet.
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, _ = next(rendezvous("env://"))
+    if rank == 0:
+        store.set("tercet/run_id", fresh)
+    return str(store.get("tercet/run_id").decode())
+
+
+Worker = Callable[[dict[str, Any], str], float | None]
+
+
+def started_by_launcher() -> bool:
+    """Whether somebody else started this process as one of several."""
+    return "LOCAL_RANK" in os.environ or ("SLURM_LOCALID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1)
+
+
+def is_first_on_node() -> bool:
+    """Whether this is the first process on its node."""
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) == 0
+
+
+def num_processes(cfg: DictConfig) -> int:
+    """How many processes the trainer asks for on this machine."""
+    trainer = cfg.trainer
+    if trainer.num_nodes > 1:
+        raise InputError(
+            f"trainer.num_nodes={trainer.num_nodes}: several nodes need a launcher. Start train.py by torchrun or srun on "
+            "each of them, with the same RUN_ID; conf/trainer/multi_node.yaml shows the command."
+        )
+    if not isinstance(trainer.strategy, str) or not trainer.strategy.startswith(("ddp", "fsdp", "deepspeed")):
+        return 1
+    if isinstance(trainer.devices, int) and trainer.devices > 0:
+        return int(trainer.devices)
+    if OmegaConf.is_list(trainer.devices):
+        return len(trainer.devices)
+    return max(1, torch.cuda.device_count())
+
+
+def launch_processes(worker: Worker, cfg: DictConfig, output: Path) -> float | None:
+    """Run ``worker`` in every process; when one dies the others are ended, and its message is the run's."""
+    count = num_processes(cfg)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    plan = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=output.name,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        start_method="spawn",
+    )
+    print_status(f"{count} processes on this machine")
+    if not os.environ.get("TERCET_DEBUG"):  # the launcher logs the traceback of a failure that is told below
+        for name in ("", ".agent.server.api", ".multiprocessing.api"):
+            logging.getLogger(f"torch.distributed.elastic{name}").setLevel(logging.CRITICAL)
+    config = OmegaConf.to_container(cfg)
+    (output / "error.txt").unlink(missing_ok=True)
+    try:
+        results = elastic_launch(plan, _reported)(worker, config, str(output))
+    except SignalException as error:  # the processes have had it too, and saved where they were
+        raise (KeyboardInterrupt if error.sigval == signal.SIGINT else SIGTERMException) from None
+    except ChildFailedError as error:
+        for rank, failure in sorted(error.failures.items()):
+            if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:  # SIGTERM is what the others get
+                name, saved = signal.Signals(-failure.exitcode).name, output / "checkpoints"
+                raise InputError(
+                    f"process {rank} of {count} was ended by {name} (SIGKILL: often there was too little memory), and the "
+                    f"others were stopped. {saved} holds what was saved; the same command with resume=true goes on."
+                ) from None
+        message = output / "error.txt"
+        if message.is_file():
+            raise InputError(message.read_text(encoding="utf-8").strip()) from None
+        rank, failure = error.get_first_failure()
+        raise InputError(
+            f"process {rank} of {count} ended with exit code {failure.exitcode}: {failure.message}"
+        ) from error
+    value: float | None = results[0]
+    return value
+
+
+def _reported(worker: Worker, config: dict[str, Any], output: str) -> float | None:
+    """The worker, leaving its message in the run folder before it fails."""
+    if "SLURM_JOB_ID" in os.environ:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the process that started this one passes it on
+    try:
+        return worker(config, output)
+    except Exception as error:
+        # The first to fail knows why; the others only miss it.
+        with contextlib.suppress(FileExistsError), (Path(output) / "error.txt").open("x", encoding="utf-8") as file:
+            file.write(explain(error, "", "train") + "\n")
+        if os.environ.get("TERCET_DEBUG"):
+            raise
+        raise SystemExit(1) from None
+
+
+@contextmanager
+def requeue_on_signal() -> Iterator[None]:
+    """SIGUSR1 stops the run inside as SIGTERM does; once it is saved, SLURM queues the job again.
+
+    SLURM sends it where the job asks for it: ``sbatch --requeue --signal=USR1@120``. Elsewhere nothing is changed.
+    """
+    if "SLURM_JOB_ID" not in os.environ or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked = False
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # nothing trains: there is nothing to save
+            raise SIGTERMException
+        signal.raise_signal(signal.SIGTERM)
+
+    before = signal.signal(signal.SIGUSR1, stop)
+    try:
+        yield
+    except SIGTERMException:
+        before = signal.SIG_IGN  # it may come to this process after the others have agreed to stop
+        if asked and os.environ.get("SLURM_PROCID", "0") == os.environ.get("RANK", "0") == "0":
+            _queue_again()
+        raise
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def _queue_again() -> None:
+    job = os.environ["SLURM_JOB_ID"]
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    try:
+        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True)
+        print_status(f"SLURM has been asked to queue job {job} again; it will go on.")
+    except (OSError, subprocess.CalledProcessError) as error:
+        why = str(getattr(error, "stderr", "") or error).strip()
+        print_status(f"scontrol requeue {job}: {why}. The same command with resume=true goes on.")

@@ -1,0 +1,1 @@
+"""Sweeps: summaries, joblib's jobs, Optuna and Ray."""

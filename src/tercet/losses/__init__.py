@@ -1,0 +1,7 @@
+"""Contrastive losses: sums over anchor rows, scored against a set of keys."""
+
+from tercet.losses.context import ContextLoss
+from tercet.losses.info_nce import InfoNCE
+from tercet.losses.triplet import TripletLoss
+
+__all__ = ["ContextLoss", "InfoNCE", "TripletLoss"]

@@ -1,0 +1,114 @@
+"""Which triplets count: exact rules on sorted distances. No tensor of triplets is ever made."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ONE_NEGATIVE = ("semihard", "easy_positive", "batch_hard")  # a mined pair (a, p) gets one negative
+MANY = ("all_semihard", "hard", "all")  # it gets every negative of a window
+MININGS = (*ONE_NEGATIVE, *MANY)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """R anchors with K positives at most and M keys; squared distances, infinite where there is none.
+
+    ``positive (R, K)`` and ``negative (R, M)`` ascend along a row; ``positive_key`` and ``negative_key`` say which keys
+    they belong to. ``negatives (R, 1)`` counts the finite ones.
+    """
+
+    positive: Tensor
+    positive_key: Tensor
+    negative: Tensor
+    negative_key: Tensor
+    negatives: Tensor
+
+
+@dataclass(frozen=True)
+class MinedTile:
+    """``total`` and ``count`` of the active triplets, ``pairs`` that were mined, and ``weight (R, M)`` = dtotal/ddistance."""
+
+    loss_sum: Tensor
+    num_active: Tensor
+    num_pairs: Tensor
+    weight: Tensor
+
+
+def mine_tile(tile: Tile, mining: str, fallback: bool, margin: float, soft: bool) -> MinedTile:
+    """Apply a rule of ``MININGS``; the loss of a triplet is f(d_ap - d_an + margin), f the hinge or, ``soft``, softplus."""
+    if mining in ONE_NEGATIVE:
+        return _one_negative(tile, mining, fallback, margin, soft)
+    low, high = _window(tile, mining, margin, soft)
+    return _soft_windows(tile, low, high, margin) if soft else _windows(tile, low, high, margin)
+
+
+def _one_negative(tile: Tile, mining: str, fallback: bool, margin: float, soft: bool) -> MinedTile:
+    """The closest negative strictly beyond the positive; with ``fallback`` the farthest where there is none."""
+    if mining == "batch_hard":
+        last = (tile.positive.isfinite().sum(1, keepdim=True) - 1).clamp(min=0)
+        positive, key = tile.positive.gather(1, last), tile.positive_key.gather(1, last)
+        place = torch.zeros_like(last)
+    else:
+        stop = 1 if mining == "easy_positive" else None
+        positive, key = tile.positive[:, :stop].contiguous(), tile.positive_key[:, :stop]
+        place = torch.searchsorted(tile.negative, positive, right=True)
+    pair = positive.isfinite()
+    found = pair & (tile.negatives > 0)
+    if mining != "batch_hard" and not fallback:
+        found &= place < tile.negatives
+    place = torch.minimum(place, tile.negatives - 1).clamp(min=0)  # the clamp is the fallback
+    gap = (positive - tile.negative.gather(1, place) + margin).masked_fill(~found, 0)
+    active = found if soft else gap > 0
+    loss = torch.nn.functional.softplus(gap) if soft else gap
+    slope = torch.where(active, torch.sigmoid(gap) if soft else 1.0, 0.0).to(gap.dtype)
+    weight = tile.negative.new_zeros(tile.negative.shape)
+    weight.scatter_add_(1, tile.negative_key.gather(1, place), -slope).scatter_add_(1, key, slope)
+    return MinedTile(loss.masked_fill(~active, 0).double().sum(), active.sum(), pair.sum(), weight)
+
+
+def _window(tile: Tile, mining: str, margin: float, soft: bool) -> tuple[Tensor, Tensor]:
+    """``[low, high) (R, K)`` of the sorted negatives for every positive; empty where there is no positive."""
+    beyond = torch.searchsorted(tile.negative, tile.positive, right=True)  # the first with d_an > d_ap
+    inside = torch.searchsorted(tile.negative, tile.positive + margin)  # the first with d_an >= d_ap + margin
+    first = torch.zeros_like(beyond)
+    if mining == "all_semihard":
+        low, high = beyond, inside
+    elif mining == "hard":
+        low, high = first, beyond if soft else torch.minimum(beyond, inside)  # without a margin, a tie has no loss
+    else:
+        low, high = first, tile.negatives.expand_as(first) if soft else inside
+    real = tile.positive.isfinite()
+    return low.masked_fill(~real, 0), torch.minimum(high, tile.negatives).masked_fill(~real, 0)
+
+
+def _windows(tile: Tile, low: Tensor, high: Tensor, margin: float) -> MinedTile:
+    """Hinge sums over windows: linear in the distances, so that counting is enough."""
+    count = (high - low).to(tile.positive.dtype)
+    one = tile.positive.isfinite().to(count.dtype)
+    edges = count.new_zeros(len(count), tile.negative.shape[1] + 1)
+    edges.scatter_add_(1, low, one).scatter_add_(1, high, -one)
+    covered = edges[:, :-1].cumsum(1)  # in how many windows each negative is
+    weight = torch.zeros_like(covered).scatter_(1, tile.negative_key, -covered)
+    weight.scatter_add_(1, tile.positive_key, count)
+    plus = (count * tile.positive.nan_to_num(posinf=0.0)).sum(1).double()
+    minus = (covered * tile.negative.nan_to_num(posinf=0.0)).sum(1).double()
+    active = (high - low).sum()
+    return MinedTile((plus - minus).sum() + margin * active.double(), active, tile.positive.isfinite().sum(), weight)
+
+
+def _soft_windows(tile: Tile, low: Tensor, high: Tensor, margin: float) -> MinedTile:
+    """Softplus does not add up: one pass over the negatives for each of the K positives, in O(R·M) memory."""
+    place = torch.arange(tile.negative.shape[1], device=low.device)
+    negative = tile.negative.nan_to_num(posinf=0.0)
+    covered, slopes, total = torch.zeros_like(negative), [], negative.new_zeros((), dtype=torch.float64)
+    for k in range(tile.positive.shape[1]):
+        chosen = (place >= low[:, k, None]) & (place < high[:, k, None])
+        gap = tile.positive[:, k, None].nan_to_num(posinf=0.0) - negative + margin
+        total = total + torch.nn.functional.softplus(gap).masked_fill(~chosen, 0).sum(1).double().sum()
+        slope = torch.sigmoid(gap).masked_fill(~chosen, 0)
+        covered += slope
+        slopes.append(slope.sum(1))
+    weight = torch.zeros_like(covered).scatter_(1, tile.negative_key, -covered)
+    weight.scatter_add_(1, tile.positive_key, torch.stack(slopes, 1))
+    return MinedTile(total, (high - low).sum(), tile.positive.isfinite().sum(), weight)

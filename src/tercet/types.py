@@ -1,0 +1,287 @@
+"""Core types shared by all packages.
+
+Shapes: V views, N examples, T tokens, L longest row, H hidden, D embedding, P labels, K rows per label, W processes; images have
+C channels and S x S pixels.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor
+
+RATE_SCALE = 1 << 24  # a cutoff rate is stored as an integer in units of 1 / RATE_SCALE
+
+
+@dataclass  # not frozen, like Batch: Lightning rebuilds batches field by field in true half precision
+class TokenState:
+    """What is known of T tokens besides their ids; None where nothing has set it.
+
+    ``keep (T,)`` is false where the token's word vector is zeroed; ``position (T,)`` is its position in the row;
+    ``feature_cutoff (T, 2)`` holds a seed and a rate (in units of 1 / ``RATE_SCALE``) of word-vector columns that are zeroed;
+    ``dropout_seed (T,)`` is the seed of deterministic dropout.
+    """
+
+    keep: Tensor | None = None
+    position: Tensor | None = None
+    feature_cutoff: Tensor | None = None
+    dropout_seed: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "TokenState":
+        """Apply ``function`` to every tensor that is set."""
+        return TokenState(**{f.name: function(x) for f in fields(self) if (x := getattr(self, f.name)) is not None})
+
+    def set_fields(self) -> tuple[str, ...]:
+        """The names of the fields that are not None."""
+        return tuple(f.name for f in fields(self) if getattr(self, f.name) is not None)
+
+
+@dataclass
+class TokenBatch:
+    """N rows of token ids, concatenated without padding: ``ids (T,)`` and ``lengths (N,)``.
+
+    ``lengths`` stays on the CPU: chunks are planned from it, and reading it from a device would block.
+    """
+
+    ids: Tensor
+    lengths: Tensor
+    state: TokenState = field(default_factory=TokenState)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def to(self, device: torch.device | str) -> "TokenBatch":
+        """Copy ids and state to ``device``."""
+        state = self.state.map(lambda x: x.to(device, non_blocking=True))
+        return TokenBatch(self.ids.to(device, non_blocking=True), self.lengths, state)
+
+    def rows(self) -> tuple[Tensor, ...]:
+        """Split into N tensors of ids, each ``(length,)``."""
+        return torch.split(self.ids, self.lengths.tolist())
+
+    def select(self, which: Tensor) -> "TokenBatch":
+        """Select rows by index ``(n,)``, in that order."""
+        lengths = self.lengths[which]
+        start = (self.lengths.cumsum(0) - self.lengths)[which] - (lengths.cumsum(0) - lengths)
+        tokens = torch.arange(int(lengths.sum())) + torch.repeat_interleave(start, lengths)
+        tokens = tokens.to(self.ids.device, non_blocking=True)
+        return TokenBatch(self.ids[tokens], lengths, self.state.map(lambda x: x[tokens]))
+
+    def pad(self, fill: int) -> tuple[Tensor, Tensor, TokenState]:
+        """Pad on the right to the longest row: ``ids (N, L)``, ``mask (N, L)``, and the state as ``(N, L, ...)`` with zeros."""
+        state = self.state.map(lambda x: pad_rows(x, self.lengths))
+        mask = pad_rows(torch.ones_like(self.ids), self.lengths)
+        return pad_rows(self.ids, self.lengths, fill), mask, state
+
+    def default(self, name: str) -> Tensor:
+        """The value of a ``TokenState`` field that stands for "unchanged"; there is none for ``dropout_seed``."""
+        if name == "keep":
+            return torch.ones_like(self.ids, dtype=torch.bool)
+        if name == "feature_cutoff":
+            return self.ids.new_zeros(len(self.ids), 2)
+        if name != "position":
+            raise ValueError(f"{name} has no default")
+        start = torch.repeat_interleave(self.lengths.cumsum(0) - self.lengths, self.lengths)
+        return torch.arange(len(self.ids), device=self.ids.device) - start.to(self.ids.device)
+
+    @staticmethod
+    def concat(parts: "Sequence[TokenBatch]") -> "TokenBatch":
+        """Concatenate the rows of all parts; a state field that only some parts have is filled with its default."""
+        names = dict.fromkeys(name for part in parts for name in part.state.set_fields())
+        state = {name: torch.cat([_field_or_default(part, name) for part in parts]) for name in names}
+        ids, lengths = torch.cat([part.ids for part in parts]), torch.cat([part.lengths for part in parts])
+        return TokenBatch(ids, lengths, TokenState(**state))
+
+    @staticmethod
+    def from_lists(rows: Sequence[Sequence[int]]) -> "TokenBatch":
+        """Make a batch of lists of token ids."""
+        flat = [token for row in rows for token in row]
+        lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
+        return TokenBatch(torch.tensor(flat, dtype=torch.long), lengths)
+
+
+def _field_or_default(batch: TokenBatch, name: str) -> Tensor:
+    value: Tensor | None = getattr(batch.state, name)
+    return batch.default(name) if value is None else value
+
+
+def pad_rows(flat: Tensor, lengths: Tensor, fill: int = 0) -> Tensor:
+    """``(T, ...)`` to ``(N, L, ...)``, padded on the right with ``fill``."""
+    out = flat.new_full((len(lengths) * int(lengths.max()), *flat.shape[1:]), fill)
+    return out.index_copy(0, _padded_index(lengths, flat.device), flat).view(len(lengths), -1, *flat.shape[1:])
+
+
+def unpad_rows(padded: Tensor, lengths: Tensor) -> Tensor:
+    """The inverse of ``pad_rows``: ``(N, L, ...)`` to ``(T, ...)``."""
+    return padded.flatten(0, 1)[_padded_index(lengths, padded.device)]
+
+
+def _padded_index(lengths: Tensor, device: torch.device) -> Tensor:
+    row = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+    position = torch.arange(len(row)) - (lengths.cumsum(0) - lengths)[row]
+    return (row * int(lengths.max()) + position).to(device, non_blocking=True)
+
+
+@dataclass
+class Images:
+    """N images as 8-bit ``pixels (N, C, S, S)``; the encoder scales and normalizes them on its device."""
+
+    pixels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def to(self, device: torch.device | str) -> "Images":
+        """Copy to ``device``."""
+        return Images(self.pixels.to(device, non_blocking=True))
+
+    @staticmethod
+    def concat(parts: "Sequence[Images]") -> "Images":
+        """Concatenate the images of all parts."""
+        return Images(torch.cat([part.pixels for part in parts]))
+
+
+Inputs = TokenBatch | Images
+Item = str | bytes  # what is encoded outside training: a text, or the content of an image file
+
+
+def concat_inputs(parts: Sequence[Inputs]) -> Inputs:
+    """Concatenate the rows of all parts, which are of one kind."""
+    kind = type(parts[0])
+    return kind.concat(cast(Any, parts))
+
+
+class BatchIndices(NamedTuple):
+    """What a sampler yields: row numbers, and a seed for augmentation."""
+
+    rows: list[int]
+    seed: int
+
+
+@dataclass
+class Batch:
+    """V aligned columns of N examples.
+
+    ``example_id (N,)`` identifies the example; ``label (N,)`` is -1 where there is none (such a row is a negative for all
+    others); ``position (N,)`` is the position in the document; ``content_hash (V, N)`` hashes each cell, so that duplicates are
+    never used as negatives. ``num_unreadable`` counts rows that were drawn and could not be read.
+    """
+
+    views: tuple[Inputs, ...]
+    example_id: Tensor
+    label: Tensor
+    position: Tensor
+    content_hash: Tensor
+    num_unreadable: int = 0
+
+    def __len__(self) -> int:
+        return len(self.example_id)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """Copy to ``device``."""
+        names = ("example_id", "label", "position", "content_hash")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        return Batch(tuple(view.to(device) for view in self.views), **moved, num_unreadable=self.num_unreadable)
+
+    def select_columns(self, *which: int) -> "Batch":
+        """A batch with the given columns as views; a column may be given twice."""
+        return replace(self, views=tuple(self.views[v] for v in which), content_hash=self.content_hash[list(which)])
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """The embeddings of a batch, ``z (V, N, D)``, with the batch's ids, labels, positions and content hashes."""
+
+    z: Tensor
+    example_id: Tensor
+    label: Tensor
+    position: Tensor
+    content_hash: Tensor
+
+    def __len__(self) -> int:
+        return len(self.example_id)
+
+    def select(self, which: Tensor | slice) -> "Embeddings":
+        """Select examples, in every view."""
+        return Embeddings(
+            self.z[:, which],
+            self.example_id[which],
+            self.label[which],
+            self.position[which],
+            self.content_hash[:, which],
+        )
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """A loss summed over the anchors of one call: the mean is ``loss_sum`` / ``normalizer``, both scalars.
+
+    ``stats`` are logged means, each ``(2,)``: a detached sum and its own divisor.
+    """
+
+    loss_sum: Tensor
+    normalizer: Tensor
+    stats: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Loss(Protocol):
+    """A function of anchors and keys; it sees no model, no trainer and no text."""
+
+    def __call__(self, anchors: Embeddings, keys: Embeddings) -> LossOutput:
+        """Sum the loss over ``anchors``, scored against ``keys``."""
+        ...
+
+
+class Source(Protocol):
+    """Rows of texts or images.
+
+    A cell is a text, or an image as ``{"bytes": content or None, "path": file or name}`` (the format of ``datasets``).
+    """
+
+    @property
+    def columns(self) -> Sequence[str]:
+        """The names of the columns that are views, in order."""
+        ...
+
+    def rows(self) -> Any:
+        """A ``datasets.Dataset`` or ``IterableDataset``: the columns, and ``label`` and ``position`` where known."""
+        ...
+
+    def fingerprint(self) -> str:
+        """A hash of the rows: equal for equal rows; it names their cache."""
+        ...
+
+
+class EncodeFunction(Protocol):
+    """``texts or images -> (N, D)`` float32 on the CPU: all that an evaluator sees of a model."""
+
+    def __call__(self, items: Sequence[Item]) -> Tensor:
+        """Encode items, in order."""
+        ...
+
+
+class BatchDataset(Protocol):
+    """A source after its transform: ``dataset[indices]`` is a batch."""
+
+    @property
+    def label(self) -> Tensor:
+        """``(N,)``, -1 where there is none."""
+        ...
+
+    @property
+    def position(self) -> Tensor:
+        """``(N,)``, -1 where there is none."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, indices: BatchIndices) -> Batch: ...
+
+
+class Evaluator(Protocol):
+    """A function of an encode function."""
+
+    def __call__(self, encode: EncodeFunction) -> dict[str, float]:
+        """Metrics by name, ``<suite>/<task>/<metric>``."""
+        ...

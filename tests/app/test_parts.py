@@ -1,0 +1,150 @@
+"""The small parts around a run."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from tercet.app import error_formatting, record
+from tercet.app.cli import config_folder
+from tercet.app.components import takes
+from tercet.app.launch import num_processes
+from tercet.app.report import before_after_table
+from tercet.app.sweeps import summary
+from tercet.distributed.gather import reduce_loss
+from tercet.errors import InputError
+from tercet.paths import locate
+from tercet.training.callbacks.figures import BeforeAfter, PairScores, draw_before_after
+from tercet.types import LossOutput
+from tests.conftest import composed
+from tests.laws.distributed_runs import Listed
+
+
+def test_help_does_not_load_torch():
+    code = "import sys; sys.argv=['x','--help']\nfrom tercet.main import main\ntry: main('train')\nexcept SystemExit: pass\n"
+    done = subprocess.run(
+        [sys.executable, "-c", code + "print('torch' in sys.modules)"], capture_output=True, text=True
+    )
+    assert done.stdout.strip().endswith("False"), done.stderr
+    assert "trainer" in done.stdout
+
+
+def test_the_module_lists_its_commands():
+    done = subprocess.run([sys.executable, "-m", "tercet"], capture_output=True, text=True)
+    assert (done.returncode, "evaluate" in done.stderr) == (0, True)
+    assert subprocess.run([sys.executable, "-m", "tercet", "fly"], capture_output=True).returncode == 1
+
+
+def test_paths_start_here_or_under_the_data_root(tmp_path, monkeypatch):
+    (tmp_path / "there.txt").write_text("x")
+    monkeypatch.setenv("TERCET_DATA", str(tmp_path))
+    assert locate("there.txt") == tmp_path / "there.txt"
+    monkeypatch.chdir(tmp_path)
+    assert locate("there.txt").name == "there.txt"
+    monkeypatch.delenv("TERCET_DATA")
+    assert str(locate("nowhere.txt")) == "nowhere.txt"
+
+
+def test_the_mean_divides_the_total_by_the_count_and_each_stat_by_its_own():
+    value, logged = reduce_loss(LossOutput(torch.tensor(6.0), torch.tensor(3.0), {"right": torch.tensor([1.5, 6.0])}))
+    assert (float(value), float(logged["loss"]), float(logged["right"])) == (2.0, 2.0, 0.25)
+    assert float(reduce_loss(LossOutput(torch.tensor(0.0), torch.tensor(0.0)))[0]) == 0.0
+
+
+def test_a_sweep_is_summed_up():
+    runs = [{"test/a": 1.0, "before/a": 0.0, "train/loss": 9.0}, {"test/a": 3.0, "before/a": 0.0}]
+    table = summary.summarize(runs)
+    assert table["test/a"] == {"mean": 2.0, "sd": pytest.approx(2**0.5), "runs": 2}
+    assert "train/loss" not in table
+    assert "0.0000 ± 0.0000  →     2.0000 ± 1.4142" in summary.summary_table(table, 2)
+    stages = summary.summary_table({**table, "first/a": table["before/a"]}, 2, ["first"]).splitlines()
+    assert stages[1].split() == ["before", "→", "first", "→", "after"] and stages[2].count("→") == 2
+
+
+def test_a_setting_is_told_by_what_differs():
+    jobs = ["view=crop data=x", "view=dropout data=x"]
+    assert [summary.differing_overrides(job, jobs) for job in jobs] == ["view=crop", "view=dropout"]
+
+
+def test_metrics_are_written_whole(tmp_path):
+    record.write_metrics(tmp_path, {"b": 1.0, "a": 2.0})
+    assert (tmp_path / "metrics.json").read_text() == '{\n  "a": 2.0,\n  "b": 1.0\n}\n'
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.json"]
+
+
+def test_before_and_after_stand_side_by_side():
+    text = before_after_table({"x/mrr": 0.25}, {"x/mrr": 0.5})
+    assert "x/mrr" in text
+    assert text.index("0.2500") < text.index("→") < text.index("0.5000")
+
+
+@pytest.mark.parametrize(("hint", "value", "fine"), [
+    (int, 1, True), (int, 1.5, False), (int, "1", False), (int, True, False), (float, 1, True), (float, None, False),
+    (float | None, None, True), (str, 1, False), (bool, True, True), (list[str], "a", False), (list[str] | None, None, True),
+])  # fmt: skip
+def test_values_against_annotations(hint, value, fine):
+    assert takes(hint, value) is fine
+
+
+def test_processes_are_counted():
+    def cfg(**trainer):
+        return OmegaConf.create({"trainer": {"num_nodes": 1, "strategy": "ddp", "devices": 2, **trainer}})
+
+    assert num_processes(cfg()) == 2
+    assert num_processes(cfg(strategy="auto")) == 1
+    assert num_processes(cfg(devices=[0, 1, 2])) == 3
+    assert num_processes(cfg(strategy="fsdp2", devices=4)) == 4
+    with pytest.raises(InputError, match="RUN_ID"):
+        num_processes(cfg(num_nodes=2))
+
+
+def test_known_keys_are_those_of_the_files():
+    known = error_formatting.known_keys(config_folder(), "train")
+    assert {
+        "trainer.devices",
+        "loss.temperature",
+        "data.train.query",
+        "seed",
+        "objective",
+        "callback.progress",
+    } <= known
+    assert "output" not in known
+
+
+def test_errors_without_a_message_of_their_own_say_where_to_look():
+    assert (
+        error_formatting.explain(KeyError("x"), config_folder(), "train")
+        == "KeyError: 'x' (TERCET_DEBUG=1 shows where)"
+    )
+    wrapped = RuntimeError("outer")
+    wrapped.__cause__ = InputError("inner")
+    assert error_formatting.explain(wrapped, config_folder(), "train") == "inner"
+
+
+def test_the_figure_and_the_neighbours_show_the_change():
+    torch.manual_seed(0)
+    before, after = PairScores(torch.rand(12, 12)), PairScores(torch.eye(12) * 0.5 + 0.1)
+    assert (after.recall(1), before.recall(12)) == (1.0, 1.0)
+    figure = draw_before_after(before, after)
+    assert "100 %" in figure.axes[2].get_title()
+    callback = BeforeAfter(Listed(("a", "b")), pairs=12, examples=3)
+    callback.looks = {"before": before, "test": after}
+    text = callback.neighbors()
+    assert text.count("| after | 1 |") == 3
+    assert text.count("✓") >= 3
+
+
+def test_accumulation_is_warned_about(recwarn):
+    from tercet.app.config_checks import check_config
+    from tercet.training import SimCSEUnsup
+
+    cfg = composed("data=text", "data.path=x", "trainer.accumulate_grad_batches=4")
+    check_config(cfg, SimCSEUnsup, _Data())
+    assert any("accumulate_grad_batches=4" in str(w.message) for w in recwarn)
+
+
+class _Data:
+    name = "listed"
+    columns = ("a",)

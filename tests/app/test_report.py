@@ -1,0 +1,88 @@
+"""A run's page: what counts first, everything inside, nothing from the network."""
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+from omegaconf import OmegaConf
+
+from tercet.app import report
+
+BEFORE, AFTER = {"a": 0.25}, {"a": 0.5, "b": 2.0}
+METRICS = {"before/a": 0.25, "test/a": 0.5, "test/b": 2.0, "train/waiting": 0.01}
+
+
+class Balanced(HTMLParser):
+    """Every element that opens closes."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.seen = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def settings(**more):
+    return OmegaConf.create({"name": "toy", "seed": 3, "expected": {}, "optimized_metric": None, "command": [], **more})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "revision.txt").write_text("code abc\n")
+    (tmp_path / "metrics.csv").write_text("step,train/loss,val/x\n0,1.5,\n5,,0.1\n10,0.5,0.3\n")
+    (tmp_path / "figure.png").write_bytes(b"\x89PNG")
+    return tmp_path
+
+
+def written(folder, cfg):
+    report.write_report(folder, cfg, METRICS, BEFORE, AFTER)
+    text = (folder / "report.html").read_text()
+    page = Balanced()
+    page.feed(text)
+    assert not page.open
+    for tag, attributes in page.seen:
+        assert not (attributes.get("src") or attributes.get("href") or "data:").startswith(("http", "/")), tag
+    return text
+
+
+def test_the_page_holds_all_and_needs_nothing(folder):
+    text = written(folder, settings(command=["view=<b>", "seed=3"]))
+    for part in ("a: 0.2500 → 0.5000", "+0.2500", "data:image/png;base64,", "code abc", "python train.py", "waiting"):
+        assert part in re.sub(r"</?b>", "", text), part
+    assert "view=<b>" not in text, "what was typed is text, not markup"
+    assert text.count("<polyline") == 2
+
+
+def test_curves_are_drawn_to_their_bounds():
+    points = re.search(r'points="([^"]*)"', report.chart("x", [(0, 1.0), (5, 3.0), (10, 2.0)]))[1]
+    assert points == "46.0,110.0 171.0,10.0 296.0,60.0"
+
+
+@pytest.mark.parametrize(
+    ("expected", "typed", "said"),
+    [
+        ([0.48, 0.01], ["experiment=toy", "seed=3"], "as expected."),
+        ([0.4, 0.01], ["num_threads=1", "callback.progress=null"], "not as expected"),
+        ([0.4, None], ["experiment=toy"], "The paper has 0.4000."),
+        ([0.4, 0.01], ["optimizer.lr=1"], None),
+    ],
+)
+def test_the_verdict_is_about_the_experiment_as_it_is(expected, typed, said):
+    text = report.verdict(settings(expected={"test/a": expected}, command=typed), METRICS, BEFORE, AFTER)
+    assert (said in text) if said else "xpected" not in text
+
+
+def test_without_curves_and_figures_the_page_is_shorter(folder):
+    for name in ("metrics.csv", "figure.png"):
+        (folder / name).unlink()
+    text = written(folder, settings())
+    assert "Curves" not in text and "Figures" not in text and "Before and after" in text

@@ -1,0 +1,161 @@
+"""Run objectives for a step in one process or in two, and return what they learned. Imported by the processes too."""
+
+from dataclasses import dataclass
+
+import datasets
+import pytorch_lightning as pl
+import torch
+from hydra.utils import get_class
+from omegaconf import OmegaConf
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from tercet.app.components import build
+from tercet.data import TextTransform
+from tercet.losses.triplet_mining import MININGS
+from tercet.models import load_tokenizer
+from tercet.training import sharding
+from tercet.training.datamodule import DataModule
+from tests.conftest import MINILM, TEXTS, choices, composed, tiny
+
+OBJECTIVES = choices("objective")
+SETTINGS = {
+    "plain": [],
+    "chunked": ["model.execution.chunk_tokens=24", "model.execution.recompute=true"],
+    "with masked LM": ["objective.mlm.weight=0.1"],
+    "with cut tokens": ["view=token_cutoff"],
+    "with a view each": ["view=mixed"],
+    "with words deleted": ["view=deletion"],
+    "with dropout": ["model.backbone.dropout=0.1", "model.execution.dropout=deterministic"],
+    "with dropout in chunks": [
+        "model.backbone.dropout=0.1",
+        "model.execution.dropout=deterministic",
+        "model.execution.chunk_tokens=24",
+        "model.execution.recompute=true",
+    ],
+    "accumulated": ["trainer.accumulate_grad_batches=2"],
+    "in half precision": ["trainer.precision=bf16-mixed"],
+    "in a ring": ["loss.key_exchange=ring", "loss.learn_temperature=true", "loss.label_smoothing=0.1"],
+    "in a ring, both ways": ["loss.key_exchange=ring", "loss.direction=both"],
+    "in shares": ["trainer.strategy=fsdp2"],
+    "in shares, in chunks": [
+        "trainer.strategy=fsdp2",
+        "model.backbone.dropout=0.1",
+        "model.execution.dropout=deterministic",
+        "model.execution.chunk_tokens=24",
+        "model.execution.recompute=true",
+    ],
+    "with memory": ["objective.memory.size=9", "objective.memory.warmup=1"],
+}
+
+
+def has(objective, overrides):
+    """Whether an objective's configuration has the keys; masked words are not learned in shares."""
+    if "trainer.strategy=fsdp2" in overrides:
+        return objective != "mlm"
+    cfg = composed(f"objective={objective}")
+    keys = [override.split("=")[0].replace("view", "objective.view") for override in overrides]
+    return all(OmegaConf.select(cfg, key) is not None for key in keys if key.startswith(("objective", "loss.")))
+
+
+CASES = [(o, s) for o in OBJECTIVES for s in SETTINGS if has(o, SETTINGS[s])]
+CASES += [("facenet", f"loss.mining={mining}") for mining in MININGS if mining != "semihard"]
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A source in memory."""
+
+    columns: tuple[str, ...]
+    label: bool = False
+    twice: bool = True
+
+    def rows(self):
+        """Twelve rows: each column a rotation of the texts, one text ``twice``; or no two of them equal."""
+        texts = [*TEXTS[:-1], TEXTS[0] if self.twice else TEXTS[-1]]
+        table = {name: texts[i:] + texts[:i] for i, name in enumerate(self.columns)}
+        if not self.twice:
+            table = {name: [f"{text} {name}" for text in column] for name, column in table.items()}
+        ids = {"label": [0, 0, 1, 1, 2, -1] * 2, "position": list(range(12))} if self.label else {}
+        return datasets.Dataset.from_dict({**table, **ids})
+
+    def fingerprint(self):
+        """The columns say it all."""
+        return f"listed{self.label}{self.twice}" + "-".join(self.columns)
+
+
+def config(objective, *overrides):
+    """torch's own dropout is off: its draws differ between processes.
+
+    Batches of whole windows have no uneven size: their sampler has tests of its own.
+    """
+    cfg = composed(*tiny(f"objective={objective}", "model.backbone.dropout=0", *overrides))
+    return (
+        composed(*tiny(f"objective={objective}", "model.backbone.dropout=0", "sampler=random", *overrides))
+        if ("Window" in cfg.sampler._target_)
+        else cfg
+    )
+
+
+def data(cfg, cache, batch_size):
+    kind = get_class(cfg.objective._target_)
+    # Which of two equally far negatives is mined is up to rounding: no two are where rows are told apart by distance.
+    source = Listed(tuple("abc"[: kind.columns[1]]), label=True, twice=kind.positives != "label")
+    reader = TextTransform(load_tokenizer(MINILM), 32, str(cache))
+    return DataModule("listed", source, [], reader, build(cfg.sampler), batch_size, 1, 0, 10)
+
+
+class Counting(pl.Callback):
+    """Counts the numbers that DDP reduces in a step."""
+
+    def __init__(self):
+        self.reduced = 0
+
+    def on_train_start(self, trainer, pl_module):
+        def hook(state, bucket):
+            self.reduced += bucket.buffer().numel()
+            return torch.distributed.algorithms.ddp_comm_hooks.default_hooks.allreduce_hook(None, bucket)
+
+        if isinstance(trainer.model, torch.nn.parallel.DistributedDataParallel):
+            trainer.model.register_comm_hook(None, hook)
+
+
+def step(objective, settings, cache, world, batch_size, steps=2):
+    """The weights after ``steps`` of clipped SGD, and how often each was reduced per step."""
+    cfg = config(objective, *SETTINGS.get(settings, [settings]))
+    pl.seed_everything(0, verbose=False)
+    module = build(cfg.objective)
+    if module.mlm is not None:
+        module.mlm.corrupt = first_token_masked  # its draws, too, differ between processes
+    module.optimizer = lambda m: torch.optim.SGD(m.parameters(), lr=0.1)
+    counting = Counting()
+    shares = cfg.trainer.strategy == sharding.FSDP2
+    strategy = "auto" if world == 1 else sharding.FSDP2 if shares else "ddp"
+    trainer = pl.Trainer(
+        precision=cfg.trainer.precision, accumulate_grad_batches=cfg.trainer.accumulate_grad_batches,
+        accelerator="cpu", devices=world, strategy=strategy, max_steps=steps, logger=False,
+        gradient_clip_val=0.5, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        use_distributed_sampler=False, callbacks=[counting],
+    )  # fmt: skip
+    trainer.fit(module, datamodule=data(cfg, cache, batch_size))
+    size = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    weights = {n: p.full_tensor() if shares and world > 1 else p for n, p in module.named_parameters()}
+    reduced = None if shares else counting.reduced / size / steps  # shares are reduced layer by layer
+    return {n: p.detach().clone() for n, p in weights.items()}, reduced
+
+
+def first_token_masked(ids):
+    # A row must not see where another row ends, whichever process it is in: choose by the id, not by the place.
+    chosen = ids % 3 == 0
+    return ids.masked_fill(chosen, 103), ids.masked_fill(~chosen, -100)
+
+
+def everything(cache, world, batch_size):
+    """All objectives under all settings, in this process."""
+    torch.set_num_threads(1)
+    return {(o, s): step(o, s, cache, world, batch_size) for o, s in CASES}
+
+
+def in_processes(world, *arguments):
+    """``everything`` in ``world`` gloo processes; the results of the first."""
+    plan = LaunchConfig(1, 1, world, run_id="laws", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
+    return elastic_launch(plan, everything)(*arguments)[0]

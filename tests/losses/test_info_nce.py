@@ -1,0 +1,115 @@
+"""InfoNCE against a twin written as the papers write it: loops over rows, no matrix."""
+
+import math
+
+import pytest
+import torch
+
+from tercet.errors import InputError
+from tercet.losses import InfoNCE
+from tercet.types import Embeddings
+from tests.laws.test_loss import rows
+
+DEFAULTS = dict(
+    temperature=0.05, learn_temperature=False, similarity="cosine", direction="forward", hard_negative_weight=0.0,
+    label_smoothing=0.0, key_exchange="auto",
+)  # fmt: skip
+
+
+def similarity(x, y, kind):
+    return float(x @ y / (x.norm() * y.norm())) if kind == "cosine" else float(x @ y)
+
+
+def row_loss(batch, i, a, b, settings, hard):
+    """One anchor's loss: eq. 1, 5 and 8 of SimCSE, eq. 2 of SupCon, duplicates left out."""
+    t, kind = settings["temperature"], settings["similarity"]
+    positives, everyone = [], []
+    mine = {int(batch.content_hash[a, i]), int(batch.content_hash[b, i])}
+    for j in range(len(batch)):
+        s = similarity(batch.z[a, i], batch.z[b, j], kind) / t
+        same_label = batch.label[i] >= 0 and batch.label[i] == batch.label[j]
+        if batch.example_id[i] == batch.example_id[j] or same_label:
+            positives.append(s)
+            everyone.append(s)
+        elif int(batch.content_hash[b, j]) not in mine:
+            everyone.append(s)
+        if hard and int(batch.content_hash[2, j]) not in mine:
+            extra = settings["hard_negative_weight"] if batch.example_id[i] == batch.example_id[j] else 0.0
+            everyone.append(similarity(batch.z[a, i], batch.z[2, j], kind) / t + extra)
+    below = math.log(sum(math.exp(s) for s in everyone))
+    return sum(below - p for p in positives) / len(positives)
+
+
+@pytest.mark.parametrize("labels", ["none", "some", "one"])
+@pytest.mark.parametrize("views", [2, 3])
+@pytest.mark.parametrize("change", [{}, {"direction": "both"}, {"similarity": "dot", "temperature": 1.0},
+                                    {"hard_negative_weight": -0.7}])  # fmt: skip
+def test_equals_its_twin(labels, views, change):
+    settings = {**DEFAULTS, **change}
+    batch = rows(views=views, labels=labels)
+    expected = sum(row_loss(batch, i, 0, 1, settings, views == 3) for i in range(len(batch)))
+    if settings["direction"] == "both":
+        back = sum(row_loss(batch, i, 1, 0, settings, False) for i in range(len(batch)))
+        expected = (expected + back) / 2
+    assert float(InfoNCE(**settings).double()(batch, batch).loss_sum) == pytest.approx(expected)
+
+
+def test_a_duplicate_is_never_a_negative():
+    batch = rows(n=4, views=2, labels="none", duplicates=False)
+    content = batch.content_hash.clone()
+    content[1, 3] = content[1, 0]
+    twin = Embeddings(batch.z, batch.example_id, batch.label, batch.position, content)
+    moved = batch.z.clone()
+    moved[1, 3] = moved[0, 0]  # as near to anchor 0 as can be
+    near = Embeddings(moved, batch.example_id, batch.label, batch.position, content)
+    loss = InfoNCE(**DEFAULTS).double()
+    first = slice(0, 1)
+    torch.testing.assert_close(loss(near.select(first), near).loss_sum, loss(twin.select(first), twin).loss_sum)
+
+
+def test_the_learned_temperature_moves_and_is_bounded():
+    loss = InfoNCE(**{**DEFAULTS, "learn_temperature": True})
+    batch = rows(views=2, labels="none")
+    loss(batch, batch).loss_sum.backward()
+    assert loss.scale.grad is not None and float(loss.scale.grad) != 0
+    with torch.no_grad():
+        loss.scale.fill_(50.0)
+    assert float(loss.temperature()) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 0.9])
+def test_a_smoothed_target_is_torchs(smoothing):
+    batch = rows(views=3, labels="none", duplicates=False)
+    loss = InfoNCE(**{**DEFAULTS, "label_smoothing": smoothing}).double()
+    z = torch.nn.functional.normalize(batch.z, dim=-1)
+    scores = z[0] @ z[1:].flatten(0, 1).T / 0.05
+    expected = torch.nn.functional.cross_entropy(scores, torch.arange(9), label_smoothing=smoothing, reduction="sum")
+    torch.testing.assert_close(loss(batch, batch).loss_sum, expected)
+
+
+@pytest.mark.parametrize("change", [{}, {"direction": "both"}, {"label_smoothing": 0.2}, {"hard_negative_weight": 1.0}])
+@pytest.mark.parametrize("cuts", [[1], [3, 4], [0, 5]])
+def test_keys_that_come_in_blocks_give_the_same(change, cuts):
+    """A block may hold nothing, or nothing but what is left out."""
+    loss, batch = InfoNCE(**{**DEFAULTS, **change}).double(), rows(views=3)
+
+    def outcome(keys_of):
+        z = batch.z.clone().requires_grad_()
+        ready = loss.prepare(Embeddings(z, batch.example_id, batch.label, batch.position, batch.content_hash))
+        terms = loss.combine(torch.stack([loss.block_statistics(ready, keys) for keys in keys_of(ready)]))
+        return terms, *torch.autograd.grad(terms.loss_sum, z)
+
+    whole, gradient = outcome(lambda ready: [ready])
+    cut, got = outcome(lambda ready: [ready.select(part) for part in torch.arange(9).tensor_split(cuts) if len(part)])
+    torch.testing.assert_close(cut.loss_sum, whole.loss_sum)
+    torch.testing.assert_close(cut.stats["accuracy"], whole.stats["accuracy"])
+    torch.testing.assert_close(got, gradient)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"temperature": 0}, {"similarity": "l2"}, {"direction": "back"}, {"label_smoothing": 1}, {"key_exchange": "mail"}],
+)
+def test_wrong_settings_name_their_key(wrong):
+    with pytest.raises(InputError, match=f"loss.{next(iter(wrong))}="):
+        InfoNCE(**{**DEFAULTS, **wrong})

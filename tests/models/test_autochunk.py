@@ -1,0 +1,67 @@
+"""``chunk_tokens=auto``: no chunk keeps more than there is room for, and the gradient does not know."""
+
+import pytest
+import torch
+
+from tercet.app.components import build
+from tercet.errors import InputError
+from tercet.models import Execution
+from tercet.models.engine import autochunk
+from tests.conftest import TEXTS, composed, tiny
+
+AUTO = ["model.execution.chunk_tokens=auto", "model.execution.recompute=true"]
+
+
+def encoder_of(*overrides):
+    torch.manual_seed(0)
+    return build(composed(*tiny(*overrides)).model)
+
+
+@pytest.mark.parametrize("layout", ["packed", "sorted"])
+@pytest.mark.parametrize("room", [200_000, 600_000])
+def test_a_chunk_keeps_no_more_than_there_is_room_for(layout, room, monkeypatch):
+    encoder = encoder_of(*AUTO, f"model.execution.layout={layout}")
+    weights = sum(p.numel() * p.element_size() for p in encoder.parameters())
+    monkeypatch.setattr(autochunk, "free_memory", lambda device: autochunk.STATES * weights + room)
+    rows = encoder.prepare([f"{text} {i}" for i, text in enumerate(TEXTS * 8)])
+    encoder(rows)
+    plan = encoder.execution
+    chunks = plan.chunks(rows.lengths)
+    kept = [
+        autochunk.saved_activation_bytes(encoder, lambda some: encoder.run(some, plan.unchunked()), rows.select(chunk))
+        for chunk in chunks
+    ]
+    assert len(chunks) > 1
+    assert max(kept) < 1.2 * autochunk.SHARE * room
+    assert max(kept) > 0.5 * autochunk.SHARE * room, "more would have fitted"
+
+
+def test_it_changes_no_gradient_and_no_draw(monkeypatch):
+    found = []
+    for overrides in ([], AUTO):
+        encoder = encoder_of(*overrides, "model.execution.dropout=torch", "model.execution.layout=padded")
+        monkeypatch.setattr(autochunk, "free_memory", lambda device: 10**12)  # one chunk: torch's draws are the same
+        torch.manual_seed(1)
+        encoder(encoder.prepare(TEXTS)).square().sum().backward()
+        found.append({name: p.grad for name, p in encoder.named_parameters() if p.grad is not None})
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient)
+
+
+def test_a_row_that_is_too_long_runs_alone(monkeypatch):
+    encoder = encoder_of(*AUTO)
+    monkeypatch.setattr(autochunk, "free_memory", lambda device: 0)
+    rows = encoder.prepare(TEXTS)
+    encoder(rows)
+    assert encoder.execution.chunk_tokens == rows.lengths.max()
+
+
+def test_free_memory_is_known():
+    assert 2**26 < autochunk.free_memory(torch.device("cpu")) < 2**50
+
+
+@pytest.mark.parametrize("key", ["chunk_tokens", "chunk_rows"])
+def test_other_words_are_refused(key):
+    settings = {"layout": "auto", "dropout": "auto", "chunk_tokens": None, "chunk_rows": None, "recompute": False}
+    with pytest.raises(InputError, match=f"model.execution.{key}=many"):
+        Execution(**{**settings, key: "many"})

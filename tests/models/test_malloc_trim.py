@@ -1,0 +1,53 @@
+"""What was freed is given back, and not more often than it pays."""
+
+import pytest
+import torch
+
+from tercet.models import Execution
+from tercet.models.engine import autochunk, chunking
+from tests.conftest import TEXTS
+from tests.models.test_autochunk import encoder_of
+
+pytestmark = pytest.mark.skipif(autochunk._trim is None, reason="malloc is not glibc's")
+
+
+def holes(megabytes):
+    """Memory that malloc cannot give back by itself: what is above it is in use."""
+    blocks = [torch.ones(4096) for _ in range(megabytes * 64)]
+    return blocks[-1]
+
+
+def test_what_is_free_is_given_back():
+    top = holes(200)
+    before = autochunk.resident_bytes()
+    autochunk.trim_heap(now=True)
+    assert autochunk.resident_bytes() < before - 100 * 2**20
+    del top
+
+
+def test_it_is_given_back_only_where_the_process_has_grown(monkeypatch):
+    asked = []
+    monkeypatch.setattr(autochunk, "_trim", asked.append)
+    monkeypatch.setattr(autochunk, "_left", 0)
+    sizes = iter([100, 100, 149, 151, 120, 170, 181, 90])
+    monkeypatch.setattr(autochunk, "resident_bytes", lambda: next(sizes))
+    autochunk.trim_heap()  # 100, and 100 is left
+    autochunk.trim_heap()  # 149
+    assert len(asked) == 1
+    autochunk.trim_heap()  # 151, and 120 is left
+    assert len(asked) == 2
+    autochunk.trim_heap()  # 170
+    assert len(asked) == 2
+    autochunk.trim_heap()  # 181
+    assert len(asked) == 3
+
+
+def test_chunks_that_are_computed_again_ask_for_it_each_time(monkeypatch):
+    asked = []
+    monkeypatch.setattr(chunking, "trim_heap", lambda: asked.append(1))
+    encoder = encoder_of()
+    rows = encoder.prepare(TEXTS)
+    plan = Execution("packed", "auto", 20, None, True)
+    chunks = plan.num_passes(rows)
+    encoder.run(rows, plan).sum().backward()
+    assert chunks > 1 and len(asked) == 2 * chunks

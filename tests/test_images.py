@@ -1,0 +1,130 @@
+"""Image files to pixels, whatever they are."""
+
+import io
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageCms
+
+from tercet.errors import InputError
+from tercet.images import PixelFormat, UnreadableImage, read_image_cell, to_array
+
+GREY, COLOUR = PixelFormat(16, 1, (0.5,), (0.5,)), PixelFormat(16, 3, (0.5,) * 3, (0.5,) * 3)
+SHADES = np.linspace(0, 255, 24 * 24).reshape(24, 24)
+
+
+def encoded(picture, kind="png", **options):
+    out = io.BytesIO()
+    picture.save(out, kind, **options)
+    return out.getvalue()
+
+
+def picture(mode="RGB"):
+    return Image.fromarray(SHADES.astype(np.uint8)).convert("RGB").convert(mode)
+
+
+@pytest.mark.parametrize("pixels", [GREY, COLOUR])
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [
+        ("L", "png"), ("RGB", "jpeg"), ("P", "png"), ("P", "gif"), ("LA", "png"), ("RGBA", "png"), ("RGBA", "webp"),
+        ("CMYK", "jpeg"), ("CMYK", "tiff"), ("YCbCr", "tiff"), ("F", "tiff"),
+    ],
+)  # fmt: skip
+def test_every_mode_is_the_same_picture(pixels, mode, kind):
+    made = picture("L").convert("F") if mode == "F" else picture().convert(mode)
+    got = pixels.read(encoded(made, kind)).astype(int)
+    assert got.shape == (pixels.channels, 16, 16)
+    assert np.abs(got - pixels.read(encoded(picture()))).mean() < 6
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff"])
+def test_16_bits_keep_their_range(kind):
+    got = GREY.read(encoded(Image.fromarray((SHADES * 257).astype(np.uint16)), kind)).astype(int)
+    assert np.abs(got - GREY.read(encoded(picture("L")))).max() <= 2
+
+
+def test_what_is_transparent_is_white():
+    clear = Image.new("RGBA", (20, 20), (0, 0, 0, 0))
+    assert (COLOUR.read(encoded(clear)) == 255).all()
+    palette = Image.new("P", (20, 20), 0)
+    assert (GREY.read(encoded(palette, transparency=0)) == 255).all()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_stand_upright(orientation):
+    """The tag says how a camera was held: what is shown is the same, whichever way the bytes lie."""
+    shown = picture("L")
+    turns = {
+        2: [0],
+        3: [3],
+        4: [1],
+        5: [5],
+        6: [2],
+        7: [6],
+        8: [4],
+    }  # of Image.Transpose, from what is shown to the bytes
+    lying = shown
+    for turn in turns.get(orientation, []):
+        lying = lying.transpose(Image.Transpose(turn))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert (GREY.read(encoded(lying, exif=exif)) == GREY.read(encoded(shown))).all()
+
+
+BAD = {
+    "nothing": (b"", "cannot be decoded"),
+    "text": (b"<html>not found</html>", "cannot be decoded"),
+    "cut": (encoded(Image.effect_noise((64, 64), 50), "jpeg")[:-700], "cannot be decoded"),
+    "one pixel": (encoded(Image.new("L", (1, 1))), "1 x 1 pixels, 8 are the least"),
+    "a strip": (encoded(Image.new("L", (100, 7))), "100 x 7 pixels"),
+    "NaN": (encoded(Image.fromarray(np.full((20, 20), np.nan, np.float32)), "tiff"), "NaN or infinite"),
+    "infinite": (encoded(Image.fromarray(np.full((20, 20), np.inf, np.float32)), "tiff"), "NaN or infinite"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("pixels", [GREY, COLOUR])
+def test_what_cannot_be_used_says_why(pixels, name):
+    data, why = BAD[name]
+    with pytest.raises(UnreadableImage, match=why):
+        pixels.read(data)
+
+
+def test_lab_becomes_grey():
+    profiles = [ImageCms.createProfile(space) for space in ("sRGB", "LAB")]
+    lab = ImageCms.profileToProfile(picture(), *profiles, outputMode="LAB")
+    assert GREY.read(encoded(lab, "tiff")).shape == (1, 16, 16)
+
+
+@given(width=st.integers(8, 90), height=st.integers(8, 90), size=st.integers(8, 40), data=st.data())
+def test_any_shape_becomes_a_square(width, height, size, data):
+    channels = data.draw(st.sampled_from([1, 3]))
+    pixels = PixelFormat(size, channels, [0.5] * channels, [0.5] * channels)
+    got = pixels.read(encoded(Image.new("RGB", (width, height), (9, 9, 9))))
+    assert got.shape == (channels, size, size)
+    assert (got == 9).all()
+
+
+def test_a_picture_of_the_right_size_is_left_alone():
+    values = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    assert (COLOUR.read(encoded(Image.fromarray(values))) == values.transpose(2, 0, 1)).all()
+    assert to_array(Image.fromarray(values[..., 0])).shape == (1, 16, 16)
+
+
+def test_content_is_the_bytes_or_the_file(tmp_path):
+    (tmp_path / "a").write_bytes(b"there")
+    assert read_image_cell({"bytes": b"here", "path": str(tmp_path / "a")}) == b"here"
+    assert read_image_cell({"bytes": None, "path": str(tmp_path / "a")}) == b"there"
+
+
+@pytest.mark.parametrize(
+    ("key", "values"),
+    [("size", (7, 1, (0,), (1,))), ("channels", (16, 2, (0,), (1,))), ("mean", (16, 3, (0,), (1,) * 3)),
+     ("std", (16, 1, (0,), (0,)))],
+)  # fmt: skip
+def test_wrong_settings_name_their_key(key, values):
+    with pytest.raises(InputError, match=rf"model\.pixels\.{key}="):
+        PixelFormat(*values)
