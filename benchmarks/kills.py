@@ -97,9 +97,7 @@ def main() -> None:
     rows = killed(command(pieces, texts, options.steps), pieces, options.kills, longest, random.Random(options.seed))
     one, other = (torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True) for folder in (whole, pieces))
     same = all(torch.equal(value, other["state_dict"][name]) for name, value in one["state_dict"].items())
-    print(
-        f"{len(rows)} kills; the weights after step {other['global_step']} are {'bit-identical' if same else 'NOT THE SAME'}"
-    )
+    print(f"{len(rows)} kills; the weights after step {other['global_step']} are {'bit-identical' if same else 'NOT THE SAME'}")
     write(options.output, rows, {"identical": same, "steps": options.steps, **surroundings(1)})
     raise SystemExit(not same)
 

@@ -49,9 +49,7 @@ def agreement(values: dict[str, Value], n: int) -> list[dict[str, Any]]:
         for their_loss, their_gradient in others:
             off = float((their_loss - loss).abs() / loss), float((their_gradient - gradient).norm() / gradient.norm())
             name = str(dtype).removeprefix("torch.")
-            print(
-                f"    {name}: loss {float(loss):.6f}, apart by {off[0]:.0e}; gradient apart by {off[1]:.0e}", flush=True
-            )
+            print(f"    {name}: loss {float(loss):.6f}, apart by {off[0]:.0e}; gradient apart by {off[1]:.0e}", flush=True)
             if off[0] > loss_most or off[1] > gradient_most:
                 raise SystemExit("The two do not compute the same: nothing to compare.")
             found.append({"n": n, "dtype": name, "loss": off[0], "gradient": off[1]})

@@ -22,9 +22,7 @@ def main() -> None:
 
         found = {name.rsplit("/", 1)[1]: value for name, value in evaluate(encode).items()}
         accuracy, error = found["accuracy"], found["accuracy_sem"]
-        print(
-            f"{size} x {size}: accuracy {accuracy:.4f} ± {error:.4f} (standard error over folds), AUC {found['auc']:.4f}"
-        )
+        print(f"{size} x {size}: accuracy {accuracy:.4f} ± {error:.4f} (standard error over folds), AUC {found['auc']:.4f}")
 
 
 if __name__ == "__main__":

@@ -52,9 +52,7 @@ def table(report: Row, ours: str) -> str:
     for row in report["rows"]:
         label = f"{row['name']} {report['versions'][row['name']]}"
         if row["peak"] is None:
-            lines.append(
-                f"| {row['loss']} | {row['n']} | {label} | does not fit in {report['limit_gib']:g} GiB | | | | |"
-            )
+            lines.append(f"| {row['loss']} | {row['n']} | {label} | does not fit in {report['limit_gib']:g} GiB | | | | |")
             continue
         ratio = times.get((row["loss"], row["name"], row["n"]), {})
         against = " | ".join(f"{ratio[q]:.1f}x" if q in ratio else "" for q in ("cpu", "peak"))

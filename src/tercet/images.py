@@ -67,9 +67,7 @@ class PixelFormat:
         except Exception as error:  # decoders raise dozens of kinds
             raise UnreadableImage(f"it cannot be decoded ({type(error).__name__}: {error})") from error
         if min(picture.size) < SMALLEST:
-            raise UnreadableImage(
-                f"it has {picture.width} x {picture.height} pixels, {SMALLEST} are the least of a side"
-            )
+            raise UnreadableImage(f"it has {picture.width} x {picture.height} pixels, {SMALLEST} are the least of a side")
         return _plain(picture).convert(MODES[self.channels])
 
     def fit(self, picture: Image.Image) -> Image.Image:

@@ -27,6 +27,4 @@ def check_writable(folder: Path, key: str) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise InputError(
-            f"{key}={folder} cannot be written ({error.strerror}). Set {key} to another folder."
-        ) from error
+        raise InputError(f"{key}={folder} cannot be written ({error.strerror}). Set {key} to another folder.") from error

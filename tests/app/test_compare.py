@@ -35,9 +35,7 @@ def test_settings_are_what_the_commands_set_differently(sweep, capsys):
     compared = compare.group_runs(compare.read_runs([sweep]))
     assert "1 runs have not finished" in capsys.readouterr().err
     assert compared.axes == ("loss.temperature", "model.pooling")
-    assert {s: len(r) for s, r in compared.runs.items()} == dict.fromkeys(
-        itertools.product(("0.1", "0.2"), ("cls", "mean")), 3
-    )
+    assert {s: len(r) for s, r in compared.runs.items()} == dict.fromkeys(itertools.product(("0.1", "0.2"), ("cls", "mean")), 3)
     assert compared.order("test/a")[0] == ("0.2", "mean")
     assert compared.order("test/loss")[0] == ("0.1", "cls"), "less of a loss is better"
     assert compared.metrics() == ["test/a", "test/loss"]

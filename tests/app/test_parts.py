@@ -24,9 +24,7 @@ from tests.laws.distributed_runs import Listed
 
 def test_help_does_not_load_torch():
     code = "import sys; sys.argv=['x','--help']\nfrom tercet.main import main\ntry: main('train')\nexcept SystemExit: pass\n"
-    done = subprocess.run(
-        [sys.executable, "-c", code + "print('torch' in sys.modules)"], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code + "print('torch' in sys.modules)"], capture_output=True, text=True)
     assert done.stdout.strip().endswith("False"), done.stderr
     assert "trainer" in done.stdout
 
@@ -114,10 +112,7 @@ def test_known_keys_are_those_of_the_files():
 
 
 def test_errors_without_a_message_of_their_own_say_where_to_look():
-    assert (
-        error_formatting.explain(KeyError("x"), config_folder(), "train")
-        == "KeyError: 'x' (TERCET_DEBUG=1 shows where)"
-    )
+    assert error_formatting.explain(KeyError("x"), config_folder(), "train") == "KeyError: 'x' (TERCET_DEBUG=1 shows where)"
     wrapped = RuntimeError("outer")
     wrapped.__cause__ = InputError("inner")
     assert error_formatting.explain(wrapped, config_folder(), "train") == "inner"

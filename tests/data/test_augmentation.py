@@ -32,9 +32,7 @@ def look(augment, picture, seed=0, size=40):
     mode=st.sampled_from(["L", "RGB"]), width=st.integers(8, 90), height=st.integers(8, 90), size=st.integers(8, 40),
     seed=st.integers(0, 1 << 62),
 )  # fmt: skip
-def test_any_settings_give_a_square_that_the_seed_decides(
-    flip, crop, color, erase, jpeg, mode, width, height, size, seed
-):
+def test_any_settings_give_a_square_that_the_seed_decides(flip, crop, color, erase, jpeg, mode, width, height, size, seed):
     augment, picture = Augmentation(flip, crop, color, erase, jpeg), noise(mode, width, height)
     before = picture.tobytes()
     first, again = (look(augment, picture, seed, size) for _ in range(2))

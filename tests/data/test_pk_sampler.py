@@ -38,9 +38,7 @@ def make(sizes, batch_size, per_label, distractors=0, singles=0, unlabelled=0, s
     world=st.integers(1, 4),
     epoch=st.integers(0, 3),
 )
-def test_batches_are_full_and_the_same_for_any_number_of_processes(
-    sizes, per_label, distractors, singles, world, epoch
-):
+def test_batches_are_full_and_the_same_for_any_number_of_processes(sizes, per_label, distractors, singles, world, epoch):
     room = sum(min(per_label, size) for size in sizes)
     size = distractors + max(2, room // 2)
     assume(sum(sizes) + singles >= 2 * size)

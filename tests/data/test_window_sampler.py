@@ -69,9 +69,7 @@ def test_a_place_that_is_taken_is_left_out_and_said(caplog):
     position = torch.tensor([0, 1, 1, 2, 3, 4])
     with caplog.at_level(logging.WARNING, "tercet"):
         sampler = WindowBatchSampler(Ids(torch.zeros(6, dtype=torch.long), position), 5, 1, 5)
-    assert (
-        "1 of 6 rows stand at a place of their document that another row has too (the first: position 1)" in caplog.text
-    )
+    assert "1 of 6 rows stand at a place of their document that another row has too (the first: position 1)" in caplog.text
     assert drawn(sampler)[0].rows == [0, 1, 3, 4, 5]
 
 

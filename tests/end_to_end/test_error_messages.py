@@ -107,9 +107,7 @@ def test_debugging_shows_the_traceback(command, folder, monkeypatch):
 
 def test_an_unwritable_folder_is_named(command, folder):
     (folder / "file").write_text("")
-    result = command(
-        "train", *tiny(*FAST, "data=text", f"data.path={folder}/my.txt", f"hydra.run.dir={folder}/file/run")
-    )
+    result = command("train", *tiny(*FAST, "data=text", f"data.path={folder}/my.txt", f"hydra.run.dir={folder}/file/run"))
     assert result.code == 1
     assert "file/run" in result.terminal
     assert "output_dir" in result.terminal

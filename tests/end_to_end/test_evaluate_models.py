@@ -79,9 +79,7 @@ def test_sides_of_one_sided_models_are_joined_plainly(encoder):
 def test_a_name_of_conf_model_is_a_model(command, tmp_path, ordered):
     made, said = neighbours(command, tmp_path, ordered, "gru", "evaluation.num_outputs=1", "data.train.split=all")
     again, _ = neighbours(command, tmp_path, ordered, "gru", "evaluation.num_outputs=1", "data.train.split=all")
-    other, _ = neighbours(
-        command, tmp_path, ordered, "gru", "evaluation.num_outputs=1", "data.train.split=all", "seed=2"
-    )
+    other, _ = neighbours(command, tmp_path, ordered, "gru", "evaluation.num_outputs=1", "data.train.split=all", "seed=2")
     assert "model=gru of conf/model, seed 1" in said and made == again and other.keys() == made.keys()
 
 

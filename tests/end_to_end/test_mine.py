@@ -70,9 +70,7 @@ def test_labelled_texts(command, tmp_path):
     rows = pyarrow.csv.read_csv(target).to_pylist()
     assert len(rows) == 2 * len(PAIRS)
     for row in rows:
-        verbs = [
-            row[name].split()[3] if row[name] != "Alone?" else "alone" for name in ("anchor", "positive", "negative")
-        ]
+        verbs = [row[name].split()[3] if row[name] != "Alone?" else "alone" for name in ("anchor", "positive", "negative")]
         assert verbs[0] == verbs[1] != verbs[2]
         assert row["anchor"] != row["positive"]
 

@@ -36,9 +36,7 @@ def start(folder, *overrides, by=()):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERCET_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
     given = [o.replace("{folder}", str(folder)) for o in tiny(*OWN, *overrides)]
     entry = str(CONF.parent / "train.py")
-    done = subprocess.run(
-        [sys.executable, *by, entry, *given], capture_output=True, text=True, cwd=folder, env=environment
-    )
+    done = subprocess.run([sys.executable, *by, entry, *given], capture_output=True, text=True, cwd=folder, env=environment)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -55,9 +53,7 @@ def same(one, other):
 def test_a_sweep_of_two_processes_each_learns_what_one_process_does(folder):
     alone = start(folder, *PAIRS, "trainer=cpu", "output_dir={folder}/alone", "data.batch_size=7")
     assert alone[0] == 0, alone[1]
-    swept = start(
-        folder, *PAIRS, "trainer.devices=2", "data.batch_size=7", "seed=1,2", "hydra.sweep.dir={folder}/sweep", "-m"
-    )
+    swept = start(folder, *PAIRS, "trainer.devices=2", "data.batch_size=7", "seed=1,2", "hydra.sweep.dir={folder}/sweep", "-m")
     assert swept[0] == 0, swept[1]
     assert "mean ± sd over 2 runs" in swept[1]
     same(metrics(folder / "alone"), metrics(folder / "sweep" / "0"))
@@ -68,9 +64,7 @@ def test_a_sweep_of_two_processes_each_learns_what_one_process_does(folder):
 def test_weights_in_shares_learn_the_same_and_go_on(folder):
     shares = [*PAIRS, "trainer.strategy=fsdp2", "trainer.devices=2", "data.batch_size=7", "scheduler=constant", "monitor=null",
               "trainer.max_steps=4", "save_every=2"]  # fmt: skip
-    alone = start(
-        folder, *shares, "trainer=cpu", "trainer.strategy=auto", "trainer.devices=1", "output_dir={folder}/alone"
-    )
+    alone = start(folder, *shares, "trainer=cpu", "trainer.strategy=auto", "trainer.devices=1", "output_dir={folder}/alone")
     assert alone[0] == 0, alone[1]
     for steps in (2, 4):
         code, text = start(folder, *shares, f"trainer.max_steps={steps}", "resume=true", "output_dir={folder}/shares")
@@ -165,8 +159,6 @@ def test_every_process_goes_on_with_its_own_draws(folder):
         code, text = start(folder, *drawn, f"trainer.max_steps={steps}", "resume=true", "output_dir={folder}/parts")
         assert code == 0, text
     assert (folder / "parts" / "checkpoints" / "random-1.pt").is_file()
-    one, other = (
-        read_checkpoint(folder / name / "checkpoints" / "last.ckpt")["state_dict"] for name in ("whole", "parts")
-    )
+    one, other = (read_checkpoint(folder / name / "checkpoints" / "last.ckpt")["state_dict"] for name in ("whole", "parts"))
     for name, value in one.items():
         torch.testing.assert_close(other[name], value, rtol=0, atol=0, msg=name)

@@ -50,9 +50,7 @@ def test_each_stage_starts_where_the_last_one_ended(staged):
     table = (result.output / "stages.txt").read_text().splitlines()
     assert table[0].split() == ["before", "words", "looks"]
     assert table[1].split()[0] == "retrieval/text/mrr" and table[2].split()[0] == "alignment_uniformity/text/uniformity"
-    lost = (
-        metrics["before/alignment_uniformity/text/uniformity"] - metrics["looks/alignment_uniformity/text/uniformity"]
-    )
+    lost = metrics["before/alignment_uniformity/text/uniformity"] - metrics["looks/alignment_uniformity/text/uniformity"]
     assert table[3].startswith("forgotten: alignment_uniformity/text/uniformity")
     assert float(table[3].split()[-1]) == pytest.approx(lost, abs=1e-4)
     assert (result.output / "stages.png").stat().st_size > 5000
@@ -119,9 +117,7 @@ def test_a_stage_may_be_left_out_and_all_may_not(staged):
 def test_seeds_of_stages_end_in_one_table(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_texts(tmp_path / "my.txt")
-    result = command(
-        "train", "-m", "seed=1,2", *tiny("data=text", "data.path=my.txt", "logger=none", *FAST[1:], *TWO, *SHOWN)
-    )
+    result = command("train", "-m", "seed=1,2", *tiny("data=text", "data.path=my.txt", "logger=none", *FAST[1:], *TWO, *SHOWN))
     assert result.code == 0, result.terminal
     assert "mean ± sd over 2 runs" in result.terminal and "words  →" in result.terminal
     root = next((tmp_path / "outputs" / "multirun").rglob("summary.json")).parent
@@ -188,9 +184,7 @@ def test_the_example_of_the_docs(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_texts(tmp_path / "tickets.txt")
     with open("faq.csv", "w", newline="") as file:
-        csv.writer(file).writerows(
-            [["question", "answer"], *([f"{a} {i}", b] for i, a in enumerate(TEXTS) for b in TEXTS)]
-        )
+        csv.writer(file).writerows([["question", "answer"], *([f"{a} {i}", b] for i, a in enumerate(TEXTS) for b in TEXTS)])
     result = command(
         "train", "--config-dir=my_conf", "experiment=my_domain", *tiny(*FAST[1:]), "logger=none", "trainer.max_epochs=1"
     )

@@ -22,9 +22,7 @@ from tests.end_to_end.conftest import FAST, write_texts
 from tests.end_to_end.test_processes import children
 
 # Ctrl-C counts in what it becomes, also where the tests run in the background, which ignores it.
-TERMINAL = (
-    "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.executable, sys.argv[1:])"
-)
+TERMINAL = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.executable, sys.argv[1:])"
 
 
 def test_a_sweep_begun_again_makes_what_is_missing(command, tmp_path):
@@ -135,9 +133,7 @@ def test_sigterm_lets_the_jobs_of_ray_save_also_from_the_background(tmp_path):
     given = ["-m", *tiny("data=text", f"data.path={tmp_path / 'my.txt'}", *few), "logger=none", "measure_before=false",
              "trainer.max_steps=1000000", "trainer.max_epochs=-1", "save_every=1000000", "seed=1", "hydra/launcher=ray",
              f"hydra.sweep.dir={tmp_path / 'sweep'}"]  # fmt: skip
-    ignore = (
-        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); os.execv(sys.executable, sys.argv[1:])"
-    )
+    ignore = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); os.execv(sys.executable, sys.argv[1:])"
     command = [sys.executable, "-c", ignore, sys.executable, "train.py", *given]
     sweep = subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert sweep.stdout is not None

@@ -107,10 +107,7 @@ def test_the_rows_held_out_of_a_stream_are_not_trained_on(tmp_path):
     from tercet.data import TextFiles
 
     write_texts(tmp_path / "my.txt")
-    sides = {
-        split: TextFiles(str(tmp_path / "my.txt"), split=split, held_out=7, streaming=True)
-        for split in ("train", "test")
-    }
+    sides = {split: TextFiles(str(tmp_path / "my.txt"), split=split, held_out=7, streaming=True) for split in ("train", "test")}
     train = {row["text"] for row in sides["train"].rows()}
     test = set(sides["test"].rows()["text"])
     assert (len(train), len(test)) == (33, 7)

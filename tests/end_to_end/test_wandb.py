@@ -56,9 +56,7 @@ def test_a_run_is_whole_in_its_folder(small):
     assert [row["train/loss"] for row in seen.history if "train/loss" in row][1] == result.metrics()["train/loss"]
     assert [row["trainer/global_step"] for row in seen.history if "train/lr" in row] == [0, 1]
     assert result.metrics().items() <= seen.summary.items()
-    assert {"config.yaml", "revision.txt", "metrics.json", "report.html", "pairs.csv"} <= seen.artifacts[
-        "record"
-    ].keys()
+    assert {"config.yaml", "revision.txt", "metrics.json", "report.html", "pairs.csv"} <= seen.artifacts["record"].keys()
     assert {"model.safetensors", "config.json"} <= seen.artifacts["model"].keys()
     assert "last.ckpt" in seen.artifacts["checkpoints"]
     assert seen.media("tables/pairs") and seen.media("figures/embeddings")
@@ -119,9 +117,7 @@ def test_a_run_that_goes_on_is_the_same_in_wandb(small):
 def test_a_full_disk_is_said_once_and_training_goes_on(small, monkeypatch, caplog):
     monkeypatch.setattr("pytorch_lightning.loggers.csv_logs.ExperimentWriter.save", full)
     usage, calls = shutil.disk_usage, count()
-    monkeypatch.setattr(
-        "shutil.disk_usage", lambda path: usage(path) if next(calls) < 9 else usage(path)._replace(free=0)
-    )
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage(path) if next(calls) < 9 else usage(path)._replace(free=0))
     result = small("logger=default", "trainer.max_steps=60", "trainer.max_epochs=-1", "trainer.log_every_n_steps=1")
     assert result.code == 0, result.terminal
     for said in (f"WandbLogger in {result.output}: OSError", "metrics.csv could not be written"):

@@ -64,9 +64,7 @@ def test_an_encoder_that_knows_the_next_one_is_right():
 
     got = AdjacentSentences("x", books((9,)), 9, 2, "dot")(knows)
     assert got["adjacent_sentences/x/forward"] == 1
-    assert got["adjacent_sentences/x/accuracy"] == pytest.approx(
-        8 / 9
-    )  # the last has no next one; its guess is the first
+    assert got["adjacent_sentences/x/accuracy"] == pytest.approx(8 / 9)  # the last has no next one; its guess is the first
 
 
 def test_a_gap_in_the_places_ends_a_window():

@@ -217,9 +217,7 @@ def test_labels_that_ask_nothing(rows, options, message):
         measure(rows, **options)
 
 
-@pytest.mark.parametrize(
-    ("most", "threshold", "key"), [(1, None, "most"), (9, -0.1, "threshold"), (9, 4.1, "threshold")]
-)
+@pytest.mark.parametrize(("most", "threshold", "key"), [(1, None, "most"), (9, -0.1, "threshold"), (9, 4.1, "threshold")])
 def test_bad_settings(most, threshold, key):
     with pytest.raises(InputError, match=f"evaluation.{key}="):
         measure(clouds(4, 3), most=most, threshold=threshold)

@@ -20,9 +20,7 @@ def test_nothing_is_remembered_from_one_model_to_the_next():
 
 def test_a_clash_is_an_error():
     both = EvaluatorGroup({"one": AlignmentUniformity("toy", PAIRS), "two": AlignmentUniformity("toy", PAIRS)})
-    with pytest.raises(
-        InputError, match=r"evaluation.members.two measures alignment_uniformity/toy/alignment, .* Rename it"
-    ):
+    with pytest.raises(InputError, match=r"evaluation.members.two measures alignment_uniformity/toy/alignment, .* Rename it"):
         both(words)
 
 

@@ -69,6 +69,4 @@ def test_folds_share_labels_evenly():
         counts = torch.bincount(fold[label == name], minlength=5)
         assert counts.max() - counts.min() <= 1 and counts.sum() == n
     assert torch.bincount(fold).max() - torch.bincount(fold).min() <= 1
-    assert torch.equal(fold, stratified_folds(label, 5, 3, "x")) and not torch.equal(
-        fold, stratified_folds(label, 5, 4, "x")
-    )
+    assert torch.equal(fold, stratified_folds(label, 5, 3, "x")) and not torch.equal(fold, stratified_folds(label, 5, 4, "x"))

@@ -153,10 +153,7 @@ def test_the_hub_gives_the_same_but_no_subsets(hub, tmp_path):
     found, local = (STS(path, tasks, "test")(words) for path in ("hub", write(tmp_path / "toy.parquet")))
     assert found.items() < local.items()
     assert local.keys() - found.keys() == {
-        f"sts/{t}/{kind}_{over}"
-        for t in ("sts12", "avg")
-        for kind in ("spearman", "pearson")
-        for over in ("mean", "wmean")
+        f"sts/{t}/{kind}_{over}" for t in ("sts12", "avg") for kind in ("spearman", "pearson") for over in ("mean", "wmean")
     }
     assert hub == [("mteb/sts12-sts", "test"), ("mteb/stsbenchmark-sts", "test")]
 
@@ -168,6 +165,4 @@ def test_the_hubs_dev_is_called_validation(hub):
 
 def test_a_hub_that_cannot_be_reached(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    fails(
-        "hub", r"evaluation.path=hub: mteb/sts12-sts, split test, cannot be had \(.*\). Name a table with the columns"
-    )
+    fails("hub", r"evaluation.path=hub: mteb/sts12-sts, split test, cannot be had \(.*\). Name a table with the columns")

@@ -151,22 +151,15 @@ def test_scikit_learn_agrees_within_half_a_point(shared, monkeypatch):
 def test_both_of_the_papers_tables_in_one_call(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     save_model(build(composed(*tiny()).model).eval(), tmp_path / "model")
-    sts = [
-        ["STS-B", "x", "test", "a harp", f"a {word}", score]
-        for word, score in (("harp", 5.0), ("dog", 1.0), ("cat", 0.0))
-    ]
+    sts = [["STS-B", "x", "test", "a harp", f"a {word}", score] for word, score in (("harp", 5.0), ("dog", 1.0), ("cat", 0.0))]
     pd.DataFrame(sts, columns=["task", "subset", "split", "sentence1", "sentence2", "score"]).to_parquet("s.parquet")
     write(tmp_path / "t.parquet", ROWS)
     members = ["evaluation.members.sts.path=s.parquet", "evaluation.members.transfer.path=t.parquet",
                "evaluation.members.transfer.folds=4"]  # fmt: skip
-    monkeypatch.setattr(
-        sys, "argv", ["tercet", f"model={tmp_path / 'model'}", "evaluation=paper", *members, "output=m.json"]
-    )
+    monkeypatch.setattr(sys, "argv", ["tercet", f"model={tmp_path / 'model'}", "evaluation=paper", *members, "output=m.json"])
     with pytest.raises(SystemExit) as stopped:
         main("evaluate")
     assert stopped.value.code == 0
     out = capsys.readouterr().err
     assert "STS, test split, x100" in out and "Transfer, accuracy x100" in out
-    assert {"test/sts/stsb/spearman", "test/transfer/cr/accuracy"} <= json.loads(
-        (tmp_path / "m.json").read_text()
-    ).keys()
+    assert {"test/sts/stsb/spearman", "test/transfer/cr/accuracy"} <= json.loads((tmp_path / "m.json").read_text()).keys()

@@ -163,9 +163,7 @@ def test_known_rates():
     assert wilson_interval(0.0, 10)[0] == 0
 
 
-@pytest.mark.parametrize(
-    "encode", [lambda items: torch.full((len(items), 7), 0.3), lambda items: torch.zeros(len(items), 3)]
-)
+@pytest.mark.parametrize("encode", [lambda items: torch.full((len(items), 7), 0.3), lambda items: torch.zeros(len(items), 3)])
 def test_collapse_is_chance(world, encode):
     found = make(world)(encode)
     assert found["verification/toy/accuracy"] == found["verification/toy/auc"] == found["verification/toy/eer"] == 0.5
@@ -291,17 +289,13 @@ def test_wrong_paths_are_found_at_once(world):
 
 
 def test_tables_with_other_columns(world):
-    fails(
-        r"evaluation.path=.*has the columns fold,.*identity, image_no, image must be there", world, path="pairs.parquet"
-    )
+    fails(r"evaluation.path=.*has the columns fold,.*identity, image_no, image must be there", world, path="pairs.parquet")
     fails(r"evaluation.pairs=.*has the columns identity.*fold, same.*must be there once", world, pairs="faces.parquet")
     (world / "faces.parquet").write_bytes(b"PAR1")
     fails(r"evaluation.path=.*cannot be read", world)
 
 
-@pytest.mark.parametrize(
-    "encode", [faces, lambda items: torch.randn(len(items), 4), lambda items: torch.ones(len(items), 4)]
-)
+@pytest.mark.parametrize("encode", [faces, lambda items: torch.randn(len(items), 4), lambda items: torch.ones(len(items), 4)])
 def test_figures_are_drawn(world, encode):
     drawn = EvaluatorGroup({"faces": make(world), "none": EvaluatorGroup({})}).figures(encode)
     assert list(drawn) == ["faces_roc", "faces_distances", "faces_errors"]

@@ -109,9 +109,7 @@ def test_rows_embed_together_as_they_do_alone(family, pooling):
     plans = [padded(), Execution("sorted", "torch", None, None, False), Execution("sorted", "torch", 30, None, False),
              Execution("padded", "torch", None, 2, False)]  # fmt: skip
     if family in PACKS:
-        plans += [
-            Execution("packed", "auto", tokens, rows, False) for tokens, rows in ((None, None), (30, None), (1, None))
-        ]
+        plans += [Execution("packed", "auto", tokens, rows, False) for tokens, rows in ((None, None), (30, None), (1, None))]
     for plan in plans:
         z = encoder.run(inputs, plan)
         torch.testing.assert_close(z, alone, rtol=1e-5, atol=1e-5)

@@ -27,9 +27,7 @@ def loss_of(name, variant):
 def rows(n=9, views=3, dim=6, labels="some", duplicates=True, seed=0):
     g = torch.Generator().manual_seed(seed)
     z = torch.randn(views, n, dim, generator=g, dtype=torch.float64)
-    label = {"none": torch.full((n,), -1), "some": torch.arange(n) % 4 - 1, "one": torch.zeros(n, dtype=torch.long)}[
-        labels
-    ]
+    label = {"none": torch.full((n,), -1), "some": torch.arange(n) % 4 - 1, "one": torch.zeros(n, dtype=torch.long)}[labels]
     content = torch.randperm(views * n, generator=g).view(views, n)
     if duplicates and n > 2:
         content[1, 1] = content[1, 0]

@@ -59,9 +59,7 @@ HEADS = [("none", None, False), ("linear", 8, False), ("mlp", None, False), ("ml
 def test_the_folder_opens_elsewhere_with_the_same_vectors(tmp_path, pooling, head):
     from sentence_transformers import SentenceTransformer
 
-    encoder = build(
-        composed(*tiny(f"model.pooling={pooling}", f"model.normalize={str(head[0] == 'none').lower()}")).model
-    )
+    encoder = build(composed(*tiny(f"model.pooling={pooling}", f"model.normalize={str(head[0] == 'none').lower()}")).model)
     if head[0] != "none":
         encoder = TextEncoder(encoder.backbone, encoder.tokenizer, pooling, Head(*head), False, 64, encoder.execution)
     save_model(encoder, tmp_path)

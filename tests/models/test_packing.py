@@ -142,7 +142,4 @@ def test_what_nested_tensors_can_is_tried_and_not_believed(monkeypatch, caplog):
 def test_a_gpu_has_a_kernel_for_nested_rows(dtype):
     assert packing._nests(torch.device("cuda", 0), dtype, 64)
     rows = Packing(torch.tensor([300, 9, 9]), True, False, None)
-    assert (
-        packing.choose_attention(torch.zeros(1, 2, 318, 64, device="cuda", dtype=dtype), rows, None, None)
-        is attend_nested
-    )
+    assert packing.choose_attention(torch.zeros(1, 2, 318, 64, device="cuda", dtype=dtype), rows, None, None) is attend_nested

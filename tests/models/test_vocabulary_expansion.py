@@ -96,7 +96,5 @@ def test_a_fixed_channel_keeps_its_rows_and_words_of_its_file_get_a_learned_one(
 def test_what_cannot_be_expanded_is_named(source):
     with pytest.raises(InputError, match="learns no word vectors"):
         expand_vocabulary(build(composed(*tiny()).model), WordVectors(["a"], torch.ones(1, 2)))
-    with pytest.raises(
-        InputError, match=r"1 of their words are in the model's vocabulary; a map of 2 columns needs more"
-    ):
+    with pytest.raises(InputError, match=r"1 of their words are in the model's vocabulary; a map of 2 columns needs more"):
         expand_vocabulary(gru(source), WordVectors(["the", "zebra"], torch.ones(2, 2)))

@@ -24,9 +24,7 @@ def source(tmp_path):
 @pytest.fixture
 def glove(tmp_path):
     path = tmp_path / "glove.txt"
-    path.write_text(
-        "".join(f"{word} {i} {i + 0.5} -{i}\n" for i, word in enumerate(["the", "harp", "zebra", "a b", "."], 1))
-    )
+    path.write_text("".join(f"{word} {i} {i + 0.5} -{i}\n" for i, word in enumerate(["the", "harp", "zebra", "a b", "."], 1)))
     return str(path)
 
 
@@ -115,9 +113,7 @@ def test_a_word_that_comes_again_is_said(tmp_path, caplog):
 @pytest.mark.parametrize("both", [False, True])
 def test_the_final_state_is_the_one_of_each_direction(source, cell, both):
     """Against one row at a time and the plain cell."""
-    encoder = build(
-        config(source, *SMALL, f"model.backbone.cell={cell}", f"model.backbone.bidirectional={both}")
-    ).eval()
+    encoder = build(config(source, *SMALL, f"model.backbone.cell={cell}", f"model.backbone.bidirectional={both}")).eval()
     inputs = encoder.prepare(TEXTS)
     z = encoder(inputs)
     for row, got in zip(inputs.rows(), z, strict=True):
@@ -129,9 +125,7 @@ def test_the_final_state_is_the_one_of_each_direction(source, cell, both):
 @pytest.mark.parametrize("pooling", ["mean", "sum", "max"])
 def test_a_bag_of_words_is_that_of_its_rows(source, glove, pooling):
     options = ["model.backbone.trained_dim=6", "model.tokenizer.minimum=1", f"model.backbone.vectors={glove}"]
-    encoder = build(
-        config(source, *options, f"model.tokenizer.vectors={glove}", f"model.pooling={pooling}", model="bag")
-    )
+    encoder = build(config(source, *options, f"model.tokenizer.vectors={glove}", f"model.pooling={pooling}", model="bag"))
     inputs = encoder.prepare(TEXTS)
     table = encoder.backbone.embeddings
     for row, got in zip(inputs.rows(), encoder(inputs), strict=True):
@@ -155,9 +149,7 @@ def test_a_folder_and_a_checkpoint_give_the_same_vectors(source, tmp_path, make)
     made = {
         "gru": lambda: build(config(source, *SMALL)),
         "towers": lambda: towers(source),
-        "heads": lambda: build(
-            composed(*tiny("model.head.kind=two_mlp", "model.head.dim=5", "model.normalize=true")).model
-        ),
+        "heads": lambda: build(composed(*tiny("model.head.kind=two_mlp", "model.head.dim=5", "model.normalize=true")).model),
     }
     encoder = made[make]().eval()
     z = encoder(encoder.prepare(TEXTS))

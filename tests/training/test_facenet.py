@@ -58,9 +58,7 @@ def test_columns_are_positives_and_negatives_without_labels(columns):
     module = build(composed(*tiny("objective=facenet", "sampler=random", "loss.mining=all")).objective)
     views = tuple(module.encoder.prepare([f"{text} {v}" for text in TEXTS]) for v in range(columns))
     n = len(TEXTS)
-    batch = Batch(
-        views, torch.arange(n), torch.full((n,), -1), torch.arange(n), torch.arange(columns * n).view(columns, n)
-    )
+    batch = Batch(views, torch.arange(n), torch.full((n,), -1), torch.arange(n), torch.arange(columns * n).view(columns, n))
     optimizer, gaps = torch.optim.AdamW(module.parameters(), lr=1e-3), []
     for _ in range(15):
         value = module.training_step(batch, 0)

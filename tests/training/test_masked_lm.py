@@ -80,17 +80,13 @@ def test_pretrained_heads_come_with_the_backbone(tmp_path):
     from transformers import AutoModelForMaskedLM, BertConfig
 
     torch.manual_seed(1)
-    config = BertConfig(
-        vocab_size=30522, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
-    )
+    config = BertConfig(vocab_size=30522, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     lm = AutoModelForMaskedLM.from_config(config)
     lm.save_pretrained(tmp_path)
     load_tokenizer(MINILM).save_pretrained(tmp_path)
     encoder = build(composed("model=minilm", f"model.backbone.name={tmp_path}").model)
     head = MaskedLM(weight=0.1, probability=0.15, whole_words=False).build(encoder)
-    torch.testing.assert_close(
-        head.lm.cls.predictions.transform.dense.weight, lm.cls.predictions.transform.dense.weight
-    )
+    torch.testing.assert_close(head.lm.cls.predictions.transform.dense.weight, lm.cls.predictions.transform.dense.weight)
     assert all(m.training for m in head.modules())
 
 
@@ -98,9 +94,7 @@ def test_pretrained_heads_come_with_the_backbone(tmp_path):
 def test_the_objectives_value_is_contrast_plus_weight_times_mlm():
     from tests.laws.test_encoding import batch_of
 
-    module = build(
-        composed(*tiny("objective=simcse_unsup", "objective.mlm.weight=0.5", "model.backbone.dropout=0")).objective
-    )
+    module = build(composed(*tiny("objective=simcse_unsup", "objective.mlm.weight=0.5", "model.backbone.dropout=0")).objective)
     batch = batch_of(module, 1)
     torch.manual_seed(0)
     both = module.training_step(batch, 0)
@@ -120,9 +114,7 @@ def test_minilm_has_no_head_and_gets_one():
 
 def test_whole_words_are_asked_or_not(encoder):
     head = MaskedLM(weight=1.0, probability=0.3, whole_words=True).build(encoder)
-    ids = encoder.prepare(
-        ["Unbelievable incomprehensibilities notwithstanding, electroencephalography disappoints."] * 300
-    ).ids
+    ids = encoder.prepare(["Unbelievable incomprehensibilities notwithstanding, electroencephalography disappoints."] * 300).ids
     corrupted, targets = head.corrupt(ids)
     pieces = encoder.tokenizer.convert_ids_to_tokens(ids.tolist())
     asked, split = (targets >= 0).tolist(), 0

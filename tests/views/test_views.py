@@ -165,9 +165,7 @@ def test_looks_differ_by_side_step_seed_and_place_in_the_chain():
     token = Views([TokenCutoff(0.5), TokenCutoff(0.5)], [TokenCutoff(0.5)], 1)(rows, uid, 0, PIECES)
     assert (token[0].state.keep <= Views([TokenCutoff(0.5)], [], 1)(rows, uid, 0, PIECES)[0].state.keep).all()
     assert token[0].state.keep.sum() < token[1].state.keep.sum()
-    at = [
-        Views(chain, [], seed)(rows, uid, step, PIECES)[0].lengths.tolist() for seed, step in [(1, 0), (1, 1), (2, 0)]
-    ]
+    at = [Views(chain, [], seed)(rows, uid, step, PIECES)[0].lengths.tolist() for seed, step in [(1, 0), (1, 1), (2, 0)]]
     assert len({tuple(x) for x in at}) == 3
     assert Views(chain, [], 1)(rows, uid, 0, PIECES)[0].lengths.tolist() == at[0]
 

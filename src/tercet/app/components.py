@@ -66,9 +66,7 @@ def _hints(target: str) -> dict[str, Any]:
     try:
         return typing.get_type_hints(called)
     except (NameError, TypeError):  # a library's annotations may name what is only imported for type checkers
-        return {
-            k: p.annotation for k, p in inspect.signature(called).parameters.items() if isinstance(p.annotation, type)
-        }
+        return {k: p.annotation for k, p in inspect.signature(called).parameters.items() if isinstance(p.annotation, type)}
 
 
 def takes(hint: Any, value: Any) -> bool:
@@ -84,11 +82,7 @@ def takes(hint: Any, value: Any) -> bool:
         return False
     if isinstance(value, bool):
         return hint is bool
-    return (
-        isinstance(value, hint)
-        or (hint is float and isinstance(value, int))
-        or (_is_path(hint) and isinstance(value, str))
-    )
+    return isinstance(value, hint) or (hint is float and isinstance(value, int)) or (_is_path(hint) and isinstance(value, str))
 
 
 def _is_path(hint: type) -> bool:

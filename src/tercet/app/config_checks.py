@@ -137,9 +137,7 @@ def _devices(cfg: DictConfig) -> None:
     if not started and several == 1 and _many(cfg.trainer.devices):
         raise InputError(f"trainer.devices={cfg.trainer.devices} needs a strategy: trainer=ddp, or trainer=ddp_cpu.")
     if cfg.trainer.accelerator in ("gpu", "cuda", "auto") and there and several > there:
-        raise InputError(
-            f"trainer.devices={cfg.trainer.devices}, but this machine has {there}. Use trainer.devices={there}."
-        )
+        raise InputError(f"trainer.devices={cfg.trainer.devices}, but this machine has {there}. Use trainer.devices={there}.")
 
 
 def _many(devices: Any) -> bool:
@@ -154,9 +152,7 @@ def check_model(objective: Any, data: Any, several: bool) -> None:
     for part in (part for part in encoder.modules() if isinstance(part, TextEncoder)):
         longest = max_row_length(part.backbone, part.tokenizer)
         if data.transform.max_length > longest:
-            raise InputError(
-                f"data.max_length={data.transform.max_length}, but the backbone takes {longest} tokens at most."
-            )
+            raise InputError(f"data.max_length={data.transform.max_length}, but the backbone takes {longest} tokens at most.")
     if isinstance(encoder, ImageEncoder) and encoder.mixes_rows():
         _batch_norm(encoder.execution, several)
     if objective.dropout_views and objective.view.alike and not objective.encoder.has_dropout():
@@ -188,9 +184,7 @@ def _monitor(cfg: DictConfig) -> None:
             "evaluation@validation=stsb_dev monitor=val/sts/stsb/spearman."
         )
     if cfg.callback.early_stopping and not cfg.monitor:
-        raise InputError(
-            "callback=early_stopping needs a metric to watch: set monitor, as monitor=val/sts/stsb/spearman."
-        )
+        raise InputError("callback=early_stopping needs a metric to watch: set monitor, as monitor=val/sts/stsb/spearman.")
 
 
 def _batch(cfg: DictConfig) -> None:

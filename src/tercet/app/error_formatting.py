@@ -72,10 +72,7 @@ def _mistyped(error: ConfigCompositionException, conf: str, command: str) -> str
     known = sorted(known_keys(conf, command))
     if key in known:
         return text
-    near = (
-        difflib.get_close_matches(key, known, 1, 0.5)
-        or [k for k in known if k.split(".")[-1] == key.split(".")[-1]][:1]
-    )
+    near = difflib.get_close_matches(key, known, 1, 0.5) or [k for k in known if k.split(".")[-1] == key.split(".")[-1]][:1]
     hint = f" Did you mean {near[0]}?" if near else ""
     return f"{key}: there is no such key.{hint} `--cfg job` prints all keys with their values."
 

@@ -110,9 +110,7 @@ def launch_processes(worker: Worker, cfg: DictConfig, output: Path) -> float | N
         if message.is_file():
             raise InputError(message.read_text(encoding="utf-8").strip()) from None
         rank, failure = error.get_first_failure()
-        raise InputError(
-            f"process {rank} of {count} ended with exit code {failure.exitcode}: {failure.message}"
-        ) from error
+        raise InputError(f"process {rank} of {count} ended with exit code {failure.exitcode}: {failure.message}") from error
     value: float | None = results[0]
     return value
 

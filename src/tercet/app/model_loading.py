@@ -54,9 +54,7 @@ def _opened(name: str, path: Path, pooling: str | None) -> Encoder:
             raise InputError(f"model.pooling={pooling}: a checkpoint records its own pooling. Leave model.pooling out.")
         return load_encoder(path)
     if (path / "metrics.json").is_file() and not (path / "model").is_dir():
-        raise InputError(
-            f"model={name} is a run without a model folder: it did not finish. Use a file of its checkpoints/."
-        )
+        raise InputError(f"model={name} is a run without a model folder: it did not finish. Use a file of its checkpoints/.")
     if path.is_dir() and (path / "config.yaml").is_file():
         name = str(path / "model") if (path / "model").is_dir() else _newest(path)
         if name.endswith(".ckpt"):
@@ -86,9 +84,7 @@ def initialize_from(encoder: Encoder, name: str) -> str:
         other = open_model(name, None, "cpu")
     except InputError as error:
         raise InputError(str(error).replace("model=", "init_from=", 1)) from error
-    words: list[dict[str, int]] = [
-        getattr(getattr(part, "tokenizer", None), "get_vocab", dict)() for part in (encoder, other)
-    ]
+    words: list[dict[str, int]] = [getattr(getattr(part, "tokenizer", None), "get_vocab", dict)() for part in (encoder, other)]
     if words[0] != words[1]:
         raise InputError(
             f"init_from={name}: it reads other tokens ({len(words[1])}) than this model ({len(words[0])}), so that rows would "

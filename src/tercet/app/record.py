@@ -107,9 +107,7 @@ def revision() -> str:
 def _git(*arguments: str) -> str:
     here = Path(__file__).resolve().parent
     try:
-        done = subprocess.run(
-            ["git", *arguments], cwd=here, capture_output=True, text=True, check=True, errors="replace"
-        )
+        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True, errors="replace")
     except (OSError, subprocess.CalledProcessError):
         return ""
     return done.stdout

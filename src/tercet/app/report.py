@@ -49,9 +49,7 @@ def write_report(
 ) -> None:
     """Of a run's folder, all of its files written."""
     names = [name for name in after if name in before or not before]
-    rows = [
-        (name, number(before.get(name)), number(after[name]), _change(before.get(name), after[name])) for name in names
-    ]
+    rows = [(name, number(before.get(name)), number(after[name]), _change(before.get(name), after[name])) for name in names]
     typed = list(cfg.command or [])
     speed = [(name.replace("_", " "), number(metrics[f"train/{name}"])) for name in SPEED if f"train/{name}" in metrics]
     parts = [

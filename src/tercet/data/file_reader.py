@@ -87,18 +87,14 @@ def _split(block: bytes, offset: int, number: int, place: str) -> list[str]:
         ) from None
     if "\0" in text:
         line = number + text.count("\n", 0, text.index("\0"))
-        raise unreadable(
-            place, f"line {line} has a NUL byte. Maybe the file is UTF-16 or binary: save it as UTF-8 text."
-        )
+        raise unreadable(place, f"line {line} has a NUL byte. Maybe the file is UTF-16 or binary: save it as UTF-8 text.")
     return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
 def _magic(block: bytes, place: str) -> None:
     for magic, name in MAGIC.items():
         if block.startswith(magic):
-            raise unreadable(
-                place, f"byte 0: this is {name} data under another name. Unpack or convert it to UTF-8 text."
-            )
+            raise unreadable(place, f"byte 0: this is {name} data under another name. Unpack or convert it to UTF-8 text.")
     if block.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise unreadable(place, "line 1, byte 0: the file is UTF-16, not UTF-8. Save it as UTF-8.")
 
@@ -189,9 +185,7 @@ def _object(line: str, number: int, place: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise unreadable(
-            place, f"line {number} is not JSON ({error.msg}). Each line must be one whole object."
-        ) from None
+        raise unreadable(place, f"line {number} is not JSON ({error.msg}). Each line must be one whole object.") from None
     if not isinstance(row, dict):
         raise unreadable(place, f"line {number} is a JSON {type(row).__name__}. Each line must be one whole object.")
     return row
@@ -216,9 +210,7 @@ def read_parquet(file: Path, place: str, columns: Sequence[str]) -> Iterator[Chu
             yield Chunk(place, "row", _count(start, table), table)
             start += len(table)
     except (pa.ArrowException, OSError) as error:
-        raise unreadable(
-            place, f"after row {start - 1}: cut or not Parquet ({error}). Copy or write it anew."
-        ) from error
+        raise unreadable(place, f"after row {start - 1}: cut or not Parquet ({error}). Copy or write it anew.") from error
 
 
 def _count(start: int, table: pa.Table) -> pa.Array:

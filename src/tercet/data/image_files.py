@@ -57,9 +57,7 @@ class ImageFiles:
                 f"data.held_out={self.held_out} holds out whole labels, but data.path={self.path} has the columns "
                 f"{', '.join(available)}. Name that of the labels with data.label=..., or use data.held_out=0."
             )
-        where = {
-            check_column(self.path, available, str(n), "data.where"): listed(v) for n, v in (self.where or {}).items()
-        }
+        where = {check_column(self.path, available, str(n), "data.where"): listed(v) for n, v in (self.where or {}).items()}
         for name, value in (("image", image), ("label", label), ("where", where)):
             object.__setattr__(self, name, value)
 
@@ -88,9 +86,7 @@ class ImageFiles:
         if self.held_out and self.split != "all":
             test = held_out_rows(table[self.label], self.held_out, self.path)
             out = out.filter(pa.array(test if self.split == "test" else ~test))
-        return Dataset(
-            InMemoryTable(out), info=DatasetInfo(features=Features(features)), fingerprint=self.fingerprint()
-        )
+        return Dataset(InMemoryTable(out), info=DatasetInfo(features=Features(features)), fingerprint=self.fingerprint())
 
     def _table(self) -> pa.Table:
         place = resolve_images(self.path)

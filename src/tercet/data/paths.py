@@ -34,9 +34,7 @@ def download(path: str) -> Path:
         return Path(hf_hub_download(f"{owner}/{name}", file, repo_type="dataset"))
     except Exception as error:  # the library raises many kinds
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"data.path={path}: the hub did not give it ({said}). A local file will do in data.path."
-        ) from error
+        raise InputError(f"data.path={path}: the hub did not give it ({said}). A local file will do in data.path.") from error
 
 
 def check_reachable(path: str, name: str) -> None:

@@ -114,9 +114,7 @@ class PKBatchSampler(Sampler[BatchIndices]):
         if self.per_label < 2:
             raise InputError(f"sampler.per_label={self.per_label}: 2 or more, so that a row has a positive.")
         if not 0 <= self.distractors <= self.batch_size - 2:
-            raise InputError(
-                f"sampler.distractors={self.distractors}: from 0 to data.batch_size - 2 = {self.batch_size - 2}."
-            )
+            raise InputError(f"sampler.distractors={self.distractors}: from 0 to data.batch_size - 2 = {self.batch_size - 2}.")
         if (self.values < 0).all():
             raise InputError(
                 "sampler=pk: the training rows have no labels. Name their column with data.label=..., or use "
@@ -141,9 +139,7 @@ class PKBatchSampler(Sampler[BatchIndices]):
                 f"data.batch_size={most + self.distractors}, or a larger sampler.per_label (now {self.per_label})."
             )
         if (largest := max(map(len, self.rows_by_label.values()))) < self.per_label:
-            warn_once(
-                f"sampler.per_label={self.per_label}: the largest label has {largest} rows; all give what they have."
-            )
+            warn_once(f"sampler.per_label={self.per_label}: the largest label has {largest} rows; all give what they have.")
 
     def set_epoch(self, epoch: int) -> None:
         """Lightning says which epoch begins."""
@@ -271,9 +267,7 @@ class WindowBatchSampler(Sampler[BatchIndices]):
         order = np.lexsort((position, label))
         order = order[(label[order] >= 0) & (position[order] >= 0)]
         if nameless := len(label) - len(order):
-            warn_once(
-                f"sampler=window: {nameless} of {len(label)} rows have no document or no place; they are left out."
-            )
+            warn_once(f"sampler=window: {nameless} of {len(label)} rows have no document or no place; they are left out.")
         again = (np.diff(label[order], prepend=-1) == 0) & (np.diff(position[order], prepend=-1) == 0)
         if again.any():
             row = int(order[again][0])
@@ -288,9 +282,7 @@ class WindowBatchSampler(Sampler[BatchIndices]):
         kept = [rows for rows in found if len(rows) >= self.window]
         if not kept:
             longest = max(map(len, found))
-            smaller = (
-                f"Use a window of {longest} at most, or longer documents." if longest > 1 else "None has neighbours."
-            )
+            smaller = f"Use a window of {longest} at most, or longer documents." if longest > 1 else "None has neighbours."
             raise InputError(
                 f"sampler.window={self.window}, but the longest of {len(found)} documents has {longest} sentences with a "
                 f"document and a place. {smaller}"

@@ -61,9 +61,7 @@ def held_out_rows(column: pa.ChunkedArray, held_out: int, path: str) -> npt.NDAr
         raise InputError(f"data.held_out={held_out}: 0 (no test side), or 2 rows or more.")
     values, group, sizes = np.unique(_hashes(column), return_inverse=True, return_counts=True)
     chosen, left = np.zeros(len(values), dtype=np.bool_), limit
-    for value, size in enumerate(
-        sizes
-    ):  # in the order of the hashes; a group too large for what is left stays in train
+    for value, size in enumerate(sizes):  # in the order of the hashes; a group too large for what is left stays in train
         if size <= left:
             chosen[value] = True
             left -= size

@@ -76,8 +76,7 @@ class TextFiles:
             if getattr(self, key) is not None:
                 check_column(self.path, available, getattr(self, key), f"data.{key}")
         keep = {
-            check_column(self.path, available, str(name), "data.where"): value
-            for name, value in (self.where or {}).items()
+            check_column(self.path, available, str(name), "data.where"): value for name, value in (self.where or {}).items()
         }
         object.__setattr__(self, "columns", columns)
         object.__setattr__(self, "where", {name: listed(value) for name, value in keep.items()})
@@ -126,9 +125,7 @@ class TextFiles:
             left = f"data.where={self.where} keeps no row of data.path={self.path}." if self.where else ""
             raise InputError(left or f"data.path={self.path} has no rows.")
         if tally.rows == tally.dropped.total():
-            raise InputError(
-                f"data.path={self.path}: all {tally.rows} rows were bad and dropped. Is it the right file?"
-            )
+            raise InputError(f"data.path={self.path}: all {tally.rows} rows were bad and dropped. Is it the right file?")
 
     def _finished(self, table: pa.Table) -> tuple[pa.Table, list[str]]:
         cells, names = {name: table[name] for name in self.columns}, list[str]()
@@ -137,9 +134,7 @@ class TextFiles:
         elif self.label is not None:
             cells["label"], names = label_ids(table[self.label], self.path, self.label)
         if self.position is not None:
-            cells["position"] = pc.fill_null(
-                to_integers(table[self.position], self.path, self.position, "data.position"), -1
-            )
+            cells["position"] = pc.fill_null(to_integers(table[self.position], self.path, self.position, "data.position"), -1)
         return pa.table(cells), names
 
     def _features(self, names: Sequence[str] = ()) -> Features:
@@ -228,6 +223,4 @@ class Groups:
                 f"data.path={path}: no two rows share a value of '{self.group}'. Name another column in data.group."
             )
         if nameless or single:
-            warn_once(
-                f"data.path={path}: {single} groups of one row and {nameless} rows without '{self.group}' left out."
-            )
+            warn_once(f"data.path={path}: {single} groups of one row and {nameless} rows without '{self.group}' left out.")

@@ -60,9 +60,7 @@ class AdjacentSentences:
         if not z.isfinite().all():
             raise InputError(f"adjacent_sentences of {self.name}: an embedding is not finite. Use another checkpoint.")
         if z.shape[1] % sides:
-            raise InputError(
-                f"evaluation.num_outputs=2, but the model has {z.shape[1]} columns. Use evaluation.num_outputs=1."
-            )
+            raise InputError(f"evaluation.num_outputs=2, but the model has {z.shape[1]} columns. Use evaluation.num_outputs=1.")
         f, g = z.chunk(2, 1) if sides == 2 else (z, z)
         if self.similarity == "cosine":
             f, g = F.normalize(f, dim=1), F.normalize(g, dim=1)
@@ -91,9 +89,7 @@ class AdjacentSentences:
                 "sentences without a gap between their places. Use a smaller one."
             )
         if left := len(label) - self.window * len(windows):
-            warn_once(
-                f"adjacent_sentences of {self.name}: {left} of {len(label)} sentences fill no window of {self.window}."
-            )
+            warn_once(f"adjacent_sentences of {self.name}: {left} of {len(label)} sentences fill no window of {self.window}.")
         return list(rows[self.source.columns[0]]), windows
 
 

@@ -52,9 +52,7 @@ class AlignmentUniformity:
         first, second, _ = text_pairs(self.source, f"alignment_uniformity of {self.name}")
         texts, place = distinct([*first, *second])
         if len(texts) < 2:
-            raise InputError(
-                f"alignment_uniformity of {self.name}: all held-out texts are equal. Set data.held_out higher."
-            )
+            raise InputError(f"alignment_uniformity of {self.name}: all held-out texts are equal. Set data.held_out higher.")
         z = encode(texts)
         return {
             f"alignment_uniformity/{self.name}/alignment": alignment(z[place[: len(first)]], z[place[len(first) :]]),

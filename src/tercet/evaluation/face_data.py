@@ -71,9 +71,7 @@ def read_face_pairs(path: str, folds: Sequence[int] | None) -> FacePairs:
             raise InputError(f"evaluation.pairs={path}, pair {number}: it compares {what}. Mend the file.")
     there = sorted({row[0] for row in rows})
     if lacking := sorted(set(folds or ()) - set(there)):
-        raise InputError(
-            f"evaluation.folds={list(folds or ())}: evaluation.pairs={path} has the folds {there}, not {lacking}."
-        )
+        raise InputError(f"evaluation.folds={list(folds or ())}: evaluation.pairs={path} has the folds {there}, not {lacking}.")
     rows = [row for row in rows if folds is None or row[0] in folds]
     kinds = {(row[0], row[1]) for row in rows}
     chosen = there if folds is None else sorted(folds)
@@ -83,9 +81,7 @@ def read_face_pairs(path: str, folds: Sequence[int] | None) -> FacePairs:
             "needed at least (evaluation.folds=null takes all that are there)."
         )
     if poor := [fold for fold in chosen if len({(fold, True), (fold, False)} & kinds) < 2]:
-        raise InputError(
-            f"evaluation.pairs={path}: fold {poor[0]} needs pairs of both kinds, same and different people."
-        )
+        raise InputError(f"evaluation.pairs={path}: fold {poor[0]} needs pairs of both kinds, same and different people.")
     return FacePairs.of(rows)
 
 
@@ -229,13 +225,9 @@ def _in_table(file: Path, path: str, wanted: set[Face]) -> Mapping[Face, bytes]:
             if (identity, number) in found:
                 raise InputError(f"evaluation.path={path} has image {number} of {identity} twice. Mend the table.")
             try:
-                found[identity, number] = read_image_cell(
-                    cell if isinstance(cell, dict) else {"bytes": cell, "path": None}
-                )
+                found[identity, number] = read_image_cell(cell if isinstance(cell, dict) else {"bytes": cell, "path": None})
             except (OSError, TypeError) as error:
-                raise InputError(
-                    f"evaluation.path={path}: image {number} of {identity} cannot be read: {error}"
-                ) from error
+                raise InputError(f"evaluation.path={path}: image {number} of {identity} cannot be read: {error}") from error
     return found
 
 

@@ -93,9 +93,7 @@ def errors(pairs: FacePairs, images: Sequence[bytes], distance: Floats, excess: 
     for part, kind, title in zip(parts, (False, True), ("Taken for one person", "Taken for two people"), strict=True):
         wrong = np.flatnonzero((pairs.same == kind) & (excess > 0))
         worst = wrong[np.argsort(-excess[wrong], kind="stable")][:columns]
-        part.suptitle(
-            f"{title}: {len(wrong):,} of {int((pairs.same == kind).sum()):,}", x=0.01, ha="left", weight="bold"
-        )
+        part.suptitle(f"{title}: {len(wrong):,} of {int((pairs.same == kind).sum()):,}", x=0.01, ha="left", weight="bold")
         axes = part.subplots(1, columns)
         for axis in axes:
             axis.set_axis_off()

@@ -70,9 +70,7 @@ def text_pairs(source: Source, name: str) -> tuple[list[str], list[str], list[in
         second = [" ".join(words[i][len(words[i]) // 2 :]) for i in long]
         label = [label[i] for i in long]
     if len(first) < 2:
-        raise InputError(
-            f"{name}: {len(first)} held-out pairs, but a search needs at least 2. Set data.held_out higher."
-        )
+        raise InputError(f"{name}: {len(first)} held-out pairs, but a search needs at least 2. Set data.held_out higher.")
     return first, second, label
 
 

@@ -76,9 +76,7 @@ class NearestNeighbor:
         place = {item_hash(item): i for i, item in enumerate(pool.items)}
         own = torch.tensor([place.get(item_hash(item), -1) for item in items.items], dtype=torch.long)
         if both := int((own >= 0).sum()):
-            warn_once(
-                f"{suite}: {both} of {len(items)} items are in the reference too, where they do not find themselves."
-            )
+            warn_once(f"{suite}: {both} of {len(items)} items are in the reference too, where they do not find themselves.")
         return items, match_labels(items.label, items.names, pool, suite), own, pool
 
     def _check(self, label: Tensor, chosen: Tensor, pool: LabeledItems, suite: str) -> None:
@@ -89,13 +87,9 @@ class NearestNeighbor:
                 "Is it the right column of labels?"
             )
         if len(pool.label.unique()) == 1:
-            raise InputError(
-                f"{suite}: all items have one label, so whatever is found is right. Use data with more labels."
-            )
+            raise InputError(f"{suite}: all items have one label, so whatever is found is right. Use data with more labels.")
         if lone := asked - int(chosen.sum()):
-            warn_once(
-                f"{suite}: {lone} of {asked} labelled items have a label that no other item has; they are no queries."
-            )
+            warn_once(f"{suite}: {lone} of {asked} labelled items have a label that no other item has; they are no queries.")
         if bare := len(label) - asked:
             warn_once(f"{suite}: {bare} of {len(label)} items have no label; they are no queries.")
 

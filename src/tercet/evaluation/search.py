@@ -10,9 +10,7 @@ from torch import Tensor
 from tercet.errors import InputError
 
 
-def nearest(
-    queries: Tensor, keys: Tensor, k: int, *, own: Tensor | None = None, block: int = 256
-) -> tuple[Tensor, Tensor]:
+def nearest(queries: Tensor, keys: Tensor, k: int, *, own: Tensor | None = None, block: int = 256) -> tuple[Tensor, Tensor]:
     """The k keys of the largest inner product: ``(Q, D), (M, D)`` to scores ``(Q, k)``, falling, and indices ``(Q, k)``.
 
     ``own (Q,)`` is the index of the key that is the query itself, -1 for none: that key is never found, wherever it would

@@ -32,9 +32,7 @@ def read_table(path: str, columns: Sequence[str] = STS_COLUMNS, other: str = ", 
     file = locate(path)
     if not file.is_file():
         what = "is a folder" if file.is_dir() else f"does not exist (looked for {file})"
-        raise InputError(
-            f"evaluation.path={path} {what}. It takes {accepted}; relative paths also start in TERCET_DATA."
-        )
+        raise InputError(f"evaluation.path={path} {what}. It takes {accepted}; relative paths also start in TERCET_DATA.")
     reader = READERS.get(file.suffix.lower())
     if reader is None:
         raise InputError(f"evaluation.path={path} ends in {file.suffix!r}. It takes {accepted}.")
@@ -123,9 +121,7 @@ def read_sts(path: str, tasks: Sequence[str], split: str) -> dict[str, ScoredPai
             "Change evaluation.tasks, evaluation.split or evaluation.path."
         )
     if missing := [task for task in tasks if task not in found]:
-        warn_once(
-            f"evaluation.path={path} has no {split} pairs of {', '.join(missing)}: left out, also of the average."
-        )
+        warn_once(f"evaluation.path={path} has no {split} pairs of {', '.join(missing)}: left out, also of the average.")
     return found
 
 
@@ -162,9 +158,7 @@ def _pairs(path: str, task: str, cells: Mapping[str, Any], numbers: Iterable[int
         warn_once(f"{place}: {dropped} of {len(cells['score'])} pairs of {task} have no gold score and are left out.")
     subset = np.array([name if task not in ONE_SET else task for *_, name in kept], dtype=np.str_)
     told = task in ONE_SET or "subset" in cells
-    pairs = ScoredPairs(
-        [p[0] for p in kept], [p[1] for p in kept], np.array(gold, dtype=np.float64), subset if told else None
-    )
+    pairs = ScoredPairs([p[0] for p in kept], [p[1] for p in kept], np.array(gold, dtype=np.float64), subset if told else None)
     _check_gold(pairs, f"{place}, {task}")
     return pairs
 
@@ -178,9 +172,7 @@ def _number(score: Any, where: str) -> float:
     except (TypeError, ValueError):
         value = np.inf
     if np.isinf(value):
-        raise InputError(
-            f"{where}: the score is {score!r}. A finite number is needed, or nothing to leave the row out."
-        )
+        raise InputError(f"{where}: the score is {score!r}. A finite number is needed, or nothing to leave the row out.")
     return value
 
 
@@ -256,9 +248,7 @@ def _rows(path: str, task: str, cells: dict[str, Any], numbers: npt.NDArray[np.i
     wanted = TRANSFER_SPLITS[task]
     for place, split in zip(where, cells["split"], strict=True):
         if split not in wanted:
-            raise InputError(
-                f"{place}: the split is {split!r}; {task} has {', '.join(wanted)}. Mend or remove the row."
-            )
+            raise InputError(f"{place}: the split is {split!r}; {task} has {', '.join(wanted)}. Mend or remove the row.")
     if lacking := [split for split in wanted if split not in cells["split"]]:
         raise InputError(
             f"evaluation.path={path} has no {lacking[0]} rows of {task}. Add them, or leave {task} out of evaluation.tasks."

@@ -61,9 +61,7 @@ class Transfer:
 
     def __post_init__(self) -> None:
         if isinstance(self.tasks, str) or not self.tasks or len(set(self.tasks)) < len(self.tasks):
-            raise InputError(
-                f"evaluation.tasks={self.tasks}: a list without repetitions, of {', '.join(TRANSFER_TASKS)}."
-            )
+            raise InputError(f"evaluation.tasks={self.tasks}: a list without repetitions, of {', '.join(TRANSFER_TASKS)}.")
         for task in self.tasks:
             if task not in TRANSFER_TASKS:
                 near = difflib.get_close_matches(str(task).upper().replace("-", ""), TRANSFER_TASKS, 1)
@@ -81,9 +79,7 @@ class Transfer:
 
     def __call__(self, encode: EncodeFunction) -> dict[str, float]:
         """All metrics, from one call of ``encode`` with each distinct sentence once."""
-        texts = list(
-            dict.fromkeys(text for d in self.data.values() for side in (d.first, d.second or ()) for text in side)
-        )
+        texts = list(dict.fromkeys(text for d in self.data.values() for side in (d.first, d.second or ()) for text in side))
         place, z = {text: i for i, text in enumerate(texts)}, encode(texts)
         if not z.isfinite().all():
             raise InputError("transfer: an embedding is not finite. Use another checkpoint.")
@@ -146,9 +142,7 @@ def transfer_table(metrics: Mapping[str, float], prefix: str) -> str:
     columns = {"Avg." if task == "avg" else task: value for task, value in found.items() if value is not None}
     lines = ["".join(f"{title:>8}" for title in columns), "".join(f"{100 * x:>8.2f}" for x in columns.values())]
     if missing := [task for task in TRANSFER_TASKS if found[task] is None]:
-        lines.append(
-            f"Not measured: {', '.join(missing)}. The paper's average is over all {len(TRANSFER_TASKS)} tasks."
-        )
+        lines.append(f"Not measured: {', '.join(missing)}. The paper's average is over all {len(TRANSFER_TASKS)} tasks.")
     return "\n".join(lines)
 
 

@@ -43,9 +43,7 @@ class Roc:
         true = np.bincount(inverse, weights=same, minlength=len(edges)).cumsum()
         false = np.bincount(inverse, weights=~same, minlength=len(edges)).cumsum()
         start = np.zeros(1)
-        return Roc(
-            np.append(start, false / false[-1]), np.append(start, true / true[-1]), int(true[-1]), int(false[-1])
-        )
+        return Roc(np.append(start, false / false[-1]), np.append(start, true / true[-1]), int(true[-1]), int(false[-1]))
 
     def auc(self) -> float:
         """The chance that a same pair is nearer than a different one, ties counting half."""

@@ -34,9 +34,7 @@ class ContextLoss(nn.Module):
         if similarity not in SIMILARITIES:
             raise InputError(f"loss.similarity={similarity}: choose one of {', '.join(SIMILARITIES)}.")
         if not temperature > 0:
-            raise InputError(
-                f"loss.temperature={temperature}: a number above 0; 1 with loss.similarity=dot in the paper."
-            )
+            raise InputError(f"loss.temperature={temperature}: a number above 0; 1 with loss.similarity=dot in the paper.")
         if self_logit not in SELF_LOGITS:
             raise InputError(f"loss.self_logit={self_logit}: choose one of {', '.join(SELF_LOGITS)}.")
         self.context = context

@@ -127,13 +127,9 @@ class InfoNCE(nn.Module):
             # Not -inf: of a block whose keys are all left out, the gradient would be no number.
             scores = scores.index_put(left_out, scores.new_tensor(torch.finfo(scores.dtype).min))
         best, at = scores.detach().max(1)
-        hit = torch.zeros_like(best).index_put(
-            (positive[0],), (at[positive[0]] == positive[1]).to(best), accumulate=True
-        )
+        hit = torch.zeros_like(best).index_put((positive[0],), (at[positive[0]] == positive[1]).to(best), accumulate=True)
         sought = torch.zeros_like(best).index_add(0, positive[0], scores[positive])
-        even = (
-            scores.index_put(left_out, scores.new_zeros(())).sum(1) if self.label_smoothing else torch.zeros_like(best)
-        )
+        even = scores.index_put(left_out, scores.new_zeros(())).sum(1) if self.label_smoothing else torch.zeros_like(best)
         counts = [_count(positive, best), even, scores.shape[1] - _count(left_out, best), best, hit]
         return torch.stack([scores.logsumexp(1), sought, *counts], 1)
 
@@ -159,9 +155,7 @@ def _positives(anchors: Embeddings, keys: Embeddings, own: Pairs) -> Pairs:
     return torch.cat([own[0][alone], labelled[row]]), torch.cat([own[1][alone], column])
 
 
-def _left_out(
-    anchors: Embeddings, keys: Embeddings, positive: Pairs, views: Sequence[int], ab: tuple[int, int]
-) -> Pairs:
+def _left_out(anchors: Embeddings, keys: Embeddings, positive: Pairs, views: Sequence[int], ab: tuple[int, int]) -> Pairs:
     """Keys that hold what the anchor or its positive holds, and are no positives."""
     n = len(keys)
     width = n * len(views)

@@ -65,9 +65,7 @@ class TripletLoss(nn.Module):
             raise InputError(f"loss.margin={margin}: on squared distances, which are 0 to 4; 0.2 in the paper.")
         beyond = mining in ("semihard", "easy_positive") and form == "hinge" and not fallback
         if margin == 0 and (beyond or mining == "all_semihard"):  # all their negatives are far enough
-            raise InputError(
-                f"loss.margin={margin} leaves loss.mining={mining} nothing to learn from. Use 0.2, the paper's."
-            )
+            raise InputError(f"loss.margin={margin} leaves loss.mining={mining} nothing to learn from. Use 0.2, the paper's.")
         if fallback and mining not in ("semihard", "easy_positive"):
             raise InputError(f"loss.fallback=true is for loss.mining=semihard and easy_positive, not for {mining}.")
         if tile is not None and tile < 1:

@@ -29,9 +29,7 @@ class DualEncoder(Encoder):
             if tower.tokenizer.get_vocab() != tokenizer.get_vocab():
                 raise InputError(f"model.{name}.tokenizer is not model.tokenizer: both towers read the same tokens.")
             if tower.num_outputs != 1:
-                raise InputError(
-                    f"model.{name}.head.kind={tower.head.kind}: a tower is one side. Use linear, mlp or none."
-                )
+                raise InputError(f"model.{name}.head.kind={tower.head.kind}: a tower is one side. Use linear, mlp or none.")
         if f.dim != g.dim:
             raise InputError(f"model.f has {f.dim} columns, model.g {g.dim}: their product needs equally many.")
         _share(f, g)

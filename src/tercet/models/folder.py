@@ -162,11 +162,7 @@ def load_folder(name: str, pooling: str | None = None) -> tuple[Encoder, str]:
     """
     folder = ModelFolder(name)
     found = folder.json(SETTINGS) or _from_modules(folder)
-    known = (
-        "as the folder records"
-        if found
-        else "the folder records none: the mean is assumed, model.pooling=... changes it"
-    )
+    known = "as the folder records" if found else "the folder records none: the mean is assumed, model.pooling=... changes it"
     values = found or _assumed(folder)
     if values.get("kind") == DualEncoder.kind:
         f, g = (load_folder(f"{folder.local()}/{name}", pooling)[0] for name in SIDES)
@@ -188,9 +184,7 @@ def dual_encoder(f: Encoder, g: Encoder) -> DualEncoder:
     return DualEncoder(f, g, f.tokenizer)
 
 
-def build_encoder(
-    backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, values: dict[str, Any]
-) -> Encoder:
+def build_encoder(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, values: dict[str, Any]) -> Encoder:
     """An encoder of its parts and the ``settings`` of one."""
     head = Head(**{"kind": "none", "dim": None, "train_only": False, **values["head"]})
     if tokenizer is None:
@@ -241,9 +235,7 @@ def _mode(config: dict[str, Any], name: str) -> str:
     modes = config.get("pooling_mode")
     if modes is None:
         names = {flag: mode for mode, flag in _FLAGS.items()}
-        set_ = [
-            key.removeprefix("pooling_mode_") for key, on in config.items() if key.startswith("pooling_mode_") and on
-        ]
+        set_ = [key.removeprefix("pooling_mode_") for key, on in config.items() if key.startswith("pooling_mode_") and on]
         modes = [names.get(flag, flag) for flag in set_]
     modes = [modes] if isinstance(modes, str) else list(modes)
     if len(modes) != 1 or modes[0] not in _OURS:

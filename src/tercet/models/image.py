@@ -152,9 +152,7 @@ def _group(module: nn.Module) -> None:
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
             groups = next(
-                g
-                for g in (32, 16, 8, 4, 2, 1)
-                if (child.num_features % g == 0 and child.num_features >= 4 * g) or g == 1
+                g for g in (32, 16, 8, 4, 2, 1) if (child.num_features % g == 0 and child.num_features >= 4 * g) or g == 1
             )
             norm = nn.GroupNorm(groups, child.num_features, child.eps)
             norm.load_state_dict({"weight": child.weight, "bias": child.bias})

@@ -36,9 +36,7 @@ def resolve_source(name: str, key: str) -> str:
         package, _, folder = name.removeprefix(PACKAGE).partition("/")
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
-            raise InputError(
-                f"{key}={name}: the package {package} is not installed. pip install {package.replace('_', '-')}"
-            )
+            raise InputError(f"{key}={name}: the package {package} is not installed. pip install {package.replace('_', '-')}")
         return str(Path(spec.submodule_search_locations[0]) / folder)
     path = locate(name)
     if path.is_file():
@@ -57,9 +55,7 @@ def load_pretrained(loader: Any, name: str, key: str, **options: Any) -> Any:
         return loader.from_pretrained(source, **options)
     except Exception as error:
         if Path(source).is_dir():
-            raise InputError(
-                f"{key}={name}: the folder {source} could not be read as a model: {first_line(error)}"
-            ) from error
+            raise InputError(f"{key}={name}: the folder {source} could not be read as a model: {first_line(error)}") from error
         raise InputError(
             f"{key}={name}: no such folder here, and the hub did not give it ({first_line(error)}). "
             f"Set {key} to a model's folder, a hub id that can be reached, or pkg://package/folder."

@@ -150,9 +150,7 @@ class TextEncoder(Encoder):
     @property
     def deterministic_dropout(self) -> bool:
         """Where it is asked for, and on a CPU where it costs less than torch's."""
-        chosen = self.execution.dropout == "deterministic" or (
-            self.execution.dropout == "auto" and self.device.type == "cpu"
-        )
+        chosen = self.execution.dropout == "deterministic" or (self.execution.dropout == "auto" and self.device.type == "cpu")
         return chosen and self.reading.dropout_seeds is not None
 
     def describe_execution(self) -> str:
@@ -214,11 +212,7 @@ def word_starts(tokenizer: PreTrainedTokenizerBase) -> Tensor:
         return torch.tensor([not piece.startswith(CONTINUES) for piece in pieces])
     begins = torch.tensor([piece.startswith(BEGINS) for piece in pieces])
     # A mark on a handful of pieces is no convention: those of a vocabulary of whole words are plain.
-    return (
-        begins | special_tokens(tokenizer)
-        if begins.float().mean() > 0.05
-        else torch.ones(len(pieces), dtype=torch.bool)
-    )
+    return begins | special_tokens(tokenizer) if begins.float().mean() > 0.05 else torch.ones(len(pieces), dtype=torch.bool)
 
 
 def token_info(encoder: Encoder) -> tuple[Tensor, Tensor, int | None, int] | None:

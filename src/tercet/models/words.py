@@ -273,9 +273,7 @@ def fill(channels: Channels, tokenizer: PreTrainedTokenizerBase, known: list[str
     place = tokenizer.get_vocab()
     pairs = [(place[word], row) for row, word in enumerate(known) if word in place]
     if not pairs:
-        raise InputError(
-            "model.backbone.vectors: none of its words is in the vocabulary. Is model.tokenizer.lowercase right?"
-        )
+        raise InputError("model.backbone.vectors: none of its words is in the vocabulary. Is model.tokenizer.lowercase right?")
     ids, rows = (torch.tensor(side) for side in zip(*pairs, strict=True))
     channels.fixed.weight.zero_()
     channels.fixed.weight[ids] = matrix[rows]

@@ -56,9 +56,7 @@ class Contrastive(pl.LightningModule):
         self.mlm = mlm.build(encoder)
         self.memory = memory.build()
         if self.memory is not None and getattr(loss, "exchange", None) == "ring":
-            raise InputError(
-                "objective.memory holds all keys, loss.key_exchange=ring shows one process's at a time: choose."
-            )
+            raise InputError("objective.memory holds all keys, loss.key_exchange=ring shows one process's at a time: choose.")
         self.seed = 0
         self.num_unreadable = 0  # rows that could not be read
         self.stage = "test"
@@ -84,9 +82,7 @@ class Contrastive(pl.LightningModule):
 
     def embed(self, batch: Batch) -> Embeddings:
         """All views in one forward pass: ``z (V, N, D)``."""
-        z = sharding.equalized_forward(self.encoder, concat_inputs(batch.views)).unflatten(
-            0, (len(batch.views), len(batch))
-        )
+        z = sharding.equalized_forward(self.encoder, concat_inputs(batch.views)).unflatten(0, (len(batch.views), len(batch)))
         return Embeddings(z, batch.example_id, batch.label, batch.position, batch.content_hash)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -94,14 +90,10 @@ class Contrastive(pl.LightningModule):
         batch = self.training_views(batch)
         anchors = self.embed(batch)
         keys, terms = self._contrast(anchors)
-        value, logged = reduce_loss(
-            LossOutput(terms.loss_sum, terms.normalizer, {**terms.stats, **_alignment(anchors)})
-        )
+        value, logged = reduce_loss(LossOutput(terms.loss_sum, terms.normalizer, {**terms.stats, **_alignment(anchors)}))
         logged |= {"uniformity": _uniformity(anchors.z[0]), **_spread(keys.z[0])}
         if self.mlm is not None:
-            masked, entropy = reduce_loss(
-                self.mlm(TokenBatch.concat([v for v in batch.views if isinstance(v, TokenBatch)]))
-            )
+            masked, entropy = reduce_loss(self.mlm(TokenBatch.concat([v for v in batch.views if isinstance(v, TokenBatch)])))
             value = value + self.mlm_weight * masked
             logged["mlm_loss"] = entropy["loss"]
         self.num_unreadable += batch.num_unreadable
@@ -140,9 +132,7 @@ class Contrastive(pl.LightningModule):
 
     def validation_step(self, evaluator: Evaluator, batch_idx: int) -> None:
         """An evaluator is one batch of a validation epoch."""
-        self.log_dict(
-            {f"val/{name}": x for name, x in self.measure(evaluator).items()}, batch_size=1, rank_zero_only=False
-        )
+        self.log_dict({f"val/{name}": x for name, x in self.measure(evaluator).items()}, batch_size=1, rank_zero_only=False)
 
     def test_step(self, evaluator: Evaluator, batch_idx: int) -> None:
         """The same under ``stage``: ``before`` training, ``test`` after it."""
@@ -157,9 +147,7 @@ class Contrastive(pl.LightningModule):
     def on_validation_epoch_start(self) -> None:
         """New weights, new vectors."""
         encoder = sharding.unsharded(self.encoder)
-        self.cached_encoder = CachedEncoder(
-            encoder, self.trainer.precision_plugin.forward_context, progress="evaluating"
-        )
+        self.cached_encoder = CachedEncoder(encoder, self.trainer.precision_plugin.forward_context, progress="evaluating")
 
     def on_validation_epoch_end(self) -> None:
         """A monitor that nothing measures would let every checkpoint be the best."""
@@ -181,9 +169,7 @@ class Contrastive(pl.LightningModule):
         optimizer = self.optimizer(self)
         steps = self.trainer.estimated_stepping_batches
         if not 1 <= steps < float("inf"):  # a stream has no length, and an end by time is no number of steps
-            raise InputError(
-                "The number of steps is not known, so the schedule cannot be laid out. Set trainer.max_steps."
-            )
+            raise InputError("The number of steps is not known, so the schedule cannot be laid out. Set trainer.max_steps.")
         schedule = self.scheduler(optimizer, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "train/lr"}}
 

@@ -86,9 +86,7 @@ class DataModule(pl.LightningDataModule):
         """An element is a process's part of a global batch."""
         if self.dataset is None:
             assert isinstance(self.transform, TextTransform)
-            stream = StreamingBatches(
-                self.train, self.transform, self.batch_size, self.seed, self.shuffle_buffer, self._place
-            )
+            stream = StreamingBatches(self.train, self.transform, self.batch_size, self.seed, self.shuffle_buffer, self._place)
             return DataLoader(stream, batch_size=None)
         assert self.sampler is not None
         sampler = ResumableSampler(self.sampler, self._done)

@@ -33,9 +33,7 @@ def fault_tolerant(logger: loggers.Logger) -> loggers.Logger:
     return logger
 
 
-def _guarded(
-    call: Callable[..., Any], logger: loggers.Logger, kind: type[Exception], wandb: bool
-) -> Callable[..., Any]:
+def _guarded(call: Callable[..., Any], logger: loggers.Logger, kind: type[Exception], wandb: bool) -> Callable[..., Any]:
     @wraps(call)
     def guarded(*args: Any, **kwargs: Any) -> Any:
         with log_errors(describe_logger(logger), kind):
@@ -86,9 +84,7 @@ def wandb_logger(
         except Exception as error:  # whatever W&B, its service or the network says: no reason not to train
             if mode == "offline":
                 raise
-            print_status(
-                f"W&B: {type(error).__name__}: {error}; the run is written offline. `wandb sync` sends it later."
-            )
+            print_status(f"W&B: {type(error).__name__}: {error}; the run is written offline. `wandb sync` sends it later.")
             own |= {} if agent else {"id": secrets.token_hex(4)}  # the id of the attempt is in use
             run = begin(mode="offline", **own)
         kept.write_text(f"{run.id}\n")

@@ -126,9 +126,7 @@ class Pretraining(Contrastive):
         """Cross entropy of the chosen tokens, as the mean over those of the global batch."""
         assert self.mlm is not None
         batch = self.training_views(batch)
-        value, logged = reduce_loss(
-            self.mlm(TokenBatch.concat([view for view in batch.views if isinstance(view, TokenBatch)]))
-        )
+        value, logged = reduce_loss(self.mlm(TokenBatch.concat([view for view in batch.views if isinstance(view, TokenBatch)])))
         logged["perplexity"] = logged["loss"].exp()
         self.log_dict({f"train/{name}": x for name, x in logged.items()}, batch_size=len(batch))
         return self.mlm_weight * value

@@ -62,9 +62,7 @@ def adamw(
     """AdamW over ``parameter_groups``; fused where torch can (on a CPU it takes an eighth of the time)."""
     _check(lr)
     if not 0 < layer_decay <= 1:
-        raise InputError(
-            f"optimizer.layer_decay={layer_decay}: above 0 and at most 1 (1: the same rate in every layer)."
-        )
+        raise InputError(f"optimizer.layer_decay={layer_decay}: above 0 and at most 1 (1: the same rate in every layer).")
     fused = all(p.device.type in ("cpu", "cuda") for p in module.parameters())
     groups = parameter_groups(module, lr, weight_decay, layer_decay)
     optimizer = AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=True if fused else None)

@@ -61,8 +61,7 @@ def test_the_notable_pairs_are_those_of_a_search():
     scores = one.z[0] @ one.z[1].T
     found = one.notable(3)
     kinds = {
-        what: [(i, j) for w, _, i, j in found if w == what]
-        for what in ("hardest positive", "hardest negative", "nearest")
+        what: [(i, j) for w, _, i, j in found if w == what] for what in ("hardest positive", "hardest negative", "nearest")
     }
     diagonal = scores.diagonal().argsort()[:3].tolist()
     assert kinds["hardest positive"] == [(i, i) for i in diagonal]

@@ -157,9 +157,7 @@ def comparison_text(compared: Comparison, metrics: Sequence[str]) -> str:
         blocks += [ranking(compared, metric), *(effects(compared, metric) if len(compared.axes) > 1 else [])]
     if metrics and (order := compared.order(metrics[0])):
         pick = min if less_is_better(metrics[0]) else max
-        best = pick(
-            (one for one in compared.runs[order[0]] if metrics[0] in one.metrics), key=lambda r: r.metrics[metrics[0]]
-        )
+        best = pick((one for one in compared.runs[order[0]] if metrics[0] in one.metrics), key=lambda r: r.metrics[metrics[0]])
         blocks.append(f"best run: {best.folder}, {metrics[0]} = {best.metrics[metrics[0]]:.4f}\n  {best.command}")
     return "\n\n".join(blocks)
 
@@ -167,9 +165,7 @@ def comparison_text(compared: Comparison, metrics: Sequence[str]) -> str:
 def verdict(compared: Comparison, metric: str) -> str:
     """Which setting is ahead, and of which by how much: a sentence."""
     order = compared.order(metric)
-    names = [
-        " ".join(f"{axis}={value}" for axis, value in zip(compared.axes, s, strict=True)) or "all runs" for s in order
-    ]
+    names = [" ".join(f"{axis}={value}" for axis, value in zip(compared.axes, s, strict=True)) or "all runs" for s in order]
     best = compared.values(order[0], metric)
     said = f"{names[0]}: {metric} {mean_and_sd(list(best.values()))}"
     if len(order) == 1:
@@ -271,9 +267,7 @@ def draw_comparison(compared: Comparison, metrics: Sequence[str]) -> "Figure":
             axis.plot(values, [y] * len(values), "o", color=color, alpha=0.45, ms=5)
             sd = statistics.stdev(values) if len(values) > 1 else math.nan
             axis.errorbar(statistics.fmean(values), y - 0.18, xerr=sd, fmt="|", color=color, capsize=3, ms=9, lw=1.5)
-        labels = [
-            " ".join(f"{a.split('.')[-1]}={v}" for a, v in zip(compared.axes, s, strict=True)) or "all" for s in order
-        ]
+        labels = [" ".join(f"{a.split('.')[-1]}={v}" for a, v in zip(compared.axes, s, strict=True)) or "all" for s in order]
         axis.set(
             yticks=range(len(order)),
             yticklabels=labels,

@@ -22,6 +22,4 @@ def run(cfg: DictConfig, output: Path) -> None:
     check_writable(target, "output")
     save_model(made, target)
     fit = " and ".join(f"{x:.3f}" for x in done.fit)
-    print_status(
-        f"{done.new} words are new; the map was fitted on {done.shared} shared ones (R² {fit}). Written to {target}"
-    )
+    print_status(f"{done.new} words are new; the map was fitted on {done.shared} shared ones (R² {fit}). Written to {target}")

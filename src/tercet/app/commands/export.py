@@ -19,6 +19,4 @@ def run(cfg: DictConfig, output: Path) -> None:
     check_writable(target, "output")
     export_onnx(encoder, target, cfg.precision)
     size = (target / FILE).stat().st_size / 1e6
-    print_status(
-        f"{cfg.precision}, {size:.0f} MB. Written to {target}; python -m tercet evaluate model={target} measures it."
-    )
+    print_status(f"{cfg.precision}, {size:.0f} MB. Written to {target}; python -m tercet evaluate model={target} measures it.")

@@ -68,9 +68,7 @@ class SampledEncoder:
         return torch.cat([z, torch.nn.functional.normalize(drawn, dim=-1)])
 
 
-def preflight(
-    cfg: DictConfig, objective: Contrastive, data: DataModule, tests: Sequence[Evaluator], output: Path
-) -> None:
+def preflight(cfg: DictConfig, objective: Contrastive, data: DataModule, tests: Sequence[Evaluator], output: Path) -> None:
     """Train three steps, evaluate once in every process, and say what the run will take."""
     timed = StepTimer()
     quick = {"max_steps": STEPS, "max_epochs": -1, "limit_val_batches": 0, "enable_checkpointing": False,

@@ -72,9 +72,7 @@ def _check_folder(output: Path, folders: list[Path], resume: bool) -> None:
 def _say_missing(settings: DictConfig, metrics: Mapping[str, float]) -> None:
     for key in ("in_domain", "out_of_domain"):
         if settings[key] and settings[key] not in metrics:
-            print_status(
-                f"stages.{key}={settings[key]} is not measured; the figure lacks it. There are: {', '.join(metrics)}."
-            )
+            print_status(f"stages.{key}={settings[key]} is not measured; the figure lacks it. There are: {', '.join(metrics)}.")
 
 
 def compose_stage(stage: DictConfig, start: str | None, folder: Path) -> DictConfig:
@@ -86,9 +84,7 @@ def compose_stage(stage: DictConfig, start: str | None, folder: Path) -> DictCon
     given = {key: o for key, o in given.items() if key.split(".")[0] not in OWN}
     own = {key: f"{key}={_quoted(value)}" for key, value in _set(OmegaConf.to_container(stage, resolve=True))}
     own.setdefault("experiment", "~experiment")
-    return compose(
-        "train", [*(own | given).values(), f"init_from={_quoted(start)}", f"output_dir={_quoted(str(folder))}"]
-    )
+    return compose("train", [*(own | given).values(), f"init_from={_quoted(start)}", f"output_dir={_quoted(str(folder))}"])
 
 
 def _set(stage: Any) -> Iterator[tuple[str, Any]]:

@@ -84,15 +84,10 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
         return None
     loggers = [fault_tolerant(made) for logger in cfg.logger.values() if logger and (made := build(logger))]
     callbacks = [
-        made
-        for callback in cfg.callback.values()
-        if callback
-        for made in enabled_callbacks(cfg, build(callback), loggers)
+        made for callback in cfg.callback.values() if callback for made in enabled_callbacks(cfg, build(callback), loggers)
     ]
     plugins = [*(build(cfg.trainer.plugins) or []), AtomicCheckpointIO(cfg.keep_last)]
-    trainer: pl.Trainer = build(
-        cfg.trainer, logger=loggers, callbacks=callbacks, plugins=plugins, default_root_dir=str(output)
-    )
+    trainer: pl.Trainer = build(cfg.trainer, logger=loggers, callbacks=callbacks, plugins=plugins, default_root_dir=str(output))
     if launch.is_first_on_node():
         data.prepare_data()
     try:
@@ -121,9 +116,7 @@ def finished_metrics(cfg: DictConfig, output: Path) -> dict[str, float] | None:
     """The metrics of a run that has been made to its end with these very settings."""
     if not (output / "metrics.json").is_file():
         return None
-    if record.first_difference(
-        output, cfg, lambda key: key.split(".")[0] not in ("resume", "output_dir", "command", "check")
-    ):
+    if record.first_difference(output, cfg, lambda key: key.split(".")[0] not in ("resume", "output_dir", "command", "check")):
         return None
     return record.read_metrics(output)
 
@@ -221,7 +214,5 @@ def optimized_value(cfg: DictConfig, metrics: dict[str, float]) -> float | None:
     if not cfg.optimized_metric:
         return None
     if cfg.optimized_metric not in metrics:
-        raise InputError(
-            f"optimized_metric={cfg.optimized_metric} was not measured. There are: {', '.join(sorted(metrics))}."
-        )
+        raise InputError(f"optimized_metric={cfg.optimized_metric} was not measured. There are: {', '.join(sorted(metrics))}.")
     return metrics[cfg.optimized_metric]

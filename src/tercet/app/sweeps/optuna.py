@@ -91,10 +91,7 @@ class OptunaSweeper(Sweeper):
     def _run(self, study: "Study", trials: Sequence["Trial"], fixed: list[str], storage: str) -> None:
         from optuna.trial import TrialState
 
-        jobs = [
-            [*fixed, *(f"{name}={value}" for name, value in t.params.items()), *self._pruning(t, storage)]
-            for t in trials
-        ]
+        jobs = [[*fixed, *(f"{name}={value}" for name, value in t.params.items()), *self._pruning(t, storage)] for t in trials]
         for trial, job in zip(trials, self.run.launch(jobs, initial_job_idx=trials[0].number), strict=True):
             value: Any = job.return_value
             if value is None:
@@ -122,9 +119,7 @@ class OptunaSweeper(Sweeper):
         more = OverridesParser.create().parse_overrides([f"{k}={v}" for k, v in self.params.items() if k not in given])
         searched = {o.get_key_element(): distribution(o) for o in (*more, *typed) if o.is_sweep_override()}
         if not searched:
-            raise InputError(
-                "sweep=optuna: nothing is searched. Give an interval, as 'optimizer.lr=interval(1e-5,1e-3)'."
-            )
+            raise InputError("sweep=optuna: nothing is searched. Give an interval, as 'optimizer.lr=interval(1e-5,1e-3)'.")
         return searched, [o.input_line for o in (*more, *typed) if not o.is_sweep_override() and o.input_line]
 
 

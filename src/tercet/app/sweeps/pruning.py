@@ -25,8 +25,6 @@ class OptunaPruning(pl.Callback):
             trial.report(float(trainer.callback_metrics[self.monitor]), trainer.global_step)
             if stop := trial.should_prune():
                 trial.set_user_attr("pruned", trainer.global_step)
-                warn_once(
-                    f"trial {self.number} is stopped at step {trainer.global_step}: {self.monitor} is below the median."
-                )
+                warn_once(f"trial {self.number} is stopped at step {trainer.global_step}: {self.monitor} is below the median.")
         if trainer.strategy.broadcast(stop):
             trainer.should_stop = True

@@ -90,9 +90,7 @@ class RayLauncher(Launcher):
         gpus = min(1, there.get("GPU", 0)) if self.gpus is None else self.gpus
         for key, asked, name in (("cpus", self.cpus, "CPU"), ("gpus", gpus, "GPU")):
             if self.address == "local" and asked > there.get(name, 0):  # Ray would wait for it for ever
-                raise InputError(
-                    f"hydra.launcher.{key}={asked} for each job, but there are {there.get(name, 0):g} here."
-                )
+                raise InputError(f"hydra.launcher.{key}={asked} for each job, but there are {there.get(name, 0):g} here.")
         return gpus
 
 

@@ -33,9 +33,7 @@ class SweepSummary(Callback):
         from tercet.app.commands import compare as finished
 
         root = Path(config.hydra.sweep.dir)
-        jobs = (
-            sorted((p for p in root.iterdir() if p.name.isdigit()), key=lambda p: int(p.name)) if root.is_dir() else []
-        )
+        jobs = sorted((p for p in root.iterdir() if p.name.isdigit()), key=lambda p: int(p.name)) if root.is_dir() else []
         if not jobs:
             return
         done = [(_setting(folder), folder) for folder in jobs if (folder / "metrics.json").is_file()]
@@ -66,9 +64,7 @@ class SweepSummary(Callback):
         from tercet.app.commands.stages import draw_stages
 
         columns = {
-            stage: {
-                n.removeprefix(f"{stage}/"): (x["mean"], x["sd"]) for n, x in summary.items() if n.startswith(stage)
-            }
+            stage: {n.removeprefix(f"{stage}/"): (x["mean"], x["sd"]) for n, x in summary.items() if n.startswith(stage)}
             for stage in ("before", *stages)
         }
         draw_stages(columns, settings).savefig(root / "stages.png", dpi=150)

@@ -47,9 +47,7 @@ def backbone_inputs(
     if position is not None:
         if "position_ids" not in inspect.signature(backbone.forward).parameters:
             name = type(backbone).__name__
-            raise InputError(
-                f"view=shuffle: {name} takes no positions from outside. Use another view, or another backbone."
-            )
+            raise InputError(f"view=shuffle: {name} takes no positions from outside. Use another view, or another backbone.")
         given["position_ids"] = position + first_position(backbone)
     return given
 
@@ -88,9 +86,7 @@ class BackboneRunner:
         chosen = "packed" if self.can_pack else "sorted"
         return replace(plan, layout=chosen if plan.layout == "auto" else plan.layout)
 
-    def __call__(
-        self, rows: TokenBatch, packed: bool, first: bool, layers: bool
-    ) -> tuple[BaseModelOutputWithPooling, Tensor]:
+    def __call__(self, rows: TokenBatch, packed: bool, first: bool, layers: bool) -> tuple[BaseModelOutputWithPooling, Tensor]:
         """Hidden states ``(n, L, H)`` and ``mask (n, L)``, 1 where there is a token.
 
         ``layers``: of all layers. ``first``: only first tokens are read, L may be 1.
@@ -110,9 +106,7 @@ class BackboneRunner:
         return self.backbone(**given, attention_mask=mask, output_hidden_states=layers), mask
 
     def _packed(self, rows: TokenBatch, first: bool, layers: bool) -> tuple[BaseModelOutputWithPooling, Tensor]:
-        state = (
-            rows.state if rows.state.position is not None else replace(rows.state, position=rows.default("position"))
-        )
+        state = rows.state if rows.state.position is not None else replace(rows.state, position=rows.default("position"))
         state = state.map(lambda x: x[None])
         noise = self._noise(state.dropout_seed)
         given: dict[str, Any] = backbone_inputs(self.backbone, rows.ids[None], state)
@@ -125,9 +119,7 @@ class BackboneRunner:
         mask = (torch.arange(states[-1].shape[1]) < length[:, None]).long()
         pooler = getattr(self.backbone, "pooler", None)
         pooled = pooler(states[-1]) if pooler is not None else None
-        return BaseModelOutputWithPooling(states[-1], pooled, tuple(states)), mask.to(
-            rows.ids.device, non_blocking=True
-        )
+        return BaseModelOutputWithPooling(states[-1], pooled, tuple(states)), mask.to(rows.ids.device, non_blocking=True)
 
     def _noise(self, seed: Tensor | None) -> DropoutSeeds | None:
         """Set for what is computed next; None where torch draws."""

@@ -52,9 +52,7 @@ class Execution:
         """In one piece, for rows that are a chunk already."""
         return replace(self, chunk_tokens=None, chunk_rows=None, recompute=False)
 
-    def resolve_auto_chunks(
-        self, module: nn.Module, function: Callable[[TokenBatch], Tensor], rows: TokenBatch
-    ) -> "Execution":
+    def resolve_auto_chunks(self, module: nn.Module, function: Callable[[TokenBatch], Tensor], rows: TokenBatch) -> "Execution":
         """With a number for ``chunk_tokens=auto``: what ``function`` of ``module`` can keep of these ``rows``."""
         if self.chunk_tokens != "auto":
             return self

@@ -22,9 +22,7 @@ from tercet.rng import derive_seed
 from tercet.types import pad_rows, unpad_rows
 
 NAME = "tercet"
-LONG = (
-    128  # tokens; below, attention is some hundredths of a layer's work (its scores are L / 6H of the linear layers')
-)
+LONG = 128  # tokens; below, attention is some hundredths of a layer's work (its scores are L / 6H of the linear layers')
 KEY_VALUE = (("key", "value"), ("k_lin", "v_lin"))  # what BERT's relatives call their projections, and DistilBERT
 
 
@@ -69,9 +67,7 @@ def attention(
     Without ``packing`` it is torch's attention on padded rows, as everywhere.
     """
     if packing is None:
-        out, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
-        )
+        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others)
         return out, None
     seed = None
     if packing.dropout_seeds is not None and packing.dropout_seeds.seed is not None and dropout > 0:
@@ -90,11 +86,7 @@ def choose_attention(query: Tensor, packing: Packing, window: int | None, seed: 
     if not query.is_cuda:
         return attend_by_length
     plain = window is None and seed is None
-    return (
-        attend_nested
-        if plain and packing.uneven and _nests(query.device, query.dtype, query.shape[-1])
-        else attend_padded
-    )
+    return attend_nested if plain and packing.uneven and _nests(query.device, query.dtype, query.shape[-1]) else attend_padded
 
 
 def _all_tokens(module: nn.Module, hidden: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:

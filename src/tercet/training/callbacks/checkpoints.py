@@ -52,9 +52,7 @@ def interval(save_every: int | str | None) -> tuple[int | None, float | None]:
     """``200`` to steps, ``10m`` to minutes."""
     found = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?) ?m", str(save_every or ""))
     if save_every is not None and (found is None or not float(found[1] or found[2])):
-        raise InputError(
-            f"save_every={save_every}: a number of steps as 200, of minutes as 10m, or null (every epoch)."
-        )
+        raise InputError(f"save_every={save_every}: a number of steps as 200, of minutes as 10m, or null (every epoch).")
     return (int(found[1]), None) if found and found[1] else (None, float(found[2])) if found else (None, None)
 
 
@@ -167,9 +165,7 @@ class RNGState(pl.Callback):
         """Not put back yet: what is built until the first step draws, too."""
         self.found = dict(state_dict)
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Put back once; kept for each step."""
         if self.found:
             self._put_back()
@@ -181,9 +177,7 @@ class RNGState(pl.Callback):
         """The step is made, or one batch nearer."""
         self._keep(trainer, 0 if trainer.is_last_batch else (batch_idx + 1) % trainer.accumulate_grad_batches)
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Lightning counts every batch; those of a gradient that is not kept are taken back."""
         if not self.pending or "loops" not in checkpoint:
             return

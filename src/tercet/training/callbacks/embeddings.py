@@ -58,9 +58,7 @@ class EmbeddedSample:
             order = scores[mask].argsort(descending=not least)[:count]
             found += [(what, float(scores[i, j]), i, j) for i, j in at[order].tolist()]
         nearest = scores.masked_fill(own, -2.0) if len(self.z) == 1 else scores
-        return found + [
-            ("nearest", float(x), i, int(j)) for i, (x, j) in enumerate(zip(*nearest[:count].max(1), strict=True))
-        ]
+        return found + [("nearest", float(x), i, int(j)) for i, (x, j) in enumerate(zip(*nearest[:count].max(1), strict=True))]
 
     def triplets(self, count: int) -> list[tuple[int, int, int, float, float]]:
         """Anchors a with their farthest positive p and nearest negative n: (a, p, n, cosine of a and p, of a and n).
@@ -199,9 +197,7 @@ class Embeddings(pl.Callback):
             self._show(trainer, sample)
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger) and when == "test":
-                    said = [
-                        str(item)[:100] if isinstance(item, str) else str(i) for i, item in enumerate(self.items[0])
-                    ]
+                    said = [str(item)[:100] if isinstance(item, str) else str(i) for i, item in enumerate(self.items[0])]
                     logger.experiment.add_embedding(z[0], metadata=said, global_step=trainer.global_step)
 
     def _show(self, trainer: pl.Trainer, sample: EmbeddedSample) -> None:
@@ -225,9 +221,7 @@ class Embeddings(pl.Callback):
             columns = list(self.source.columns)[:2]
             cells = [list(table[name]) for name in columns]
             items = [[cell if isinstance(cell, str) else read_image_cell(cell) for cell in column] for column in cells]
-            kept = [
-                i for i, row in enumerate(zip(*items, strict=True)) if all(is_readable(encoder, item) for item in row)
-            ]
+            kept = [i for i, row in enumerate(zip(*items, strict=True)) if all(is_readable(encoder, item) for item in row)]
             self.items = [[column[i] for i in kept] for column in items]
             if "label" in table.column_names:
                 self.label = torch.as_tensor(table["label"])[kept]

@@ -38,9 +38,7 @@ class GracefulStop(pl.Callback):
         if trainer.world_size > 1:
             _listen(_leave, signal.SIGTERM, signal.SIGINT)
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """From here the weights are in the making."""
         self.stepping = True
 

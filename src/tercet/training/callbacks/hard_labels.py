@@ -28,13 +28,9 @@ class HardLabels(pl.Callback):
     mislabelled and not counted. Needs sampler=pk.
     """
 
-    def __init__(
-        self, every: int, rows: int, labels: int, max_similarity: float, relative_margin: float | None
-    ) -> None:
+    def __init__(self, every: int, rows: int, labels: int, max_similarity: float, relative_margin: float | None) -> None:
         if every < 1 or rows < 2 or labels < 1:
-            raise InputError(
-                f"callback.hard_labels: every={every}, rows={rows}, labels={labels}; 1, 2 and 1 are the least."
-            )
+            raise InputError(f"callback.hard_labels: every={every}, rows={rows}, labels={labels}; 1, 2 and 1 are the least.")
         self.every, self.rows, self.labels = every, rows, labels
         self.guard = FalseNegativeFilter(max_similarity, relative_margin)
         self.neighbors: dict[int, list[int]] = {}

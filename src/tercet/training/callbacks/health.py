@@ -31,9 +31,7 @@ class SkipNonFinite(pl.Callback):
         self.skipped = self.row = 0
         self.seen: list[int] = []
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int) -> None:
         """Remember the rows, of all batches whose gradients are added up."""
         self.seen += batch.example_id.tolist()
 
@@ -58,9 +56,7 @@ class SkipNonFinite(pl.Callback):
         with path.open("a", newline="", encoding="utf-8") as file:
             csv.writer(file).writerow([trainer.global_step, rank(), " ".join(map(str, rows))])
         if self.skipped == 1:
-            warn_once(
-                f"step {trainer.global_step}: the gradient is not finite. The step is skipped; {path} names its rows."
-            )
+            warn_once(f"step {trainer.global_step}: the gradient is not finite. The step is skipped; {path} names its rows.")
         if self.row == self.patience:
             raise InputError(
                 f"The gradient is not finite, {self.row} steps in a row up to step {trainer.global_step}: an embedding or "

@@ -62,9 +62,7 @@ class Throughput(pl.Callback):
         """The time of an evaluation belongs to no step."""
         self.start = time.perf_counter()
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """The batch is here."""
         now = time.perf_counter()
         self.waited = now - (self.start or now)
