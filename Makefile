@@ -1,4 +1,4 @@
-# `make train`: from nothing to a trained, measured encoder.  `make test`: lint, types and tests.
+# `make train`: install, train and measure an encoder.  `make test`: lint, types, tests and the examples in docstrings.
 PYTHON ?= python3
 BIN := .venv/bin
 SHARED := $(abspath $(wildcard ../shared/data))
@@ -8,6 +8,9 @@ endif
 export TOKENIZERS_PARALLELISM ?= false
 
 PEERS := .venv-peers/bin
+# Two processes of one thread each use two cores better than one process of two threads.
+WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --doctest-modules -n $(WORKERS) --dist worksteal
 
 .PHONY: train test test-all benchmark lint fix clean
 train: .venv/quickstart
@@ -16,13 +19,13 @@ train: .venv/quickstart
 
 test: lint
 	@echo "Testing$(if $(TERCET_DATA), with the data in TERCET_DATA=$(TERCET_DATA),; tests that need TERCET_DATA are skipped)."
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu" tests src/tercet
 
 test-all: lint
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	$(PYTEST) tests src/tercet
 
 benchmark: .venv-peers/ready
-	@echo "Benchmarks beside other libraries: a quarter of an hour, outputs/benchmarks/."
+	@echo "Benchmarks against other libraries: a quarter of an hour, outputs/benchmarks/."
 	HF_HUB_OFFLINE=1 $(PEERS)/python -m benchmarks
 
 lint: .venv/dev
@@ -37,14 +40,14 @@ fix: .venv/dev
 clean:
 	rm -rf .venv .venv-peers
 
-# torch comes first and alone: with it in place no other package asks for another build of it.
+# torch is installed first and alone, so that no other package pulls in another build of it.
 .venv/torch: constraints.txt
 	@echo "Creating .venv with $$($(PYTHON) --version) and installing torch (a few minutes, once)."
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
 	@touch $@
 
-# The libraries that we are held against, in an environment of their own.
+# The libraries that the benchmarks compare with, in an environment of their own.
 .venv-peers/ready: pyproject.toml constraints.txt
 	@echo "Creating .venv-peers (a few minutes, once)."
 	$(PYTHON) -m venv .venv-peers

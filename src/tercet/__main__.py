@@ -1,20 +1,18 @@
-"""``python -m tercet COMMAND [key=value ...]``: train, evaluate, compare and others."""
+"""``tercet COMMAND [key=value ...]``, also as ``python -m tercet``: train, evaluate, compare and others."""
 
 import sys
 
-from tercet.app.cli import COMMANDS
-from tercet.app.cli import main as run
+from tercet.app import cli
 
 
 def main() -> None:
-    """The first word is the command, the rest are overrides."""
-    command = sys.argv[1] if len(sys.argv) > 1 else ""
-    if command not in COMMANDS:
-        lines = [f"  {name:10} {text}" for name, text in COMMANDS.items()]
-        print("\n".join(["usage: python -m tercet COMMAND [key=value ...]", *lines]), file=sys.stderr)
+    """Run the command that the first argument names, with the rest as its overrides."""
+    command, *overrides = sys.argv[1:] or [""]
+    if command not in cli.COMMANDS:
+        lines = [f"  {name:10} {text}" for name, text in cli.COMMANDS.items()]
+        print("\n".join(["usage: tercet COMMAND [key=value ...]", *lines]), file=sys.stderr)
         raise SystemExit(command not in ("", "-h", "--help"))
-    sys.argv = [sys.argv[0], *sys.argv[2:]]
-    run(command)
+    cli.main(command, overrides)
 
 
 if __name__ == "__main__":

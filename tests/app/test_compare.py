@@ -1,4 +1,4 @@
-"""Runs become one table: settings by what differs, chance by resampling, axes by what they explain."""
+"""Comparison of runs: grouping by overrides, paired bootstrap, and variance explained by each axis."""
 
 import csv
 import itertools
@@ -36,8 +36,8 @@ def test_settings_are_what_the_commands_set_differently(sweep, capsys):
     assert "1 runs have not finished" in capsys.readouterr().err
     assert compared.axes == ("loss.temperature", "model.pooling")
     assert {s: len(r) for s, r in compared.runs.items()} == dict.fromkeys(itertools.product(("0.1", "0.2"), ("cls", "mean")), 3)
-    assert compared.order("test/a")[0] == ("0.2", "mean")
-    assert compared.order("test/loss")[0] == ("0.1", "cls"), "less of a loss is better"
+    assert compared.rank("test/a")[0] == ("0.2", "mean")
+    assert compared.rank("test/loss")[0] == ("0.1", "cls"), "less of a loss is better"
     assert compared.metrics() == ["test/a", "test/loss"]
 
 
@@ -52,7 +52,7 @@ def test_the_table_names_the_best_and_what_explains_it(sweep):
     assert "best run" in text and "loss.temperature=0.2 model.pooling=mean" in text
 
 
-def test_the_verdict_says_who_is_ahead_and_whether_it_is_sure(tmp_path):
+def test_the_sentence_says_who_is_ahead_and_whether_it_is_sure(tmp_path):
     for setting, values in {"1": (1.0, 1.2, 1.1), "2": (1.1, 1.1, 1.1), "3": (0.1, 0.2, 0.3)}.items():
         for seed, value in enumerate(values):
             lay(
@@ -61,10 +61,10 @@ def test_the_verdict_says_who_is_ahead_and_whether_it_is_sure(tmp_path):
                 {"test/a": value + (setting == "1") * 0.01, "test/loss": value},
                 f"x={setting}",
             )
-    said = compare.verdict(compare.group_runs(compare.read_runs([tmp_path])), "test/a")
-    assert said.startswith("x=1: test/a 1.1100 ± 0.1000, not surely ahead of x=2 by +0.0100 [")
-    two = compare.group_runs([r for r in compare.read_runs([tmp_path]) if r.set["x"] != "2"])
-    assert "x=3: test/loss 0.2000 ± 0.1000, ahead of x=1 by -0.9" in compare.verdict(two, "test/loss")
+    sentence = compare.describe_best(compare.group_runs(compare.read_runs([tmp_path])), "test/a")
+    assert sentence.startswith("x=1: test/a 1.1100 ± 0.1000, not surely ahead of x=2 by +0.0100 [")
+    two = compare.group_runs([r for r in compare.read_runs([tmp_path]) if r.overrides["x"] != "2"])
+    assert "x=3: test/loss 0.2000 ± 0.1000, ahead of x=1 by -0.9" in compare.describe_best(two, "test/loss")
 
 
 @pytest.mark.parametrize("n", [2, 3, 5])

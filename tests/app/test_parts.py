@@ -125,7 +125,7 @@ def test_the_figure_and_the_neighbours_show_the_change():
     figure = draw_before_after(before, after)
     assert "100 %" in figure.axes[2].get_title()
     callback = BeforeAfter(Listed(("a", "b")), pairs=12, examples=3)
-    callback.looks = {"before": before, "test": after}
+    callback.scores = {"before": before, "test": after}
     text = callback.neighbors()
     assert text.count("| after | 1 |") == 3
     assert text.count("✓") >= 3

@@ -1,4 +1,4 @@
-"""A run's page: what counts first, everything inside, nothing from the network."""
+"""The page of a run: the result first, all files included, nothing loaded from the network."""
 
 import re
 from html.parser import HTMLParser
@@ -13,7 +13,7 @@ METRICS = {"before/a": 0.25, "test/a": 0.5, "test/b": 2.0, "train/waiting": 0.01
 
 
 class Balanced(HTMLParser):
-    """Every element that opens closes."""
+    """A parser that checks that each element is closed."""
 
     def __init__(self):
         super().__init__()
@@ -62,27 +62,42 @@ def test_the_page_holds_all_and_needs_nothing(folder):
     assert text.count("<polyline") == 2
 
 
+def test_the_page_of_a_comparison_holds_its_tables_and_its_figure(tmp_path):
+    (tmp_path / "comparison.png").write_bytes(b"\x89PNG")
+    report.write_comparison_page(tmp_path, "2 runs compared", "x=<1>: ahead", "a table", tmp_path / "comparison.png")
+    text = (tmp_path / "report.html").read_text()
+    assert "x=&lt;1&gt;: ahead" in text and "a table" in text and "data:image/png;base64," in text
+
+
 def test_curves_are_drawn_to_their_bounds():
-    points = re.search(r'points="([^"]*)"', report.chart("x", [(0, 1.0), (5, 3.0), (10, 2.0)]))[1]
-    assert points == "46.0,110.0 171.0,10.0 296.0,60.0"
+    chart = report.make_chart("x", [(0, 1.0), (5, 3.0), (10, 2.0)])
+    assert chart.points == "46.0,110.0 171.0,10.0 296.0,60.0"
+    assert (chart.x_range, chart.y_range) == (("0", "10"), ("1.0000", "3.0000"))
 
 
 @pytest.mark.parametrize(
-    ("expected", "typed", "said"),
+    ("expected", "command", "note"),
     [
         ([0.48, 0.01], ["experiment=toy", "seed=3"], "as expected."),
         ([0.4, 0.01], ["num_threads=1", "callback.progress=null"], "not as expected"),
-        ([0.4, None], ["experiment=toy"], "The paper has 0.4000."),
+        ([0.4, None], ["experiment=toy"], "The paper reports 0.4000."),
         ([0.4, 0.01], ["optimizer.lr=1"], None),
     ],
 )
-def test_the_verdict_is_about_the_experiment_as_it_is(expected, typed, said):
-    text = report.verdict(settings(expected={"test/a": expected}, command=typed), METRICS, BEFORE, AFTER)
-    assert (said in text) if said else "xpected" not in text
+def test_the_result_is_about_the_experiment_as_it_is(expected, command, note):
+    result = report.run_result(settings(expected={"test/a": expected}, command=command), METRICS, BEFORE, AFTER)
+    assert result.headline.startswith("a: 0.2500 → 0.5000")
+    assert (note in result.note) if note else not result.note
+    assert result.unexpected == (note == "not as expected")
 
 
 def test_without_curves_and_figures_the_page_is_shorter(folder):
     for name in ("metrics.csv", "figure.png"):
         (folder / name).unlink()
     text = written(folder, settings())
-    assert "Curves" not in text and "Figures" not in text and "Before and after" in text
+    assert (
+        "Curves" not in text
+        and "Figures" not in text
+        and "Before and after" in text
+        and "Settings from the command line" not in text
+    )

@@ -187,8 +187,8 @@ def test_bad_images_are_named_skipped_and_counted(world, caplog):
 def test_workers_change_nothing(world):
     def drawn(workers):
         made = DataModule(
-            "faces", source(world / "folder"), [], ImageTransform(PIXELS, ON),
-            lambda rows, size, seed: PKBatchSampler(rows, size, seed, 2, 0), 8, 1, workers, 10,
+            source(world / "folder"), ImageTransform(PIXELS, ON),
+            lambda rows, size, seed: PKBatchSampler(rows, size, seed, 2, 0), 8, workers=workers,
         )  # fmt: skip
         made.prepare_data()
         return [(b.example_id.tolist(), b.views[0].pixels) for b in made.train_dataloader()]

@@ -49,7 +49,7 @@ def test_a_missing_face_is_one_message(command, world, model):  # noqa: F811
 def test_labels_of_texts(command, tmp_path, evaluation, metric):
     rows = [f"{text} {'and ' * i}so,{i % 4}" for i in range(4) for text in TEXTS]
     (tmp_path / "mine.csv").write_text("\n".join(["text,label", *(r.replace(", ", " ") for r in rows)]) + "\n")
-    result = command("evaluate", f"model={MINILM}", f"evaluation={evaluation}", "data=files", "data.name=mine",
+    result = command("evaluate", f"model={MINILM}", f"evaluation={evaluation}", "data=table", "data.name=mine",
                      f"data.path={tmp_path}/mine.csv", "data.columns=[text]", "data.label=label",
                      "data.test.split=all", "data.held_out=0", f"output={tmp_path}/found.json")  # fmt: skip
     assert result.code == 0, result.terminal

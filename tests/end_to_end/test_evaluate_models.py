@@ -20,7 +20,7 @@ def ordered(tmp_path):
         writer = csv.writer(file)
         writer.writerow(["text", "book", "place"])
         writer.writerows([f"{TEXTS[i]} {book}", book, i] for book in "abc" for i in range(9))
-    return ["data=files", f"data.path={path}", "data.columns=[text]", "data.label=book", "data.position=place",
+    return ["data=table", f"data.path={path}", "data.columns=[text]", "data.label=book", "data.position=place",
             "data.test.split=all", "data.held_out=0"]  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def neighbours(command, tmp_path, ordered, model, *more):
 def test_two_towers_and_two_of_them_joined(command, tmp_path, ordered):
     a, b = (towers(ordered, tmp_path / name, seed) for seed, name in enumerate("ab"))
     alone, said = neighbours(command, tmp_path, ordered, tmp_path / "a")
-    assert "pooling: final" in said and 0 <= alone["test/adjacent_sentences/files/accuracy"] <= 1
+    assert "pooling: final" in said and 0 <= alone["test/adjacent_sentences/table/accuracy"] <= 1
     joined, _ = neighbours(command, tmp_path, ordered, f"[{tmp_path / 'a'},{tmp_path / 'b'}]")
     both = ConcatEncoder([CachedEncoder(a), CachedEncoder(b)])(TEXTS)
     f, g = both.chunk(2, 1)

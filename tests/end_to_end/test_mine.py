@@ -83,7 +83,7 @@ def test_labelled_texts(command, tmp_path):
         (["data.columns=[question,answer]", "guard.max_similarity=-1"], "No negative is left of 13 texts"),
         (["data.columns=[question,answer]", "negatives=0"], "negatives=0"),
         (["data.columns=[question,answer]", "guard.max_similarity=3"], "max_similarity=3"),
-        (["data=text", "data.columns=[question,answer]"], "With `mine` use data=files"),
+        (["data=text", "data.columns=[question,answer]"], "With `mine` use data=table"),
     ],
 )
 def test_mistakes_are_explained(command, pairs, tmp_path, overrides, message):

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import optuna
 import pytest
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
+from tercet.app.hydra_compat import parse_overrides
 from tercet.app.record import read_metrics
-from tercet.app.sweeps.optuna import distribution
+from tercet.app.sweeps.optuna import to_distribution
 from tercet.app.sweeps.ray import lost_job_result
 from tests.conftest import tiny
 from tests.end_to_end.conftest import FAST, write_texts
@@ -58,9 +58,9 @@ def test_a_budgeted_search_goes_on_until_its_trials_are_made(command, tmp_path):
              "callback.embeddings=null", "hydra.sweeper.direction=minimize",
              f"hydra.sweep.dir={tmp_path / 'sweep'}"]  # fmt: skip
     first = command("train", *given, "hydra.sweeper.trials=2")
-    assert first.code == 0 and "2 trials will be made of 2" in first.terminal, first.terminal
+    assert first.code == 0 and "0 of 2 trials are there" in first.terminal, first.terminal
     more = command("train", *given, "hydra.sweeper.trials=3", "model.pooling=choice(cls,mean)")
-    assert more.code == 0 and "2 trials are there, of 3" in more.terminal, more.terminal
+    assert more.code == 0 and "2 of 3 trials are there" in more.terminal, more.terminal
     assert "best of 3 trials" in more.terminal
     assert sorted(p.name for p in (tmp_path / "sweep").iterdir() if p.name.isdigit()) == ["0", "1", "2"]
     study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path / 'sweep' / 'study.db'}")
@@ -78,7 +78,7 @@ def test_a_budgeted_search_goes_on_until_its_trials_are_made(command, tmp_path):
     ids=["Ctrl-C", "SIGTERM", "SIGKILL"],
 )
 def test_the_jobs_of_joblib_save_when_their_sweep_is_stopped(send, number, code, tmp_path):
-    """By a terminal, which tells all of them; by a scheduler, which tells the first; by nobody who says anything."""
+    """SIGINT to the process group, as from a terminal; SIGTERM to the sweep alone, as from a scheduler; SIGKILL."""
     write_texts(tmp_path / "my.txt")
     few = [o for o in FAST if not o.startswith(("logger", "trainer.max_steps"))]
     given = ["-m", *tiny("data=text", f"data.path={tmp_path / 'my.txt'}", *few), "logger=csv", "measure_before=false",
@@ -162,7 +162,7 @@ def test_a_job_whose_process_died_is_named_and_the_sweep_goes_on(tmp_path, capsy
 
 def test_what_is_searched_is_what_was_written():
     def drawn(text):
-        return distribution(OverridesParser.create().parse_override(text))
+        return to_distribution(*parse_overrides([text]))
 
     assert drawn("x=interval(1,2)") == FloatDistribution(1.0, 2.0)
     assert drawn("x=tag(log,interval(1e-5,1e-3))") == FloatDistribution(1e-5, 1e-3, log=True)

@@ -65,7 +65,7 @@ def test_pairs_with_masked_lm_a_label_and_both_directions(command, tmp_path):
     assert result.metrics()["train/mlm_loss"] > 0
     assert 0 < result.metrics()["train/temperature"] < 1
     assert (result.output / "before_after.png").stat().st_size > 10_000
-    assert "# Nearest neighbours" in (result.output / "neighbours.md").read_text()
+    assert "# Nearest neighbors" in (result.output / "neighbors.md").read_text()
 
 
 def test_the_best_checkpoint_is_the_one_that_is_kept(small, tmp_path):

@@ -127,7 +127,7 @@ def test_a_full_disk_is_said_once_and_training_goes_on(small, monkeypatch, caplo
 @pytest.mark.parametrize("why", ["full", "no folder"])
 def test_without_a_place_for_wandb_training_goes_on(small, tmp_path, monkeypatch, why):
     if why == "full":
-        monkeypatch.setattr("tercet.training.loggers.FREE", 2**63)
+        monkeypatch.setattr("tercet.training.loggers.MIN_FREE_BYTES", 2**63)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "wandb").write_text("a file")
     result = small("logger=wandb_offline", "callback.embeddings=null", "measure_before=false")

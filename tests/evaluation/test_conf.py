@@ -23,7 +23,7 @@ def test_sts_is_simcses():
 
 
 @pytest.mark.parametrize("evaluation", ["nearest_neighbor", "clustering"])
-@pytest.mark.parametrize("data", ["files", "images"])
+@pytest.mark.parametrize("data", ["table", "images"])
 def test_labels_are_measured_on_held_out_texts_and_images(evaluation, data):
     """Nothing of training is needed: no batches, no tokenizer, no pixels."""
     cfg = composed(f"evaluation={evaluation}", f"data={data}", "data.name=mine", "data.path=x", entry="evaluate")

@@ -13,7 +13,7 @@ from tercet.app.components import build
 from tercet.data import TextTransform
 from tercet.losses.triplet_mining import MININGS
 from tercet.models import load_tokenizer
-from tercet.training import sharding
+from tercet.training.lightning_compat import FSDP2
 from tercet.training.datamodule import DataModule
 from tests.conftest import MINILM, TEXTS, choices, composed, tiny
 
@@ -101,7 +101,7 @@ def data(cfg, cache, batch_size):
     # Which of two equally far negatives is mined is up to rounding: no two are where rows are told apart by distance.
     source = Listed(tuple("abc"[: kind.columns[1]]), label=True, twice=kind.positives != "label")
     reader = TextTransform(load_tokenizer(MINILM), 32, str(cache))
-    return DataModule("listed", source, [], reader, build(cfg.sampler), batch_size, 1, 0, 10)
+    return DataModule(source, reader, build(cfg.sampler), batch_size, name="listed", shuffle_buffer=10)
 
 
 class Counting(pl.Callback):
@@ -128,8 +128,8 @@ def step(objective, settings, cache, world, batch_size, steps=2):
         module.mlm.corrupt = first_token_masked  # its draws, too, differ between processes
     module.optimizer = lambda m: torch.optim.SGD(m.parameters(), lr=0.1)
     counting = Counting()
-    shares = cfg.trainer.strategy == sharding.FSDP2
-    strategy = "auto" if world == 1 else sharding.FSDP2 if shares else "ddp"
+    shares = cfg.trainer.strategy == FSDP2
+    strategy = "auto" if world == 1 else FSDP2 if shares else "ddp"
     trainer = pl.Trainer(
         precision=cfg.trainer.precision, accumulate_grad_batches=cfg.trainer.accumulate_grad_batches,
         accelerator="cpu", devices=world, strategy=strategy, max_steps=steps, logger=False,

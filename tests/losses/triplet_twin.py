@@ -1,4 +1,4 @@
-"""The triplet loss as its definitions say it: every triplet in one (A, M, M) tensor, the gradient by autograd."""
+"""The triplet loss by its definition: every triplet in one (A, M, M) tensor, the gradient by autograd."""
 
 from dataclasses import dataclass
 
@@ -30,10 +30,10 @@ def cells(e, views):
 
 def roles(a, k):
     """Which keys are positives of an anchor and which are negatives: two masks ``(A, M)``."""
-    same_uid = a.example_id[:, None] == k.example_id
+    same_id = a.example_id[:, None] == k.example_id
     same_label = (a.label[:, None] == k.label) & (k.label >= 0)
-    related = (same_uid | same_label) & (k.view < 2)  # the third view is a negative, even of its own example
-    itself = same_uid & (a.view[:, None] == k.view)
+    related = (same_id | same_label) & (k.view < 2)  # the third view is a negative, even of its own example
+    itself = same_id & (a.view[:, None] == k.view)
     return related & ~itself, ~related & (a.content_hash[:, None] != k.content_hash)
 
 

@@ -77,7 +77,7 @@ def test_parts_differ_by_one_row_at_most(monkeypatch):
 
 
 def module(pieces, cache, source=None, max_length=16, **changes):
-    given = dict(name="listed", train=source or Listed(("a", "b"), label=True), validation=[],
+    given = dict(name="listed", source=source or Listed(("a", "b"), label=True),
                  transform=TextTransform(pieces, max_length, str(cache)), sampler=RandomBatchSampler,
                  batch_size=4, seed=1, workers=0, shuffle_buffer=10) | changes  # fmt: skip
     made = DataModule(**given)
@@ -150,19 +150,19 @@ def test_a_stream_too_short_for_a_batch_is_explained(pieces, tmp_path):
         def rows(self):
             return super().rows().to_iterable_dataset()
 
-    with pytest.raises(InputError, match=r"data\.batch_size=99"):
+    with pytest.raises(InputError, match="batch_size=99"):
         list(module(pieces, tmp_path, source=Stream(("a",)), batch_size=99).train_dataloader())
 
 
 def test_a_cache_that_cannot_be_written_is_named(pieces, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"data\.cache=.*cannot be written"):
+    with pytest.raises(InputError, match="cache=.*cannot be written"):
         TextTransform(pieces, 8, str(tmp_path / "file" / "cache")).load(Listed(("a",)))
 
 
 @pytest.mark.parametrize(("key", "value"), [("batch_size", 1), ("max_length", 2), ("workers", -1)])
 def test_wrong_settings_name_their_key(pieces, tmp_path, key, value):
-    with pytest.raises(InputError, match=f"data.{key}={value}"):
+    with pytest.raises(InputError, match=f"{key}={value}"):
         module(pieces, tmp_path, **{key: value})
 
 

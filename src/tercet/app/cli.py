@@ -1,22 +1,23 @@
-"""The way in: Hydra composes, the command runs, and what goes wrong becomes one message and exit code 1.
+"""The command line: Hydra composes the configuration, the command runs, and any error becomes one message and exit code 1.
 
 Imports here are light: ``--help`` and a mistyped key are answered before torch is loaded.
 """
 
+import argparse
 import importlib
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import hydra
+from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from tercet.app import error_formatting
+from tercet.app import components, error_formatting, hydra_compat
 from tercet.app.launch import run_id
 from tercet.app.sweeps import summary
 
@@ -26,7 +27,7 @@ COMMANDS = {
     "evaluate": "measure any model: model=<run, checkpoint, folder or hub id> evaluation=sts output=<file.json>",
     "expand": "give a model of words those of larger vectors: model=<run> vectors=<file> output=<folder>",
     "export": "one ONNX file of a model: model=<as above> output=<folder> precision=int8",
-    "mine": "write hard negatives: model=<as above> data.path=<pairs or labelled texts> output=<file.parquet>",
+    "mine": "write hard negatives: model=<as above> data.path=<pairs or labeled texts> output=<file.parquet>",
 }
 
 
@@ -37,21 +38,17 @@ def config_folder() -> str:
     return str(inside if inside.is_dir() else package.parents[1] / "conf")
 
 
-def main(command: str) -> None:
-    """Run a command of ``COMMANDS`` with the overrides in ``sys.argv``; leaves with 1 on a mistake, 130 on Ctrl-C."""
+def main(command: str, arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a command of ``COMMANDS`` with its overrides; exits with 1 on an error, 130 on Ctrl-C, 143 on SIGTERM."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back to us as they are
     OmegaConf.register_new_resolver("run_id", run_id, use_cache=True, replace=True)
-    arguments = sys.argv[1:]
-    if command == "compare":
-        folders = [a for a in arguments if "=" not in a and not a.startswith("-")]
-        rest = [a for a in arguments if a not in folders]
-        sys.argv[1:] = [*([f"runs=[{','.join(map(_quoted, folders))}]"] if folders else []), *rest]
-    elif command != "train":
-        sys.argv[1:] = [_model_is_a_path(argument) for argument in arguments]
+    given = list(sys.argv[1:] if arguments is None else arguments)
     failed: list[str] = []
-    job = hydra.main(version_base="1.3", config_path=config_folder(), config_name=command)(_job(command, failed))
     try:
-        job()
+        if command == "train":
+            hydra_compat.run_main(_job(failed), config_folder(), command, given)
+        else:
+            _run_composed(command, given)
     except KeyboardInterrupt:
         exit_stopped()
     except SystemExit as error:  # what Lightning makes of SIGTERM, and of Ctrl-C
@@ -67,16 +64,42 @@ def main(command: str) -> None:
 
 
 def exit_stopped(code: int = 130) -> NoReturn:
-    """The end after Ctrl-C, or after SIGTERM (143): not 0, which a scheduler would take for finished."""
+    """Exit after Ctrl-C, or after SIGTERM (143): not with 0, which a scheduler would take for finished."""
     print("\nstopped; checkpoints/last.ckpt of the run holds the last weights, if training had begun", file=sys.stderr)
     raise SystemExit(code)
 
 
-def _model_is_a_path(argument: str) -> str:
-    # `model` is a group of conf/, so Hydra would look for conf/model/<path>.yaml; quotes keep `=` and spaces in it.
-    name, equals, value = argument.partition("=")
+def _run_composed(command: str, arguments: Sequence[str]) -> None:
+    """Run a command that has no sweeps and no run folder, by Hydra's compose API."""
+    lines = Path(config_folder(), f"{command}.yaml").read_text(encoding="utf-8").splitlines()
+    parser = argparse.ArgumentParser(
+        prog=f"tercet {command}", formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        description="\n".join(line.removeprefix("# ") for line in lines), usage=f"tercet {command} [key=value ...]",
+    )  # fmt: skip
+    parser.add_argument("overrides", nargs="*", help="key=value")
+    parser.add_argument("--cfg", choices=["job"], help="print the configuration instead of running")
+    parser.add_argument("--config-dir", help="a folder with more choices of the configuration groups")
+    options = parser.parse_intermixed_args(list(arguments))
+    folders = [a for a in options.overrides if command == "compare" and "=" not in a]
+    overrides = [_model_is_a_path(a) for a in options.overrides if a not in folders]
+    overrides += [f"runs=[{','.join(map(_quoted, folders))}]"] if folders else []
+    if options.config_dir:
+        overrides.append(f"hydra.searchpath=[{_quoted(str(Path(options.config_dir).resolve()))}]")
+    with initialize_config_dir(config_folder(), version_base="1.3", job_name=command):
+        cfg = compose(command, overrides)
+        if options.cfg:
+            print(OmegaConf.to_yaml(cfg), end="")
+            return
+        components.start_record(cfg)
+        module = importlib.import_module(f"tercet.app.commands.{'export' if command == 'expand' else command}")
+        (module.expand if command == "expand" else module.run)(cfg, Path.cwd())
+
+
+def _model_is_a_path(override: str) -> str:
+    # `model` is also a group of conf/, of which Hydra would look for a choice; quotes keep `=` and spaces in the path.
+    name, equals, value = override.partition("=")
     if name != "model" or not equals:
-        return argument
+        return override
     if value.startswith("[") and value.endswith("]"):
         return f"model.path=[{','.join(map(_quoted, value[1:-1].split(',')))}]"
     return f"model.path={_quoted(value)}"
@@ -87,17 +110,17 @@ def _quoted(value: str) -> str:
     return f"'{escaped}'"
 
 
-def _job(command: str, failed: list[str]) -> Callable[[DictConfig], Any]:
+def _job(failed: list[str]) -> Callable[[DictConfig], Any]:
     def job(cfg: DictConfig) -> Any:
-        module = "stages" if command == "train" and cfg.stages.runs else command
-        run: Callable[[DictConfig, Path], Any] = importlib.import_module(f"tercet.app.commands.{module}").run
+        components.start_record(cfg)
+        module = importlib.import_module(f"tercet.app.commands.{'stages' if cfg.stages.runs else 'train'}")
         output = Path(HydraConfig.get().runtime.output_dir)
-        if command == "train" and int(os.environ.get("SLURM_RESTART_COUNT", 0)):
+        if int(os.environ.get("SLURM_RESTART_COUNT", 0)):
             cfg.resume = True  # SLURM has queued the job again
         try:
-            return run(cfg, output)
+            return module.run(cfg, output)
         except Exception as error:
-            text = report_error(error, config_folder(), command)
+            text = report_error(error, config_folder(), "train")
             failed.append(text)
             if HydraConfig.get().mode == RunMode.MULTIRUN:  # the sweep goes on, its summary points here
                 (output / "error.txt").write_text(text + "\n", encoding="utf-8")
@@ -110,7 +133,7 @@ def _job(command: str, failed: list[str]) -> Callable[[DictConfig], Any]:
 
 
 def report_error(error: Exception, conf_dir: str, command: str) -> str:
-    """Print what the user can do about the error; ``TERCET_DEBUG=1`` adds where it came from."""
+    """Print what the user can do about the error; ``TERCET_DEBUG=1`` adds the traceback."""
     text = error_formatting.explain(error, conf_dir, command)
     if os.environ.get("TERCET_DEBUG"):
         traceback.print_exception(error)

@@ -1,103 +1,163 @@
-"""What no part can see alone, checked before anything heavy starts."""
+"""Checks across components, before any data is loaded: what one declares that it needs, another must provide."""
 
 import os
 import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
+from tercet.app.components import build, find_targets, settable_key
+from tercet.app.hydra_compat import config_folders
 from tercet.app.launch import num_processes, started_by_launcher
 from tercet.app.record import ARTIFACTS
 from tercet.errors import InputError
 from tercet.models import ImageEncoder, TextEncoder
 from tercet.models.text import max_row_length
 
+NEEDS = {  # what a component can declare that it needs, and how a user provides it
+    "label": "labels: data.label=<column>",
+    "position": "the document of each sentence and its place there: data.label=<column> data.position=<column>",
+    "all_rows": "all rows before the first batch: data.streaming=false",
+    "same_label": "several rows of a label in each batch",
+    "adjacent": "neighboring sentences in each batch",
+    "pairs": "two columns: data.columns=[<first>,<second>]",
+}
+
 
 def check_config(cfg: DictConfig, objective: Any, data: Any) -> None:
-    """Raise ``InputError`` for combinations that cannot work; warn about those that mean something else than they seem."""
+    """Raise ``InputError`` for combinations that cannot work; warn about those that mean something else than they seem.
+
+    ``objective`` is the class of the objective, ``data`` the data module. A component that declares nothing needs nothing.
+    """
     _columns(cfg, objective, data)
     _views(cfg, objective)
-    _labels(cfg, objective, data)
-    _order(cfg, objective, data)
-    _hard_negatives(cfg, objective, data)
+    _batches(cfg, objective, data)
+    _loss(cfg, objective, data)
+    _evaluators(cfg)
     _devices(cfg)
-    _batch(cfg)
+    _batch_size(cfg)
     _monitor(cfg)
     _precision(cfg)
     if cfg.artifacts not in (*ARTIFACTS, None):
         raise InputError(f"artifacts={cfg.artifacts}: choose one of {', '.join(ARTIFACTS)}, or null.")
 
 
-def _name(cfg: DictConfig) -> str:
-    return str(cfg.objective._target_).rsplit(".", 1)[-1]
+def choices(group: str, accept: Callable[[Any], bool]) -> str:
+    """The choices of a group whose target is accepted, as a user gives them: ``sampler=pk or sampler=window``."""
+    found = []
+    for path in sorted(path for folder in config_folders() for path in Path(folder, group).glob("*.yaml")):
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+        node = content.get(group, content) if isinstance(content, dict) else {}
+        if isinstance(node, dict) and "_target_" in node and accept(get_object(node["_target_"])):
+            found.append(f"{group}={path.stem}")
+    return " or ".join(dict.fromkeys(found))
+
+
+def _declared(component: Any, name: str) -> frozenset[str]:
+    return frozenset(getattr(component, name, ()))
+
+
+def _batch_needs(objective: Any, num_columns: int) -> frozenset[str]:
+    return frozenset(objective.needs(num_columns)) if hasattr(objective, "needs") else frozenset()
+
+
+def _words(needs: Iterable[str]) -> str:
+    return "; ".join(NEEDS.get(need, need) for need in sorted(needs))
+
+
+def _chosen(cfg: DictConfig, group: str) -> str:
+    return str(cfg[group]._target_).rsplit(".", 1)[-1]
 
 
 def _columns(cfg: DictConfig, objective: Any, data: Any) -> None:
-    fewest, most = objective.columns
-    if not fewest <= len(data.columns) <= most:
-        wanted = str(fewest) if fewest == most else f"{fewest} to {most}"
-        other = "objective=simcse_unsup" if len(data.columns) < fewest else "fewer data.columns"
-        raise InputError(
-            f"{_name(cfg)} needs {wanted} columns, but data={data.name} has {len(data.columns)} "
-            f"({', '.join(data.columns)}). Name them with data.columns=[...], or use {other}."
-        )
+    fewest, most = getattr(objective, "columns", (1, len(data.columns)))
+    count = len(data.columns)
+    if fewest <= count <= most:
+        return
+    provided = _declared(get_object(cfg.sampler._target_), "provides")
+    fitting = choices("objective", lambda o: o.columns[0] <= count <= o.columns[1] and _batch_needs(o, count) <= provided)
+    wanted = str(fewest) if fewest == most else f"{fewest} to {most}"
+    raise InputError(
+        f"{_chosen(cfg, 'objective')} needs {wanted} columns, but data={data.name} has {count} "
+        f"({', '.join(data.columns)}). Name them with data.columns=[...], or use {fitting or 'other data'}."
+    )
 
 
 def _views(cfg: DictConfig, objective: Any) -> None:
-    alike = not cfg.view.first and not cfg.view.second
-    if not alike and not objective.dropout_views:
+    identical = getattr(build(cfg.view), "identical", False)
+    makes_views = getattr(objective, "makes_views", False)
+    if not identical and not makes_views:
+        nodes = [node for key, node in find_targets(OmegaConf.to_container(cfg.view)) if key]
+        edits = " and ".join(node["_target_"].rsplit(".", 1)[-1] for node in nodes)
+        making = choices("objective", lambda o: getattr(o, "makes_views", False))
         raise InputError(
-            f"{_name(cfg)} makes no views, but view changes texts by {_changes(cfg)}. "
-            "Use view=dropout, or objective=simcse_unsup."
+            f"{_chosen(cfg, 'objective')} makes no views, but view edits texts by {edits}. Use view=dropout, or {making}."
         )
-    if objective.dropout_views and alike and OmegaConf.select(cfg, "model.backbone.dropout") == 0:
+    if makes_views and identical and OmegaConf.select(cfg, "model.backbone.dropout") == 0:
         raise InputError(
-            f"{_name(cfg)} makes its two views by dropout, but model.backbone.dropout=0: they would be equal. "
+            f"{_chosen(cfg, 'objective')} makes its two views by dropout, but model.backbone.dropout=0: they would be equal. "
             "Use model.backbone.dropout=0.1 or null, or another view, as view=token_cutoff."
         )
 
 
-def _changes(cfg: DictConfig) -> str:
-    return " and ".join(str(view._target_).rsplit(".", 1)[-1] for view in [*cfg.view.first, *cfg.view.second])
-
-
-def _labels(cfg: DictConfig, objective: Any, data: Any) -> None:
-    wants = objective.positives == "label" and len(data.columns) == 1
-    by_label = str(cfg.sampler._target_).endswith("PKBatchSampler")
-    if by_label and data.streaming:
-        raise InputError("sampler=pk looks at all labels before it draws. Use data.streaming=false or sampler=random.")
-    if wants and not by_label:
+def _batches(cfg: DictConfig, objective: Any, data: Any) -> None:
+    """The sampler gets what it needs from the data, and gives the objective what it needs."""
+    sampler = get_object(cfg.sampler._target_)
+    needed, given = _declared(sampler, "needs"), getattr(getattr(data, "source", None), "provides", None)
+    if given is not None and (missing := needed - given):
+        other = choices("sampler", lambda s: _declared(s, "needs") <= given)
         raise InputError(
-            f"{_name(cfg)} on one column needs rows of equal label in a batch, which sampler=random leaves to chance. "
-            "Use sampler=pk."
+            f"{_chosen(cfg, 'sampler')} needs what data={data.name} does not provide: {_words(missing)}. "
+            f"Or use another sampler: {other}."
         )
-    if wants and "Triplet" not in str(cfg.loss._target_):
-        raise InputError(f"{_name(cfg)} on one column needs loss=triplet; {cfg.loss._target_} needs two views.")
-
-
-def _order(cfg: DictConfig, objective: Any, data: Any) -> None:
-    in_order, context = (
-        str(cfg.sampler._target_).endswith("WindowBatchSampler"),
-        str(cfg.loss._target_).endswith("ContextLoss"),
-    )
-    if in_order and data.streaming:
-        raise InputError("sampler=window reads documents in order. Use data.streaming=false.")
-    if objective.positives == "position" and not in_order:
-        raise InputError(f"{_name(cfg)} needs neighbouring sentences in a batch. Use sampler=window.")
-    if (objective.positives == "position") != context:
+    needed = _batch_needs(objective, len(data.columns))
+    if missing := needed - _declared(sampler, "provides"):
+        fitting = choices("sampler", lambda s: missing <= _declared(s, "provides"))
         raise InputError(
-            f"{_name(cfg)} with loss {cfg.loss._target_}: loss=context and objective=quick_thoughts need each other."
+            f"{_chosen(cfg, 'objective')} on {len(data.columns)} column(s) needs {_words(missing)}. {_chosen(cfg, 'sampler')} "
+            f"leaves that to chance. Use {fitting or 'another sampler'}."
         )
 
 
-def _hard_negatives(cfg: DictConfig, objective: Any, data: Any) -> None:
-    weight = OmegaConf.select(cfg, "loss.hard_negative_weight") or 0
-    if weight and (objective.dropout_views or len(data.columns) < 3):
+def _loss(cfg: DictConfig, objective: Any, data: Any) -> None:
+    node = OmegaConf.select(cfg, "objective.loss")
+    positives = getattr(objective, "positives", "none")
+    if node is None or positives == "none":
+        return
+    loss = build(node)
+    usable = getattr(loss, "positives", None)
+    if usable is not None and positives not in usable:
+        fitting = choices("loss", lambda kind: positives in _declared(kind, "positives"))
+        matching = choices("objective", lambda o: getattr(o, "positives", None) in usable)
         raise InputError(
-            f"loss.hard_negative_weight={weight}, but there are no hard negatives: {_name(cfg)} on data={data.name} has "
-            f"the columns {', '.join(data.columns)}. Use loss.hard_negative_weight=0, or data with a third column."
+            f"{_chosen(cfg, 'objective')} has positives by {positives}, but {type(loss).__name__} takes positives by "
+            f"{' or '.join(sorted(usable))}. Use {fitting or 'another loss'}, or {matching or 'another objective'}."
         )
+    if getattr(loss, "needs_hard_negatives", False) and (getattr(objective, "makes_views", False) or len(data.columns) < 3):
+        weight = OmegaConf.select(node, "hard_negative_weight")
+        setting = f"loss.hard_negative_weight={weight}" if weight else f"{type(loss).__name__} needs hard negatives"
+        raise InputError(
+            f"{setting}, but there are no hard negatives: {_chosen(cfg, 'objective')} on data={data.name} has the columns "
+            f"{', '.join(data.columns)}. Use data with a third column{', or loss.hard_negative_weight=0' if weight else ''}."
+        )
+
+
+def _evaluators(cfg: DictConfig) -> None:
+    """An evaluator gets what it needs from its source of rows."""
+    for key, node in find_targets(OmegaConf.to_container(cfg.test), "test"):
+        needed = _declared(get_object(node["_target_"]), "needs")
+        source = build(OmegaConf.select(cfg, f"{key}.source")) if needed and node.get("source") else None
+        if source is None or not hasattr(source, "provides"):
+            continue
+        if missing := needed - source.provides - ({"pairs"} if len(source.columns) > 1 else set()):
+            raise InputError(
+                f"{node['_target_'].rsplit('.', 1)[-1]} ({key}) needs what its source {settable_key(key, 'source')} does not "
+                f"provide: {_words(missing)}. Or use another evaluation, as evaluation@test=sts."
+            )
 
 
 def _shares(cfg: DictConfig) -> None:
@@ -147,7 +207,7 @@ def _many(devices: Any) -> bool:
 
 
 def check_model(objective: Any, data: Any, several: bool) -> None:
-    """What only the loaded model can say."""
+    """Raise ``InputError`` for what only the loaded model shows: its length, its dropout, its batch normalization."""
     encoder = objective.encoder
     for part in (part for part in encoder.modules() if isinstance(part, TextEncoder)):
         longest = max_row_length(part.backbone, part.tokenizer)
@@ -155,7 +215,7 @@ def check_model(objective: Any, data: Any, several: bool) -> None:
             raise InputError(f"data.max_length={data.transform.max_length}, but the backbone takes {longest} tokens at most.")
     if isinstance(encoder, ImageEncoder) and encoder.mixes_rows():
         _batch_norm(encoder.execution, several)
-    if objective.dropout_views and objective.view.alike and not objective.encoder.has_dropout():
+    if objective.makes_views and objective.view.identical and not objective.encoder.has_dropout():
         raise InputError(
             f"{type(objective).__name__} makes its two views by dropout, but this backbone has none: they would be equal. "
             "Use model.backbone.dropout=0.1, or another view, as view=token_cutoff."
@@ -165,13 +225,13 @@ def check_model(objective: Any, data: Any, several: bool) -> None:
 def _batch_norm(execution: Any, several: bool) -> None:
     if execution.recompute or execution.chunk_rows is not None:
         raise InputError(
-            "model.norm=keep: the backbone normalises over a batch, which chunks (model.execution.chunk_rows, .recompute) "
+            "model.norm=keep: the backbone normalizes over a batch, which chunks (model.execution.chunk_rows, .recompute) "
             "would change. Use model.norm=group (weights from scratch) or model.norm=frozen (pretrained weights)."
         )
     if several:
         warnings.warn(
-            "model.norm=keep: the backbone normalises over each process's part of the batch. trainer.sync_batchnorm=true "
-            "normalises over all of it; with model.norm=group or frozen no row depends on another.",
+            "model.norm=keep: the backbone normalizes over each process's part of the batch. trainer.sync_batchnorm=true "
+            "normalizes over all of it; with model.norm=group or frozen no row depends on another.",
             stacklevel=2,
         )
 
@@ -187,7 +247,7 @@ def _monitor(cfg: DictConfig) -> None:
         raise InputError("callback=early_stopping needs a metric to watch: set monitor, as monitor=val/sts/stsb/spearman.")
 
 
-def _batch(cfg: DictConfig) -> None:
+def _batch_size(cfg: DictConfig) -> None:
     size, count = cfg.data.batch_size, num_processes(cfg) if cfg.trainer.num_nodes == 1 else 1
     if size < 2 * count:
         raise InputError(
@@ -206,7 +266,7 @@ def _batch(cfg: DictConfig) -> None:
 
 def _precision(cfg: DictConfig) -> None:
     on_cpu = cfg.trainer.accelerator == "cpu" or (cfg.trainer.accelerator == "auto" and not torch.cuda.is_available())
-    if on_cpu and "16" in str(cfg.trainer.precision) and not torch.cpu._is_avx512_bf16_supported():
+    if on_cpu and "16" in str(cfg.trainer.precision) and not torch.cpu.get_capabilities().get("avx512_bf16"):
         warnings.warn(
             f"trainer.precision={cfg.trainer.precision}: this CPU computes no half precision itself; steps get many times "
             "slower. Use trainer.precision=32-true.",

@@ -1,8 +1,11 @@
-"""Errors in the user's words: what was got, what is accepted, which key to change."""
+"""Errors in the user's words: what was got, what is accepted, which configuration key to change."""
 
 import difflib
 import re
+import traceback
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 
 from hydra.errors import (
     ConfigCompositionException,
@@ -14,14 +17,16 @@ from hydra.errors import (
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
+from tercet.app import components
 from tercet.errors import InputError
 
 
 def explain(error: BaseException, conf: str, command: str) -> str:
-    """One message for any exception."""
-    for cause in _chain(error):
+    """One message for any exception; the parameters that an ``InputError`` names become full configuration keys."""
+    chain = _chain(error)
+    for i, cause in enumerate(chain):
         if isinstance(cause, InputError):
-            return str(cause)
+            return cause.rename(parameter_keys(cause, chain[: i + 1]))
     if isinstance(error, OverrideParseException):
         return f"{error.override}: cannot be read ({' '.join(str(error).split())}). Quote it: 'key=\"value\"'."
     if isinstance(error, MissingConfigException):
@@ -39,12 +44,13 @@ def explain(error: BaseException, conf: str, command: str) -> str:
     if isinstance(error, (HydraException, OmegaConfBaseException)):
         return " ".join(str(error).split())
     if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}. output_dir names where a run writes, data.path what it reads."
-    text = " ".join(str(error).split()) or "no further word"
+        return f"{error.filename}: {error.strerror}. output_dir is the folder that a run writes, data.path what it reads."
+    text = " ".join(str(error).split()) or "no message"
     return f"{type(error).__name__}: {text} (TERCET_DEBUG=1 shows where)"
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:
+    """The exception, its cause, the cause of that, and so on."""
     seen: list[BaseException] = []
     while error is not None and error not in seen:
         seen.append(error)
@@ -52,10 +58,36 @@ def _chain(error: BaseException | None) -> list[BaseException]:
     return seen
 
 
+def parameter_keys(error: InputError, chain: list[BaseException]) -> dict[str, str]:
+    """The configuration key of each parameter that the error names.
+
+    The component is the one whose method raised the error, or whose constructor: the tracebacks are searched from the
+    innermost frame outwards. ``chain`` are the exceptions from the outermost one to ``error``.
+    """
+    frames = [frame for cause in reversed(chain) for frame, _ in reversed(list(traceback.walk_tb(cause.__traceback__)))]
+    owners = list(dict.fromkeys(_owners(frames)))
+    keys = {}
+    for parameter in error.parameters():
+        found = (components.settable_key(owner, parameter) for owner in owners)
+        if key := next((key for key in found if key), None):
+            keys[parameter] = key
+    return keys
+
+
+def _owners(frames: list[FrameType]) -> Iterator[str]:
+    for frame in frames:
+        if frame.f_code is components.call_target.__code__:  # a constructor or function: there is no object yet
+            yield frame.f_locals["key"]
+        elif key := components.component_key(frame.f_locals.get("self")):
+            yield key
+
+
 def _missing_choice(error: MissingConfigException) -> str:
     name = str(error.missing_cfg_file or "")
     options = [str(option) for option in error.options or []]
     group, _, choice = name.rpartition("/")
+    if group == "data" and choice in ("files", "any", "default"):
+        return f"data={choice}: no such choice any more. data=table reads files of texts, data=text trains on them."
     near = difflib.get_close_matches(choice, options, 1)
     hint = f" Did you mean {group}={near[0]}?" if near else ""
     return f"{group}={choice}: no such choice.{hint} There are: {', '.join(options)}."
@@ -64,7 +96,7 @@ def _missing_choice(error: MissingConfigException) -> str:
 def _mistyped(error: ConfigCompositionException, conf: str, command: str) -> str:
     text = " ".join(f"{error} {error.__cause__ or ''}".split())
     if command != "train" and "In 'data/text'" in text:  # it chooses an objective, too
-        return f"data=text is for training. With `{command}` use data=files, and the same data.path and data.columns."
+        return f"data=text is for training. With `{command}` use data=table, and the same data.path and data.columns."
     wrong = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
     if not wrong:
         return text
@@ -83,11 +115,20 @@ def known_keys(conf: str, command: str) -> set[str]:
     for path in Path(conf).rglob("*.yaml"):
         group = path.parent.relative_to(conf).as_posix()
         prefix = "" if group in (".", "experiment", "sweep") else f"{group}."
-        if group == "." and path.stem != command:
+        if group == "base" or (group == "." and path.stem != command):
             continue
-        found |= {prefix.rstrip(".")} - {""}
-        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-        found |= _flat(content, prefix)
+        found |= ({prefix.rstrip(".")} - {""}) | _file_keys(path, prefix, Path(conf))
+    return found
+
+
+def _file_keys(path: Path, prefix: str, conf: Path) -> set[str]:
+    """The keys of a file and of the base files that it includes: ``/base/execution@execution``, ``/base/rows@_here_``."""
+    content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    found = _flat(content, prefix)
+    for entry in content.get("defaults", []) if isinstance(content, dict) else ():
+        name, _, package = str(entry).partition("@")
+        if name.startswith("/base/"):
+            found |= _file_keys(conf / f"{name[1:]}.yaml", prefix if package == "_here_" else f"{prefix}{package}.", conf)
     return found
 
 
@@ -100,7 +141,6 @@ def _flat(node: object, prefix: str) -> set[str]:
 
 
 def _instantiation(error: InstantiationException) -> str:
-    cause = error.__cause__
     where = re.search(r"full_key: (\S+)", str(error))
-    place = f"{where[1]}: " if where else ""
-    return place + " ".join(str(cause or error).split())
+    place = f"{components.source_key(where[1])}: " if where else ""
+    return place + " ".join(str(error.__cause__ or error).split())

@@ -21,6 +21,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from tercet.app import components
 from tercet.app.error_formatting import explain
 from tercet.errors import InputError
 from tercet.messages import print_status
@@ -95,7 +96,8 @@ def launch_processes(worker: Worker, cfg: DictConfig, output: Path) -> float | N
     config = OmegaConf.to_container(cfg)
     (output / "error.txt").unlink(missing_ok=True)
     try:
-        results = elastic_launch(plan, _reported)(worker, config, str(output))
+        raw = OmegaConf.to_container(components.raw_config(), resolve=False)
+        results = elastic_launch(plan, _reported)(worker, config, str(output), raw)
     except SignalException as error:  # the processes have had it too, and saved where they were
         raise (KeyboardInterrupt if error.sigval == signal.SIGINT else SIGTERMException) from None
     except ChildFailedError as error:
@@ -115,8 +117,9 @@ def launch_processes(worker: Worker, cfg: DictConfig, output: Path) -> float | N
     return value
 
 
-def _reported(worker: Worker, config: dict[str, Any], output: str) -> float | None:
-    """The worker, leaving its message in the run folder before it fails."""
+def _reported(worker: Worker, config: dict[str, Any], output: str, raw: Any) -> float | None:
+    """Run the worker; write its error message to the run folder before it fails."""
+    components.start_record(OmegaConf.create(raw))
     if "SLURM_JOB_ID" in os.environ:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the process that started this one passes it on
     try:

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import torch
 from hydra import compose
-from hydra.core.hydra_config import HydraConfig
 
 from tercet.app.cli import config_folder
-from tercet.app.components import build
+from tercet.app.components import build, raw_config
 from tercet.errors import InputError
 from tercet.messages import print_status
 from tercet.models import Encoder
@@ -30,16 +29,17 @@ def open_model(name: str, pooling: str | None, device: str, seed: int | None = N
     entries = sorted(entry.stem for entry in Path(config_folder(), "model").glob("*.yaml"))
     if seed is not None and not path.exists() and "/" not in name:
         if name in entries:
-            return _made(name, pooling, seed).to(device)
+            return _initialize(name, pooling, seed).to(device)
         if near := difflib.get_close_matches(name, entries, 1):
             raise InputError(f"model={name}: no such folder, and no entry of conf/model. Did you mean {near[0]}?")
     return _opened(name, path, pooling).to(device)
 
 
-def _made(name: str, pooling: str | None, seed: int) -> Encoder:
-    """As ``train.py model=<name>`` would start; a vocabulary is counted in the data of the command line."""
-    given = [o for o in HydraConfig.get().overrides.task if o.startswith(("data=", "data."))]
-    cfg = compose("train", [f"model={name}", *given, *([f"model.pooling={pooling}"] if pooling else [])])
+def _initialize(name: str, pooling: str | None, seed: int) -> Encoder:
+    """The encoder that ``train.py model=<name>`` would start from; its vocabulary is counted in the command's data."""
+    cfg = compose("train", [f"model={name}", *([f"model.pooling={pooling}"] if pooling else [])])
+    if "data" in raw_config():
+        cfg.data = raw_config().data
     torch.manual_seed(seed)
     print_status(f"model={name} of conf/model, seed {seed}")
     encoder: Encoder = build(cfg.model)

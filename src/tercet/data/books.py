@@ -5,34 +5,41 @@ from collections.abc import Iterator
 from dataclasses import astuple, dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
-from datasets import ClassLabel, Dataset, DatasetInfo, Features, Value
-from datasets.table import InMemoryTable
+from datasets import ClassLabel, Dataset, Value
 
-from tercet.data.file_reader import lines
+from tercet.data.columns import as_dataset
+from tercet.data.file_reader import check_text, read_lines
 from tercet.data.paths import DataPath, resolve
-from tercet.data.splits import files_fingerprint, held_out_rows, text_fingerprint
+from tercet.data.splits import SPLITS, files_fingerprint, split_rows, text_fingerprint
 from tercet.errors import InputError
 from tercet.messages import warn_once
 
-SIDES = ("train", "test", "all")
 GUTENBERG = re.compile(r"^\*\*\* ?(START|END) OF (?:THE|THIS) PROJECT GUTENBERG.*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Books:
-    """Each .txt file of a folder is a document; sentencex splits it into sentences, blank lines end a paragraph.
+    """The sentences of a folder of .txt files, each a document; a blank line ends a paragraph. Sentencex splits sentences.
 
-    ``label`` is the document, ``position`` the sentence's number in it. Of a file of Project Gutenberg only the book is
-    read. Lines without a letter are left out; so are, counted and said, sentences longer than ``max_characters`` (their
-    neighbours are two apart then) and files without a sentence. ``language`` is a code as en or de.
+    ``label`` is the document, ``position`` the number of the sentence in it. Project Gutenberg's license at the start and the
+    end of a file is not read. Left out are lines without a letter and, counted in a warning, sentences of more than
+    ``max_characters`` (their neighbors are then two positions apart) and files without a sentence. ``language`` is a code
+    such as en or de.
 
-    With ``held_out`` above 0, ``split`` "test" is whole books with that many sentences at most, "train" the others.
+    With ``held_out`` above 0, the ``split`` "test" has whole books of at most that many sentences, "train" the other books.
+
+    >>> import pathlib, tempfile
+    >>> folder = pathlib.Path(tempfile.mkdtemp())
+    >>> _ = (folder / "book.txt").write_text("It was late. Nobody came.")
+    >>> Books(str(folder)).rows()[1]
+    {'text': 'Nobody came.', 'label': 0, 'position': 1}
 
     Raises:
-        InputError: here or in a method, for whatever cannot be used.
+        InputError: from the constructor or a method, for whatever cannot be used.
     """
 
     path: str
@@ -40,97 +47,88 @@ class Books:
     split: str = "all"
     held_out: int = 0
     max_characters: int = 1000
+    columns: ClassVar[tuple[str, ...]] = ("text",)
+    provides: ClassVar[frozenset[str]] = frozenset({"label", "position", "all_rows"})
 
     def __post_init__(self) -> None:
-        if self.split not in SIDES:
-            raise InputError(f"data.split={self.split}: use one of {', '.join(SIDES)}.")
+        if self.split not in SPLITS:
+            raise InputError(f"`split`={self.split}: use one of {', '.join(SPLITS)}.")
         if self.max_characters < 1:
-            raise InputError(f"data.max_characters={self.max_characters}: 1 or more.")
+            raise InputError(f"`max_characters`={self.max_characters}: 1 or more.")
         if not re.fullmatch("[a-z]{2,3}", self.language):
-            raise InputError(f"data.language={self.language}: a code as en, de or fr.")
+            raise InputError(f"`language`={self.language}: a code as en, de or fr.")
         try:
             kind = resolve(self.path).kind
         except InputError as error:
-            raise InputError(f"{error} Of these data=raw_books reads .txt files alone.") from error
+            raise InputError(f"{error.message} Of these raw books are .txt files only.") from error
         if kind != "txt":
-            raise InputError(f"data.path={self.path} holds {kind}. data=raw_books reads .txt files; use data=files.")
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The sentence."""
-        return ("text",)
+            raise InputError(f"`path`={self.path} holds {kind}. Raw books are .txt files; read tables with TextFiles.")
 
     def rows(self) -> Dataset:
-        """The side's sentences, document by document."""
-        place = resolve(self.path)
-        table, names = _read(place, files_fingerprint(place, whole=True), self.language, self.max_characters)
-        if self.held_out and self.split != "all":
-            test = held_out_rows(_named(table["label"], names), self.held_out, self.path)
-            table = table.filter(pa.array(test if self.split == "test" else ~test))
-        numbers = {"label": ClassLabel(names=names), "position": Value("int64")}
-        info = DatasetInfo(features=Features({"text": Value("string"), **numbers}))
-        return Dataset(InMemoryTable(table), info=info, fingerprint=self.fingerprint())
+        """The split's sentences, document by document."""
+        data = resolve(self.path)
+        table, names = _read(data, files_fingerprint(data, whole=True), self.language, self.max_characters)
+        by = pa.chunked_array([np.array(names, dtype=object)[table["label"].to_numpy()]])
+        rows = split_rows(table, by, self.split, self.held_out, self.path)
+        features = {"text": Value("string"), "label": ClassLabel(names=names), "position": Value("int64")}
+        return as_dataset(rows, self.fingerprint(), features)
 
     def fingerprint(self) -> str:
-        """Hashes what the files hold and every option; not where they are."""
+        """Hash the files' contents and every option but where the files are."""
         return text_fingerprint("books-1", repr(astuple(self)[1:]), files_fingerprint(resolve(self.path), whole=True))
 
 
-def _named(label: pa.ChunkedArray, names: list[str]) -> pa.ChunkedArray:
-    return pa.chunked_array([np.array(names, dtype=object)[label.to_numpy()]])
-
-
-@lru_cache(maxsize=2)  # both sides are cut from the same sentences
-def _read(place: DataPath, print_: str, language: str, longest: int) -> tuple[pa.Table, list[str]]:
+@lru_cache(maxsize=2)  # both splits are taken from the same sentences
+def _read(data: DataPath, fingerprint: str, language: str, max_characters: int) -> tuple[pa.Table, list[str]]:
     texts: list[str] = []
     label: list[int] = []
     position: list[int] = []
     names: list[str] = []
-    silent = left = 0
-    for file in place.files:
-        found = [s for s in _sentences(file, place, language) if re.search(r"\w", s)]
-        kept = [(i, s) for i, s in enumerate(found) if len(s) <= longest]
-        left += len(found) - len(kept)
-        if not kept:
-            silent += 1
+    empty = too_long = 0
+    for file in data.files:
+        found = [s for s in _sentences(file, data, language) if re.search(r"\w", s)]
+        short = [(i, s) for i, s in enumerate(found) if len(s) <= max_characters]
+        too_long += len(found) - len(short)
+        if not short:
+            empty += 1
             continue
-        label += [len(names)] * len(kept)
-        position += [i for i, _ in kept]
-        texts += [s for _, s in kept]
-        names.append(_name(file, place))
+        label += [len(names)] * len(short)
+        position += [i for i, _ in short]
+        texts += [s for _, s in short]
+        names.append(_name(file, data))
     if not names:
-        raise InputError(f"data.path={place.path}: no file holds a sentence. Is it the right folder?")
+        raise InputError(f"`path`={data.path}: no file holds a sentence. Is it the right folder?")
     counts = f"{len(names)} documents, {len(texts)} sentences"
-    less = f"; left out: {silent} files without a sentence, {left} sentences longer than {longest} characters"
-    warn_once(f"data.path={place.path}: {counts}{less if silent or left else ''}.")
+    left_out = f"; left out: {empty} files without a sentence, {too_long} sentences longer than {max_characters} characters"
+    warn_once(f"{data.path}: {counts}{left_out if empty or too_long else ''}.")
     return pa.table({"text": texts, "label": pa.array(label, pa.int64()), "position": position}), names
 
 
-def _name(file: Path, place: DataPath) -> str:
-    """The file's path from the folder that they share."""
-    folders = [set(other.parents) for other in place.files]
+def _name(file: Path, data: DataPath) -> str:
+    """The file's path from the innermost folder that all files share."""
+    folders = [set(other.parents) for other in data.files]
     shared = max(set.intersection(*folders), key=lambda folder: len(folder.parts))
     return file.relative_to(shared).as_posix()
 
 
-def _sentences(file: Path, place: DataPath, language: str) -> Iterator[str]:
-    """In order, each on one line."""
+def _sentences(file: Path, data: DataPath, language: str) -> Iterator[str]:
+    """The sentences of a file in order, each without line ends."""
     try:
         from sentencex import segment
     except ModuleNotFoundError as error:
         raise InputError(
-            "data=raw_books splits sentences with sentencex, which is not installed. Run: pip install 'tercet[books]'."
+            "Raw books are split into sentences with sentencex, which is not installed. Run: pip install 'tercet[books]'."
         ) from error
-    if not file.stat().st_size:
-        return
-    text = "\n".join(line for _, block in lines(file, f"data.path={place.path}, {file.name}") for line in block)
-    for sentence in segment(language, _book(text)):
+    name = f"`path`={data.path}, {file.name}"
+    check_text(file, name, 1)
+    text = "".join(line for _, block in read_lines(file, name) for line in block).removesuffix("\n")
+    for sentence in segment(language, _without_license(text)):
         if words := sentence.split():
             yield " ".join(words)
 
 
-def _book(text: str) -> str:
-    """What stands between Project Gutenberg's marks, where there are some."""
+def _without_license(text: str) -> str:
+    """What is between Project Gutenberg's marks, where there are some."""
     marks = {found[1]: found for found in reversed(list(GUTENBERG.finditer(text)))}
     start = marks["START"].end() if "START" in marks else 0
     return text[start : marks["END"].start()] if "END" in marks else text[start:]

@@ -1,307 +1,210 @@
-"""Read txt, csv, tsv, JSON Lines and Parquet files, and hub data sets, in chunks."""
+"""Read text, CSV, JSON and Parquet files, and data sets of the hub, in chunks of rows."""
 
+import codecs
 import contextlib
 import csv
-import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 
 from tercet.data.columns import Chunk, check_column, unreadable
-from tercet.data.paths import ACCEPTED, DataPath, check_reachable
+from tercet.data.paths import DataPath, open_hub
 from tercet.errors import InputError
 
-ROWS = 65_536  # per piece: enough to make the work per row vanish, few enough to stream
+ROWS = 65_536  # rows of a chunk of Parquet or of the hub
+BLOCK = 1 << 22  # characters of a chunk of lines, and bytes of a file that are checked before it is read
+CSV_BLOCK = 1 << 24  # bytes of a chunk of CSV; a row may not be longer
+DELIMITERS = {"csv": ",", "tsv": "\t"}
+MAGIC = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PAR1": "parquet", b"%PDF": "PDF"}
 
 
-BLOCK = 1 << 22
-MAGIC = {
-    b"\x1f\x8b": "gzip",
-    b"PK\x03\x04": "zip",
-    b"BZh": "bzip2",
-    b"\xfd7zXZ": "xz",
-    b"PAR1": "parquet",
-    b"%PDF": "PDF",
-}
-
-
-def lines(file: Path, place: str) -> Iterator[tuple[int, list[str]]]:
-    r"""Blocks of ``(number of the first line, lines)``; lines end at ``\n``, ``\r\n`` or ``\r`` and nowhere else.
-
-    Raises:
-        InputError: the file is empty, packed, not UTF-8, or has NUL bytes.
-    """
-    number, offset, rest = 1, 0, b""
-    with file.open("rb") as stream:
-        while block := stream.read(max(BLOCK, len(rest))):
-            if offset == 0 and not rest:
-                _magic(block, place)
-            block = rest + block
-            # Cut after a line end, never between \r and \n.
-            cut = max(block.rfind(b"\n"), block.rfind(b"\r", 0, -1)) + 1
-            block, rest = block[:cut], block[cut:]
-            if block:
-                found = _split(block, offset, number, place)
-                yield number, found[:-1]
-                number, offset = number + len(found) - 1, offset + len(block)
-    if rest:
-        found = _split(rest, offset, number, place)
-        yield number, found if found[-1] else found[:-1]
-    elif offset == 0:
-        raise unreadable(place, "the file is empty.")
-
-
-def read_text(file: Path, place: str) -> Iterator[Chunk]:
-    """The one column ``text``: a line is a row; blank lines separate and are counted."""
-    for first, block in lines(file, place):
-        kept = [(first + i, line) for i, line in enumerate(block) if line and not line.isspace()]
-        table = pa.table({"text": pa.array([line for _, line in kept], pa.string())})
-        numbers = pa.array([number for number, _ in kept], pa.int64())
-        yield Chunk(place, "line", numbers, table, blank=len(block) - len(kept))
-
-
-def check_bytes(file: Path, place: str, blocks: int | None = None) -> None:
-    """Read the file's first ``blocks`` (null: all) as lines, for the errors that this may raise."""
-    for i, _ in enumerate(lines(file, place), start=1):
-        if i == blocks:
-            return
-
-
-def _split(block: bytes, offset: int, number: int, place: str) -> list[str]:
-    try:
-        # utf-8-sig would eat a mark in the middle of the file too: only the first block may have one.
-        text = block.decode("utf-8-sig" if offset == 0 else "utf-8")
-    except UnicodeDecodeError as error:
-        line = number + block.count(b"\n", 0, error.start)
-        raise unreadable(
-            place,
-            f"line {line}, byte {offset + error.start} (0x{block[error.start]:02x}) is not UTF-8. "
-            "Save the file as UTF-8 (for example: iconv -f latin1 -t utf-8).",
-        ) from None
-    if "\0" in text:
-        line = number + text.count("\n", 0, text.index("\0"))
-        raise unreadable(place, f"line {line} has a NUL byte. Maybe the file is UTF-16 or binary: save it as UTF-8 text.")
-    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-
-
-def _magic(block: bytes, place: str) -> None:
-    for magic, name in MAGIC.items():
-        if block.startswith(magic):
-            raise unreadable(place, f"byte 0: this is {name} data under another name. Unpack or convert it to UTF-8 text.")
-    if block.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise unreadable(place, "line 1, byte 0: the file is UTF-16, not UTF-8. Save it as UTF-8.")
-
-
-CSV_BLOCK = 1 << 24
-DELIMITER = {"csv": ",", "tsv": "\t"}
-
-
-def csv_reader(file: Path, place: str, kind: str, columns: Sequence[str] = ()) -> Any:
-    """An open reader in which every cell is text: the word "NA" is a sentence like any other."""
-    check_bytes(file, place, blocks=1)
-    try:
-        return pyarrow.csv.open_csv(
-            file,
-            read_options=pyarrow.csv.ReadOptions(block_size=CSV_BLOCK),
-            parse_options=pyarrow.csv.ParseOptions(delimiter=DELIMITER[kind], newlines_in_values=True),
-            convert_options=pyarrow.csv.ConvertOptions(
-                column_types=dict.fromkeys(columns, pa.string()), include_columns=columns, strings_can_be_null=False
-            ),
-        )
-    except pa.ArrowInvalid as error:
-        raise _broken_csv(file, place, kind, error) from error
-
-
-def read_csv(file: Path, place: str, kind: str, columns: Sequence[str]) -> Iterator[Chunk]:
-    """The named columns; rows are counted without the header."""
-    reader, start = csv_reader(file, place, kind, columns), 1
-    while True:
-        try:
-            table = pa.Table.from_batches([reader.read_next_batch()])
-        except StopIteration:
-            return
-        except pa.ArrowInvalid as error:
-            raise _broken_csv(file, place, kind, error) from error
-        yield Chunk(place, "row", _count(start, table), table)
-        start += len(table)
-
-
-def _broken_csv(file: Path, place: str, kind: str, error: Exception) -> InputError:
-    """The first line that is at fault, found by a slower reader that counts lines."""
-    check_bytes(file, place)
-    csv.field_size_limit(1 << 30)
-    with contextlib.suppress(csv.Error), file.open(encoding="utf-8-sig", newline="") as stream:
-        rows, width, start = csv.reader(stream, delimiter=DELIMITER[kind]), 0, 1
-        for row in rows:
-            width = width or len(row)
-            if row and len(row) != width:
-                quote = " Maybe a quote is not closed." if rows.line_num > start else ""
-                return unreadable(
-                    place,
-                    f"line {start} has {len(row)} cells, the header {width}.{quote} "
-                    'Cells that hold the separator or a line end must be quoted ("...").',
-                )
-            start = rows.line_num + 1
-    return unreadable(place, f"not a readable {kind} file ({error}). Maybe a quote is not closed.")
-
-
-def read_json(file: Path, place: str, columns: Sequence[str], texts: Sequence[str]) -> Iterator[Chunk]:
-    """An object a line, or one list of objects. A column that an object lacks is null."""
-    for unit, numbers, objects in json_objects(file, place):
-        odd = pa.array([any(not isinstance(o.get(c, ""), str | None) for c in texts) for o in objects], pa.bool_())
-        cells = {name: _json_column(objects, name, name in texts, place) for name in columns}
-        yield Chunk(place, unit, pa.array(numbers, pa.int64()), pa.table(cells), odd)
-
-
-def json_objects(file: Path, place: str) -> Iterator[tuple[str, list[int], list[dict[str, Any]]]]:
-    """Blocks of ``(line or row, numbers, objects)``."""
-    for first, block in lines(file, place):
-        if first == 1 and next((line for line in block if line.strip()), "").lstrip().startswith("["):
-            yield "row", *_json_list(file, place)
-            return
-        found = [(first + i, _object(line, first + i, place)) for i, line in enumerate(block) if line.strip()]
-        yield "line", [number for number, _ in found], [item for _, item in found]
-
-
-def _json_list(file: Path, place: str) -> tuple[list[int], list[dict[str, Any]]]:
-    try:
-        rows = json.loads(file.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise unreadable(place, f"line {error.lineno}: {error.msg}. The file is cut or not JSON.") from None
-    for i, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise unreadable(place, f"row {i} is a JSON {type(row).__name__}, not an object.")
-    return list(range(1, len(rows) + 1)), rows
-
-
-def _object(line: str, number: int, place: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise unreadable(place, f"line {number} is not JSON ({error.msg}). Each line must be one whole object.") from None
-    if not isinstance(row, dict):
-        raise unreadable(place, f"line {number} is a JSON {type(row).__name__}. Each line must be one whole object.")
-    return row
-
-
-def _json_column(objects: list[dict[str, Any]], name: str, text: bool, place: str) -> pa.Array:
-    cells = [row.get(name) for row in objects]
-    if text:
-        cells = [cell if isinstance(cell, str) else None for cell in cells]
-    try:
-        return pa.array(cells)
-    except (pa.ArrowException, UnicodeEncodeError) as error:
-        raise unreadable(place, f"column '{name}' cannot be read ({error}).") from error
-
-
-def read_parquet(file: Path, place: str, columns: Sequence[str]) -> Iterator[Chunk]:
-    """The named columns."""
-    start = 1
-    try:
-        for batch in pq.ParquetFile(file).iter_batches(ROWS, columns=list(columns)):
-            table = pa.Table.from_batches([batch])
-            yield Chunk(place, "row", _count(start, table), table)
-            start += len(table)
-    except (pa.ArrowException, OSError) as error:
-        raise unreadable(place, f"after row {start - 1}: cut or not Parquet ({error}). Copy or write it anew.") from error
-
-
-def _count(start: int, table: pa.Table) -> pa.Array:
-    return pa.array(np.arange(start, start + len(table), dtype=np.int64))
-
-
-def open_hub(path: str, streaming: bool) -> Any:
-    """``owner/name[:config[:split]]``, split ``train`` unless named.
-
-    Raises:
-        InputError: the hub cannot be reached or has no such data set, config or split.
-    """
-    name, config, split = (*path.split(":"), None, None)[:3]
-    if not datasets.config.HF_HUB_OFFLINE:
-        check_reachable(path, str(name))
-    try:
-        return datasets.load_dataset(name, config, split=split or "train", streaming=streaming)
-    except Exception as error:  # the libraries below raise dozens of kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"data.path={path}: no such file or folder here, and the hub gave none: {reason} "
-            f"data.path takes {ACCEPTED}; a hub id may go on with :config and :split."
-        ) from error
-
-
-def read_hub(path: str, columns: Sequence[str], streaming: bool) -> Iterator[Chunk]:
-    """The named columns of the data set."""
-    start = 1
-    rows = open_hub(path, streaming).select_columns(list(columns)).with_format("arrow")
-    for table in rows.iter(ROWS):
-        numbers = pa.array(np.arange(start, start + len(table), dtype=np.int64))
-        yield Chunk(f"data.path={path}", "row", numbers, table)
-        start += len(table)
-
-
-def column_names(place: DataPath, file: int = 0) -> list[str]:
-    """The columns, from the head of one file alone; of JSON those of its first objects."""
-    if place.kind == "hub":
-        return list(open_hub(place.path, streaming=True).column_names)
-    path, name = place.files[file], _name(place, file)
-    if path.stat().st_size == 0:
+def column_names(data: DataPath, file: Path | None = None) -> list[str]:
+    """The columns of a file (default: the first), from its start alone; of JSON those of its first objects."""
+    if data.kind == "hub":
+        return list(open_hub(data.path, streaming=True).column_names)
+    file = file or data.files[0]
+    name = data.describe(file)
+    if file.stat().st_size == 0:
         raise unreadable(name, "the file is empty.")
-    if place.kind == "txt":
-        check_bytes(path, name, blocks=1)
+    if data.kind != "parquet":
+        check_text(file, name, BLOCK)
+    if data.kind == "txt":
         return ["text"]
-    names = _table_columns(place.kind, path, name)
+    if data.kind == "json":
+        objects = next(_json_objects(file, name), ("", [], []))[2]
+        return list(dict.fromkeys(key for row in objects for key in row))
+    try:
+        names = _open_table(file, data.kind)[0]
+    except (pa.ArrowException, OSError) as error:
+        raise _diagnose(file, name, data.kind, error) from error
+    if data.kind != "parquet" and len(names) == 1 and (found := [mark for mark in (";", "\t", "|", ",") if mark in names[0]]):
+        advice = "A .csv file is cut by commas, a .tsv file by tabs."
+        raise unreadable(name, f"line 1, {names[0]!r}, seems to be cut by {found[0]!r}. {advice}")
     if twice := sorted({n for n in names if names.count(n) > 1}):
         raise unreadable(name, f"the column {', '.join(twice)} is there twice. Rename one of them.")
     return names
 
 
-def read_chunks(place: DataPath, texts: Sequence[str], others: Sequence[str], streaming: bool) -> Iterator[Chunk]:
-    """The text columns and the ``others`` of all files, in order."""
+def read_chunks(data: DataPath, texts: Sequence[str], others: Sequence[str], streaming: bool) -> Iterator[Chunk]:
+    """Read the text columns and ``others`` of all files, in order; ``streaming`` does not download all of a hub's data set."""
     columns = list(dict.fromkeys((*texts, *others)))
-    if place.kind == "hub":
-        yield from read_hub(place.path, columns, streaming)
-        return
-    for i, file in enumerate(place.files):
-        name, available = _name(place, i), column_names(place, i)
-        if place.kind != "json":  # an object may lack a column: that is an empty cell
+    if data.kind == "hub":
+        rows = open_hub(data.path, streaming).select_columns(columns).with_format("arrow")
+        yield from _number_rows(f"`path`={data.path}", rows.iter(ROWS))
+    for file in data.files:
+        name, available = data.describe(file), column_names(data, file)
+        if data.kind != "json":  # a column that an object lacks is an empty cell
             for column in columns:
-                check_column(name.removeprefix("data.path="), available, column, "data.columns")
-        if place.kind == "txt":
-            yield from read_text(file, name)
-        elif place.kind == "json":
-            yield from read_json(file, name, columns, texts)
-        elif place.kind == "parquet":
-            yield from read_parquet(file, name, columns)
+                check_column(name, available, column, "columns")
+        if data.kind == "txt":
+            yield from _read_text(file, name)
+        elif data.kind == "json":
+            yield from _read_json(file, name, columns, texts)
         else:
-            yield from read_csv(file, name, place.kind, columns)
+            yield from _number_rows(name, _read_table(file, name, data.kind, columns))
 
 
-def _name(place: DataPath, file: int) -> str:
-    path = place.files[file]
-    inside = "" if len(place.files) == 1 else f", file {path.name}"
-    return f"data.path={place.path}{inside}"
+def _number_rows(name: str, tables: Iterator[pa.Table]) -> Iterator[Chunk]:
+    start = 1
+    for table in tables:
+        yield Chunk(name, "row", pa.array(np.arange(start, start + len(table))), table)
+        start += len(table)
 
 
-def _table_columns(kind: str, path: Path, name: str) -> list[str]:
+def _open_table(file: Path, kind: str, columns: Sequence[str] = ()) -> tuple[list[str], Any]:
+    """All column names, and record batches of the named columns; a cell of CSV is text, also "NA" and "1.50"."""
     if kind == "parquet":
-        try:
-            return list(pq.read_schema(path).names)
-        except (pa.ArrowException, OSError) as error:
-            raise unreadable(name, f"cut or not Parquet ({error}). Copy or write it anew.") from error
-    if kind == "json":
-        blocks = json_objects(path, name)
-        return list(dict.fromkeys(key for _, _, rows in itertools.islice(blocks, 1) for row in rows for key in row))
-    names = list(csv_reader(path, name, kind).schema.names)
-    if len(names) == 1 and (found := [mark for mark in (";", "\t", "|", ",") if mark in names[0]]):
-        raise unreadable(
-            name,
-            f"line 1, {names[0]!r}, seems to be cut by {found[0]!r}. A .csv file is cut by commas, a .tsv file by tabs.",
-        )
-    return names
+        parquet = pq.ParquetFile(file)
+        return list(parquet.schema_arrow.names), parquet.iter_batches(ROWS, columns=list(columns))
+    reader = pyarrow.csv.open_csv(
+        file,
+        pyarrow.csv.ReadOptions(block_size=CSV_BLOCK),
+        pyarrow.csv.ParseOptions(delimiter=DELIMITERS[kind], newlines_in_values=True),
+        pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(columns, pa.string()), include_columns=columns),
+    )
+    return list(reader.schema.names), reader
+
+
+def _read_table(file: Path, name: str, kind: str, columns: list[str]) -> Iterator[pa.Table]:
+    row = 0
+    try:
+        for batch in _open_table(file, kind, columns)[1]:
+            yield pa.Table.from_batches([batch])
+            row += len(batch)
+    except (pa.ArrowException, OSError) as error:
+        raise _diagnose(file, name, kind, error, row) from error
+
+
+def read_lines(file: Path, name: str) -> Iterator[tuple[int, list[str]]]:
+    r"""Read blocks of ``(number of the first line, lines)``; ``\r\n`` and ``\r`` end a line too and become ``\n``."""
+    number = 1
+    try:
+        with file.open(encoding="utf-8-sig") as stream:
+            while block := stream.readlines(BLOCK):
+                if any("\0" in line for line in block):
+                    raise ValueError("a NUL character")
+                yield number, block
+                number += len(block)
+    except ValueError:  # UnicodeDecodeError is one
+        check_text(file, name)
+        raise
+
+
+def _read_text(file: Path, name: str) -> Iterator[Chunk]:
+    """The column ``text``, one row a line; blank lines are skipped and counted."""
+    for first, block in read_lines(file, name):
+        rows = [(number, line) for number, line in enumerate(block, first) if not line.isspace()]
+        numbers, text = pa.array([n for n, _ in rows], pa.int64()), pa.array([line for _, line in rows], pa.string())
+        yield Chunk(name, "line", numbers, pa.table({"text": text}), blank=len(block) - len(rows))
+
+
+def _read_json(file: Path, name: str, columns: Sequence[str], texts: Sequence[str]) -> Iterator[Chunk]:
+    """A cell that an object lacks is null. Cells of one column may be of several types, which pyarrow's reader refuses."""
+    for unit, numbers, rows in _json_objects(file, name):
+        odd = [any(not isinstance(row.get(column, ""), str | None) for column in texts) for row in rows]
+        cells = {column: [row.get(column) for row in rows] for column in columns}
+        for column, values in cells.items():
+            try:
+                text = [cell if isinstance(cell, str) else None for cell in values]
+                cells[column] = pa.array(text if column in texts else values)
+            except (pa.ArrowException, UnicodeEncodeError) as error:
+                raise unreadable(name, f"column '{column}' cannot be read ({error}).") from error
+        yield Chunk(name, unit, pa.array(numbers, pa.int64()), pa.table(cells), pa.array(odd, pa.bool_()))
+
+
+def _json_objects(file: Path, name: str) -> Iterator[tuple[str, list[int], list[dict[str, Any]]]]:
+    """Blocks of ``(unit, numbers, objects)``, of a file with an object a line or with one list of objects."""
+    for first, block in read_lines(file, name):
+        rows = {number: line for number, line in enumerate(block, first) if not line.isspace()}
+        if first == 1 and next(iter(rows.values()), "").lstrip().startswith("["):
+            try:
+                items = json.loads(file.read_text(encoding="utf-8-sig"))
+            except json.JSONDecodeError as error:
+                raise unreadable(name, f"line {error.lineno}: {error.msg}. The file is cut or not JSON.") from None
+            for number, item in enumerate(items, 1):
+                if not isinstance(item, dict):
+                    raise unreadable(name, f"row {number} is a JSON {type(item).__name__}, not an object.")
+            yield "row", list(range(1, len(items) + 1)), items
+            return
+        yield "line", list(rows), [_json_object(line, number, name) for number, line in rows.items()]
+
+
+def _json_object(line: str, number: int, name: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+        fault = None if isinstance(row, dict) else f"is a JSON {type(row).__name__}"
+    except json.JSONDecodeError as error:
+        fault = f"is not JSON ({error.msg})"
+    if fault:
+        raise unreadable(name, f"line {number} {fault}. Each line must be one whole object.")
+    return row
+
+
+def check_text(file: Path, name: str, size: int | None = None) -> None:
+    """Raise ``InputError`` for the first line, of the first ``size`` bytes, that is not plain UTF-8 text."""
+    offset = 0
+    with file.open("rb") as stream:
+        for number, line in enumerate(stream, 1):
+            if number == 1 and (found := [what for magic, what in MAGIC.items() if line.startswith(magic)]):
+                raise unreadable(
+                    name, f"byte 0: this is {found[0]} data under another name. Unpack or convert it to UTF-8 text."
+                )
+            if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise unreadable(name, "line 1, byte 0: the file is UTF-16, not UTF-8. Save it as UTF-8.")
+            try:
+                nul = "\0" in line.decode()
+            except UnicodeDecodeError as error:
+                place = f"line {number}, byte {offset + error.start} (0x{line[error.start]:02x})"
+                advice = "Save the file as UTF-8 (for example: iconv -f latin1 -t utf-8)."
+                raise unreadable(name, f"{place} is not UTF-8. {advice}") from None
+            if nul:
+                advice = "Maybe the file is UTF-16 or binary: save it as UTF-8 text."
+                raise unreadable(name, f"line {number} has a NUL byte. {advice}")
+            offset += len(line)
+            if size and offset >= size:
+                return
+
+
+def _diagnose(file: Path, name: str, kind: str, error: Exception, row: int = 0) -> InputError:
+    """The error for a table that a reader failed on: a slow pass over its bytes, then over its cells, finds the line."""
+    if kind == "parquet":
+        after = f"after row {row}: " if row else ""
+        return unreadable(name, f"{after}cut or not Parquet ({error}). Copy or write it anew.")
+    check_text(file, name)
+    csv.field_size_limit(1 << 30)
+    with contextlib.suppress(csv.Error), file.open(encoding="utf-8-sig", newline="") as text:
+        width, start, rows = 0, 1, csv.reader(text, delimiter=DELIMITERS[kind])
+        for cells in rows:
+            width = width or len(cells)
+            if cells and len(cells) != width:
+                quote = " Maybe a quote is not closed." if rows.line_num > start else ""
+                advice = 'Cells that hold the separator or a line end must be quoted ("...").'
+                return unreadable(name, f"line {start} has {len(cells)} cells, the header {width}.{quote} {advice}")
+            start = rows.line_num + 1
+    return unreadable(name, f"not a readable {kind} file ({error}). Maybe a quote is not closed.")

@@ -1,63 +1,76 @@
-"""Labelled images in folders, Parquet files or on the hub."""
+"""Labeled images in folders, Parquet files or on the hub."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from datasets import ClassLabel, Dataset, DatasetInfo, Features, Value
-from datasets.table import InMemoryTable
+from datasets import ClassLabel, Dataset, Value
 
-from tercet.data.columns import check_column, label_ids, matches_any
-from tercet.data.file_reader import column_names, open_hub, read_chunks
-from tercet.data.paths import IMAGE, LABEL, DataPath, resolve_images
-from tercet.data.splits import files_fingerprint, held_out_rows, text_fingerprint
-from tercet.data.text_files import CHOICES, listed
+from tercet.data.columns import as_dataset, check_column, label_ids, matches_any
+from tercet.data.file_reader import column_names, read_chunks
+from tercet.data.paths import DataPath, open_hub, resolve, visible_files
+from tercet.data.splits import check_split, files_fingerprint, split_rows, text_fingerprint
+from tercet.data.text_files import as_list
 from tercet.errors import InputError
+from tercet.messages import warn_once
+from tercet.paths import locate
+
+ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm"}
+IMAGE_NAMES = ("image", "img", "picture", "photo", "face", "pixels")
+LABEL_NAMES = ("label", "identity", "person", "class", "target", "category", "name")
+ACCEPTED = "a folder root/label/file, .parquet files with an image column, or a hub id (owner/name)"
+CELL = {"bytes": Value("binary"), "path": Value("string")}
+CELL_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
 @dataclass(frozen=True)
 class ImageFiles:
     """A folder ``root/label/file``, Parquet with an image column (bytes, or ``{bytes, path}``), or a hub data set.
 
-    ``image`` and ``label`` name the columns; null: found by their names, or as the only column that can hold images. In a
-    folder the label is the name of the folder that a file lies in; a file in ``root`` itself has none. ``where`` keeps
-    rows by value: ``{split: train}``. With ``held_out`` above 0, ``split`` "test" is about that many images (a fifth of
-    all at most) of whole labels, chosen by a hash, so that no label is on both sides; "train" is the others, "all" both.
+    ``image`` and ``label`` name the columns; None: found by their usual names, or as the only column that can hold images. In
+    a folder the label is the name of the folder that a file is in; a file in ``root`` itself has none. ``where`` keeps rows by
+    value: ``{"split": "train"}``. With ``held_out`` above 0, the ``split`` "test" has about that many images, at most a fifth,
+    of whole labels chosen by a hash, so that no label is in both splits; "train" has the others, "all" both.
+
+    >>> import pathlib, tempfile
+    >>> from PIL import Image
+    >>> root = pathlib.Path(tempfile.mkdtemp())
+    >>> for name in ("ada", "bob"):
+    ...     (root / name).mkdir()
+    ...     Image.new("L", (32, 32)).save(root / name / "1.png")
+    >>> ImageFiles(str(root)).rows()["label"][:]
+    [0, 1]
 
     Raises:
-        InputError: here or in a method, for whatever cannot be used. An image that cannot be decoded is found later.
+        InputError: from the constructor or a method, for whatever cannot be used. An image that cannot be decoded is found
+            when it is read.
     """
 
     path: str
-    image: str | None
-    label: str | None
-    where: Mapping[str, Any] | None
-    split: str
-    held_out: int
+    image: str | None = None
+    label: str | None = None
+    where: Mapping[str, Any] | None = None
+    split: str = "all"
+    held_out: int = 0
 
     def __post_init__(self) -> None:
-        if self.split not in CHOICES["split"]:
-            raise InputError(f"data.split={self.split}: use one of {', '.join(CHOICES['split'])}.")
-        if self.split == "test" and self.held_out == 0:
-            raise InputError("data.held_out=0 leaves no test side. Use data.held_out=2 or more.")
-        place = resolve_images(self.path)
-        available = ["image", "label"] if place.kind == "folder" else column_names(place)
-        image = check_column(self.path, available, self.image, "data.image") if self.image else _first(available, IMAGE)
-        image = image or _only(place)
+        check_split(self.split, self.held_out)
+        data, here = resolve_images(self.path), f"`path`={self.path}"
+        names = ["image", "label"] if data.kind == "folder" else column_names(data)
+        image = check_column(here, names, self.image, "image") if self.image else _first(names, IMAGE_NAMES)
+        image = image or _only_image_column(data)
         if image is None:
-            raise InputError(
-                f"data.path={self.path} has the columns {', '.join(available)}: say which holds images with data.image=..."
-            )
-        label = check_column(self.path, available, self.label, "data.label") if self.label else _first(available, LABEL)
+            raise InputError(f"{here} has the columns {', '.join(names)}: say which holds images with `image`=...")
+        label = check_column(here, names, self.label, "label") if self.label else _first(names, LABEL_NAMES)
         if label is None and self.held_out:
             raise InputError(
-                f"data.held_out={self.held_out} holds out whole labels, but data.path={self.path} has the columns "
-                f"{', '.join(available)}. Name that of the labels with data.label=..., or use data.held_out=0."
+                f"`held_out`={self.held_out} holds out whole labels, but {here} has the columns {', '.join(names)}. "
+                "Name that of the labels with `label`=..., or use `held_out`=0."
             )
-        where = {check_column(self.path, available, str(n), "data.where"): listed(v) for n, v in (self.where or {}).items()}
+        where = {check_column(here, names, str(n), "where"): as_list(v) for n, v in (self.where or {}).items()}
         for name, value in (("image", image), ("label", label), ("where", where)):
             object.__setattr__(self, name, value)
 
@@ -69,63 +82,83 @@ class ImageFiles:
         """One view."""
         return ("image",)
 
+    @property
+    def provides(self) -> frozenset[str]:
+        """What samplers, objectives and evaluators may need."""
+        return frozenset({"all_rows"} | ({"label"} if self.label is not None else set()))
+
     def rows(self) -> Dataset:
         """``image`` as ``{"bytes", "path"}``, not decoded, and ``label`` with its names."""
         table = self._table()
         for name, values in (self.where or {}).items():
             table = table.filter(matches_any(table[name], values, self.path, name))
         if len(table) == 0:
-            left = f"data.where={dict(self.where or {})} keeps no row of" if self.where else "There is no image in"
-            raise InputError(f"{left} data.path={self.path}.")
+            reason = f"`where`={dict(self.where or {})} keeps no row of" if self.where else "There is no image in"
+            raise InputError(f"{reason} `path`={self.path}.")
         assert self.image is not None
-        cells, features = {"image": _cells(table[self.image], self.path, self.image)}, {"image": CELL}
+        cells, features = {"image": _image_cells(table[self.image], self.path, self.image)}, {"image": CELL}
         if self.label is not None:
             cells["label"], names = label_ids(table[self.label], self.path, self.label)
             features["label"] = ClassLabel(names=names) if names else Value("int64")
-        out = pa.table(cells)
-        if self.held_out and self.split != "all":
-            test = held_out_rows(table[self.label], self.held_out, self.path)
-            out = out.filter(pa.array(test if self.split == "test" else ~test))
-        return Dataset(InMemoryTable(out), info=DatasetInfo(features=Features(features)), fingerprint=self.fingerprint())
+        by = table[self.label or self.image]  # without labels nothing is held out
+        rows = split_rows(pa.table(cells), by, self.split, self.held_out, self.path)
+        return as_dataset(rows, self.fingerprint(), features)
 
     def _table(self) -> pa.Table:
-        place = resolve_images(self.path)
-        if place.kind == "folder":
-            root = place.files[0]
-            files = place.files[1:]
+        data = resolve_images(self.path)
+        if data.kind == "folder":
+            root, *files = data.files
             labels = [None if file.parent == root else file.parent.relative_to(root).as_posix() for file in files]
             cells = {"bytes": pa.nulls(len(files), pa.binary()), "path": pa.array(map(str, files), pa.string())}
             return pa.table({"image": pa.StructArray.from_arrays(list(cells.values()), list(cells)), "label": labels})
-        wanted = [name for name in (self.image, self.label, *(self.where or ())) if name is not None]
-        tables = [piece.table for piece in read_chunks(place, [], wanted, streaming=False)]
+        names = [name for name in (self.image, self.label, *(self.where or ())) if name is not None]
+        tables = [chunk.table for chunk in read_chunks(data, [], names, streaming=False)]
         return pa.concat_tables(tables, promote_options="permissive")
 
     def fingerprint(self) -> str:
-        """Hashes what the files hold and every option; of folders names and sizes."""
-        place = resolve_images(self.path)
-        options = repr((*astuple(self)[1:], self.path if place.kind == "hub" else ""))
-        if place.kind == "folder":
-            root = place.files[0]
-            return text_fingerprint(options, *(f"{f.relative_to(root)}{f.stat().st_size}" for f in place.files[1:]))
-        return text_fingerprint(options, files_fingerprint(place, whole=True))
+        """Hash the files' contents and every option; of the images of a folder their names and sizes."""
+        data = resolve_images(self.path)
+        options = repr((*astuple(self)[1:], self.path if data.kind == "hub" else ""))
+        if data.kind == "folder":
+            root, *files = data.files
+            return text_fingerprint(options, *(f"{f.relative_to(root)}{f.stat().st_size}" for f in files))
+        return text_fingerprint(options, files_fingerprint(data, whole=True))
 
 
-CELL = {"bytes": Value("binary"), "path": Value("string")}
-CELL_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+def resolve_images(path: str) -> DataPath:
+    """Find the images that a path names; of kind "folder", ``files`` are its root and the images.
+
+    Raises:
+        InputError: nothing is there, or nothing in it is an image.
+    """
+    here = locate(path)
+    if here.is_dir():
+        files = sorted(visible_files(here))
+        images = [f for f in files if f.suffix.lower() in ENDINGS]
+        if images:
+            if others := len(files) - len(images):
+                warn_once(f"{path}: {others} of {len(files)} files are no images by their names; left out.")
+            return DataPath(path, "folder", (here, *images))
+        if not any(f.suffix.lower() == ".parquet" for f in files):
+            raise InputError(f"`path`={path}: no image among {len(files)} files. `path` takes {ACCEPTED}.")
+    data = resolve(path)
+    if data.kind not in ("parquet", "hub"):
+        raise InputError(f"`path`={path} is of kind {data.kind}. For images `path` takes {ACCEPTED}.")
+    return data
 
 
-def _first(available: list[str], names: tuple[str, ...]) -> str | None:
+def _first(available: Sequence[str], names: Sequence[str]) -> str | None:
     lower = {name.lower(): name for name in available}
     return next((lower[name] for name in names if name in lower), None)
 
 
-def _only(place: DataPath) -> str | None:
-    """The one column that is of an image's type."""
-    if place.kind == "hub":
-        features = open_hub(place.path, streaming=True).features
+def _only_image_column(data: DataPath) -> str | None:
+    """The one column that has the type of images."""
+    if data.kind == "hub":
+        features = open_hub(data.path, streaming=True).features
         schema = features.arrow_schema if features else pa.schema([])
     else:
-        schema = pq.read_schema(place.files[0])
+        schema = pq.read_schema(data.files[0])
     names = [field.name for field in schema if _is_bytes(field.type) or _is_struct(field.type)]
     return names[0] if len(names) == 1 else None
 
@@ -138,19 +171,19 @@ def _is_struct(kind: pa.DataType) -> bool:
     return pa.types.is_struct(kind) and {"bytes", "path"} <= {kind.field(i).name for i in range(kind.num_fields)}
 
 
-def _cells(column: pa.ChunkedArray, path: str, name: str) -> pa.ChunkedArray:
-    """Bytes or structs, to structs; chunk by chunk, for an array of bytes ends at 2 GB."""
+def _image_cells(column: pa.ChunkedArray, path: str, name: str) -> pa.ChunkedArray:
+    """Bytes, file names or structs as structs; chunk by chunk, since an array of bytes ends at 2 GB."""
     kind = column.type
-    text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    if not (text or _is_bytes(kind) or _is_struct(kind)):
-        raise InputError(f"data.image={name}: data.path={path} holds {kind} there; images are bytes or file names.")
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    if not (is_text or _is_bytes(kind) or _is_struct(kind)):
+        raise InputError(f"`image`={name}: `path`={path} holds {kind} there; images are bytes or file names.")
 
     def struct(chunk: pa.Array) -> pa.Array:
-        none = pa.nulls(len(chunk))
+        missing = pa.nulls(len(chunk))
         if _is_struct(kind):
             data, file = pc.struct_field(chunk, "bytes"), pc.struct_field(chunk, "path")
         else:
-            data, file = (none, chunk) if text else (chunk, none)
+            data, file = (missing, chunk) if is_text else (chunk, missing)
         return pa.StructArray.from_arrays([data.cast(pa.binary()), file.cast(pa.string())], ["bytes", "path"])
 
-    return pa.chunked_array([struct(c) for c in column.chunks], type=CELL_TYPE)
+    return pa.chunked_array([struct(chunk) for chunk in column.chunks], type=CELL_TYPE)

@@ -1,51 +1,45 @@
 """Rows of text in files or on the hub."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
-from itertools import chain
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset, DatasetInfo, Features, IterableDataset, Value
-from datasets.table import InMemoryTable
+from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
 
-from tercet.data.columns import (
-    Chunk,
-    RowCounts,
-    check_column,
-    label_ids,
-    matches_any,
-    text_columns,
-    to_integers,
-    validate,
-)
+from tercet.data.columns import as_dataset, check_column, drop_bad_rows, label_ids, matches_any, text_columns, to_integers
 from tercet.data.file_reader import column_names, read_chunks
 from tercet.data.paths import resolve
-from tercet.data.splits import files_fingerprint, held_out_rows, text_fingerprint
+from tercet.data.splits import check_split, files_fingerprint, split_rows, text_fingerprint
 from tercet.errors import InputError
 from tercet.messages import warn_once
-
-CHOICES = {"split": ("train", "test", "all"), "bad_rows": ("error", "drop")}
 
 
 @dataclass(frozen=True)
 class TextFiles:
     """The text columns of a file, a folder of files of one kind, or a hub data set ``owner/name[:config[:split]]``.
 
-    ``columns`` are the views in order; none or null: found by name, from the head of the file. ``label`` names a
-    column that is numbered by its sorted values (-1 where empty), ``position`` a column of whole numbers. ``where``
-    keeps rows by value: ``{split: train, source: [news, speech]}``.
+    ``columns`` are the views in order; none: found by their usual names. ``label`` names a column whose values are numbered
+    (-1 where empty), ``position`` a column of whole numbers. ``where`` keeps rows by value:
+    ``{"split": "train", "source": ["news", "speech"]}``.
 
-    With ``held_out`` above 0, ``split`` "test" is that many rows (a fifth of all at most, 2 at least), chosen by a
-    hash of the column ``held_out_by`` (null: the label where there is a position, so that documents stay whole, else
-    the first text column), so that equal values are on one side; "train" is the others, "all" both. With ``streaming``
-    the rows are read as they come, and the first ``held_out`` are the test side. A cell has at most
-    ``max_characters``; rows with a bad cell are an "error" or "drop" as ``bad_rows`` says.
+    With ``held_out`` above 0, the ``split`` "test" has that many rows, at least 2 and at most a fifth, chosen by a hash of the
+    column ``held_out_by`` (None: the label where there is a position, so that documents stay whole, else the first text
+    column), so that equal values are in one split; "train" has the other rows, "all" both. With ``streaming`` rows are read
+    when they are needed, and the first ``held_out`` are the test split. ``bad_rows`` is "error" or "drop": what happens to
+    rows with an empty cell, or one of more than ``max_characters``.
+
+    >>> import pathlib, tempfile
+    >>> file = pathlib.Path(tempfile.mkdtemp()) / "pairs.csv"
+    >>> _ = file.write_text("question,answer\\nWho?,He.\\nWhat?,This.\\n")
+    >>> TextFiles(str(file), ["question", "answer"]).rows()[1]
+    {'question': 'What?', 'answer': 'This.'}
 
     Raises:
-        InputError: here or in a method, for whatever cannot be used.
+        InputError: from the constructor or a method, for whatever cannot be used.
     """
 
     path: str
@@ -61,90 +55,97 @@ class TextFiles:
     streaming: bool = False
 
     def __post_init__(self) -> None:
-        for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise InputError(f"data.{name}={getattr(self, name)}: use one of {', '.join(choices)}.")
-        if self.split == "test" and self.held_out == 0:
-            raise InputError("data.held_out=0 leaves no test side. Use data.held_out=2 or more.")
+        check_split(self.split, self.held_out)
+        if self.bad_rows not in ("error", "drop"):
+            raise InputError(f"`bad_rows`={self.bad_rows}: use one of error, drop.")
         if isinstance(self.columns, str):
-            raise InputError(f"data.columns={self.columns}: a list is needed, data.columns=[{self.columns}].")
+            raise InputError(f"`columns`={self.columns}: a list is needed, `columns`=[{self.columns}].")
         available = column_names(resolve(self.path))
-        columns = text_columns(self.path, available, [str(name) for name in self.columns or ()] or None)
+        columns = text_columns(self.path, available, [str(name) for name in self.columns or ()])
         if taken := {"label", "position"} & set(columns):
-            raise InputError(f"data.columns: a text column may not be called {', '.join(taken)}. Rename it.")
-        for key in ("label", "position", "held_out_by"):
-            if getattr(self, key) is not None:
-                check_column(self.path, available, getattr(self, key), f"data.{key}")
-        keep = {
-            check_column(self.path, available, str(name), "data.where"): value for name, value in (self.where or {}).items()
-        }
+            raise InputError(f"`columns`: a text column may not be called {', '.join(taken)}. Rename it.")
+        where = {str(name): as_list(value) for name, value in (self.where or {}).items()}
+        named = [(key, getattr(self, key)) for key in ("label", "position", "held_out_by")]
+        for key, name in (*named, *(("where", name) for name in where)):
+            if name is not None:
+                check_column(f"`path`={self.path}", available, name, key)
         object.__setattr__(self, "columns", columns)
-        object.__setattr__(self, "where", {name: listed(value) for name, value in keep.items()})
+        object.__setattr__(self, "where", where)
 
     def __hash__(self) -> int:
         return hash((self.path, self.columns, self.split))
 
+    @property
+    def provides(self) -> frozenset[str]:
+        """What samplers, objectives and evaluators may need: "label", "position", "all_rows"."""
+        given = {"label": self.label is not None, "position": self.position is not None, "all_rows": not self.streaming}
+        return frozenset(name for name, is_given in given.items() if is_given)
+
     def rows(self) -> Dataset | IterableDataset:
-        """The side's rows: the text columns, then ``label`` and ``position`` if they are named."""
-        if self.streaming and self.split == "test":  # few rows, and the same that the stream's train side leaves out
+        """The split's rows: the text columns, then ``label`` and ``position`` if they are named."""
+        if self.streaming and self.split == "test":  # few rows; the train split of the stream leaves them out
             return Dataset.from_list(list(_stream(self)), features=self._features())
         if self.streaming:
             return IterableDataset.from_generator(_stream, features=self._features(), gen_kwargs={"files": self})
-        tables = [piece.table for piece in self._pieces()]
+        tables = list(self._tables())
         try:
             table = pa.concat_tables(tables, promote_options="permissive")
         except pa.ArrowException as error:
-            raise InputError(f"data.path={self.path}: the files' columns do not agree ({error}).") from error
-        out, names = self._finished(table)
-        if self.held_out and self.split != "all":
-            document = self.label if self.position is not None else None  # sentences in order stay together
-            by = table[self.held_out_by or document or self.columns[0]]
-            test = held_out_rows(by, self.held_out, self.path)
-            out = out.filter(pa.array(test if self.split == "test" else ~test))
-        info = DatasetInfo(features=self._features(names))
-        return Dataset(InMemoryTable(out), info=info, fingerprint=self.fingerprint())
+            raise InputError(f"`path`={self.path}: the files' columns do not agree ({error}).") from error
+        document = self.label if self.position is not None else None
+        by = table[self.held_out_by or document or self.columns[0]]
+        cells, names = self._cells(table)
+        rows = split_rows(cells, by, self.split, self.held_out, self.path)
+        return as_dataset(rows, self.fingerprint(), self._features(names))
 
     def fingerprint(self) -> str:
-        """Hashes what the files hold (of a stream: their sizes and ends) and every option; not where they are."""
-        options = (*astuple(self)[1:], self.path if not resolve(self.path).files else "")
-        return text_fingerprint(repr(options), files_fingerprint(resolve(self.path), whole=not self.streaming))
+        """Hash the files' contents (of a stream: their sizes and ends) and every option but where the files are."""
+        data = resolve(self.path)
+        options = (*astuple(self)[1:], self.path if not data.files else "")
+        return text_fingerprint(repr(options), files_fingerprint(data, whole=not self.streaming))
 
-    def _others(self) -> list[str]:
-        named = (self.label, self.position, self.held_out_by, *(self.where or ()))
-        return list(dict.fromkeys(name for name in named if name is not None))
-
-    def _pieces(self) -> Iterator[Chunk]:
-        """Kept, checked and stripped; at the end says what was dropped."""
-        tally = RowCounts()
-        for piece in read_chunks(resolve(self.path), self.columns, self._others(), self.streaming):
+    def _tables(self) -> Iterator[pa.Table]:
+        """The rows that ``where`` and ``bad_rows`` keep; warns of the others at the end."""
+        count, blank, dropped = 0, 0, Counter[str]()
+        others = [name for name in (self.label, self.position, self.held_out_by, *(self.where or ())) if name is not None]
+        for chunk in read_chunks(resolve(self.path), self.columns, others, self.streaming):
             for name, values in (self.where or {}).items():
-                piece = piece.filter(matches_any(piece.table[name], values, self.path, name))
-            yield validate(piece, self.columns, self.bad_rows, self.max_characters, tally)
-        tally.say(self.path)
-        if tally.rows == 0:
-            left = f"data.where={self.where} keeps no row of data.path={self.path}." if self.where else ""
-            raise InputError(left or f"data.path={self.path} has no rows.")
-        if tally.rows == tally.dropped.total():
-            raise InputError(f"data.path={self.path}: all {tally.rows} rows were bad and dropped. Is it the right file?")
+                chunk = chunk.filter(matches_any(chunk.table[name], values, self.path, name))
+            count, blank = count + len(chunk.table), blank + chunk.blank
+            yield drop_bad_rows(chunk, self.columns, self.bad_rows, self.max_characters, dropped)
+        if blank:
+            warn_once(f"{self.path}: {blank} blank lines skipped.")
+        if dropped:
+            reasons = ", ".join(f"{number} {reason}" for reason, number in dropped.items())
+            warn_once(f"{self.path}: {dropped.total()} of {count} rows dropped ({reasons}).")
+        if count == 0:
+            empty = f"`where`={self.where} keeps no row of `path`={self.path}." if self.where else ""
+            raise InputError(empty or f"`path`={self.path} has no rows.")
+        if count == dropped.total():
+            raise InputError(f"`path`={self.path}: all {count} rows were bad and dropped. Is it the right file?")
 
-    def _finished(self, table: pa.Table) -> tuple[pa.Table, list[str]]:
+    def _cells(self, table: pa.Table) -> tuple[pa.Table, list[str]]:
+        """The columns of ``rows``, and the names of the labels; a stream's labels must be numbers, as it cannot be sorted."""
         cells, names = {name: table[name] for name in self.columns}, list[str]()
         if self.label is not None and self.streaming:
-            cells["label"] = _stream_labels(table[self.label], self.path, self.label)
+            try:
+                cells["label"] = pc.fill_null(to_integers(table[self.label], self.path, self.label, "label"), -1)
+            except InputError as error:
+                raise InputError(f"{error.message} With `streaming`=false words are numbered.") from error
         elif self.label is not None:
             cells["label"], names = label_ids(table[self.label], self.path, self.label)
         if self.position is not None:
-            cells["position"] = pc.fill_null(to_integers(table[self.position], self.path, self.position, "data.position"), -1)
+            cells["position"] = pc.fill_null(to_integers(table[self.position], self.path, self.position, "position"), -1)
         return pa.table(cells), names
 
     def _features(self, names: Sequence[str] = ()) -> Features:
         numbers = {name: Value("int64") for name in ("label", "position") if getattr(self, name) is not None}
-        named = {"label": ClassLabel(names=list(names))} if names else {}
-        return Features({name: Value("string") for name in self.columns} | numbers | named)
+        labels = {"label": ClassLabel(names=list(names))} if names else {}
+        return Features({name: Value("string") for name in self.columns} | numbers | labels)
 
 
 def _stream(files: TextFiles) -> Iterator[dict[str, Any]]:
-    rows = chain.from_iterable(files._finished(piece.table)[0].to_pylist() for piece in files._pieces())
+    rows = (row for table in files._tables() for row in files._cells(table)[0].to_pylist())
     for number, row in enumerate(rows):
         if files.split == "all" or (number < files.held_out) == (files.split == "test"):
             yield row
@@ -152,25 +153,23 @@ def _stream(files: TextFiles) -> Iterator[dict[str, Any]]:
             return
 
 
-def _stream_labels(column: Any, path: str, name: str) -> Any:
-    """A stream's values cannot be sorted: they must be numbers already."""
-    try:
-        return pc.fill_null(to_integers(column, path, name, "data.label"), -1)
-    except InputError as error:
-        raise InputError(f"{error} With data.streaming=false words are numbered.") from error
-
-
-def listed(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
     """A value of ``where``, alone or in a list."""
     return [value] if value is None or isinstance(value, str | int | float | bool) else list(value)
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Rows of ``files`` with the same value of the column ``group``, paired in order: 1-2, 3-4, ...
+    """Pairs of rows of ``files`` with the same value in the column ``group``, in order: 1-2, 3-4, ...
 
-    A group of odd size leaves its last row out, a group of one is left out (counted and said). ``label`` is the
-    group's number, so that others of the group are never negatives. Whole groups are held out.
+    The last row of a group of odd size is left out, and so are groups of one, which are counted in a warning. ``label`` is the
+    number of the group, so that its rows are never negatives of each other. Whole groups are held out.
+
+    >>> import pathlib, tempfile
+    >>> file = pathlib.Path(tempfile.mkdtemp()) / "captions.csv"
+    >>> _ = file.write_text("text,picture\\nA dog.,1\\nA cat.,2\\nA puppy.,1\\nA kitten.,2\\n")
+    >>> Groups(TextFiles(str(file), ["text"]), "picture").rows()[1]
+    {'anchor': 'A cat.', 'positive': 'A kitten.', 'label': 1}
 
     Raises:
         InputError: ``files`` is a stream, has more than one text column, or no group has two rows.
@@ -178,20 +177,20 @@ class Groups:
 
     files: TextFiles
     group: str
+    provides: ClassVar[frozenset[str]] = frozenset({"label", "all_rows"})
 
     def __post_init__(self) -> None:
         if self.files.streaming:
-            raise InputError("data.streaming=true: groups are gathered over all rows. Use data.streaming=false.")
+            raise InputError("`files.streaming`=true: groups are gathered over all rows. Use `files.streaming`=false.")
         if len(self.files.columns) != 1:
-            raise InputError(
-                f"data.columns=[{', '.join(self.files.columns)}]: groups pair the rows of one text column. Name one."
-            )
+            names = ", ".join(self.files.columns)
+            raise InputError(f"`files.columns`=[{names}]: groups pair the rows of one text column. Name one.")
         # Also checks that there is such a column.
         object.__setattr__(self, "files", replace(self.files, label=self.group, held_out_by=self.group))
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Two members of a group."""
+        """Two rows of a group."""
         return ("anchor", "positive")
 
     def rows(self) -> Dataset:
@@ -203,24 +202,22 @@ class Groups:
         group = label[order]
         start = np.flatnonzero(np.diff(group, prepend=-1))
         sizes = np.diff(start, append=len(group))
-        place = np.arange(len(group)) - np.repeat(start, sizes)
-        size = np.repeat(sizes, sizes)
-        anchors = np.flatnonzero((place % 2 == 0) & (place + 1 < size))
-        self._say(len(label) - len(order), int((sizes == 1).sum()), len(anchors))
+        position = np.arange(len(group)) - np.repeat(start, sizes)
+        anchors = np.flatnonzero((position % 2 == 0) & (position + 1 < np.repeat(sizes, sizes)))
+        self._report(len(label) - len(order), int((sizes == 1).sum()), len(anchors))
         text = table[self.files.columns[0]]
         pairs = {"anchor": text.take(order[anchors]), "positive": text.take(order[anchors + 1])}
-        out = pa.table(pairs | {"label": pa.array(group[anchors], pa.int64())})
-        return Dataset(InMemoryTable(out), fingerprint=self.fingerprint())
+        return as_dataset(pa.table(pairs | {"label": pa.array(group[anchors], pa.int64())}), self.fingerprint())
 
     def fingerprint(self) -> str:
-        """Follows the files' and the group."""
+        """Hash the files' fingerprint and the group."""
         return text_fingerprint("groups-1", self.group, self.files.fingerprint())
 
-    def _say(self, nameless: int, single: int, pairs: int) -> None:
+    def _report(self, ungrouped: int, single: int, pairs: int) -> None:
         path = self.files.path
         if pairs == 0:
             raise InputError(
-                f"data.path={path}: no two rows share a value of '{self.group}'. Name another column in data.group."
+                f"`files.path`={path}: no two rows share a value of '{self.group}'. Name another column in `group`."
             )
-        if nameless or single:
-            warn_once(f"data.path={path}: {single} groups of one row and {nameless} rows without '{self.group}' left out.")
+        if ungrouped or single:
+            warn_once(f"{path}: {single} groups of one row and {ungrouped} rows without '{self.group}' left out.")

@@ -1,4 +1,4 @@
-"""Several processes as one: gather with gradient, means over the global batch. The identity in a single process."""
+"""Gather rows with gradient, and means over the global batch. Every function is the identity in a single process."""
 
 from typing import Any
 
@@ -10,17 +10,29 @@ from tercet.types import Embeddings, LossOutput
 
 
 def world_size() -> int:
-    """W, the number of processes."""
+    """W, the number of processes.
+
+    >>> world_size()
+    1
+    """
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's number, 0 to W - 1."""
+    """The index of this process, 0 to W - 1.
+
+    >>> rank()
+    0
+    """
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def row_counts(n: int, device: torch.device) -> list[int]:
-    """The number of rows in each process; ``n`` is this one's."""
+    """The number of rows in each process, in the order of ranks; ``n`` is this process's.
+
+    >>> row_counts(3, torch.device("cpu"))
+    [3]
+    """
     if world_size() == 1:
         return [n]
     counts = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(world_size())]
@@ -29,16 +41,16 @@ def row_counts(n: int, device: torch.device) -> list[int]:
 
 
 def _all_gather(x: Tensor, counts: list[int]) -> Tensor:
-    # all_gather wants equal shapes: the shorter ranks are filled up, and cut again.
-    filled = x.new_zeros(max(counts), *x.shape[1:])
-    filled[: len(x)] = x
-    parts = [torch.empty_like(filled) for _ in counts]
-    dist.all_gather(parts, filled)
+    # all_gather needs equal shapes: shorter processes are padded, and the padding is cut off again.
+    padded = x.new_zeros(max(counts), *x.shape[1:])
+    padded[: len(x)] = x
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
 class _GatherRows(torch.autograd.Function):
-    """All processes' rows; the gradient of a row is the sum of what every process says about it."""
+    """The rows of all processes; the gradient of a row is the sum of its gradients in all processes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, counts: list[int]) -> Tensor:
@@ -53,35 +65,50 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(x: Tensor) -> Tensor:
-    """``(n, ...)`` of each process to ``(sum n, ...)`` in all of them, in the order of ranks and without gradient."""
+    """Concatenate the rows ``(n, ...)`` of all processes in the order of ranks, without gradient; n may differ.
+
+    >>> gather_rows(torch.tensor([1, 2]))
+    tensor([1, 2])
+    """
     return x if world_size() == 1 else _all_gather(x, row_counts(len(x), x.device))
 
 
 def gather_embeddings(own: Embeddings, counts: list[int]) -> Embeddings:
-    """The keys of the global batch, with gradient; ``counts (W)``: the ``sizes``, ranks may hold different ones."""
+    """Gather the keys of the global batch, with gradient; ``counts`` are the ``row_counts``.
+
+    >>> row = torch.arange(2)
+    >>> own = Embeddings(torch.eye(2)[None], row, row, row, row[None])
+    >>> len(gather_embeddings(own, row_counts(2, own.z.device)))
+    2
+    """
     if world_size() == 1:
         return own
     rows: Tensor = _GatherRows.apply(own.z.transpose(0, 1).contiguous(), counts)  # type: ignore[no-untyped-call]
     z = rows.transpose(0, 1)
-    uid, label, position = (_all_gather(x, counts) for x in (own.example_id, own.label, own.position))
-    return Embeddings(z, uid, label, position, _all_gather(own.content_hash.T.contiguous(), counts).T)
+    example_id, label, position = (_all_gather(x, counts) for x in (own.example_id, own.label, own.position))
+    return Embeddings(z, example_id, label, position, _all_gather(own.content_hash.T.contiguous(), counts).T)
 
 
-def reduce_loss(terms: LossOutput) -> tuple[Tensor, dict[str, Tensor]]:
-    """What to differentiate and what to log.
+def reduce_loss(output: LossOutput) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return what to differentiate and what to log.
 
-    The first is W · total / (sum of all counts): DDP averages over W processes, so that the gradient is the one of a
-    single process on the global batch. The second holds the global means, ``loss`` among them.
+    The first is W · ``loss_sum`` / (sum of all processes' ``normalizer``). DDP averages gradients over the W processes, so
+    that the result is the gradient of a single process on the global batch. The second holds the means over the global
+    batch: ``loss``, and each of ``stats``.
+
+    >>> value, logged = reduce_loss(LossOutput(torch.tensor(6.0), torch.tensor(3.0), {"accuracy": torch.tensor([1.5, 6.0])}))
+    >>> float(value), {name: float(mean) for name, mean in logged.items()}
+    (2.0, {'loss': 2.0, 'accuracy': 0.25})
     """
-    exact = torch.float32 if terms.loss_sum.device.type == "mps" else torch.float64  # counts of triplets exceed 2^24
+    exact = torch.float32 if output.loss_sum.device.type == "mps" else torch.float64  # counts of triplets exceed 2^24
     pairs = [
-        torch.stack([terms.loss_sum.detach().to(exact), terms.normalizer.detach().to(exact)]),
-        *terms.stats.values(),
+        torch.stack([output.loss_sum.detach().to(exact), output.normalizer.detach().to(exact)]),
+        *output.stats.values(),
     ]
     sums = torch.stack([pair.detach().to(exact) for pair in pairs])
     if world_size() > 1:
         dist.all_reduce(sums)
     counts = sums[:, 1].clamp(min=1)
     means = (sums[:, 0] / counts).float()
-    value = world_size() * terms.loss_sum / counts[0].to(terms.loss_sum.dtype)
-    return value, dict(zip(["loss", *terms.stats], means, strict=True))
+    value = world_size() * output.loss_sum / counts[0].to(output.loss_sum.dtype)
+    return value, dict(zip(["loss", *output.stats], means, strict=True))

@@ -1,7 +1,8 @@
-"""Keys in a ring: each process sees one other's block at a time, and nobody holds all of them.
+"""The loss of this process's anchors against the keys of all processes, which are gathered or circulate in a ring.
 
-The blocks go around once in the forward pass and once in the backward pass, where each takes along the gradient that
-every process has for it (as Inf-CL does: Cheng et al. 2024, arXiv:2410.17243, section 3.3).
+In a ring each process holds the block of keys of one other process at a time. The blocks go around once in the forward
+pass and once in the backward pass, where each takes along the gradient that every process has for it (as in Inf-CL: Cheng
+et al. 2024, arXiv:2410.17243, section 3.3).
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,96 +13,135 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tercet.distributed.gather import gather_embeddings, row_counts
 from tercet.types import Embeddings, Loss, LossOutput
 
-Parts = Callable[[Embeddings, Embeddings], Tensor]
+RING_BYTES = 1 << 30  # keys (float32) above this size are not gathered under ``key_exchange`` "auto"
+BlockStatistics = Callable[[Embeddings, Embeddings], Tensor]
 
 
 @runtime_checkable
 class BlockwiseLoss(Loss, Protocol):
-    """A loss that can meet its keys block by block: ``parts`` of ``ready`` rows and each block, then all ``merged``."""
+    """A loss that can process its keys in blocks: ``combine`` of the ``block_statistics`` of each block of prepared rows.
+
+    ``key_exchange`` is "gather", "ring", or "auto": a ring where all keys together exceed ``RING_BYTES``.
+    """
 
     key_exchange: str
 
     def prepare(self, side: Embeddings) -> Embeddings:
-        """Rows as ``parts`` wants them."""
+        """Transform rows, such as normalizing them, before ``block_statistics``."""
 
     def block_statistics(self, anchors: Embeddings, keys: Embeddings) -> Tensor:
-        """``(n, ...)``, what these keys are to each anchor."""
+        """Statistics ``(n, ...)`` of each anchor over one block of keys."""
 
-    def combine(self, parts: Tensor) -> LossOutput:
-        """The loss, of ``parts (B, n, ...)`` of all blocks."""
+    def combine(self, statistics: Tensor) -> LossOutput:
+        """The loss, of the statistics ``(B, n, ...)`` of all B blocks."""
 
     def parameters(self) -> Iterator[Any]:
-        """What is learned besides the rows."""
+        """Learned parameters of the loss."""
 
 
-def ring_statistics(parts: Parts, own: Embeddings, counts: list[int], parameters: Sequence[Tensor]) -> Tensor:
-    """``parts(own, block)`` for the block of every process: ``(W, n, ...)``, in the order in which they come by.
+def contrast(
+    loss: Loss, anchors: Embeddings, extend: Callable[[Embeddings], Embeddings] | None = None
+) -> tuple[Embeddings, LossOutput]:
+    """Score this process's anchors against the keys of all processes.
 
-    ``counts (W)``: the rows of each process. ``parameters`` are what ``parts`` depends on besides the rows.
+    Returns the keys that this process holds (in a ring its own rows) and the loss of its anchors; ``reduce_loss`` makes the
+    mean over all processes of it. ``extend`` adds further keys to the gathered ones, as a cross-batch memory does; it rules
+    out "auto" choosing a ring.
+
+    >>> from tercet.losses import TripletLoss
+    >>> row, label = torch.arange(3), torch.tensor([0, 0, 1])
+    >>> anchors = Embeddings(torch.tensor([[[1.0, 0.0], [0.8, 0.6], [0.6, -0.8]]]), row, label, row, row[None])
+    >>> keys, output = contrast(TripletLoss(margin=0.5), anchors)
+    >>> len(keys), round(float(output.loss_sum), 2), int(output.normalizer)
+    (3, 0.1, 1)
+    """
+    counts = row_counts(len(anchors), anchors.z.device)
+    if isinstance(loss, BlockwiseLoss) and _uses_ring(loss.key_exchange, counts, anchors.z, extend is not None):
+        statistics = ring_statistics(loss.block_statistics, loss.prepare(anchors), counts, list(loss.parameters()))
+        return anchors, loss.combine(statistics)
+    keys = gather_embeddings(anchors, counts)
+    return keys, loss(anchors, keys if extend is None else extend(keys))
+
+
+def _uses_ring(key_exchange: str, counts: list[int], z: Tensor, extended: bool) -> bool:
+    large = key_exchange == "auto" and not extended and sum(counts) * len(z) * z.shape[2] * 4 > RING_BYTES
+    return len(counts) > 1 and (key_exchange == "ring" or large)
+
+
+def ring_statistics(
+    block_statistics: BlockStatistics, own: Embeddings, counts: list[int], parameters: Sequence[Tensor]
+) -> Tensor:
+    """``block_statistics(own, block)`` for the block of every process: ``(W, n, ...)``, this process's block first.
+
+    ``counts (W)`` are the rows of each process, ``parameters`` the tensors besides the rows that ``block_statistics``
+    depends on.
     """
     learned = [p for p in parameters if p.requires_grad]
-    found: Tensor = _Ring.apply(own.z, parts, own, counts, *learned)  # type: ignore[no-untyped-call]
-    return found
+    statistics: Tensor = _Ring.apply(own.z, block_statistics, own, counts, *learned)  # type: ignore[no-untyped-call]
+    return statistics
 
 
 class _Ring(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, parts: Parts, own: Embeddings, counts: list[int], *learned: Tensor) -> Tensor:
-        ctx.parts, ctx.own, ctx.counts = parts, own, counts
+    def forward(
+        ctx: Any, z: Tensor, block_statistics: BlockStatistics, own: Embeddings, counts: list[int], *learned: Tensor
+    ) -> Tensor:
+        ctx.block_statistics, ctx.own, ctx.counts = block_statistics, own, counts
         ctx.save_for_backward(z, *learned)
-        return torch.stack([parts(own, block) for block in _blocks(own, counts)])
+        return torch.stack([block_statistics(own, block) for block in _blocks(own, counts)])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         z, *learned = ctx.saved_tensors
-        home = z.new_zeros(len(z), max(ctx.counts), z.shape[2])  # what is known of the block that is here
+        block_grad = z.new_zeros(len(z), max(ctx.counts), z.shape[2])  # of the block that is here; it travels with the block
         sums = [torch.zeros_like(x) for x in (z, *learned)]
         for grad, block in zip(grads[0], _blocks(ctx.own, ctx.counts), strict=True):
             with torch.enable_grad():
                 anchors, keys = (replace(side, z=side.z.detach().requires_grad_()) for side in (ctx.own, block))
-                found = ctx.parts(anchors, keys)
-            of_keys, *others = torch.autograd.grad(found, [keys.z, anchors.z, *learned], grad, allow_unused=True)
-            home[:, : len(block)] += of_keys
+                statistics = ctx.block_statistics(anchors, keys)
+            of_keys, *others = torch.autograd.grad(statistics, [keys.z, anchors.z, *learned], grad, allow_unused=True)
+            block_grad[:, : len(block)] += of_keys
             for total, one in zip(sums, others, strict=True):
                 if one is not None:
                     total += one
-            home = _passed_on([home])()[0]
-        return (sums[0] + home[:, : z.shape[1]], None, None, None, *sums[1:])
+            block_grad = _pass_on([block_grad])()[0]
+        return (sums[0] + block_grad[:, : z.shape[1]], None, None, None, *sums[1:])
 
 
-def _blocks(own: Embeddings, counts: list[int]) -> Any:
-    """Each process's rows, one's own first; the next ones travel while the caller works on these."""
+def _blocks(own: Embeddings, counts: list[int]) -> Iterator[Embeddings]:
+    """The rows of each process, this one's first; the next block arrives while the caller works on the present one."""
     world, rank = len(counts), dist.get_rank()
     ids = torch.cat([torch.stack([own.example_id, own.label, own.position]), own.content_hash])
-    here = [_filled(own.z.detach(), max(counts)), _filled(ids, max(counts))]
+    here = [_pad(own.z.detach(), max(counts)), _pad(ids, max(counts))]
     for step in range(world):
-        arrive = _passed_on(here) if step < world - 1 else None
+        receive = _pass_on(here) if step < world - 1 else None
         n = counts[(rank - step) % world]
         z, rows = here[0][:, :n], here[1][:, :n]
         yield Embeddings(z, rows[0], rows[1], rows[2], rows[3:])
-        if arrive:
-            here = arrive()
+        if receive:
+            here = receive()
 
 
-def _passed_on(tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
-    """Send to the next process; the result waits for what comes from the one before."""
+def _pass_on(tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
+    """Start to send to the next process; the result waits for the tensors of the previous one and returns them."""
     world, rank = dist.get_world_size(), dist.get_rank()
-    coming = [torch.empty_like(tensor) for tensor in tensors]
+    received = [torch.empty_like(tensor) for tensor in tensors]
     sends = [dist.P2POp(dist.isend, tensor, (rank + 1) % world) for tensor in tensors]
-    receives = [dist.P2POp(dist.irecv, tensor, (rank - 1) % world) for tensor in coming]
+    receives = [dist.P2POp(dist.irecv, tensor, (rank - 1) % world) for tensor in received]
     works = dist.batch_isend_irecv(sends + receives)
 
-    def arrive() -> list[Tensor]:
+    def receive() -> list[Tensor]:
         for work in works:
             work.wait()
-        return coming
+        return received
 
-    return arrive
+    return receive
 
 
-def _filled(x: Tensor, n: int) -> Tensor:
+def _pad(x: Tensor, n: int) -> Tensor:
     out = x.new_zeros(len(x), n, *x.shape[2:])
     out[:, : x.shape[1]] = x
     return out

@@ -1,86 +1,127 @@
-"""Quick-Thoughts' loss: tell the neighbouring sentences among all others."""
+"""The loss of Quick-Thoughts: cross entropy of the neighboring sentences among all others."""
 
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from tercet.errors import InputError
-from tercet.losses.blockwise import apply_in_slices
+from tercet.losses.base import Integers, apply_in_slices, check_embeddings, check_integers, make_embeddings, mean_loss
 from tercet.losses.info_nce import SIMILARITIES, prepare_for_similarity
 from tercet.types import Embeddings, LossOutput
 
 SELF_LOGITS = ("excluded", "zero")
-ACCURACIES = ("forward_accuracy", "backward_accuracy", "neighbour_accuracy")
+ACCURACIES = ("forward_accuracy", "backward_accuracy", "neighbor_accuracy")
 
 
 class ContextLoss(nn.Module):
-    """Cross entropy of a sentence's neighbours among the keys (Logeswaran and Lee 2018, arXiv:1803.02893, section 3).
+    """Cross entropy of a sentence's neighbors among the keys (Logeswaran and Lee 2018, arXiv:1803.02893, section 3).
 
     With s the similarity, t the temperature, f view 0 of the anchors and g the last view of the keys, the sum over
-    anchor rows i that have a neighbour of
+    anchor rows i that have a neighbor of
 
         -1/|C(i)| · sum over j in C(i) of log( exp(s(f_i, g_j)/t) / sum over k of exp(s(f_i, g_k)/t) )
 
-    C(i) are the rows of the same document (``label``, none where -1) with 1 <= abs(position - position_i) <= ``context``.
-    ``self_score`` says what the row's own key is: ``excluded``, or scored ``zero`` as in the authors' code. A key whose
-    content equals that of the anchor or of one of its neighbours, and that is no neighbour itself, is left out.
+    C(i) are the rows of the same document (``label``; none where it is below 0) with
+    1 <= abs(position - position_i) <= ``context``. A key whose content equals that of the anchor or of one of its
+    neighbors, and that is no neighbor itself, is left out.
+
+    ``similarity`` is "dot" or "cosine". ``self_logit`` is the logit of the row's own key: "excluded", or "zero" as in the
+    authors' code.
+
+    >>> z, documents, positions = torch.eye(3), [0, 0, 0], [0, 1, 2]
+    >>> round(float(ContextLoss()(z, documents, positions)), 4)  # all logits are equal: log(2)
+    0.6931
     """
 
-    def __init__(self, context: int, similarity: str, temperature: float, self_logit: str) -> None:
+    positives: ClassVar[frozenset[str]] = frozenset({"position"})
+    needs_hard_negatives: ClassVar[bool] = False
+
+    def __init__(
+        self, context: int = 1, similarity: str = "dot", temperature: float = 1.0, self_logit: str = "excluded"
+    ) -> None:
         super().__init__()
         if context < 1:
-            raise InputError(f"loss.context={context}: 1 (the sentence before and the one after) or more.")
+            raise InputError(f"`context`={context}: 1 (the sentence before and the one after) or more.")
         if similarity not in SIMILARITIES:
-            raise InputError(f"loss.similarity={similarity}: choose one of {', '.join(SIMILARITIES)}.")
+            raise InputError(f"`similarity`={similarity}: choose one of {', '.join(SIMILARITIES)}.")
         if not temperature > 0:
-            raise InputError(f"loss.temperature={temperature}: a number above 0; 1 with loss.similarity=dot in the paper.")
+            raise InputError(f"`temperature`={temperature}: a number above 0; 1 with `similarity`=dot in the paper.")
         if self_logit not in SELF_LOGITS:
-            raise InputError(f"loss.self_logit={self_logit}: choose one of {', '.join(SELF_LOGITS)}.")
+            raise InputError(f"`self_logit`={self_logit}: choose one of {', '.join(SELF_LOGITS)}.")
         self.context = context
         self.similarity = similarity
         self.temperature = temperature
         self.self_logit = self_logit
 
-    def forward(self, anchors: Embeddings, keys: Embeddings) -> LossOutput:
-        """``anchors.z (V, n, D)``, ``keys.z (V, N, D)``; ``count`` is the number of anchors that have a neighbour."""
-        with torch.autocast(anchors.z.device.type, enabled=False):
-            ready = [replace(side, z=prepare_for_similarity(side.z, self.similarity)) for side in (anchors, keys)]
-            return self._summed(apply_in_slices(self._table, ready[0], ready[1], 1))
+    def forward(
+        self,
+        z: Embeddings | Tensor,
+        documents: Embeddings | Integers,
+        positions: Integers | None = None,
+        *,
+        ids: Integers | None = None,
+        content: Integers | None = None,
+    ) -> LossOutput | Tensor:
+        """The mean over all processes, of tensors; the sum over anchors, of ``Embeddings``.
 
-    def _table(self, anchors: Embeddings, keys: Embeddings) -> Tensor:
-        """``(n, 8)``: the loss of each anchor and whether it has a neighbour; then three hits, each with who could hit."""
+        Of tensors: ``z (N, D)`` or, with f and g of each sentence, ``(2, N, D)``; ``documents (N,)``, the document of each
+        row (below 0 for none), and ``positions (N,)``, its position there. ``ids (N,)`` are equal for the same row,
+        ``content (N,)`` for equal sentences; left out, all are distinct.
+
+        Of ``Embeddings``: anchors and keys, ``z (V, n, D)`` and ``(V, N, D)``. ``normalizer`` is the number of anchors that
+        have a neighbor.
+        """
+        if isinstance(z, Embeddings) and isinstance(documents, Embeddings):
+            with torch.autocast(z.z.device.type, enabled=False):
+                anchors, keys = (replace(side, z=prepare_for_similarity(side.z, self.similarity)) for side in (z, documents))
+                return self._combine(apply_in_slices(self._statistics, anchors, keys, 1))
+        z = check_embeddings("z", z)
+        if z.dim() == 3 and len(z) > 2:
+            raise InputError(f"`z`: shape (N, D) or (2, N, D), f and g of each sentence, is needed, got {tuple(z.shape)}.")
+        if positions is None or isinstance(documents, Embeddings):
+            raise InputError("`positions`: the position of each row in its document is needed, of shape (N,).")
+        z = z.expand(2, *z.shape[-2:])
+        shape = z.shape[1:2]
+        label, position = check_integers("documents", documents, z, shape), check_integers("positions", positions, z, shape)
+        return mean_loss(self, make_embeddings(z, label, position, ids, content))
+
+    def _statistics(self, anchors: Embeddings, keys: Embeddings) -> Tensor:
+        """``(n, 8)``: the loss, whether there is a neighbor; for each of ``ACCURACIES`` a hit, and whether it is possible."""
         scores = anchors.z[0] @ keys.z[-1].T / self.temperature
         own = anchors.example_id[:, None] == keys.example_id
-        step = self._steps(anchors, keys, own)
+        step = _steps(anchors, keys, own)
         near = (step.abs() <= self.context) & (step != 0)
         scores = scores.masked_fill(own, -torch.inf if self.self_logit == "excluded" else 0.0)
         scores = scores.masked_fill(_copies(anchors, keys, near) & ~near & ~own, -torch.inf)
         has = near.any(1)
-        # A row of nothing but itself would be all -inf, and its gradient no number.
+        # In a row whose only key is itself all scores would be -inf, and the gradient NaN.
         log_p = torch.where(has[:, None], scores, 0.0).log_softmax(1)
         rows = -log_p.masked_fill(~near, 0).sum(1) / near.sum(1).clamp_min(1)
-        return torch.stack([rows, has.to(rows.dtype), *self._hits(scores.detach(), step, near)], 1)
+        return torch.stack([rows, has.to(rows.dtype), *_hits(scores.detach(), step, near)], 1)
 
-    def _summed(self, table: Tensor) -> LossOutput:
-        total, count, *pairs = table.sum(0)
-        return LossOutput(total, count, dict(zip(ACCURACIES, torch.stack(pairs).detach().view(-1, 2), strict=True)))
+    def _combine(self, statistics: Tensor) -> LossOutput:
+        loss_sum, count, *pairs = statistics.sum(0)
+        return LossOutput(loss_sum, count, dict(zip(ACCURACIES, torch.stack(pairs).detach().view(-1, 2), strict=True)))
 
-    def _steps(self, anchors: Embeddings, keys: Embeddings, own: Tensor) -> Tensor:
-        """``(n, N)`` how far a key stands behind the anchor in its document; 0 for itself and for all other documents."""
-        same = (anchors.label[:, None] == keys.label) & (anchors.label[:, None] >= 0) & ~own
-        return (keys.position - anchors.position[:, None]).masked_fill(~same, 0)
 
-    def _hits(self, scores: Tensor, step: Tensor, near: Tensor) -> list[Tensor]:
-        """Is the best key the next sentence, the one before, any neighbour; and is there such a one? ``(n,)`` each."""
-        best = scores.argmax(1, keepdim=True) if scores.shape[1] else scores.new_zeros(len(scores), 0, dtype=torch.long)
-        sought = (step == 1, step == -1, near)
-        return [x.to(scores.dtype) for wanted in sought for x in (wanted.gather(1, best).any(1), wanted.any(1))]
+def _steps(anchors: Embeddings, keys: Embeddings, own: Tensor) -> Tensor:
+    """``(n, N)``, the position of the key minus that of the anchor; 0 for the row itself and for other documents."""
+    same = (anchors.label[:, None] == keys.label) & (anchors.label[:, None] >= 0) & ~own
+    return (keys.position - anchors.position[:, None]).masked_fill(~same, 0)
+
+
+def _hits(scores: Tensor, step: Tensor, near: Tensor) -> list[Tensor]:
+    """Whether the best key is the next sentence, the previous one, any neighbor; each followed by whether there is one."""
+    best = scores.argmax(1, keepdim=True) if scores.shape[1] else scores.new_zeros(len(scores), 0, dtype=torch.long)
+    targets = (step == 1, step == -1, near)
+    return [x.to(scores.dtype) for target in targets for x in (target.gather(1, best).any(1), target.any(1))]
 
 
 def _copies(anchors: Embeddings, keys: Embeddings, near: Tensor) -> Tensor:
-    """``(n, N)`` does a key hold what the anchor or one of its neighbours holds?"""
+    """``(n, N)``, whether a key holds the content of the anchor or of one of its neighbors."""
     _, group = keys.content_hash[-1].unique(return_inverse=True)
-    held = torch.zeros(len(anchors), len(keys), dtype=torch.int32, device=near.device)
-    held = held.index_add_(1, group, near.to(torch.int32))  # how many neighbours hold each content
-    return (held[:, group] > 0) | (anchors.content_hash[0][:, None] == keys.content_hash[-1])
+    holders = torch.zeros(len(anchors), len(keys), dtype=torch.int32, device=near.device)
+    holders = holders.index_add_(1, group, near.to(torch.int32))  # how many neighbors hold each content
+    return (holders[:, group] > 0) | (anchors.content_hash[0][:, None] == keys.content_hash[-1])

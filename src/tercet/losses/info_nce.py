@@ -1,23 +1,21 @@
-"""InfoNCE: tell the positive among all keys."""
+"""InfoNCE: cross entropy of the positive among all keys."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tercet.errors import InputError
-from tercet.losses.blockwise import apply_in_slices
+from tercet.losses.base import Integers, apply_in_slices, check_embeddings, check_integers, make_embeddings, mean_loss
 from tercet.types import Embeddings, LossOutput
 
 SIMILARITIES = ("cosine", "dot")
 DIRECTIONS = ("forward", "both")
 KEY_EXCHANGES = ("auto", "gather", "ring")
-# Of an anchor and some keys: log of the sum of exp of all scores; sum and number of the positives' scores; sum and number
-# of all that are not left out; the best score, and whether a positive has it.
-STATISTICS = ("below", "sought", "positives", "even", "allowed", "best", "hit")
 
 
 class InfoNCE(nn.Module):
@@ -27,44 +25,56 @@ class InfoNCE(nn.Module):
 
         -1/|P(i)| · sum over p in P(i) of log( exp(s(i,p)/t) / sum over k of exp(s(i,k)/t) )      (their eq. 1)
 
-    Anchors are view 0; keys are view 1 and, as negatives for everyone, views 2 and on (their eq. 5), whose logit on
-    one's own row gets ``hard_negative_weight`` = log alpha added (their eq. 8). P(i) is the row's own key and, where
-    there are labels, every key of the same label (SupCon, Khosla et al. 2020, arXiv:2004.11362, eq. 2). A key that is
-    no positive but holds the same content as the anchor or its positive is left out.
+    Anchors are view 0; keys are view 1 and, as negatives for all anchors, views 2 and on (their eq. 5), whose logit on
+    the anchor's own row gets ``hard_negative_weight`` = log alpha added (their eq. 8). P(i) is the row's own key and,
+    where there are labels, every key of the same label. A key that is no positive but holds the same content as the
+    anchor or its positive is left out.
 
-    ``label_smoothing`` spreads this share of the target evenly over all keys that are not left out, as that of
-    ``torch.nn.CrossEntropyLoss`` does.
+    With one view this is SupCon (Khosla et al. 2020, arXiv:2004.11362, eq. 2): anchors and keys are the same rows, P(i)
+    are the other rows of the label, and a row is no key of its own. A row without a positive is a negative for others,
+    has no loss, and does not count in the mean.
 
-    ``direction`` ``forward`` scores view 0 against view 1 as in the paper; ``both`` adds the mirror image (without
-    hard negatives, which have no anchors of their own) and halves the sum, as CLIP does.
+    ``similarity`` is "cosine" or "dot". ``label_smoothing`` spreads this share of the target evenly over all keys that
+    are not left out, as that of ``torch.nn.CrossEntropyLoss`` does. With ``direction`` "both" the mirror image (view 1
+    against view 0, without hard negatives) is added and the sum halved, as in CLIP.
 
-    ``exchange`` says how keys come from other processes: ``gather`` all of them, or in a ``ring`` that shows each
-    process one other's at a time; ``auto`` is a ring where all of them are above a GiB.
+    ``key_exchange`` is how keys come from other processes: "gather" all of them, or in a "ring" that holds the keys of
+    one other process at a time; "auto" is a ring where all keys together exceed a GiB.
+
+    >>> queries, documents = torch.eye(4), torch.eye(4)
+    >>> loss = InfoNCE(temperature=1.0)
+    >>> round(float(loss(queries, documents)), 4)  # log(e + 3) - 1
+    0.7437
+    >>> round(float(loss(queries, documents, hard_negatives=-torch.eye(4))), 4)
+    1.2068
+    >>> round(float(loss(torch.eye(4), labels=[0, 0, 1, 1])), 4)  # SupCon, log(3)
+    1.0986
     """
 
+    positives: ClassVar[frozenset[str]] = frozenset({"example", "label"})
     scale: Tensor
 
     def __init__(
         self,
-        temperature: float,
-        learn_temperature: bool,
-        similarity: str,
-        direction: str,
-        hard_negative_weight: float,
-        label_smoothing: float,
-        key_exchange: str,
+        temperature: float = 0.05,
+        learn_temperature: bool = False,
+        similarity: str = "cosine",
+        direction: str = "forward",
+        hard_negative_weight: float = 0.0,
+        label_smoothing: float = 0.0,
+        key_exchange: str = "auto",
     ) -> None:
         super().__init__()
         if not temperature > 0:
-            raise InputError(f"loss.temperature={temperature}: a number above 0 is needed, 0.05 in the paper.")
+            raise InputError(f"`temperature`={temperature}: a number above 0 is needed, 0.05 in the paper.")
         if similarity not in SIMILARITIES:
-            raise InputError(f"loss.similarity={similarity}: choose one of {', '.join(SIMILARITIES)}.")
+            raise InputError(f"`similarity`={similarity}: choose one of {', '.join(SIMILARITIES)}.")
         if direction not in DIRECTIONS:
-            raise InputError(f"loss.direction={direction}: choose one of {', '.join(DIRECTIONS)}.")
+            raise InputError(f"`direction`={direction}: choose one of {', '.join(DIRECTIONS)}.")
         if not 0 <= label_smoothing < 1:
-            raise InputError(f"loss.label_smoothing={label_smoothing}: 0 or more and below 1.")
+            raise InputError(f"`label_smoothing`={label_smoothing}: 0 or more and below 1.")
         if key_exchange not in KEY_EXCHANGES:
-            raise InputError(f"loss.key_exchange={key_exchange}: choose one of {', '.join(KEY_EXCHANGES)}.")
+            raise InputError(f"`key_exchange`={key_exchange}: choose one of {', '.join(KEY_EXCHANGES)}.")
         scale = torch.tensor(-math.log(temperature))
         if learn_temperature:
             self.scale = nn.Parameter(scale)
@@ -76,69 +86,128 @@ class InfoNCE(nn.Module):
         self.label_smoothing = label_smoothing
         self.key_exchange = key_exchange
 
-    def forward(self, anchors: Embeddings, keys: Embeddings) -> LossOutput:
-        """Both ``z (V, N, D)`` with V at least 2. ``count`` is the number of anchor rows."""
-        return self.combine(self.block_statistics(self.prepare(anchors), self.prepare(keys))[None])
+    @property
+    def needs_hard_negatives(self) -> bool:
+        """Whether a setting has no effect without a third column."""
+        return self.hard_negative_weight != 0
+
+    def forward(
+        self,
+        queries: Embeddings | Tensor,
+        documents: Embeddings | Tensor | None = None,
+        hard_negatives: Tensor | None = None,
+        labels: Integers | None = None,
+        *,
+        ids: Integers | None = None,
+        content: Integers | None = None,
+    ) -> LossOutput | Tensor:
+        """The mean over all processes, of tensors; the sum over anchors, of ``Embeddings``.
+
+        Of tensors: ``queries (N, D)``; ``documents (N, D)``, the positive of each, may be left out where there are
+        ``labels (N,)`` (below 0 for none); ``hard_negatives (N, D)`` or ``(N, M, D)``, M of each. ``ids (N,)`` are equal
+        for rows of the same example, ``content (N,)`` or ``(V, N)`` for equal items, which are then no negatives of each
+        other; left out, all are distinct.
+
+        Of ``Embeddings``: anchors and keys, ``z (V, n, D)`` and ``(V, N, D)``. ``normalizer`` is the number of anchors that
+        have a positive, all of them with two views or more.
+        """
+        if isinstance(queries, Embeddings) and isinstance(documents, Embeddings):
+            statistics = self.block_statistics(self.prepare(queries), self.prepare(documents))
+            return self.combine(statistics[None])
+        z = check_embeddings("queries", queries, dims=(2,))
+        views = [z]
+        if documents is not None:
+            views.append(check_embeddings("documents", documents, dims=(2,), like=z))
+        elif labels is None or hard_negatives is not None:
+            raise InputError(
+                "`documents`: the positive of each query is needed (N, D). Only without `hard_negatives`, `labels` alone "
+                "are enough: rows of one label are then each other's positives."
+            )
+        if hard_negatives is not None:
+            views += _hard_negative_views(hard_negatives, z)
+        label = None if labels is None else check_integers("labels", labels, z, (len(z),))
+        return mean_loss(self, make_embeddings(torch.stack(views), label, None, ids, content))
 
     def temperature(self) -> Tensor:
-        """The temperature, never below 0.01 (the bound of CLIP, where a learned one would run away)."""
+        """The temperature, never below 0.01 (CLIP's bound, which keeps a learned one from vanishing)."""
         return torch.exp(-self.scale.clamp(max=math.log(100.0)))
 
     def prepare(self, side: Embeddings) -> Embeddings:
-        """Rows whose dot products are the similarity."""
+        """Transform rows so that their dot products are the similarity."""
         return replace(side, z=prepare_for_similarity(side.z, self.similarity))
 
     def block_statistics(self, anchors: Embeddings, keys: Embeddings) -> Tensor:
-        """What these keys, of ``ready`` rows, are to each anchor: ``(n, directions, 7)``, numbers of ``PARTS``."""
-        blocks = len(keys.z) - 1 + (self.direction == "both")
-        with torch.autocast(anchors.z.device.type, enabled=False):  # scores in half precision lose the small margins
-            return apply_in_slices(self._table, anchors, keys, blocks)
+        """Statistics ``(n, directions, 7)`` of each anchor over these keys, both of prepared rows.
 
-    def combine(self, parts: Tensor) -> LossOutput:
-        """The loss over all keys, of ``parts (B, n, directions, 7)`` of B blocks of them that together are all."""
-        below, best = parts[..., 0].logsumexp(0), parts[..., 5].detach()
-        hit = parts[..., 6].detach().gather(0, best.argmax(0, keepdim=True))[0]
-        sought, positives, even, allowed = parts[..., 1:5].sum(0).unbind(-1)
-        target = sought / positives
+        The log of the sum of exp of all logits; the sum and the number of the positives' logits; the sum (only under label
+        smoothing) and the number of all logits that are not left out; the largest logit, and 1 where it is a positive's.
+        """
+        blocks = max(1, len(keys.z) - 1 + (self.direction == "both"))
+        with torch.autocast(anchors.z.device.type, enabled=False):  # half precision loses small differences of logits
+            return apply_in_slices(self._statistics, anchors, keys, blocks)
+
+    def combine(self, statistics: Tensor) -> LossOutput:
+        """The loss over all keys, of the ``block_statistics (B, n, directions, 7)`` of B blocks that together are all keys."""
+        log_denominator, best = statistics[..., 0].logsumexp(0), statistics[..., 5].detach()
+        hit = statistics[..., 6].detach().gather(0, best.argmax(0, keepdim=True))[0]
+        positive_sum, positives, logit_sum, allowed = statistics[..., 1:5].sum(0).unbind(-1)
+        has_positive = positives > 0  # all rows, unless there is one view
+        target = positive_sum / positives.clamp(min=1)
         if self.label_smoothing:
-            target = (1 - self.label_smoothing) * target + self.label_smoothing * even / allowed
-        count = below.new_tensor(len(below))
-        temperature = self.temperature().detach() * len(below)
-        stats = {"accuracy": torch.stack([hit[:, 0].sum(), count]), "temperature": torch.stack([temperature, count])}
-        return LossOutput((below - target).mean(1).sum(), count, stats)
+            target = (1 - self.label_smoothing) * target + self.label_smoothing * logit_sum / allowed.clamp(min=1)
+        rows = (log_denominator - target).masked_fill(~has_positive, 0)
+        count = has_positive[:, 0].sum().to(rows.dtype)
+        accuracy = torch.stack([(hit[:, 0] * has_positive[:, 0]).sum(), count])
+        temperature = torch.stack([self.temperature().detach() * len(rows), count.new_tensor(len(rows))])
+        return LossOutput(rows.mean(1).sum(), count, {"accuracy": accuracy, "temperature": temperature})
 
-    def _table(self, anchors: Embeddings, keys: Embeddings) -> Tensor:
-        ways = ((0, 1), (1, 0)) if self.direction == "both" else ((0, 1),)
-        return torch.stack([self._rows(anchors, keys, a, b) for a, b in ways], 1)
+    def _statistics(self, anchors: Embeddings, keys: Embeddings) -> Tensor:
+        if len(keys.z) == 1:
+            return self._one_direction(anchors, keys, 0, 0)[:, None]
+        directions = ((0, 1), (1, 0)) if self.direction == "both" else ((0, 1),)
+        return torch.stack([self._one_direction(anchors, keys, a, b) for a, b in directions], 1)
 
-    def _rows(self, anchors: Embeddings, keys: Embeddings, a: int, b: int) -> Tensor:
-        """``(n, 7)`` of view ``a`` against view ``b``. Of ``n x N`` there is nothing but the scores."""
+    def _one_direction(self, anchors: Embeddings, keys: Embeddings, a: int, b: int) -> Tensor:
+        """``(n, 7)`` of view ``a`` against view ``b``. The logits are the only tensor of size ``n x N``."""
         n, views = len(keys), (b, *range(2, len(keys.z))) if a == 0 else (b,)
         columns = keys.z[b] if len(views) == 1 else keys.z[list(views)].flatten(0, 1)
-        scores = (anchors.z[a] / self.temperature()) @ columns.T
+        logits = (anchors.z[a] / self.temperature()) @ columns.T
         own = equal_pairs(anchors.example_id, keys.example_id)
         positive = _positives(anchors, keys, own)
         if self.hard_negative_weight and len(views) > 1:
             bonus = [(own[0], own[1] + n * block) for block in range(1, len(views))]
             where = tuple(torch.cat(side) for side in zip(*bonus, strict=True))
-            scores = scores.index_put(where, scores.new_tensor(self.hard_negative_weight), accumulate=True)
-        left_out = _left_out(anchors, keys, positive, views, (a, b))
+            logits = logits.index_put(where, logits.new_tensor(self.hard_negative_weight), accumulate=True)
+        left_out = _left_out(anchors, keys, positive, own, views, (a, b))
         if len(left_out[0]):
-            # Not -inf: of a block whose keys are all left out, the gradient would be no number.
-            scores = scores.index_put(left_out, scores.new_tensor(torch.finfo(scores.dtype).min))
-        best, at = scores.detach().max(1)
+            # Not -inf: the gradient of a block whose keys are all left out would be NaN.
+            logits = logits.index_put(left_out, logits.new_tensor(torch.finfo(logits.dtype).min))
+        best, at = logits.detach().max(1)
         hit = torch.zeros_like(best).index_put((positive[0],), (at[positive[0]] == positive[1]).to(best), accumulate=True)
-        sought = torch.zeros_like(best).index_add(0, positive[0], scores[positive])
-        even = scores.index_put(left_out, scores.new_zeros(())).sum(1) if self.label_smoothing else torch.zeros_like(best)
-        counts = [_count(positive, best), even, scores.shape[1] - _count(left_out, best), best, hit]
-        return torch.stack([scores.logsumexp(1), sought, *counts], 1)
+        positive_sum = torch.zeros_like(best).index_add(0, positive[0], logits[positive])
+        smooth = bool(self.label_smoothing)
+        logit_sum = logits.index_put(left_out, logits.new_zeros(())).sum(1) if smooth else torch.zeros_like(best)
+        allowed = logits.shape[1] - _count(left_out, best)
+        return torch.stack([logits.logsumexp(1), positive_sum, _count(positive, best), logit_sum, allowed, best, hit], 1)
 
 
-Pairs = tuple[Tensor, Tensor]  # places (i, j) in a matrix, each once
+def _hard_negative_views(hard_negatives: Tensor, z: Tensor) -> Sequence[Tensor]:
+    """M tensors ``(N, D)`` of ``hard_negatives (N, D)`` or ``(N, M, D)``."""
+    shape, like = tuple(getattr(hard_negatives, "shape", ())), tuple(z.shape)
+    if len(shape) == 3 and shape[0] == like[0] and shape[2] == like[1]:
+        return [check_embeddings("hard_negatives", x, dims=(2,)) for x in hard_negatives.unbind(1)]
+    return [check_embeddings("hard_negatives", hard_negatives, dims=(2,), like=z)]
+
+
+Pairs = tuple[Tensor, Tensor]  # positions (i, j) in a matrix, each once
 
 
 def equal_pairs(x: Tensor, y: Tensor) -> Pairs:
-    """Where ``x (n,)`` holds what ``y (N,)`` holds, without a matrix ``n x N``."""
+    """The positions (i, j) at which ``x (n,)`` equals ``y (N,)``, without a matrix ``n x N``.
+
+    >>> [index.tolist() for index in equal_pairs(torch.tensor([5, 7]), torch.tensor([7, 8, 7]))]
+    [[1, 1], [0, 2]]
+    """
     ordered, order = y.sort()
     first = torch.searchsorted(ordered, x)
     count = torch.searchsorted(ordered, x, right=True) - first
@@ -148,15 +217,21 @@ def equal_pairs(x: Tensor, y: Tensor) -> Pairs:
 
 
 def _positives(anchors: Embeddings, keys: Embeddings, own: Pairs) -> Pairs:
-    """The row's own key, and those of its label."""
-    labelled = (anchors.label >= 0).nonzero()[:, 0]
-    row, column = equal_pairs(anchors.label[labelled], keys.label)
+    """The row's own key and those of its label; with one view those of its label that are not its own."""
+    labeled = (anchors.label >= 0).nonzero()[:, 0]
+    row, column = equal_pairs(anchors.label[labeled], keys.label)
+    row = labeled[row]
+    if len(keys.z) == 1:
+        other = anchors.example_id[row] != keys.example_id[column]
+        return row[other], column[other]
     alone = anchors.label[own[0]] < 0
-    return torch.cat([own[0][alone], labelled[row]]), torch.cat([own[1][alone], column])
+    return torch.cat([own[0][alone], row]), torch.cat([own[1][alone], column])
 
 
-def _left_out(anchors: Embeddings, keys: Embeddings, positive: Pairs, views: Sequence[int], ab: tuple[int, int]) -> Pairs:
-    """Keys that hold what the anchor or its positive holds, and are no positives."""
+def _left_out(
+    anchors: Embeddings, keys: Embeddings, positive: Pairs, own: Pairs, views: Sequence[int], ab: tuple[int, int]
+) -> Pairs:
+    """Keys that hold the content of the anchor or its positive and are no positives; with one view also the row itself."""
     n = len(keys)
     width = n * len(views)
     found = [
@@ -165,17 +240,19 @@ def _left_out(anchors: Embeddings, keys: Embeddings, positive: Pairs, views: Seq
         for mine in dict.fromkeys(ab)
         for row, column in [equal_pairs(anchors.content_hash[mine], keys.content_hash[view])]
     ]
+    if len(keys.z) == 1:
+        found.append(own[0] * width + own[1])
     places = torch.cat(found).unique()
     places = places[~torch.isin(places, positive[0] * width + positive[1])]
     return places // width, places % width
 
 
 def _count(pairs: Pairs, like: Tensor) -> Tensor:
-    """``(n,)`` how many there are in each row."""
+    """``(n,)``, the number of pairs in each row."""
     return torch.bincount(pairs[0], minlength=len(like)).to(like.dtype)
 
 
-def prepare_for_similarity(z: Tensor, kind: str) -> Tensor:
-    """``(..., D)`` in float32 at least, so that a dot product is the similarity: ``cosine`` or ``dot``."""
+def prepare_for_similarity(z: Tensor, similarity: str) -> Tensor:
+    """Transform ``z (..., D)`` so that a dot product is the similarity, "cosine" or "dot"; half precision becomes float32."""
     z = z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
-    return F.normalize(z, dim=-1, eps=1e-6) if kind == "cosine" else z
+    return F.normalize(z, dim=-1, eps=1e-6) if similarity == "cosine" else z

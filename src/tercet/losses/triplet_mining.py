@@ -1,33 +1,36 @@
-"""Which triplets count: exact rules on sorted distances. No tensor of triplets is ever made."""
+"""Which triplets count: exact rules on sorted distances, without a tensor of triplets."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 ONE_NEGATIVE = ("semihard", "easy_positive", "batch_hard")  # a mined pair (a, p) gets one negative
-MANY = ("all_semihard", "hard", "all")  # it gets every negative of a window
-MININGS = (*ONE_NEGATIVE, *MANY)
+MANY_NEGATIVES = ("all_semihard", "hard", "all")  # it gets every negative of a window of distances
+MININGS = (*ONE_NEGATIVE, *MANY_NEGATIVES)
+CHUNK = 1 << 20  # triplets that ``expand_triplets`` makes at once
 
 
 @dataclass(frozen=True)
 class Tile:
     """R anchors with K positives at most and M keys; squared distances, infinite where there is none.
 
-    ``positive (R, K)`` and ``negative (R, M)`` ascend along a row; ``positive_key`` and ``negative_key`` say which keys
-    they belong to. ``negatives (R, 1)`` counts the finite ones.
+    ``positive (R, K)`` and ``negative (R, M)`` ascend along a row; ``positive_key`` and ``negative_key`` are the indices of
+    their keys. ``num_negatives (R, 1)`` counts the finite ones.
     """
 
     positive: Tensor
     positive_key: Tensor
     negative: Tensor
     negative_key: Tensor
-    negatives: Tensor
+    num_negatives: Tensor
 
 
 @dataclass(frozen=True)
 class MinedTile:
-    """``total`` and ``count`` of the active triplets, ``pairs`` that were mined, and ``weight (R, M)`` = dtotal/ddistance."""
+    """Sum of the loss, number of active triplets and of mined pairs, and ``weight (R, M)``, the derivative by distance."""
 
     loss_sum: Tensor
     num_active: Tensor
@@ -38,12 +41,40 @@ class MinedTile:
 def mine_tile(tile: Tile, mining: str, fallback: bool, margin: float, soft: bool) -> MinedTile:
     """Apply a rule of ``MININGS``; the loss of a triplet is f(d_ap - d_an + margin), f the hinge or, ``soft``, softplus."""
     if mining in ONE_NEGATIVE:
-        return _one_negative(tile, mining, fallback, margin, soft)
+        return _sum_one_negative(tile, mining, fallback, margin, soft)
     low, high = _window(tile, mining, margin, soft)
-    return _soft_windows(tile, low, high, margin) if soft else _windows(tile, low, high, margin)
+    return _sum_soft_windows(tile, low, high, margin) if soft else _sum_windows(tile, low, high, margin)
 
 
-def _one_negative(tile: Tile, mining: str, fallback: bool, margin: float, soft: bool) -> MinedTile:
+def expand_triplets(tile: Tile, mining: str, fallback: bool, margin: float, soft: bool) -> Iterator[Tensor]:
+    """The active triplets of ``mine_tile`` as rows of the tile and two keys, ``(3, t)``, about ``CHUNK`` of them at a time."""
+    if mining in ONE_NEGATIVE:
+        picked = _pick_negative(tile, mining, fallback, margin, soft)
+        key, low, high = picked.positive_key, picked.place, picked.place + picked.active
+    else:
+        key, (low, high) = tile.positive_key, _window(tile, mining, margin, soft)
+    count, low, key = (high - low).flatten(), low.flatten(), key.reshape(-1)
+    pairs = count.nonzero()[:, 0]
+    chunk = (count[pairs].cumsum(0) - 1) // CHUNK
+    for part in pairs.split(chunk.unique_consecutive(return_counts=True)[1].tolist()):
+        n = count[part]
+        pair = torch.repeat_interleave(part, n)
+        place = low[pair] + torch.arange(len(pair), device=n.device) - torch.repeat_interleave(n.cumsum(0) - n, n)
+        row = pair // high.shape[1]
+        yield torch.stack([row, key[pair], tile.negative_key[row, place]])
+
+
+class _Picked(NamedTuple):
+    """For each mined pair ``(R, K')``: its positive, the place of its negative in the sorted ones, and d_ap - d_an + margin."""
+
+    positive_key: Tensor
+    is_pair: Tensor
+    place: Tensor
+    gap: Tensor
+    active: Tensor
+
+
+def _pick_negative(tile: Tile, mining: str, fallback: bool, margin: float, soft: bool) -> _Picked:
     """The closest negative strictly beyond the positive; with ``fallback`` the farthest where there is none."""
     if mining == "batch_hard":
         last = (tile.positive.isfinite().sum(1, keepdim=True) - 1).clamp(min=0)
@@ -53,18 +84,22 @@ def _one_negative(tile: Tile, mining: str, fallback: bool, margin: float, soft: 
         stop = 1 if mining == "easy_positive" else None
         positive, key = tile.positive[:, :stop].contiguous(), tile.positive_key[:, :stop]
         place = torch.searchsorted(tile.negative, positive, right=True)
-    pair = positive.isfinite()
-    found = pair & (tile.negatives > 0)
+    is_pair = positive.isfinite()
+    found = is_pair & (tile.num_negatives > 0)
     if mining != "batch_hard" and not fallback:
-        found &= place < tile.negatives
-    place = torch.minimum(place, tile.negatives - 1).clamp(min=0)  # the clamp is the fallback
+        found &= place < tile.num_negatives
+    place = torch.minimum(place, tile.num_negatives - 1).clamp(min=0)  # the clamp is the fallback
     gap = (positive - tile.negative.gather(1, place) + margin).masked_fill(~found, 0)
-    active = found if soft else gap > 0
+    return _Picked(key, is_pair, place, gap, found if soft else gap > 0)
+
+
+def _sum_one_negative(tile: Tile, mining: str, fallback: bool, margin: float, soft: bool) -> MinedTile:
+    key, is_pair, place, gap, active = _pick_negative(tile, mining, fallback, margin, soft)
     loss = torch.nn.functional.softplus(gap) if soft else gap
     slope = torch.where(active, torch.sigmoid(gap) if soft else 1.0, 0.0).to(gap.dtype)
     weight = tile.negative.new_zeros(tile.negative.shape)
     weight.scatter_add_(1, tile.negative_key.gather(1, place), -slope).scatter_add_(1, key, slope)
-    return MinedTile(loss.masked_fill(~active, 0).double().sum(), active.sum(), pair.sum(), weight)
+    return MinedTile(loss.masked_fill(~active, 0).double().sum(), active.sum(), is_pair.sum(), weight)
 
 
 def _window(tile: Tile, mining: str, margin: float, soft: bool) -> tuple[Tensor, Tensor]:
@@ -77,12 +112,12 @@ def _window(tile: Tile, mining: str, margin: float, soft: bool) -> tuple[Tensor,
     elif mining == "hard":
         low, high = first, beyond if soft else torch.minimum(beyond, inside)  # without a margin, a tie has no loss
     else:
-        low, high = first, tile.negatives.expand_as(first) if soft else inside
+        low, high = first, tile.num_negatives.expand_as(first) if soft else inside
     real = tile.positive.isfinite()
-    return low.masked_fill(~real, 0), torch.minimum(high, tile.negatives).masked_fill(~real, 0)
+    return low.masked_fill(~real, 0), torch.minimum(high, tile.num_negatives).masked_fill(~real, 0)
 
 
-def _windows(tile: Tile, low: Tensor, high: Tensor, margin: float) -> MinedTile:
+def _sum_windows(tile: Tile, low: Tensor, high: Tensor, margin: float) -> MinedTile:
     """Hinge sums over windows: linear in the distances, so that counting is enough."""
     count = (high - low).to(tile.positive.dtype)
     one = tile.positive.isfinite().to(count.dtype)
@@ -97,8 +132,8 @@ def _windows(tile: Tile, low: Tensor, high: Tensor, margin: float) -> MinedTile:
     return MinedTile((plus - minus).sum() + margin * active.double(), active, tile.positive.isfinite().sum(), weight)
 
 
-def _soft_windows(tile: Tile, low: Tensor, high: Tensor, margin: float) -> MinedTile:
-    """Softplus does not add up: one pass over the negatives for each of the K positives, in O(R·M) memory."""
+def _sum_soft_windows(tile: Tile, low: Tensor, high: Tensor, margin: float) -> MinedTile:
+    """Softplus is not linear: one pass over the negatives for each of the K positives, in O(R·M) memory."""
     place = torch.arange(tile.negative.shape[1], device=low.device)
     negative = tile.negative.nan_to_num(posinf=0.0)
     covered, slopes, total = torch.zeros_like(negative), [], negative.new_zeros((), dtype=torch.float64)

@@ -31,7 +31,7 @@ def export_onnx(encoder: Encoder, folder: Path, precision: str) -> None:
     """Write ``model.onnx``, the tokenizer and how texts are cut.
 
     ``int8``: linear layers in 8 bits, a scale for each output column of the weights, one for the activations of a chunk
-    as they come. The values of attention stay in float32: rounded, they cost most (docs/benchmarks.md). A CPU without VNNI
+    as they come. The values of attention stay in float32: rounded, they cost most (docs/lab/benchmarks.md). A CPU without VNNI
     adds up two products in 16 bits, which may saturate.
 
     Raises:

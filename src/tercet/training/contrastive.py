@@ -1,4 +1,4 @@
-"""The training step that every objective shares."""
+"""The training step that the contrastive objectives share."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -13,84 +13,92 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from tercet.distributed.gather import gather_embeddings, reduce_loss, row_counts
 from tercet.distributed.ring import BlockwiseLoss, ring_statistics
+from tercet.distributed.sharding import equalized_forward, reshard, shard
 from tercet.errors import InputError
+from tercet.losses import InfoNCE
 from tercet.models import CachedEncoder, Encoder
 from tercet.models.checkpoint import KEY, encoder_spec
 from tercet.models.engine.deterministic_dropout import with_dropout_seeds
-from tercet.training import sharding
+from tercet.training.lightning_compat import EvaluationHooks, FSDP2Strategy
 from tercet.training.masked_lm import MaskedLM
 from tercet.training.memory import Memory
-from tercet.types import Batch, Embeddings, Evaluator, LossOutput, TokenBatch, concat_inputs
+from tercet.training.optimizers import adamw, make_scheduler, optimizer_with_schedule
+from tercet.types import Batch, Embeddings, LossOutput, TokenBatch, concat_inputs
 
-ENOUGH = 1024
-RING = 1 << 30  # bytes of keys that are not gathered any more
+UNIFORMITY_ROWS = 1024
+RING_BYTES = 1 << 30  # above this many bytes, keys are exchanged in a ring and not gathered
 
 
-class Contrastive(pl.LightningModule):
-    """Encode the batch, gather the keys, sum the loss over own anchors, divide by the global count.
+class Contrastive(EvaluationHooks, pl.LightningModule):
+    """Embed the batch, gather the keys, sum the loss over this process's anchors, divide by the global normalizer.
 
-    An objective says what a batch means to it: ``views`` picks the columns, ``columns`` how many it needs, ``positives``
-    what makes two rows of the batch alike (a ``label``, or the ``example`` that both are views of). ``optimizer`` takes
-    the module, ``schedule`` the optimizer and the number of steps.
+    A subclass declares what it needs: ``columns`` is the fewest and the most columns of the data; ``positives`` is what makes
+    two rows of a batch positives of each other (the same ``example``, ``label`` or neighboring ``position``);
+    ``makes_views`` says whether it makes the two views of a text itself; ``needs`` is what a batch must hold. It may override
+    ``views``, which selects or makes the views, and ``embed``.
+
+    ``optimizer`` takes the module; ``scheduler`` takes the optimizer and the number of steps. The optimizer is AdamW at 3e-5
+    with a linear schedule, the loss ``default_loss``, unless given.
     """
 
-    columns: ClassVar[tuple[int, int]]  # the fewest and the most columns
+    columns: ClassVar[tuple[int, int]] = (1, 3)
     positives: ClassVar[str] = "example"
-    dropout_views: ClassVar[bool] = False
+    makes_views: ClassVar[bool] = False
+    default_loss: ClassVar[Callable[[], nn.Module]] = InfoNCE
+    cached_encoder: CachedEncoder  # set by callbacks that evaluate
 
     def __init__(
         self,
         encoder: Encoder,
-        loss: nn.Module,
-        optimizer: Callable[[nn.Module], Optimizer],
-        scheduler: Callable[[Optimizer, int], LRScheduler],
-        mlm: MaskedLM,
-        memory: Memory,
+        loss: nn.Module | None = None,
+        optimizer: Callable[[nn.Module], Optimizer] = adamw,
+        scheduler: Callable[[Optimizer, int], LRScheduler] = make_scheduler,
+        mlm: MaskedLM | None = None,
+        memory: Memory | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
-        self.loss = loss
+        self.loss = type(self).default_loss() if loss is None else loss
         self.optimizer = optimizer
         self.scheduler = scheduler
+        mlm, memory = mlm or MaskedLM(), memory or Memory()
         self.mlm_weight = mlm.weight
         self.mlm = mlm.build(encoder)
         self.memory = memory.build()
-        if self.memory is not None and getattr(loss, "exchange", None) == "ring":
-            raise InputError("objective.memory holds all keys, loss.key_exchange=ring shows one process's at a time: choose.")
+        if self.memory is not None and getattr(self.loss, "key_exchange", None) == "ring":
+            raise InputError(
+                f"`memory.size`={memory.size} with `loss.key_exchange`=ring: a memory holds all keys, but in a ring each "
+                "process has those of one process at a time. Use only one of the two."
+            )
         self.seed = 0
-        self.num_unreadable = 0  # rows that could not be read
+        self.num_unreadable = 0  # rows that could not be read so far
         self.stage = "test"
-        self.cached_encoder: CachedEncoder
+
+    @classmethod
+    def needs(cls, num_columns: int) -> frozenset[str]:
+        """What a batch of ``num_columns`` columns must hold: a subset of {"same_label", "adjacent"}."""
+        return frozenset()
 
     def views(self, batch: Batch) -> Batch:
         """The views that this objective contrasts."""
         return batch
 
     def training_views(self, batch: Batch) -> Batch:
-        """The views, and what dropout draws from where that is a function of the row."""
+        """The views, with the seeds of deterministic dropout where the encoder uses it."""
         batch = self.views(batch)
         return with_dropout_seeds(batch, self.seed, self.global_step) if self.encoder.deterministic_dropout else batch
 
-    def configure_model(self) -> None:
-        """Share out the encoder where the strategy is FSDP2."""
-        if isinstance(self.trainer.strategy, sharding.FSDP2Strategy):
-            sharding.shard(self.encoder, self.trainer.strategy.device_mesh["data_parallel"])
-
-    def on_fit_start(self) -> None:
-        """One seed in all processes: that of ``seed_everything``."""
-        self.seed = int(self.trainer.strategy.broadcast(torch.initial_seed() % (1 << 62)))
-
     def embed(self, batch: Batch) -> Embeddings:
         """All views in one forward pass: ``z (V, N, D)``."""
-        z = sharding.equalized_forward(self.encoder, concat_inputs(batch.views)).unflatten(0, (len(batch.views), len(batch)))
+        z = equalized_forward(self.encoder, concat_inputs(batch.views)).unflatten(0, (len(batch.views), len(batch)))
         return Embeddings(z, batch.example_id, batch.label, batch.position, batch.content_hash)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The value whose gradient, averaged over the processes, is the one of the whole global batch."""
+        """A value whose gradient, averaged over the processes, is that of the loss of the global batch."""
         batch = self.training_views(batch)
         anchors = self.embed(batch)
-        keys, terms = self._contrast(anchors)
-        value, logged = reduce_loss(LossOutput(terms.loss_sum, terms.normalizer, {**terms.stats, **_alignment(anchors)}))
+        keys, output = self._contrast(anchors)
+        value, logged = reduce_loss(LossOutput(output.loss_sum, output.normalizer, {**output.stats, **_alignment(anchors)}))
         logged |= {"uniformity": _uniformity(anchors.z[0]), **_spread(keys.z[0])}
         if self.mlm is not None:
             masked, entropy = reduce_loss(self.mlm(TokenBatch.concat([v for v in batch.views if isinstance(v, TokenBatch)])))
@@ -102,80 +110,46 @@ class Contrastive(pl.LightningModule):
         self.log_dict({f"train/{name}": x for name, x in logged.items()}, batch_size=len(batch))
         return value
 
-    def on_after_backward(self) -> None:
-        """The gradient is in its shares, if there are shares."""
-        sharding.reshard(self.encoder)
-
     def _contrast(self, anchors: Embeddings) -> tuple[Embeddings, LossOutput]:
-        """The keys that this process has seen at once, and its anchors' loss against all."""
+        """The keys that this process holds at once, and the loss of its anchors against the keys of all processes."""
         counts = row_counts(len(anchors), anchors.z.device)
-        if isinstance(self.loss, BlockwiseLoss) and self._rings(self.loss.key_exchange, counts, anchors.z):
+        if isinstance(self.loss, BlockwiseLoss) and self._uses_ring(self.loss.key_exchange, counts, anchors.z):
             parts = ring_statistics(
                 self.loss.block_statistics, self.loss.prepare(anchors), counts, list(self.loss.parameters())
             )
             return anchors, self.loss.combine(parts)
         keys = gather_embeddings(anchors, counts)
-        return keys, self.loss(anchors, self._remembered(keys))
+        return keys, self.loss(anchors, keys if self.memory is None else self.memory.extend_and_push(keys))
 
-    def _rings(self, exchange: str, counts: list[int], z: Tensor) -> bool:
-        many = exchange == "auto" and self.memory is None and sum(counts) * len(z) * z.shape[2] * 4 > RING
-        return len(counts) > 1 and (exchange == "ring" or many)
+    def _uses_ring(self, exchange: str, counts: list[int], z: Tensor) -> bool:
+        large = exchange == "auto" and self.memory is None and sum(counts) * len(z) * z.shape[2] * 4 > RING_BYTES
+        return len(counts) > 1 and (exchange == "ring" or large)
 
-    def _remembered(self, keys: Embeddings) -> Embeddings:
-        if self.memory is None:
-            return keys
-        self.memory.to_device(keys.z.device)
-        more = self.memory.extend(keys)
-        if torch.isfinite(keys.z).all():  # what is no number would stay
-            self.memory.push(keys)
-        return more
+    def configure_model(self) -> None:
+        """Shard the encoder where the strategy is FSDP2."""
+        if isinstance(self.trainer.strategy, FSDP2Strategy):
+            shard(self.encoder, self.trainer.strategy.device_mesh["data_parallel"])
 
-    def validation_step(self, evaluator: Evaluator, batch_idx: int) -> None:
-        """An evaluator is one batch of a validation epoch."""
-        self.log_dict({f"val/{name}": x for name, x in self.measure(evaluator).items()}, batch_size=1, rank_zero_only=False)
+    def on_fit_start(self) -> None:
+        """Use one seed in all processes: that of ``seed_everything``."""
+        self.seed = shared_seed(self.trainer)
 
-    def test_step(self, evaluator: Evaluator, batch_idx: int) -> None:
-        """The same under ``stage``: ``before`` training, ``test`` after it."""
-        metrics = self.measure(evaluator)
-        self.log_dict({f"{self.stage}/{name}": x for name, x in metrics.items()}, batch_size=1)
-
-    def measure(self, evaluator: Evaluator) -> dict[str, float]:
-        """Run an evaluator on the encoder: vectors in the training precision, scores in full."""
-        with torch.autocast(self.device.type, enabled=False):
-            return evaluator(self.cached_encoder)
-
-    def on_validation_epoch_start(self) -> None:
-        """New weights, new vectors."""
-        encoder = sharding.unsharded(self.encoder)
-        self.cached_encoder = CachedEncoder(encoder, self.trainer.precision_plugin.forward_context, progress="evaluating")
-
-    def on_validation_epoch_end(self) -> None:
-        """A monitor that nothing measures would let every checkpoint be the best."""
-        monitor = getattr(self.trainer.checkpoint_callback, "monitor", None)
-        seen = sorted(name for name in self.trainer.callback_metrics if name.startswith("val/"))
-        if monitor and monitor not in seen:
-            raise InputError(f"monitor={monitor} is not measured in validation. There are: {', '.join(seen)}.")
-
-    def on_test_epoch_start(self) -> None:
-        """New weights, new vectors; callbacks of the test may use them too."""
-        self.on_validation_epoch_start()
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Evaluators stay where they are."""
-        return batch.to(device) if isinstance(batch, Batch) else batch
+    def on_after_backward(self) -> None:
+        """Free gathered weights; gradients are sharded by now."""
+        reshard(self.encoder)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The schedule moves every step."""
-        optimizer = self.optimizer(self)
-        steps = self.trainer.estimated_stepping_batches
-        if not 1 <= steps < float("inf"):  # a stream has no length, and an end by time is no number of steps
-            raise InputError("The number of steps is not known, so the schedule cannot be laid out. Set trainer.max_steps.")
-        schedule = self.scheduler(optimizer, int(steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "train/lr"}}
+        """The optimizer and its schedule, which advances every step."""
+        return optimizer_with_schedule(self, self.optimizer, self.scheduler)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """A checkpoint holds all that the encoder is built from: it can be moved and read alone."""
+        """Save what the encoder is built from: a checkpoint can be moved and opened alone."""
         checkpoint[KEY] = encoder_spec(self.encoder)
+
+
+def shared_seed(trainer: pl.Trainer) -> int:
+    """The first process's seed, the same number in all processes."""
+    return int(trainer.strategy.broadcast(torch.initial_seed() % (1 << 62)))
 
 
 @torch.no_grad()
@@ -192,9 +166,9 @@ def _alignment(anchors: Embeddings) -> dict[str, Tensor]:
 def _uniformity(z: Tensor) -> Tensor:
     """Log mean over distinct pairs of exp(-2 ||x - y||^2) in this process's batch (Wang and Isola 2020, eq. 2).
 
-    Of its first rows where there are more than ``ENOUGH``: all pairs of those are a million.
+    Only the first ``UNIFORMITY_ROWS`` rows are used: they have a million pairs.
     """
-    x = F.normalize(z[:ENOUGH].detach().float(), dim=-1)
+    x = F.normalize(z[:UNIFORMITY_ROWS].detach().float(), dim=-1)
     if len(x) < 2:
         return x.new_zeros(())
     return (4 * (x @ x.T - 1)).fill_diagonal_(-torch.inf).exp().sum().div(len(x) * (len(x) - 1)).log()
@@ -202,10 +176,10 @@ def _uniformity(z: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _spread(z: Tensor) -> dict[str, Tensor]:
-    """Of the global batch on the unit sphere: the mean ||x - y||^2 over distinct pairs, and the length of the mean row.
+    """The mean ||x - y||^2 over distinct pairs on the unit sphere, and the length of the mean row.
 
-    Where keys go in a ring it is of one's own rows.
-    A collapsed encoder has spread 0 and length 1; 2 and 0 are those of an even sphere.
+    Of the global batch, or of this process's rows where keys go around in a ring. A collapsed encoder has spread 0 and length
+    1; directions that are evenly distributed have 2 and 0.
     """
     x = F.normalize(z.detach().float(), dim=-1)
     square = x.mean(0).square().sum()

@@ -1,137 +1,131 @@
 """The data module: a source of rows becomes batches."""
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, Sampler
 
-from tercet.data.samplers import ResumableSampler
+from tercet.data.samplers import RandomBatchSampler, ResumableSampler
 from tercet.data.text_transform import StreamingBatches, TextTransform
 from tercet.errors import InputError
-from tercet.types import Batch, BatchDataset, BatchIndices, Evaluator, Source
+from tercet.training.lightning_compat import EvaluationHooks, injects_distributed_sampler, num_processed_batches
+from tercet.types import Batch, BatchDataset, BatchIndices, Source
 
 
 class Transform(Protocol):
-    """How rows become inputs: ``Tokenizing`` for text, ``Decoding`` for images."""
+    """How rows become inputs of a model: ``TextTransform`` or ``ImageTransform``."""
 
     def load(self, source: Source) -> BatchDataset:
-        """All rows, made ready."""
+        """All rows of a source, transformed or ready to be."""
         ...
 
     def fingerprint(self, columns: Sequence[str]) -> str:
-        """Changes when the inputs would."""
+        """A hash that changes when the inputs of these columns would."""
         ...
 
 
-class DataModule(pl.LightningDataModule):
-    """``train`` gives the rows to learn from, ``reader`` makes inputs of them, ``batches`` says which make a batch.
+class DataModule(EvaluationHooks, pl.LightningDataModule):
+    """Training batches: rows of ``source``, transformed by ``transform``, in the batches that ``sampler`` draws.
 
-    ``validation`` is what a validation epoch runs: evaluators in place of batches. ``batch_size`` counts the rows of
-    the global batch, over all processes. ``batches`` takes the rows, ``batch_size`` and ``seed``. With
-    ``train.streaming`` the rows are read as they come and shuffled in a buffer of ``shuffle_buffer`` rows.
+    ``batch_size`` is the number of rows of the global batch, over all processes; the Trainer needs
+    ``use_distributed_sampler=False``. ``sampler`` takes the transformed rows, ``batch_size`` and ``seed``. A source with
+    ``streaming`` is read in order and shuffled in a buffer of ``shuffle_buffer`` rows. ``workers`` processes load batches; with
+    0 the main process does. ``name`` is used in messages.
     """
 
     def __init__(
         self,
-        name: str,
-        train: Source,
-        validation: Sequence[Evaluator],
+        source: Source,
         transform: Transform,
-        sampler: Callable[[BatchDataset, int, int], Sampler[BatchIndices]],
-        batch_size: int,
-        seed: int,
-        workers: int,
-        shuffle_buffer: int,
+        sampler: Callable[[BatchDataset, int, int], Sampler[BatchIndices]] = RandomBatchSampler,
+        batch_size: int = 64,
+        seed: int = 1,
+        workers: int = 0,
+        shuffle_buffer: int = 10_000,
+        name: str = "source",
     ) -> None:
         super().__init__()
         if batch_size < 2:
-            raise InputError(f"data.batch_size={batch_size}: contrast needs at least 2 rows in a batch.")
+            raise InputError(f"`batch_size`={batch_size}: a contrast needs at least 2 rows in a batch.")
         if workers < 0:
-            raise InputError(f"data.workers={workers}: 0 (the main process reads) or more.")
+            raise InputError(f"`workers`={workers}: 0 (the main process reads) or more.")
         self.name = name
-        self.train = train
-        self.validation = list(validation)
+        self.source = source
         self.transform = transform
         self.make_sampler = sampler
         self.batch_size = batch_size
         self.seed = seed
         self.workers = workers
         self.shuffle_buffer = shuffle_buffer
-        self.columns = list(train.columns)
-        self.streaming = bool(getattr(train, "streaming", False))
+        self.columns = list(source.columns)
+        self.streaming = bool(getattr(source, "streaming", False))
         self.dataset: BatchDataset | None = None
         self.sampler: Sampler[BatchIndices] | None = None
-        self.epoch, self.skipped = 0, 0  # of a stream
+        self.epoch, self.num_skipped = 0, 0  # where a stream starts
+
+    @property
+    def provides(self) -> frozenset[str]:
+        """What the source declares to provide: a subset of {"label", "position", "all_rows"}."""
+        return frozenset(getattr(self.source, "provides", ()))
 
     def prepare_data(self) -> None:
-        """Check the rows and make them ready; asked again, as Lightning does, there is nothing to do."""
+        """Read, check and transform the rows, once: Lightning calls this again, and ``setup`` in every process."""
         if self.streaming or self.dataset is not None:
             return
-        rows = self.transform.load(self.train)
+        rows = self.transform.load(self.source)
         sampler = self.make_sampler(rows, self.batch_size, self.seed)
         if len(rows) < self.batch_size:
             raise InputError(
-                f"data.batch_size={self.batch_size}, but data={self.name} has {len(rows)} training rows. "
-                f"Use data.batch_size={max(2, len(rows) // 2)} or more data."
+                f"`batch_size`={self.batch_size}, but the data ({self.name}) has {len(rows)} training rows. "
+                f"Use `batch_size`={max(2, len(rows) // 2)} or more data."
             )
         self.sampler, self.dataset = sampler, rows
 
     def setup(self, stage: str) -> None:
-        """Every process opens what the first has prepared."""
+        """Open what the first process has prepared."""
+        if self.trainer is not None and injects_distributed_sampler(self.trainer):
+            raise InputError("Batches are split among the processes already. Use a Trainer with use_distributed_sampler=False.")
         self.prepare_data()
 
     def train_dataloader(self) -> "DataLoader[Batch]":
-        """An element is a process's part of a global batch."""
+        """A loader of this process's part of each global batch."""
         if self.dataset is None:
-            assert isinstance(self.transform, TextTransform)
-            stream = StreamingBatches(self.train, self.transform, self.batch_size, self.seed, self.shuffle_buffer, self._place)
+            if not isinstance(self.transform, TextTransform):
+                raise InputError(
+                    f"`source` is a stream, which only a TextTransform reads, not {type(self.transform).__name__}."
+                )
+            stream = StreamingBatches(
+                self.source, self.transform, self.batch_size, self.seed, self.shuffle_buffer, self._start_of_epoch
+            )
             return DataLoader(stream, batch_size=None)
         assert self.sampler is not None
-        sampler = ResumableSampler(self.sampler, self._done)
         return DataLoader(
             self.dataset,  # type: ignore[arg-type]
             batch_size=None,
-            sampler=sampler,
+            sampler=ResumableSampler(self.sampler, self._num_done),
             num_workers=self.workers,
-            generator=torch.Generator(),  # workers' seeds; training's own draws stay as they are
+            generator=torch.Generator(),  # for the workers' seeds; torch's own generator is training's
         )
 
-    def _done(self) -> int:
-        """How many batches of the epoch the weights have seen."""
-        loop = getattr(self.trainer, "fit_loop", None)
-        return loop.epoch_loop.batch_progress.current.processed if loop else 0
+    def _num_done(self) -> int:
+        return num_processed_batches(self.trainer)
 
-    def state_dict(self) -> dict[str, int]:
-        """Where a stream is. It begins before Lightning's loops know where they are; rows in memory ask these later."""
-        return {"epoch": self.trainer.current_epoch if self.trainer else 0, "done": self._done()}
+    def state_dict(self) -> dict[str, Any]:
+        """The epoch and its number of processed batches, for streams: they start before Lightning's loops are restored."""
+        return {"epoch": self.trainer.current_epoch if self.trainer else 0, "done": self._num_done()}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Where a stream goes on."""
-        self.epoch, self.skipped = state_dict["epoch"], state_dict["done"]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Let a stream continue where the checkpoint was."""
+        self.epoch, self.num_skipped = state_dict["epoch"], state_dict["done"]
 
-    def _place(self) -> tuple[int, int]:
-        """The epoch that begins, and how many of its batches were had; the next epoch after it begins at 0."""
-        place = self.epoch, self.skipped
-        self.epoch, self.skipped = self.epoch + 1, 0
-        return place
-
-    def val_dataloader(self) -> "DataLoader[Evaluator]":
-        """An element is an evaluator."""
-        return evaluators(self.validation)
+    def _start_of_epoch(self) -> tuple[int, int]:
+        """The epoch that begins and how many of its batches are skipped: none in the epochs after the first."""
+        start = self.epoch, self.num_skipped
+        self.epoch, self.num_skipped = self.epoch + 1, 0
+        return start
 
     def fingerprint(self) -> str:
-        """Names the training rows and how they were read."""
-        return f"{self.train.fingerprint()}-{self.transform.fingerprint(self.columns)}"
-
-
-def evaluators(members: Sequence[Evaluator]) -> "DataLoader[Evaluator]":
-    """A loader whose batches are the evaluators themselves: Lightning's loops then run them."""
-    # Bound methods, because Lightning opens dataclasses in a batch to move what is inside.
-    calls = [member.__call__ for member in members]
-    return DataLoader(calls, batch_size=None, collate_fn=_same, generator=torch.Generator())  # type: ignore[arg-type]
-
-
-def _same(evaluator: Evaluator) -> Evaluator:
-    return evaluator
+        """A hash of the training rows and of how they are transformed."""
+        return f"{self.source.fingerprint()}-{self.transform.fingerprint(self.columns)}"

@@ -10,62 +10,68 @@ from transformers import AutoModelForMaskedLM
 from transformers.modeling_outputs import BaseModelOutput
 
 from tercet.errors import InputError
-from tercet.models import DualEncoder, Encoder, TextEncoder
+from tercet.models import DualEncoder, Encoder, Execution, TextEncoder
 from tercet.models.pretrained import load_pretrained
 from tercet.models.text import special_tokens, word_starts
 from tercet.rng import derive_seed
 from tercet.types import LossOutput, TokenBatch, TokenState
 
-ANOTHER = 1  # what this pass's dropout seeds are mixed with: the contrast has its own
+MLM_PASS = 1  # mixed into the dropout seeds: the contrastive pass over the same tokens has other masks
 
 
 @dataclass(frozen=True)
 class MaskedLM:
-    """Settings: the total is contrast + ``weight`` · masked LM (arXiv:2104.08821 section 6.3; 0.1 there, 0 is off).
+    """Settings of masked language modeling as an auxiliary loss: the total is contrast + ``weight`` * masked LM.
 
-    ``probability`` of the tokens are chosen; 80 % of those become the mask, 10 % a random token, 10 % stay (Devlin et
-    al. 2019). Every view draws its own. With ``whole_words`` all pieces of a word are chosen or none. Costs a second
-    forward pass.
+    The weight is 0.1 in SimCSE (arXiv:2104.08821, section 6.3); 0 turns it off. ``probability`` is the share of tokens that are
+    chosen; 80 % of them become the mask token, 10 % a random token, 10 % stay (Devlin et al. 2019). Every view has its own
+    choice. With ``whole_words`` all tokens of a word are chosen or none. The loss costs a second forward pass.
+
+    >>> MaskedLM(weight=0.1).probability
+    0.15
     """
 
-    weight: float
-    probability: float
-    whole_words: bool
+    weight: float = 0.0
+    probability: float = 0.15
+    whole_words: bool = False
 
     def __post_init__(self) -> None:
         if self.weight < 0:
-            raise InputError(f"objective.mlm.weight={self.weight}: 0 (off) or more.")
+            raise InputError(f"`weight`={self.weight}: 0 (off) or more.")
         if not 0 < self.probability < 1:
-            raise InputError(f"objective.mlm.probability={self.probability}: above 0 and below 1, 0.15 in the paper.")
+            raise InputError(f"`probability`={self.probability}: above 0 and below 1, 0.15 in the paper.")
 
     def build(self, encoder: Encoder) -> "MaskedLMHead | None":
         """The head on that encoder, or None where the weight is 0."""
         if self.weight == 0:
             return None
         if not isinstance(encoder, TextEncoder):
-            kind = "two towers" if isinstance(encoder, DualEncoder) else "a model of images"
-            raise InputError(_refused(f"{kind} has none"))
+            kind = "two encoders" if isinstance(encoder, DualEncoder) else "a model of images"
+            raise InputError(_unsupported(f"{kind} has none"))
         return MaskedLMHead(self, encoder)
 
 
-def _refused(why: str) -> str:
+def _unsupported(why: str) -> str:
     return (
-        f"A masked language model needs a transformer of text; {why}. Use another model, as model=minilm; where it is an "
-        "auxiliary (objective.mlm.weight), 0 leaves it out."
+        f"Masked language modeling needs a transformer of text with a language-model head; {why}. Use another model, as MiniLM "
+        "or BERT; `weight`=0 turns the auxiliary loss off."
     )
 
 
 class MaskedLMHead(nn.Module):
-    """The language-model head that ``transformers`` has for the backbone, which it is run on; word vectors are shared.
+    """The language-model head that ``transformers`` has for a backbone, on that backbone, with shared word embeddings.
 
-    Its weights are the pretrained ones where the backbone's own folder or hub id holds them, else drawn at random.
+    Its weights are the pretrained ones where the backbone's own folder or hub id has them, else random.
     """
+
+    special: Tensor
+    word_start: Tensor
 
     def __init__(self, settings: MaskedLM, encoder: TextEncoder) -> None:
         super().__init__()
         backbone, tokenizer = encoder.backbone, encoder.tokenizer
         if tokenizer.mask_token_id is None:
-            raise InputError(_refused("this tokenizer has no mask token"))
+            raise InputError(_unsupported("this tokenizer has no mask token"))
         source = backbone.config._name_or_path
         try:
             lm = load_pretrained(AutoModelForMaskedLM, source, "model.backbone.name") if source else None
@@ -73,53 +79,59 @@ class MaskedLMHead(nn.Module):
         except InputError:
             raise
         except ValueError as error:
-            raise InputError(_refused(f"transformers has none for {backbone.config.model_type}")) from error
+            raise InputError(_unsupported(f"transformers has none for {backbone.config.model_type}")) from error
         setattr(lm, lm.base_model_prefix, backbone)
         lm.tie_weights()
-        setattr(lm, lm.base_model_prefix, HiddenStates())  # the head alone: it sees no more than the chosen tokens
+        setattr(lm, lm.base_model_prefix, HiddenStates())  # the head alone, for the chosen tokens only
         self.lm = lm.train()
         self.settings = settings
         self.execution = encoder.execution
-        self._reading = encoder.reading  # no module: its backbone is not registered a second time
+        self._measured: Execution | None = None
+        self._run_backbone = encoder.reading  # not a module: the backbone is not registered a second time
         self.mask_id = int(tokenizer.mask_token_id)
-        self.words = len(tokenizer)
+        self.num_tokens = len(tokenizer)
         self.register_buffer("special", special_tokens(tokenizer), persistent=False)
-        self.register_buffer("begins", word_starts(tokenizer), persistent=False)
-
-    special: Tensor
-    begins: Tensor
+        self.register_buffer("word_start", word_starts(tokenizer), persistent=False)
 
     def corrupt(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """``(T,)`` to the corrupted ids ``(T,)`` and the targets ``(T,)``, -100 where nothing is asked."""
+        """``(T,)`` to the corrupted ids ``(T,)`` and the targets ``(T,)``, -100 for tokens that are not chosen."""
         draw = torch.rand(ids.shape, device=ids.device)
-        if self.settings.whole_words:  # rows begin with a special token: no word goes over from one to the next
-            word = (self.begins[ids] | self.special[ids]).long().cumsum(0)
+        if self.settings.whole_words:  # a row begins with a special token, so that no word continues in the next row
+            word = (self.word_start[ids] | self.special[ids]).long().cumsum(0)
             draw = draw[word - word[0]]
         chosen = (draw < self.settings.probability) & ~self.special[ids]
-        fate = torch.rand(ids.shape, device=ids.device)
-        noise = torch.randint(self.words, ids.shape, device=ids.device)
-        replaced = torch.where(fate < 0.8, torch.full_like(ids, self.mask_id), torch.where(fate < 0.9, noise, ids))
+        action = torch.rand(ids.shape, device=ids.device)
+        random_ids = torch.randint(self.num_tokens, ids.shape, device=ids.device)
+        masked = torch.full_like(ids, self.mask_id)
+        replaced = torch.where(action < 0.8, masked, torch.where(action < 0.9, random_ids, ids))
         return torch.where(chosen, replaced, ids), ids.masked_fill(~chosen, -100)
 
     def forward(self, inputs: TokenBatch) -> LossOutput:
-        """``count`` is the number of chosen tokens: the mean is over the tokens of the global batch."""
+        """The summed cross entropy; the normalizer is the number of chosen tokens."""
         corrupted, targets = self.corrupt(inputs.ids)
-        # Ids and targets travel as one row, so that any order and chunking keeps them together.
+        # Ids and targets are the two columns of one row of tokens: chunking keeps them together.
         seed = inputs.state.dropout_seed
-        state = TokenState(dropout_seed=None if seed is None else derive_seed(seed, ANOTHER))
+        state = TokenState(dropout_seed=None if seed is None else derive_seed(seed, MLM_PASS))
         paired = TokenBatch(torch.stack([corrupted, targets], 1), inputs.lengths, state)
-        self.execution = self.execution.resolve_auto_chunks(self, self._rows, paired)
-        sums = self.execution.run(self._rows, paired)
+        sums = self._plan(paired).run(self._rows, paired)
         return LossOutput(sums[:, 0].sum(), sums[:, 1].detach().sum())
+
+    def _plan(self, paired: TokenBatch) -> Execution:
+        """The execution with a number of tokens for a chunk, which is measured on the first batch where it is automatic."""
+        if self.execution.chunk_tokens != "auto":
+            return self.execution
+        if self._measured is None:
+            self._measured = self.execution.resolve_auto_chunks(self, self._rows, paired)
+        return self._measured
 
     def _rows(self, paired: TokenBatch) -> Tensor:
         """``n`` rows of ``ids (T, 2)`` to ``(n, 2)``: each row's summed cross entropy and number of targets."""
-        ids, asked = (replace(paired, ids=ids) for ids in paired.ids.unbind(-1))
-        output, _ = self._reading(ids, self.execution.layout == "packed", first=False, layers=False)
-        hidden, targets = output.last_hidden_state, asked.pad(-100)[0]
+        ids, targets_only = (replace(paired, ids=ids) for ids in paired.ids.unbind(-1))
+        output, _ = self._run_backbone(ids, self.execution.layout == "packed", first=False, layers=False)
+        hidden, targets = output.last_hidden_state, targets_only.pad(-100)[0]
         assert hidden is not None
         chosen = targets >= 0
-        # Logits of the whole vocabulary, for these tokens only: of all of them they would cost more than the encoder.
+        # Logits of the vocabulary for the chosen tokens only: those of all tokens would cost more than the encoder.
         logits = self.lm(inputs_embeds=hidden[chosen][None]).logits[0].float()
         loss = F.cross_entropy(logits, targets[chosen], reduction="none")
         row = torch.arange(len(chosen), device=chosen.device)[:, None].expand_as(chosen)[chosen]
@@ -128,7 +140,7 @@ class MaskedLMHead(nn.Module):
 
 
 class HiddenStates(nn.Module):
-    """Stands where a language model has its encoder, and hands on the hidden states that it is given."""
+    """A stand-in for a language model's encoder that returns the hidden states it is given."""
 
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> BaseModelOutput:
         """``inputs_embeds (1, n, H)``."""

@@ -1,132 +1,187 @@
-"""The objectives: SimCSE, FaceNet and Quick-Thoughts."""
+"""The objectives: SimCSE, FaceNet, Quick-Thoughts, and masked language modeling."""
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import pytorch_lightning as pl
 import torch
+from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from tercet.distributed import reduce_loss
 from tercet.errors import InputError
+from tercet.losses import ContextLoss, TripletLoss
 from tercet.models import Encoder
+from tercet.models.checkpoint import KEY, encoder_spec
+from tercet.models.engine.deterministic_dropout import with_dropout_seeds
 from tercet.models.text import token_info
-from tercet.training.contrastive import Contrastive
+from tercet.training.contrastive import Contrastive, shared_seed
+from tercet.training.lightning_compat import EvaluationHooks
 from tercet.training.masked_lm import MaskedLM
 from tercet.training.memory import Memory
+from tercet.training.optimizers import adamw, make_scheduler, optimizer_with_schedule
 from tercet.types import Batch, Embeddings, TokenBatch
 from tercet.views import TokenInfo, Views
 
 
 class SimCSEUnsup(Contrastive):
-    """One text twice: two dropout masks are the two views (section 3), and what ``view`` does to each look.
+    """Unsupervised SimCSE (Gao et al. 2021, arXiv:2104.08821, section 3): a text and itself, with two dropout masks.
 
-    Further columns are not looked at.
+    ``view`` may edit the two copies of the text as well. Only the first column is used.
+
+    >>> from tercet.training import SimCSEUnsup
+    >>> SimCSEUnsup.columns, SimCSEUnsup.positives, SimCSEUnsup.makes_views
+    ((1, 3), 'example', True)
     """
 
-    columns: ClassVar[tuple[int, int]] = (1, 3)
-    dropout_views: ClassVar[bool] = True
+    makes_views: ClassVar[bool] = True
 
     def __init__(
         self,
         encoder: Encoder,
-        loss: nn.Module,
-        optimizer: Callable[[nn.Module], Optimizer],
-        scheduler: Callable[[Optimizer, int], LRScheduler],
-        mlm: MaskedLM,
-        memory: Memory,
-        view: Views,
+        loss: nn.Module | None = None,
+        optimizer: Callable[[nn.Module], Optimizer] = adamw,
+        scheduler: Callable[[Optimizer, int], LRScheduler] = make_scheduler,
+        mlm: MaskedLM | None = None,
+        memory: Memory | None = None,
+        view: Views | None = None,
     ) -> None:
         super().__init__(encoder, loss, optimizer, scheduler, mlm, memory)
-        self.view = view
-        if not view.identical:
-            self._try(encoder)
+        self.view = Views((), (), 0) if view is None else view
+        if not self.view.identical:
+            self._try_views(encoder)
 
-    def _try(self, encoder: Encoder) -> None:
-        """A backbone or tokenizer that the view cannot be used with is named now."""
-        found = token_info(encoder)
-        if found is None:
-            raise InputError("These views change texts, but the model reads images. Use view=dropout.")
-        self.pieces = TokenInfo(*found)
+    def _try_views(self, encoder: Encoder) -> None:
+        """Edit and embed two texts: a backbone or tokenizer that the views cannot be used with raises its error now."""
+        info = token_info(encoder)
+        if info is None:
+            raise InputError("These views edit texts, but the model reads images. Leave out `view`.")
+        self.token_info = TokenInfo(*info)
         inputs, ids = encoder.prepare(["One text.", "And another one."]), torch.arange(2)
         with torch.no_grad():
             self.embed(self.views(Batch((inputs,), ids, ids, ids, ids[None])))
 
     def views(self, batch: Batch) -> Batch:
-        """The first column, twice."""
+        """The first column twice, edited by ``view``."""
         two = batch.select_columns(0, 0)
         text = batch.views[0]
         if self.view.identical or not isinstance(text, TokenBatch):
             return two
-        return replace(two, views=self.view(text, batch.example_id, self.global_step, self.pieces))
+        return replace(two, views=self.view(text, batch.example_id, self.global_step, self.token_info))
 
 
 class SimCSESup(Contrastive):
-    """Premise and entailment, and optionally a contradiction as the hard negative (section 4): two or three columns."""
+    """Supervised SimCSE (Gao et al. 2021, arXiv:2104.08821, section 4): premise and entailment are positives.
+
+    A third column, the contradiction, holds hard negatives.
+    """
 
     columns: ClassVar[tuple[int, int]] = (2, 3)
 
 
 class FaceNet(Contrastive):
-    """Rows of equal label are drawn together, all others apart: images or texts, by triplets (section 3).
+    """FaceNet (Schroff et al. 2015, arXiv:1503.03832, section 3): rows of one label are close, all others far, by triplets.
 
-    One labelled column is the paper's case. Two columns are positives of each other, with or without labels, and a
-    third holds negatives for everyone (NLI triplets).
+    The paper's case is one column of labeled images. Two columns are positives of each other, with or without labels, and a
+    third holds negatives for all rows (NLI triplets).
     """
 
-    columns: ClassVar[tuple[int, int]] = (1, 3)
     positives: ClassVar[str] = "label"
+    default_loss: ClassVar[Callable[[], nn.Module]] = TripletLoss
+
+    @classmethod
+    def needs(cls, num_columns: int) -> frozenset[str]:
+        """Several rows of one label in a batch, where there is only one column."""
+        return frozenset({"same_label"} if num_columns == 1 else ())
 
 
 class QuickThoughts(Contrastive):
-    """f of a sentence finds g of its neighbours (section 3).
+    """Quick-Thoughts (Logeswaran and Lee 2018, arXiv:1803.02893, section 3): f of a sentence identifies g of its neighbors.
 
-    f and g are two towers (``model=towers``), two heads on one trunk (``model.head.kind=two_linear``), or one encoder;
-    the embedding of a sentence is [f; g]. One column, whose rows come in order: ``label`` names the document,
-    ``position`` the place in it.
+    f and g are two encoders (``DualEncoder``), two heads of one backbone (``Head`` of kind two_linear), or one encoder; the
+    embedding of a sentence is [f; g]. There is one column of rows in order: ``label`` is the document, ``position`` the
+    position in it.
     """
 
     columns: ClassVar[tuple[int, int]] = (1, 1)
     positives: ClassVar[str] = "position"
+    default_loss: ClassVar[Callable[[], nn.Module]] = ContextLoss
+
+    @classmethod
+    def needs(cls, num_columns: int) -> frozenset[str]:
+        """Neighboring sentences in a batch."""
+        return frozenset({"adjacent"})
 
     def embed(self, batch: Batch) -> Embeddings:
-        """``z (2, N, D)``: f and g; the same twice of an encoder that has one side."""
-        sides = self.encoder.num_outputs
-        z = self.encoder(batch.views[0]).unflatten(-1, (sides, -1)).movedim(1, 0)
+        """``z (2, N, D)``: f and g; the same vectors twice where the encoder has one output."""
+        outputs = self.encoder.num_outputs
+        z = self.encoder(batch.views[0]).unflatten(-1, (outputs, -1)).movedim(1, 0)
         content = batch.content_hash.expand(2, -1)
         return Embeddings(z.expand(2, -1, -1), batch.example_id, batch.label, batch.position, content)
 
 
-class Pretraining(Contrastive):
-    """Masked language modelling alone (Devlin et al. 2019, arXiv:1810.04805), on every column: no text is contrasted.
+class Pretraining(EvaluationHooks, pl.LightningModule):
+    """Masked language modeling alone (Devlin et al. 2019, arXiv:1810.04805), on the texts of every column.
 
-    The folder that it writes is the next stage's ``model.backbone.name``. Pooling and head stay as they are.
+    Continues the pretraining of a backbone on one's own text; pooling and head are not trained.
     """
 
     columns: ClassVar[tuple[int, int]] = (1, 3)
     positives: ClassVar[str] = "none"
+    makes_views: ClassVar[bool] = False
 
     def __init__(
         self,
         encoder: Encoder,
-        optimizer: Callable[[nn.Module], Optimizer],
-        scheduler: Callable[[Optimizer, int], LRScheduler],
-        mlm: MaskedLM,
+        optimizer: Callable[[nn.Module], Optimizer] = adamw,
+        scheduler: Callable[[Optimizer, int], LRScheduler] = make_scheduler,
+        mlm: MaskedLM | None = None,
     ) -> None:
-        if mlm.weight == 0:
-            raise InputError("objective.mlm.weight=0: objective=mlm learns nothing else. Use objective.mlm.weight=1.")
-        super().__init__(encoder, nn.Identity(), optimizer, scheduler, mlm, Memory(size=0, warmup=0))
+        super().__init__()
+        mlm = mlm or MaskedLM(weight=1.0)
+        head = mlm.build(encoder)
+        if head is None:
+            raise InputError("`mlm.weight`=0: masked language modeling is all that this objective trains. Use `mlm.weight`=1.")
+        self.encoder = encoder
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.mlm_weight = mlm.weight
+        self.mlm = head
+        self.seed = 0
+        self.stage = "test"
         for unused in (encoder.head, getattr(encoder.backbone, "pooler", None)):
             if unused is not None:
-                unused.requires_grad_(False)  # DDP would wait for what the loss does not reach
+                unused.requires_grad_(False)  # DDP would wait for gradients that the loss does not reach
+
+    @classmethod
+    def needs(cls, num_columns: int) -> frozenset[str]:
+        """Nothing."""
+        return frozenset()
+
+    def views(self, batch: Batch) -> Batch:
+        """All columns."""
+        return batch
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Cross entropy of the chosen tokens, as the mean over those of the global batch."""
-        assert self.mlm is not None
-        batch = self.training_views(batch)
+        """Cross entropy of the chosen tokens, averaged over those of the global batch."""
+        if self.encoder.deterministic_dropout:
+            batch = with_dropout_seeds(batch, self.seed, self.global_step)
         value, logged = reduce_loss(self.mlm(TokenBatch.concat([view for view in batch.views if isinstance(view, TokenBatch)])))
         logged["perplexity"] = logged["loss"].exp()
         self.log_dict({f"train/{name}": x for name, x in logged.items()}, batch_size=len(batch))
         return self.mlm_weight * value
+
+    def on_fit_start(self) -> None:
+        """Use one seed in all processes: that of ``seed_everything``."""
+        self.seed = shared_seed(self.trainer)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer and its schedule, which advances every step."""
+        return optimizer_with_schedule(self, self.optimizer, self.scheduler)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save what the encoder is built from: a checkpoint can be moved and opened alone."""
+        checkpoint[KEY] = encoder_spec(self.encoder)

@@ -67,5 +67,5 @@ def test_the_interval_is_steps_or_minutes():
     for wrong in ("10h", "soon", 0, "-5"):
         with pytest.raises(InputError, match="save_every="):
             interval(wrong)
-    with pytest.raises(InputError, match="keep=0"):
+    with pytest.raises(InputError, match="keep_last=0"):
         AtomicCheckpointIO(0)

@@ -44,8 +44,8 @@ def test_every_other_epoch_the_current_model_is_asked(tmp_path):
     assert spy.looked[2] == spy.looked[3] != {}
     assert data.sampler.neighbors == spy.state_dict()["neighbors"]
     # What the sampler was told is what a plain search says of the same model.
-    z, label = embed_rows(trainer, module, spy._pool(data.sampler, 4))
-    assert sorted(set(label.tolist())) == sorted(data.sampler.members)
+    z, label = embed_rows(trainer, module, spy._sample_rows(data.sampler, 4))
+    assert sorted(set(label.tolist())) == sorted(data.sampler.rows_by_label)
     cosine = (z @ z.T).masked_fill(label[:, None] == label, -torch.inf)
     best = label[cosine.argmax(1)]
     found = confusable_labels(label, cosine.amax(1, keepdim=True), cosine.argmax(1, keepdim=True), 1)
@@ -62,7 +62,7 @@ def test_a_run_that_goes_on_has_its_neighbours(tmp_path):
 
 
 def test_it_needs_batches_of_labels(tmp_path):
-    with pytest.raises(InputError, match="sampler=pk"):
+    with pytest.raises(InputError, match="needs a PKBatchSampler, but the sampler is RandomBatchSampler"):
         fit(tmp_path, HardLabels(1, 100, 2, 1.0, None), 1, "sampler=random")
 
 

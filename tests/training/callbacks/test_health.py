@@ -36,7 +36,7 @@ def test_a_collapsed_encoder_is_named_once(tmp_path, caplog, mining, form):
     assert seen["train/mean_norm"] > 0.999
     said = [r.message for r in caplog.records if r.message.startswith("Collapse: at step 3 ")]
     assert len(said) == 1
-    assert "loss.mining" in said[0]
+    assert "easier mining" in said[0]
 
 
 def test_a_sound_one_is_not(tmp_path, caplog):

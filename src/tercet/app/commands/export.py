@@ -1,4 +1,4 @@
-"""The job of ``python -m tercet export``: an encoder as one ONNX file, in float32 or int8."""
+"""The commands ``export`` (an encoder as one ONNX file) and ``expand`` (a model of words learns more words)."""
 
 from pathlib import Path
 
@@ -6,12 +6,15 @@ from omegaconf import DictConfig
 
 from tercet.app.model_loading import open_model
 from tercet.messages import print_status, silence_libraries
+from tercet.models.folder import save_model
 from tercet.models.onnx import FILE, export_onnx
+from tercet.models.vocabulary import expand_vocabulary
+from tercet.models.words import read_vectors
 from tercet.paths import check_new_folder, check_writable
 
 
 def run(cfg: DictConfig, output: Path) -> None:
-    """Write the folder."""
+    """Write the folder of the ONNX file, in float32 or int8."""
     silence_libraries()
     target = Path(cfg.output)
     check_new_folder(target, "output")
@@ -19,4 +22,19 @@ def run(cfg: DictConfig, output: Path) -> None:
     check_writable(target, "output")
     export_onnx(encoder, target, cfg.precision)
     size = (target / FILE).stat().st_size / 1e6
-    print_status(f"{cfg.precision}, {size:.0f} MB. Written to {target}; python -m tercet evaluate model={target} measures it.")
+    print_status(f"{cfg.precision}, {size:.0f} MB. Written to {target}; `tercet evaluate model={target}` measures it.")
+
+
+def expand(cfg: DictConfig, output: Path) -> None:
+    """Write a model folder whose words are those of training and of a file of vectors (Quick-Thoughts, section 4)."""
+    silence_libraries()
+    target = Path(cfg.output)
+    check_new_folder(target, "output")
+    vectors = read_vectors(cfg.vectors, "vectors")
+    encoder, expansion = expand_vocabulary(open_model(cfg.model.path, None, "cpu"), vectors)
+    check_writable(target, "output")
+    save_model(encoder, target)
+    fit = " and ".join(f"{x:.3f}" for x in expansion.fit)
+    print_status(
+        f"{expansion.new} words are new; the map was fitted on {expansion.shared} shared ones (R² {fit}). Written to {target}"
+    )

@@ -15,6 +15,7 @@ from tercet.app.components import build
 from tercet.errors import InputError
 from tercet.messages import print_status
 from tercet.models import CachedEncoder
+from tercet.training.callbacks.evaluation import Evaluation, refresh_encoder, run_evaluator
 from tercet.training.callbacks.throughput import peak_memory_gb
 from tercet.training.contrastive import Contrastive
 from tercet.training.datamodule import DataModule
@@ -68,7 +69,7 @@ class SampledEncoder:
         return torch.cat([z, torch.nn.functional.normalize(drawn, dim=-1)])
 
 
-def preflight(cfg: DictConfig, objective: Contrastive, data: DataModule, tests: Sequence[Evaluator], output: Path) -> None:
+def preflight(cfg: DictConfig, objective: Contrastive, data: DataModule, evaluation: Evaluation, output: Path) -> None:
     """Train three steps, evaluate once in every process, and say what the run will take."""
     timed = StepTimer()
     quick = {"max_steps": STEPS, "max_epochs": -1, "limit_val_batches": 0, "enable_checkpointing": False,
@@ -77,11 +78,10 @@ def preflight(cfg: DictConfig, objective: Contrastive, data: DataModule, tests: 
     trainer.fit(objective, datamodule=data)
     if not math.isfinite(timed.loss):
         raise InputError(f"check: the loss is {timed.loss} after {len(timed.ends)} steps.")
-    objective.on_validation_epoch_start()
-    sampled = SampledEncoder(objective.cached_encoder)
+    sampled = SampledEncoder(refresh_encoder(trainer, objective))
     steps = total_steps(cfg, data)
-    looks = validations(cfg, steps, data) * count_items(data.validation, sampled, objective)
-    looks += (2 if cfg.measure_before else 1) * count_items(tests, sampled, objective)
+    looks = validations(cfg, steps, data) * count_items(evaluation.validation, sampled, objective)
+    looks += (2 if cfg.measure_before else 1) * count_items(evaluation.test, sampled, objective)
     each = sampled.seconds / max(1, sampled.encoded)
     evaluating = each * looks
     parameters = sum(p.numel() for p in objective.parameters())
@@ -103,12 +103,11 @@ def preflight(cfg: DictConfig, objective: Contrastive, data: DataModule, tests: 
             output.rmdir()
 
 
-def count_items(evaluators: Sequence[Evaluator], sampled: SampledEncoder, objective: Contrastive) -> int:
-    """How many items they encode."""
+def count_items(evaluator: Evaluator | None, sampled: SampledEncoder, objective: Contrastive) -> int:
+    """How many items the evaluator encodes."""
     sampled.items = set()
-    with torch.autocast(objective.device.type, enabled=False):
-        for evaluator in evaluators:
-            evaluator(sampled)
+    if evaluator is not None:
+        run_evaluator(evaluator, objective, sampled)
     return len(sampled.items)
 
 

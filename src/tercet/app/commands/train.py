@@ -12,21 +12,22 @@ from pytorch_lightning.loggers import Logger
 
 from tercet.app import launch, record, report
 from tercet.app.commands.preflight import preflight
-from tercet.app.components import build, check_values
+from tercet.app.components import build, check_values, start_record
 from tercet.app.config_checks import check_config, check_model
 from tercet.app.launch import requeue_on_signal
 from tercet.app.model_loading import initialize_from
 from tercet.app.report import before_after_table
+from tercet.distributed.sharding import gather_weights, load_state
 from tercet.errors import InputError
 from tercet.messages import print_status, silence_libraries
 from tercet.models.checkpoint import read_checkpoint
 from tercet.models.engine.autochunk import trim_heap
 from tercet.models.folder import save_model
 from tercet.paths import check_writable
-from tercet.training import sharding
 from tercet.training.callbacks.checkpoints import AtomicCheckpointIO, newest_checkpoint
+from tercet.training.callbacks.evaluation import Evaluation, evaluate_stage
 from tercet.training.contrastive import Contrastive
-from tercet.training.datamodule import DataModule, evaluators
+from tercet.training.datamodule import DataModule
 from tercet.training.loggers import fault_tolerant
 
 RESULT_GROUPS = ("seed", "data", "sampler", "model", "loss", "view", "objective", "optimizer", "scheduler", "init_from")
@@ -49,6 +50,7 @@ def run(cfg: DictConfig, output: Path) -> float | None:
 
 def prepare(cfg: DictConfig, output: Path) -> tuple[DictConfig, DataModule]:
     """The resolved configuration and its data, after all that can be checked without reading the data."""
+    start_record(cfg)
     config = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     assert isinstance(config, DictConfig)
     check_writable(output, "output_dir")
@@ -56,6 +58,7 @@ def prepare(cfg: DictConfig, output: Path) -> tuple[DictConfig, DataModule]:
     check_values(config, cfg)
     config.output_dir = str(output)
     data = build(config.data.module)
+    build(config.validation)  # an error in it ends the run here
     check_config(config, get_class(config.objective._target_), data)
     return config, data
 
@@ -78,21 +81,21 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
     if plan := objective.encoder.describe_execution():
         print_status(plan)
     check_model(objective, data, launch.started_by_launcher())
-    tests = evaluators(test := [build(cfg.test)])
+    evaluation = Evaluation(build(cfg.validation), build(cfg.test))
     if cfg.check:
-        preflight(cfg, objective, data, test, output)
+        preflight(cfg, objective, data, evaluation, output)
         return None
     loggers = [fault_tolerant(made) for logger in cfg.logger.values() if logger and (made := build(logger))]
-    callbacks = [
-        made for callback in cfg.callback.values() if callback for made in enabled_callbacks(cfg, build(callback), loggers)
-    ]
+    callbacks: list[pl.Callback] = [evaluation]
+    for callback in cfg.callback.values():
+        callbacks += enabled_callbacks(cfg, build(callback), loggers) if callback else []
     plugins = [*(build(cfg.trainer.plugins) or []), AtomicCheckpointIO(cfg.keep_last)]
     trainer: pl.Trainer = build(cfg.trainer, logger=loggers, callbacks=callbacks, plugins=plugins, default_root_dir=str(output))
     if launch.is_first_on_node():
         data.prepare_data()
     try:
         notes = record.write_start(cfg, output, data, loggers)
-        metrics = measure(trainer, objective, tests, "before") if cfg.measure_before else {}
+        metrics = evaluate_stage(trainer, objective, "before") if cfg.measure_before else {}
         if metrics and str(cfg.optimized_metric).startswith("test/"):  # better said now than after training
             optimized_value(cfg, {name.replace("before/", "test/", 1): value for name, value in metrics.items()})
         # The draws of the evaluation must not decide what training draws.
@@ -100,7 +103,7 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
         pl.seed_everything(cfg.seed + trainer.global_rank, workers=True, verbose=False)
         trainer.fit(objective, datamodule=data, ckpt_path=resume_checkpoint(cfg, output))
         metrics |= stage_values(trainer, "train/") | restore_best(trainer, objective)
-        metrics |= measure(trainer, objective, tests, "test")
+        metrics |= evaluate_stage(trainer, objective, "test")
         write_results(cfg, trainer, objective, metrics, notes, output)
         trainer.strategy.barrier("written")  # the next stage reads what the first process wrote
         record.close_loggers(loggers, "finished")
@@ -157,13 +160,6 @@ def enabled_callbacks(cfg: DictConfig, callback: pl.Callback, loggers: list[Logg
     return [callback] if all(cfg.trainer[key] for kind, key in kinds.items() if isinstance(callback, kind)) else []
 
 
-def measure(trainer: pl.Trainer, objective: Contrastive, tests: Any, stage: str) -> dict[str, float]:
-    """Run the test evaluator under the name of a stage."""
-    objective.stage = stage
-    trainer.test(objective, tests, verbose=False)
-    return stage_values(trainer, f"{stage}/")
-
-
 def stage_values(trainer: pl.Trainer, *prefixes: str) -> dict[str, float]:
     """The trainer's last values of the metrics whose names start so."""
     seen = trainer.callback_metrics.items()
@@ -179,7 +175,7 @@ def restore_best(trainer: pl.Trainer, objective: Contrastive) -> dict[str, float
             f"No validation ran: {monitor} selected nothing, these are the last weights. See trainer.val_check_interval."
         )
     elif path and monitor:
-        sharding.load_state(objective, read_checkpoint(path)["state_dict"])
+        load_state(objective, read_checkpoint(path)["state_dict"])
         score = float(best.best_model_score)  # type: ignore[union-attr]
         print_status(f"best {monitor}: {score:.4f}")
         return {monitor: score}
@@ -195,7 +191,7 @@ def write_results(
     output: Path,
 ) -> None:
     """Write the model and the metrics; show the table."""
-    encoder = sharding.unsharded(objective.encoder)
+    encoder = gather_weights(objective.encoder)
     if not trainer.is_global_zero:
         return
     save_model(encoder, output / "model")

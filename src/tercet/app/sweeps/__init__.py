@@ -1,1 +1,1 @@
-"""Sweeps: summaries, joblib's jobs, Optuna and Ray."""
+"""Sweeps: the search with Optuna, jobs on Ray, summaries over seeds, and the orderly stop of jobs."""

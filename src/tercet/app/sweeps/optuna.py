@@ -1,7 +1,7 @@
-"""``sweep=optuna``: a search over settings with so many trials, by Optuna, which remembers them in a file.
+"""``sweep=optuna``: a search over settings with Optuna, which stores its trials in a file.
 
-Hydra's own plugin for Optuna (1.3) asks for optuna below 3 and cannot prune: this is the library behind the same
-configuration. It stands here because Hydra takes sweepers from this package alone.
+Hydra's own Optuna plugin (1.3) needs optuna below 3 and cannot prune; the configuration is the same here. Hydra loads
+sweepers from ``hydra_plugins`` only, which registers this one, at every start: imports here are light.
 """
 
 import math
@@ -9,80 +9,69 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+from tercet.app.hydra_compat import parse_overrides
 from tercet.errors import InputError
 
 if TYPE_CHECKING:
+    import pytorch_lightning as pl
     from optuna import Study, Trial
     from optuna.distributions import BaseDistribution
 
-
 DIRECTIONS = ("maximize", "minimize")
+STUDY = "sweep"  # its name in study.db
 
 
 class OptunaSweeper(Sweeper):
-    """``trials`` jobs, ``jobs`` at a time; ``params`` and the command line say what is searched.
+    """Run ``trials`` jobs, ``jobs`` at a time, and search for the best ``optimized_metric``.
 
-    ``interval(1e-5, 1e-3)``, with ``tag(log, …)`` on a logarithmic scale; ``range(1, 5)``; ``choice(cls, mean)`` or a list.
-    The value of a trial is ``optimized_metric``. The study is ``study.db`` in the sweep's folder: the same command there
-    makes what is missing of ``trials``. With a ``monitor`` a trial that validates worse than the median of the earlier
-    ones is stopped (``prune``).
+    ``params`` and the command line say what is searched: ``interval(1e-5, 1e-3)``, ``tag(log, interval(…))`` for a
+    logarithmic scale, ``range(1, 5)``, ``choice(cls, mean)`` or a list. The study is ``study.db`` in the sweep's folder: the
+    same command there makes the trials that are missing. With a ``monitor`` and ``prune``, a trial that validates worse
+    than the median of the earlier ones is stopped.
     """
 
-    def __init__(
-        self,
-        trials: int,
-        jobs: int,
-        direction: str,
-        seed: int,
-        prune: bool,
-        params: dict[str, str],
-    ) -> None:
+    def __init__(self, trials: int, jobs: int, direction: str, seed: int, prune: bool, params: dict[str, str]) -> None:
         if direction not in DIRECTIONS:
             raise InputError(f"hydra.sweeper.direction={direction}: choose one of {', '.join(DIRECTIONS)}.")
         self.trials, self.jobs, self.direction, self.seed, self.prune = trials, jobs, direction, seed, prune
         self.params = dict(params or {})
         self.cfg = DictConfig({})
-        self.run: Any = None
+        self.launcher: Any = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        """What Hydra hands over."""
+        """Take the configuration and build the launcher of the jobs (Hydra calls it)."""
         self.cfg = config
-        self.run = Plugins.instance().instantiate_launcher(
+        self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
 
     def sweep(self, arguments: list[str]) -> None:
-        """Ask, run, tell."""
+        """Sample settings, run them and report their results to the study, until it has ``trials`` finished trials."""
         import optuna
 
         from tercet.messages import print_status
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        searched, fixed = self._searched(arguments)
+        space, fixed = self._split_arguments(arguments)
         folder = Path(self.cfg.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.cfg, folder / "multirun.yaml")
         storage = f"sqlite:///{folder.resolve() / 'study.db'}"
         study = optuna.create_study(
-            study_name="sweep", storage=storage, load_if_exists=True,
+            study_name=STUDY, storage=storage, load_if_exists=True,
             direction="maximize" if self.direction == "maximize" else "minimize", pruner=optuna.pruners.MedianPruner(),
         )  # fmt: skip
-        # Not the same draws again where the search goes on.
+        # A study that goes on must not repeat its first samples.
         study.sampler = optuna.samplers.TPESampler(seed=self.seed + len(study.trials))
-        said = "trials are there, of" if study.trials else "trials will be made of"
-        print_status(f"{len(study.trials) or self.trials} {said} {self.trials}; {storage}")
-        while left := self.trials - len([t for t in study.trials if t.state.is_finished()]):
-            if left < 0:
-                break
-            trials = [study.ask(searched) for _ in range(min(left, self.jobs))]
-            self._run(study, trials, fixed, storage)
+        print_status(f"{len(study.trials)} of {self.trials} trials are there; the study is {storage}")
+        while (left := self.trials - sum(trial.state.is_finished() for trial in study.trials)) > 0:
+            self._run(study, [study.ask(space) for _ in range(min(left, self.jobs))], fixed, storage)
         if study.best_trials:
             best = study.best_trial
             chosen = " ".join(f"{name}={value}" for name, value in best.params.items())
@@ -92,7 +81,7 @@ class OptunaSweeper(Sweeper):
         from optuna.trial import TrialState
 
         jobs = [[*fixed, *(f"{name}={value}" for name, value in t.params.items()), *self._pruning(t, storage)] for t in trials]
-        for trial, job in zip(trials, self.run.launch(jobs, initial_job_idx=trials[0].number), strict=True):
+        for trial, job in zip(trials, self.launcher.launch(jobs, initial_job_idx=trials[0].number), strict=True):
             value: Any = job.return_value
             if value is None:
                 study.tell(trial, state=TrialState.FAIL)
@@ -106,25 +95,26 @@ class OptunaSweeper(Sweeper):
                 study.tell(trial, value)
 
     def _pruning(self, trial: "Trial", storage: str) -> list[str]:
-        if not self.prune or not OmegaConf.select(self.cfg, "monitor"):
+        monitor = OmegaConf.select(self.cfg, "monitor")
+        if not self.prune or not monitor:
             return []
-        at = "+callback.prune"
-        return [f"{at}._target_=tercet.app.sweeps.pruning.OptunaPruning", f"{at}.storage={storage}", f"{at}.number={trial.number}",
-                f"{at}.monitor={self.cfg.monitor}"]  # fmt: skip
+        target = f"{pruning_callback.__module__}.{pruning_callback.__name__}"
+        values = {"_target_": target, "storage": storage, "number": trial.number, "monitor": monitor}
+        return [f"+callback.prune.{name}={value}" for name, value in values.items()]
 
-    def _searched(self, arguments: list[str]) -> tuple[dict[str, "BaseDistribution"], list[str]]:
-        """Distributions of the keys that sweep, and the overrides that do not."""
-        typed = OverridesParser.create().parse_overrides(arguments)
+    def _split_arguments(self, arguments: list[str]) -> tuple[dict[str, "BaseDistribution"], list[str]]:
+        """Distributions of the keys that are searched, and the overrides that are the same in all trials."""
+        typed = parse_overrides(arguments)
         given = {override.key_or_group for override in typed}
-        more = OverridesParser.create().parse_overrides([f"{k}={v}" for k, v in self.params.items() if k not in given])
-        searched = {o.get_key_element(): distribution(o) for o in (*more, *typed) if o.is_sweep_override()}
-        if not searched:
+        overrides = [*parse_overrides([f"{k}={v}" for k, v in self.params.items() if k not in given]), *typed]
+        space = {o.get_key_element(): to_distribution(o) for o in overrides if o.is_sweep_override()}
+        if not space:
             raise InputError("sweep=optuna: nothing is searched. Give an interval, as 'optimizer.lr=interval(1e-5,1e-3)'.")
-        return searched, [o.input_line for o in (*more, *typed) if not o.is_sweep_override() and o.input_line]
+        return space, [o.input_line for o in overrides if not o.is_sweep_override() and o.input_line]
 
 
-def distribution(override: Override) -> "BaseDistribution":
-    """What Optuna draws from."""
+def to_distribution(override: Override) -> "BaseDistribution":
+    """Optuna's distribution for an override that sweeps."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
     value: Any = override.value()
@@ -134,3 +124,31 @@ def distribution(override: Override) -> "BaseDistribution":
         return CategoricalDistribution([str(x) for x in value.range()])
     assert isinstance(value, ChoiceSweep)
     return CategoricalDistribution([str(x) for x in override.sweep_string_iterator()])
+
+
+def pruning_callback(storage: str, number: int, monitor: str) -> "pl.Callback":
+    """A callback that reports ``monitor`` to trial ``number`` after each validation, and stops training if it is pruned."""
+    from pytorch_lightning.callbacks import LambdaCallback
+
+    def report(trainer: "pl.Trainer", _: "pl.LightningModule") -> None:
+        stop = trainer.is_global_zero and monitor in trainer.callback_metrics and _report(trainer, storage, number, monitor)
+        if trainer.strategy.broadcast(stop):  # the first process decides for all
+            trainer.should_stop = True
+
+    return LambdaCallback(on_validation_end=report)
+
+
+def _report(trainer: "pl.Trainer", storage: str, number: int, monitor: str) -> bool:
+    import optuna
+
+    from tercet.messages import warn_once
+
+    store = optuna.storages.RDBStorage(storage)
+    trial_id = store.get_trial_id_from_study_id_trial_number(store.get_study_id_from_name(STUDY), number)
+    trial = optuna.Trial(optuna.load_study(study_name=STUDY, storage=store), trial_id)
+    trial.report(float(trainer.callback_metrics[monitor]), trainer.global_step)
+    stop = trial.should_prune()
+    if stop:
+        trial.set_user_attr("pruned", trainer.global_step)
+        warn_once(f"trial {number} is stopped at step {trainer.global_step}: {monitor} is below the median.")
+    return stop

@@ -1,4 +1,4 @@
-"""Plots of embeddings while training."""
+"""Figures and tables of the embeddings of held-out rows, during training."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,50 +14,57 @@ from torch import Tensor
 from tercet.distributed.gather import world_size
 from tercet.images import UnreadableImage, make_thumbnail, read_image_cell
 from tercet.models import Encoder, ImageEncoder
-from tercet.training.callbacks.figures import publish_figure, publish_table
-from tercet.training.contrastive import Contrastive
+from tercet.training.callbacks.evaluation import refresh_encoder
+from tercet.training.callbacks.figures import PAIR_COLOR, publish_figure, publish_table
 from tercet.types import Item, Source
 
-TRUE, OTHER = "#1b7f79", "#b5bcbf"
-COLORS = 10  # labels that get a color of their own; the rest are grey
+GRAY = "#b5bcbf"
+MAX_COLORS = 10  # labels with a color of their own; all others are gray
 
 
 @dataclass(frozen=True)
 class EmbeddedSample:
-    """Unit rows ``z (V, N, D)`` of held-out examples and their ``label (N,)``, -1 where unknown."""
+    """Unit rows ``z (V, N, D)`` of held-out examples and their ``label (N,)``, -1 where unknown.
+
+    True pairs are two views of an example or, of one view, two rows of one label; all others are false pairs.
+    """
 
     z: Tensor
     label: Tensor
 
+    def scores(self) -> Tensor:
+        """``(N, N)``: the cosine of row i of the first view and row j of the last."""
+        return self.z[0] @ self.z[-1].T
+
+    def masks(self) -> tuple[Tensor, Tensor]:
+        """``(N, N)`` twice: the diagonal, and rows of equal known labels."""
+        own = torch.eye(len(self.label), dtype=torch.bool)
+        return own, (self.label[:, None] == self.label) & (self.label[:, None] >= 0)
+
     def pairs(self) -> tuple[Tensor, Tensor]:
-        """Cosines of true pairs (two views of an example, else equal labels) and of all others."""
-        n = len(self.label)
-        if len(self.z) > 1:
-            scores = self.z[0] @ self.z[1].T
-            true = torch.eye(n, dtype=torch.bool)
-        else:
-            scores = self.z[0] @ self.z[0].T
-            true = (self.label[:, None] == self.label) & (self.label[:, None] >= 0)
-            true = true.triu(1)
-        other = ~true & ~torch.eye(n, dtype=torch.bool)
-        return scores[true], scores[other]
+        """The cosines of true pairs, of the first two views, and of false pairs."""
+        own, same = self.masks()
+        two = len(self.z) > 1
+        scores = self.z[0] @ self.z[1].T if two else self.scores()
+        true = own if two else same.triu(1)
+        return scores[true], scores[~true & ~own]
 
     def notable(self, count: int) -> list[tuple[str, float, int, int]]:
-        """The true pairs that are farthest, the others that are nearest, and the first rows' nearest.
+        """The ``count`` true pairs that are farthest, false pairs that are nearest, and nearest rows of the first rows.
 
-        (what, cosine, row of the first view, row of the last).
+        Each is (kind, cosine, row of the first view, row of the last).
         """
-        scores = self.z[0] @ self.z[-1].T
-        n = len(scores)
-        own = torch.eye(n, dtype=torch.bool)
-        same = own if len(self.z) > 1 else (self.label[:, None] == self.label) & (self.label[:, None] >= 0) & ~own
-        other = (~same & ~own).triu(1) if len(self.z) == 1 else ~same & ~own
+        scores = self.scores()
+        own, same_label = self.masks()
+        one = len(self.z) == 1
+        same = same_label & ~own if one else own
+        other = (~same & ~own).triu(1) if one else ~same & ~own
         found = []
-        for what, mask, least in (("hardest positive", same, True), ("hardest negative", other, False)):
+        for kind, mask, least in (("hardest positive", same, True), ("hardest negative", other, False)):
             at = mask.nonzero()
             order = scores[mask].argsort(descending=not least)[:count]
-            found += [(what, float(scores[i, j]), i, j) for i, j in at[order].tolist()]
-        nearest = scores.masked_fill(own, -2.0) if len(self.z) == 1 else scores
+            found += [(kind, float(scores[i, j]), i, j) for i, j in at[order].tolist()]
+        nearest = scores.masked_fill(own, -2.0) if one else scores
         return found + [("nearest", float(x), i, int(j)) for i, (x, j) in enumerate(zip(*nearest[:count].max(1), strict=True))]
 
     def triplets(self, count: int) -> list[tuple[int, int, int, float, float]]:
@@ -65,10 +72,8 @@ class EmbeddedSample:
 
         The worst first: those whose negative is nearer than their positive by most.
         """
-        scores = self.z[0] @ self.z[-1].T
-        own = torch.eye(len(scores), dtype=torch.bool)
-        known = self.label >= 0
-        same = (self.label[:, None] == self.label) & known[:, None]
+        scores = self.scores()
+        own, same = self.masks()
         same = same | own if len(self.z) > 1 else same & ~own
         far, p = scores.masked_fill(~same, 2.0).min(1)
         near, n = scores.masked_fill(same | own, -2.0).max(1)
@@ -76,71 +81,70 @@ class EmbeddedSample:
         return [(a, int(p[a]), int(n[a]), float(far[a]), float(near[a])) for a in worst if same[a].any()]
 
     def spread(self) -> tuple[float, float]:
-        """Alignment over true pairs (0 without any) and uniformity (Wang and Isola 2020, eq. 1 and 2)."""
+        """Alignment of true pairs, 0 without any, and uniformity (Wang and Isola 2020, eq. 1 and 2); lower is better."""
         true, _ = self.pairs()
-        close = float((2 - 2 * true).mean()) if len(true) else 0.0
+        alignment = float((2 - 2 * true).mean()) if len(true) else 0.0
         scores = self.z[0] @ self.z[0].T
         off = ~torch.eye(len(scores), dtype=torch.bool)
-        return close, float((4 * (scores[off] - 1)).exp().mean().log())
+        return alignment, float((4 * (scores[off] - 1)).exp().mean().log())
 
     def spectrum(self) -> Tensor:
-        """Singular values of the centred rows, the largest is 1: those of a collapsed space fall at once."""
+        """Singular values of the centered rows over the largest: they fall steeply where the embeddings have collapsed."""
         values = torch.linalg.svdvals(self.z[0] - self.z[0].mean(0))
-        shares: Tensor = values / values[0].clamp(min=1e-12)
-        return shares[: len(self.label) - 1]  # centred rows have no more directions
+        ratios: Tensor = values / values[0].clamp(min=1e-12)
+        return ratios[: len(self.label) - 1]  # N centered rows span N - 1 directions
 
     def plane(self) -> Tensor:
-        """``(N, 2)``: the two directions in which the rows differ most (PCA)."""
-        centred = self.z[0] - self.z[0].mean(0)
-        place: Tensor = centred @ torch.linalg.svd(centred, full_matrices=False).Vh[:2].T
-        return place
+        """``(N, 2)``: the first two principal components of the rows."""
+        centered = self.z[0] - self.z[0].mean(0)
+        components: Tensor = centered @ torch.linalg.svd(centered, full_matrices=False).Vh[:2].T
+        return components
 
 
-def draw_embeddings(sample: EmbeddedSample, path: list[tuple[str, float, float]], umap: bool) -> Figure:
-    """Four panels."""
+def draw_embeddings(sample: EmbeddedSample, history: list[tuple[str, float, float]], umap: bool) -> Figure:
+    """Four panels: a map of the rows, cosines of pairs, singular values, and alignment over uniformity since the start."""
     figure = Figure(figsize=(11, 8), layout="constrained")
-    space, pairs, spectrum, way = figure.subplots(2, 2).flat
-    place, how = _placed(sample, umap)
-    shown = sample.label.unique(return_counts=True)
-    known = shown[0][shown[0] >= 0]
-    chosen = known[shown[1][shown[0] >= 0].argsort(descending=True)][:COLORS]
-    rest = ~torch.isin(sample.label, chosen)
-    space.scatter(*place[rest].T.tolist(), s=9, color=OTHER if len(chosen) else TRUE, alpha=0.6, linewidths=0)
-    for i, label in enumerate(chosen.tolist()):
-        space.scatter(*place[sample.label == label].T.tolist(), s=14, color=f"C{i}", linewidths=0, label=str(label))
-    if len(chosen):
-        space.legend(frameon=False, fontsize="small", title="label")
-    space.set(title=f"Map ({how}), {len(place)} held-out rows", xticks=[], yticks=[])
+    axes = list(figure.subplots(2, 2).flat)
+    _draw_map(axes[0], sample, umap)
     true, other = sample.pairs()
     bins = torch.linspace(-1, 1, 81).tolist()
-    pairs.hist(other.tolist(), bins=bins, density=True, color=OTHER, label="other pairs")
+    axes[1].hist(other.tolist(), bins=bins, density=True, color=GRAY, label="other pairs")
     if len(true):
-        pairs.hist(true.tolist(), bins=bins, density=True, color=TRUE, alpha=0.75, label="true pairs")
-    pairs.set(title="Similarity", xlabel="cosine", yticks=[])
-    pairs.legend(frameon=False)
+        axes[1].hist(true.tolist(), bins=bins, density=True, color=PAIR_COLOR, alpha=0.75, label="true pairs")
+    axes[1].set(title="Similarity", xlabel="cosine", yticks=[])
+    axes[1].legend(frameon=False)
     values = sample.spectrum()
-    spectrum.plot(range(1, len(values) + 1), values.clamp(min=1e-6).tolist(), color=TRUE)
-    spectrum.set(title="Singular values (a collapse falls at once)", yscale="log", ylim=(1e-4, 1.5), xlabel="direction")
-    names, aligned, uniform = zip(*path, strict=True)
-    way.plot(uniform, aligned, "-o", color=TRUE, ms=4)
-    for i in {0, len(path) - 1}:
-        way.annotate(names[i], (uniform[i], aligned[i]), (5, 5), textcoords="offset points")
-    way.set(title="Alignment and uniformity (both: less is better)", xlabel="uniformity", ylabel="alignment")
-    for axis in (space, pairs, spectrum, way):
+    axes[2].plot(range(1, len(values) + 1), values.clamp(min=1e-6).tolist(), color=PAIR_COLOR)
+    axes[2].set(title="Singular values (a collapse falls at once)", yscale="log", ylim=(1e-4, 1.5), xlabel="direction")
+    names, aligned, uniform = zip(*history, strict=True)
+    axes[3].plot(uniform, aligned, "-o", color=PAIR_COLOR, ms=4)
+    for i in {0, len(history) - 1}:
+        axes[3].annotate(names[i], (uniform[i], aligned[i]), (5, 5), textcoords="offset points")
+    axes[3].set(title="Alignment and uniformity (both: less is better)", xlabel="uniformity", ylabel="alignment")
+    for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     return figure
 
 
-def _placed(sample: EmbeddedSample, umap: bool) -> tuple[Tensor, str]:
+def _draw_map(axis: Any, sample: EmbeddedSample, umap: bool) -> None:
+    points, method = sample.plane(), "PCA"
     if umap:
         from umap import UMAP
 
-        return torch.as_tensor(UMAP(metric="cosine", random_state=0).fit_transform(sample.z[0].numpy())), "UMAP"
-    return sample.plane(), "PCA"
+        points, method = torch.as_tensor(UMAP(metric="cosine", random_state=0).fit_transform(sample.z[0].numpy())), "UMAP"
+    labels, counts = sample.label.unique(return_counts=True)
+    frequent = labels[labels >= 0][counts[labels >= 0].argsort(descending=True)][:MAX_COLORS]
+    rest = ~torch.isin(sample.label, frequent)
+    axis.scatter(*points[rest].T.tolist(), s=9, color=GRAY if len(frequent) else PAIR_COLOR, alpha=0.6, linewidths=0)
+    for i, label in enumerate(frequent.tolist()):
+        axis.scatter(*points[sample.label == label].T.tolist(), s=14, color=f"C{i}", linewidths=0, label=str(label))
+    if len(frequent):
+        axis.legend(frameon=False, fontsize="small", title="label")
+    axis.set(title=f"Map ({method}), {len(points)} held-out rows", xticks=[], yticks=[])
 
 
 def draw_triplets(triplets: Sequence[tuple[int, int, int, float, float]], images: Sequence[bytes]) -> Figure:
-    """A row each triplet: anchor, positive, negative, and their cosines to the anchor."""
+    """One row per triplet: the images of anchor, positive and negative, with their cosines to the anchor."""
     figure = Figure(figsize=(5.4, 1.6 * max(1, len(triplets))), layout="constrained")
     axes: Any = figure.subplots(max(1, len(triplets)), 3, squeeze=False)
     for axis in axes.flat:
@@ -153,73 +157,73 @@ def draw_triplets(triplets: Sequence[tuple[int, int, int, float, float]], images
     return figure
 
 
-class Embeddings(pl.Callback):
-    """Draws ``rows`` held-out examples of ``source`` before training, every ``every`` steps, and at the end.
+class EmbeddingFigures(pl.Callback):
+    """Embed ``rows`` held-out examples of ``source`` before training, every ``every`` steps and at the end, and show them.
 
-    ``embeddings.png``; ``pairs.csv``, the ``pairs`` hardest positives, negatives and nearest neighbours, and ``triplets.csv``,
-    the anchors whose farthest positive and nearest negative are in the wrong order most; of images ``triplets.png``. All in
-    the run's folder and in every logger; W&B has both tables with pictures, TensorBoard's projector the last vectors. null for
-    ``every``: before and at the end alone. Map: UMAP where the package umap-learn is installed and ``umap`` asks for it,
-    else PCA. In several processes nothing is drawn between the steps: the others would wait.
+    Written into the run's folder and logged: ``embeddings.png``; ``pairs.csv``, the ``pairs`` hardest positives, hardest
+    negatives and nearest neighbors; ``triplets.csv``, the anchors whose negative is nearer than their positive by most; and
+    ``triplets.png`` of images. W&B has the tables with pictures, TensorBoard's projector the last embeddings.
+
+    With ``every`` None figures are drawn before training and at the end only, as always with several processes. The map is a
+    PCA, or UMAP with ``umap``, which needs the package umap-learn.
     """
 
-    def __init__(self, source: Source | None, rows: int, pairs: int, every: int | None, umap: bool) -> None:
+    def __init__(
+        self, source: Source | None = None, rows: int = 500, pairs: int = 10, every: int | None = None, umap: bool = False
+    ) -> None:
         self.source = source
         self.rows = rows
         self.pairs = pairs
         self.every = every
         self.umap = umap
-        self.path: list[tuple[str, float, float]] = []
+        self.history: list[tuple[str, float, float]] = []
         self.items: list[list[Any]] | None = None
         self.label = torch.zeros(0, dtype=torch.long)
 
-    def on_train_batch_end(  # type: ignore[override]
-        self, trainer: pl.Trainer, pl_module: Contrastive, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Every ``every`` steps."""
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Draw every ``every`` steps, in a single process."""
         if self.every and trainer.global_step % self.every == 0 and world_size() == 1:
-            pl_module.on_validation_epoch_start()
+            refresh_encoder(trainer, pl_module)
             self._draw(trainer, pl_module, f"step {trainer.global_step}")
 
-    def on_test_end(self, trainer: pl.Trainer, pl_module: Contrastive) -> None:  # type: ignore[override]
-        """Before training, and at its end."""
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw before training and at its end."""
         self._draw(trainer, pl_module, str(pl_module.stage))
 
-    def _draw(self, trainer: pl.Trainer, pl_module: Contrastive, when: str) -> None:
-        if self.source is None or not self._read(pl_module.encoder):
+    def _draw(self, trainer: pl.Trainer, module: Any, when: str) -> None:
+        if self.source is None or not self._load_items(module.encoder):
             return
         assert self.items is not None
-        z = torch.stack([F.normalize(pl_module.cached_encoder(column), dim=-1) for column in self.items])
+        z = torch.stack([F.normalize(module.cached_encoder(column), dim=-1) for column in self.items])
         sample = EmbeddedSample(z.float(), self.label)
-        self.path.append((when, *sample.spread()))
+        self.history.append((when, *sample.spread()))
         if when != "before" and trainer.is_global_zero:
-            publish_figure(trainer, "embeddings", draw_embeddings(sample, self.path, self.umap))
-            self._show(trainer, sample)
+            publish_figure(trainer, "embeddings", draw_embeddings(sample, self.history, self.umap))
+            self._publish_tables(trainer, sample)
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger) and when == "test":
-                    said = [str(item)[:100] if isinstance(item, str) else str(i) for i, item in enumerate(self.items[0])]
-                    logger.experiment.add_embedding(z[0], metadata=said, global_step=trainer.global_step)
+                    names = [str(item)[:100] if isinstance(item, str) else str(i) for i, item in enumerate(self.items[0])]
+                    logger.experiment.add_embedding(z[0], metadata=names, global_step=trainer.global_step)
 
-    def _show(self, trainer: pl.Trainer, sample: EmbeddedSample) -> None:
+    def _publish_tables(self, trainer: pl.Trainer, sample: EmbeddedSample) -> None:
         assert self.items is not None
         triplets = sample.triplets(self.pairs)
         one, other = self.items[0], self.items[-1]
         if isinstance(one[0], bytes):
             publish_figure(trainer, "triplets", draw_triplets(triplets, one))
-        pairs = [(what, round(cosine, 4), one[i], other[j]) for what, cosine, i, j in sample.notable(self.pairs)]
+        pairs = [(kind, round(cosine, 4), one[i], other[j]) for kind, cosine, i, j in sample.notable(self.pairs)]
         publish_table(trainer, "pairs", ("what", "cosine", "one", "other"), pairs)
         hard = [(round(far, 4), round(near, 4), one[a], other[p], other[n]) for a, p, n, far, near in triplets]
         if hard:
             publish_table(trainer, "triplets", ("to positive", "to negative", "anchor", "positive", "negative"), hard)
 
-    def _read(self, encoder: Encoder) -> bool:
-        """The columns of a few rows, those with an image that cannot be used left out; false where there are too few."""
+    def _load_items(self, encoder: Encoder) -> bool:
+        """Load the rows, without those of unreadable images; whether there are enough for a figure."""
         if self.items is None:
             assert self.source is not None
             table = self.source.rows()
             table = table.shuffle(seed=0).select(range(min(self.rows, len(table))))
-            columns = list(self.source.columns)[:2]
-            cells = [list(table[name]) for name in columns]
+            cells = [list(table[name]) for name in list(self.source.columns)[:2]]
             items = [[cell if isinstance(cell, str) else read_image_cell(cell) for cell in column] for column in cells]
             kept = [i for i, row in enumerate(zip(*items, strict=True)) if all(is_readable(encoder, item) for item in row)]
             self.items = [[column[i] for i in kept] for column in items]
@@ -231,7 +235,7 @@ class Embeddings(pl.Callback):
 
 
 def is_readable(encoder: Encoder, item: Item) -> bool:
-    """Whether the encoder can read it."""
+    """Whether the encoder can open the item; only images can be unreadable."""
     if not isinstance(encoder, ImageEncoder) or isinstance(item, str):
         return True
     try:

@@ -1,56 +1,58 @@
 """Figures of evaluators, and of pairs before and after training."""
 
 import csv
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
-
-from tercet.images import make_thumbnail
-from tercet.messages import describe_logger, log_errors, warn_once
-from tercet.training.contrastive import Contrastive
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-import math
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
-from tercet.types import Source
+from tercet.images import make_thumbnail
+from tercet.messages import describe_logger, log_errors, warn_once
+from tercet.training.callbacks.evaluation import find_evaluation
+from tercet.types import Evaluator, Source
+
+PAIR_COLOR, OTHER_COLOR = "#1b7f79", "#c9c9c9"
 
 
 class EvaluatorFigures(pl.Callback):
-    """The figures of each evaluator that draws: after the test as ``<name>.png``, with every validation ``val_<name>.png``.
+    """Draw the figures of evaluators that have some: ``<name>.png`` after the test, ``val_<name>.png`` at each validation.
 
-    What both encode is remembered, so that a figure costs its drawing alone. All processes encode, the first one writes.
+    Figures use the embeddings that the evaluation has computed. All processes encode, the first one writes. Needs the
+    ``Evaluation`` callback.
     """
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: Contrastive) -> None:  # type: ignore[override]
-        """The loggers keep those of every validation, the folder the last."""
-        if not trainer.sanity_checking:
-            _publish_all(trainer, pl_module, trainer.val_dataloaders, "val_")
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw; the loggers keep the figures of every validation, the run's folder those of the last."""
+        evaluation = find_evaluation(trainer)
+        if evaluation is not None and not trainer.sanity_checking:
+            _publish_all(trainer, pl_module, evaluation.validation, "val_")
 
-    def on_test_end(self, trainer: pl.Trainer, pl_module: Contrastive) -> None:  # type: ignore[override]
-        """Not those of the weights before training: they would be written over."""
-        if pl_module.stage == "test":
-            _publish_all(trainer, pl_module, trainer.test_dataloaders, "")
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw, except before training: the figures after it have the same names."""
+        evaluation = find_evaluation(trainer)
+        if evaluation is not None and pl_module.stage == "test":
+            _publish_all(trainer, pl_module, evaluation.test, "")
 
 
-def _publish_all(trainer: pl.Trainer, pl_module: Contrastive, loader: Any, prefix: str) -> None:
-    for call in loader.dataset:
-        draw = getattr(call.__self__, "figures", None)
-        for name, figure in (draw(pl_module.cached_encoder) if draw else {}).items():
-            publish_figure(trainer, prefix + name, figure)
+def _publish_all(trainer: pl.Trainer, module: Any, evaluator: Evaluator | None, prefix: str) -> None:
+    draw = getattr(evaluator, "figures", None)
+    for name, figure in (draw(module.cached_encoder) if draw else {}).items():
+        publish_figure(trainer, prefix + name, figure)
 
 
 def publish_table(trainer: pl.Trainer, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """``<name>.csv`` in the run's folder, and the same in W&B and, as text, in TensorBoard; with images in W&B alone."""
+    """Write ``<name>.csv`` into the run's folder and log the table to W&B and, as text, to TensorBoard.
+
+    A table with images (cells of bytes) is logged to W&B only.
+    """
     images = any(isinstance(cell, bytes) for row in rows for cell in row)
     path = Path(trainer.default_root_dir) / f"{name}.csv"
     try:
@@ -58,10 +60,10 @@ def publish_table(trainer: pl.Trainer, name: str, columns: Sequence[str], rows: 
             with path.open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows([columns, *rows])
     except OSError as error:
-        _missed(path, error)
+        _warn_unwritten(path, error)
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
-            data = [[_shown(cell) for cell in row] for row in rows]
+            data = [[_wandb_cell(cell) for cell in row] for row in rows]
             logger.log_table(key=f"tables/{name}", columns=list(columns), data=data, step=trainer.global_step)
         elif isinstance(logger, TensorBoardLogger) and not images:
             table = [columns, ["---"] * len(columns), *rows]
@@ -70,21 +72,21 @@ def publish_table(trainer: pl.Trainer, name: str, columns: Sequence[str], rows: 
                 logger.experiment.add_text(f"tables/{name}", "\n".join(lines), trainer.global_step)
 
 
-def _shown(cell: Any) -> Any:
+def _wandb_cell(cell: Any) -> Any:
     import wandb
 
     return wandb.Image(make_thumbnail(cell)) if isinstance(cell, bytes) else cell
 
 
-def publish_figure(trainer: pl.Trainer, name: str, figure: "Figure") -> None:
-    """``<name>.png`` in the run's folder, and the same in W&B and TensorBoard."""
+def publish_figure(trainer: pl.Trainer, name: str, figure: Figure) -> None:
+    """Write ``<name>.png`` into the run's folder, from the first process, and log it to W&B and TensorBoard."""
     if not trainer.is_global_zero:
         return
     path = Path(trainer.default_root_dir) / f"{name}.png"
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:
-        _missed(path, error)
+        _warn_unwritten(path, error)
         return
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
@@ -94,113 +96,91 @@ def publish_figure(trainer: pl.Trainer, name: str, figure: "Figure") -> None:
                 logger.experiment.add_figure(f"figures/{name}", figure, trainer.global_step, close=False)
 
 
-def _missed(path: Path, error: OSError) -> None:
-    path.unlink(missing_ok=True)  # half of it
+def _warn_unwritten(path: Path, error: OSError) -> None:
+    path.unlink(missing_ok=True)  # a part of it
     warn_once(f"{path} could not be written ({error}); training goes on without it.")
-
-
-PAIRED, OTHER = "#1b7f79", "#c9c9c9"
 
 
 @dataclass(frozen=True)
 class PairScores:
-    """Pairs as a model sees them: ``scores (N, N)``, the cosine of query i and document j."""
+    """The cosines of N pairs: ``scores (N, N)``, of query i and document j."""
 
     scores: Tensor
 
     @property
     def ranks(self) -> Tensor:
-        """``(N,)``: how many documents are nearer to the query than its own, 0 is best."""
+        """``(N,)``: the number of documents that are nearer to the query than its own; 0 is best."""
         return (self.scores > self.scores.diagonal()[:, None]).sum(1)
 
     def recall(self, k: int) -> float:
-        """The share of queries with their document among the first ``k``."""
+        """The share of queries whose document is among the ``k`` nearest."""
         return float((self.ranks < k).float().mean())
 
 
 class BeforeAfter(pl.Callback):
-    """Looks at up to ``pairs`` held-out pairs before and after training; ``examples`` of them go into ``neighbours.md``.
+    """Compare up to ``pairs`` held-out pairs before and after training: ``before_after.png``, and ``neighbors.md``.
 
-    A source of one column has no pairs: then only its evaluators speak, and nothing is drawn.
+    ``neighbors.md`` shows ``examples`` of the queries with their nearest document. Nothing is drawn for a source of one column.
     """
 
-    def __init__(self, source: Source | None, pairs: int, examples: int) -> None:
+    def __init__(self, source: Source | None = None, pairs: int = 2000, examples: int = 6) -> None:
         self.source = source
         self.pairs = pairs
         self.examples = examples
-        self.looks: dict[str, PairScores] = {}
+        self.scores: dict[str, PairScores] = {}
         self.texts: tuple[list[str], list[str]] | None = None
 
-    def on_test_end(self, trainer: pl.Trainer, pl_module: Contrastive) -> None:  # type: ignore[override]
-        """Look; draw once both stages are seen."""
+    def on_test_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Score the pairs; draw once both stages have been scored."""
         if self.source is None or len(self.source.columns) < 2 or trainer.default_root_dir is None:
             return
-        queries, documents = self._read()
+        queries, documents = self._load_pairs()
         encode = pl_module.cached_encoder
         x, y = F.normalize(encode(queries), dim=-1), F.normalize(encode(documents), dim=-1)
-        self.looks[str(pl_module.stage)] = PairScores(x @ y.T)
-        if len(self.looks) == 2 and trainer.is_global_zero:
-            publish_figure(trainer, "before_after", draw_before_after(*self.looks.values()))
-            (Path(trainer.default_root_dir) / "neighbours.md").write_text(self.neighbours(), encoding="utf-8")
+        self.scores[str(pl_module.stage)] = PairScores(x @ y.T)
+        if len(self.scores) == 2 and trainer.is_global_zero:
+            publish_figure(trainer, "before_after", draw_before_after(*self.scores.values()))
+            (Path(trainer.default_root_dir) / "neighbors.md").write_text(self.neighbors(), encoding="utf-8")
 
-    def _read(self) -> tuple[list[str], list[str]]:
+    def _load_pairs(self) -> tuple[list[str], list[str]]:
         if self.texts is None:
             assert self.source is not None
             rows = self.source.rows()
             if len(rows) > self.pairs:
                 rows = rows.shuffle(seed=0).select(range(self.pairs))
             first, second = (list(rows[c]) for c in list(self.source.columns)[:2])
-            # A document that several queries share would make its other queries look like errors.
+            # Where several queries share a document, one of them stays: the others would count as errors.
             keep = [i for i, text in enumerate(second) if second.index(text) == i]
             self.texts = [first[i] for i in keep], [second[i] for i in keep]
         return self.texts
 
-    def neighbours(self) -> str:
-        """Markdown: queries whose rank changed, with the nearest document before and after."""
-        queries, documents = self._read()
-        before, after = self.looks.values()
+    def neighbors(self) -> str:
+        """Queries, evenly spaced, with the rank of their document and the nearest one before and after, as Markdown."""
+        queries, documents = self._load_pairs()
+        before, after = self.scores.values()
         step = max(1, len(queries) // self.examples)
-        parts = ["# Nearest neighbours before and after\n"]
+        parts = ["# Nearest neighbors before and after\n"]
         for i in range(0, len(queries), step)[: self.examples]:
             parts.append(f"\n> {queries[i]}\n\n| | rank | nearest |\n|---|---|---|")
-            for name, look in (("before", before), ("after", after)):
-                nearest = int(look.scores[i].argmax())
+            for name, pairs in (("before", before), ("after", after)):
+                nearest = int(pairs.scores[i].argmax())
                 mark = " ✓" if nearest == i else ""
-                parts.append(f"| {name} | {int(look.ranks[i]) + 1} | {documents[nearest]}{mark} |")
-            parts.append(f"| sought | | {documents[i]} |")
+                parts.append(f"| {name} | {int(pairs.ranks[i]) + 1} | {documents[nearest]}{mark} |")
+            parts.append(f"| correct | | {documents[i]} |")
         return "\n".join(parts) + "\n"
 
 
 def draw_before_after(before: PairScores, after: PairScores) -> Figure:
-    """Three panels: recall at every k, and how the cosines of pairs stand apart from all others, before and after."""
+    """Three panels: recall at every k, and the cosines of pairs and of all other combinations before and after."""
     figure = Figure(figsize=(13, 4), layout="constrained")
     axes = figure.subplots(1, 3)
-    size = len(before.scores)
-    ks = sorted({round(10 ** (x / 20)) for x in range(int(20 * math.log10(size)) + 1)})
-    for look, name, color in ((before, "before", "#888888"), (after, "after", PAIRED)):
-        axes[0].plot(ks, [100 * look.recall(k) for k in ks], label=name, color=color, lw=2.5)
-        axes[0].annotate(
-            f"{100 * look.recall(1):.0f}", (1, 100 * look.recall(1)), (6, -4), textcoords="offset points", color=color
-        )
-    axes[0].set(
-        xscale="log",
-        xlabel=f"k of {size} documents",
-        ylabel="found among the k nearest (%)",
-        ylim=(0, 102),
-        title="Recall",
-    )
-    axes[0].legend(frameon=False, loc="lower right")
+    _draw_recall(axes[0], before, after)
     bins = torch.linspace(-0.4, 1, 57).tolist()
-    for axis, look, name in ((axes[1], before, "before"), (axes[2], after, "after")):
-        own = torch.eye(size, dtype=torch.bool)
-        axis.hist(look.scores[~own].tolist(), bins=bins, density=True, color=OTHER, label="other pairs")
-        axis.hist(look.scores[own].tolist(), bins=bins, density=True, color=PAIRED, alpha=0.75, label="true pairs")
-        axis.set(
-            xlabel="cosine",
-            yticks=[],
-            title=f"{name.capitalize()}: recall@1 {100 * look.recall(1):.0f} %",
-            xlim=(-0.4, 1),
-        )
+    for axis, pairs, name in ((axes[1], before, "Before"), (axes[2], after, "After")):
+        own = torch.eye(len(pairs.scores), dtype=torch.bool)
+        axis.hist(pairs.scores[~own].tolist(), bins=bins, density=True, color=OTHER_COLOR, label="other pairs")
+        axis.hist(pairs.scores[own].tolist(), bins=bins, density=True, color=PAIR_COLOR, alpha=0.75, label="true pairs")
+        axis.set(xlabel="cosine", yticks=[], title=f"{name}: recall@1 {100 * pairs.recall(1):.0f} %", xlim=(-0.4, 1))
     axes[1].legend(frameon=False)
     top = max(axes[1].get_ylim()[1], axes[2].get_ylim()[1])
     for axis in axes[1:]:
@@ -208,3 +188,16 @@ def draw_before_after(before: PairScores, after: PairScores) -> Figure:
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def _draw_recall(axis: Any, before: PairScores, after: PairScores) -> None:
+    size = len(before.scores)
+    ks = sorted({round(10 ** (x / 20)) for x in range(int(20 * math.log10(size)) + 1)})
+    for pairs, name, color in ((before, "before", "#888888"), (after, "after", PAIR_COLOR)):
+        axis.plot(ks, [100 * pairs.recall(k) for k in ks], label=name, color=color, lw=2.5)
+        first = 100 * pairs.recall(1)
+        axis.annotate(f"{first:.0f}", (1, first), (6, -4), textcoords="offset points", color=color)
+    axis.set(
+        xscale="log", xlabel=f"k of {size} documents", ylabel="found among the k nearest (%)", ylim=(0, 102), title="Recall"
+    )
+    axis.legend(frameon=False, loc="lower right")

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C end a run after a step, and all of its processes after the same one."""
+"""End a run after a whole step at SIGTERM and Ctrl-C, in all processes after the same step."""
 
 import signal
 import threading
@@ -14,61 +14,61 @@ from tercet.messages import warn_once
 
 
 class GracefulStop(pl.Callback):
-    """Lets a step be made before a run is saved and left.
+    """Complete the step, save a checkpoint and end the run at SIGTERM or Ctrl-C.
 
-    Lightning would leave from the middle of an optimizer's step at Ctrl-C; and at SIGTERM have each of several processes
-    broadcast from where it is, while another is in another collective, and both wait. Here the signal is noted, and after
-    a step the processes ask whether anybody has had one. A second Ctrl-C ends a process alone at once. A measurement has
-    nothing to save and ends at once.
+    Lightning would end in the middle of an optimizer step at Ctrl-C. At SIGTERM its processes broadcast from wherever they are,
+    while others are in another collective operation, and all of them hang. Here the signal is recorded, and after each step the
+    processes exchange whether one of them has received a signal. A second Ctrl-C ends a single process at once. Evaluations
+    have nothing to save and end at once.
     """
 
     def __init__(self) -> None:
-        self.asked = 0
+        self.received = 0  # the number of the signal
         self.stepping = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lightning's own handlers are there by now, and it puts back at the end what was there before them."""
+        """Install the handlers, after Lightning's; at the end Lightning restores what was there before its own."""
         if trainer.world_size > 1:
-            _listen(self._note, signal.SIGTERM, signal.SIGINT)
-        elif signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, or somebody's own
-            _listen(self._finish, signal.SIGINT)
+            _install(self._record, signal.SIGTERM, signal.SIGINT)
+        elif signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # otherwise it is ignored, or the user's own
+            _install(self._stop_after_step, signal.SIGINT)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Nobody waits for the others."""
+        """Let a signal end an evaluation at once."""
         if trainer.world_size > 1:
-            _listen(_leave, signal.SIGTERM, signal.SIGINT)
+            _install(_stop, signal.SIGTERM, signal.SIGINT)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        """From here the weights are in the making."""
+        """A step begins."""
         self.stepping = True
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """The same answer in every process."""
+        """Stop where any process has received a signal."""
         self.stepping = False
-        number = self.asked
+        number = self.received
         if trainer.world_size > 1:
-            asked = torch.tensor(number, device=trainer.strategy.root_device)
-            number = int(trainer.strategy.reduce(asked, reduce_op="max"))
+            received = torch.tensor(number, device=trainer.strategy.root_device)
+            number = int(trainer.strategy.reduce(received, reduce_op="max"))
         if number:
-            _leave(number, None)
+            _stop(number, None)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.asked = max(self.asked, number)
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        self.received = max(self.received, number)
 
-    def _finish(self, number: int, frame: FrameType | None) -> None:
-        if self.asked or not self.stepping:
-            _leave(number, frame)
-        self.asked = number
-        warn_once("Ctrl-C: the run is saved after this step. Once more ends it now.")
+    def _stop_after_step(self, number: int, frame: FrameType | None) -> None:
+        if self.received or not self.stepping:
+            _stop(number, frame)
+        self.received = number
+        warn_once("Ctrl-C: the run is saved after this step. Press it again to end now.")
 
 
-def _listen(handler: Callable[[int, FrameType | None], None], *numbers: int) -> None:
+def _install(handler: Callable[[int, FrameType | None], None], *numbers: int) -> None:
     if threading.current_thread() is threading.main_thread():
         for number in numbers:
             signal.signal(number, handler)
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
+def _stop(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt if number == signal.SIGINT else SIGTERMException

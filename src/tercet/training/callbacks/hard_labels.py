@@ -1,4 +1,4 @@
-"""Labels that the model confuses, in one batch."""
+"""Put labels that the model confuses into one batch."""
 
 from collections import defaultdict
 from typing import Any
@@ -13,39 +13,44 @@ from tercet.data import PKBatchSampler
 from tercet.distributed.gather import gather_rows, rank, world_size
 from tercet.errors import InputError
 from tercet.evaluation.search import FalseNegativeFilter, hard_negatives
-from tercet.training.contrastive import Contrastive
 from tercet.types import BatchIndices
 
-PART = 256  # rows in one pass
+CHUNK = 256  # rows of one forward pass
 
 
 class HardLabels(pl.Callback):
-    """Every ``every`` epochs the current model embeds the training rows, ``rows`` at most, and says which labels lie close.
+    """Every ``every`` epochs, embed up to ``rows`` training rows and find for each label the ``labels`` nearest other labels.
 
-    The sampler then draws a label together with up to ``labels`` of its confusable ones. Mining itself stays online and
-    exact: only the composition of batches depends on these neighbours, nothing stale enters the loss. Pairs of rows more
-    similar than ``max_similarity``, or than (1 - ``relative_margin``) times the row's own nearest positive, are taken for
-    mislabelled and not counted. Needs sampler=pk.
+    The sampler, a ``PKBatchSampler``, then draws a label together with these. Mining stays online and exact: the neighbors
+    only decide which labels share a batch. Pairs of rows that are more similar than ``max_similarity``, or than (1 -
+    ``relative_margin``) times the similarity to the row's nearest positive, are considered mislabeled and not counted.
     """
 
-    def __init__(self, every: int, rows: int, labels: int, max_similarity: float, relative_margin: float | None) -> None:
+    def __init__(
+        self,
+        every: int = 1,
+        rows: int = 20_000,
+        labels: int = 5,
+        max_similarity: float = 0.95,
+        relative_margin: float | None = 0.05,
+    ) -> None:
         if every < 1 or rows < 2 or labels < 1:
-            raise InputError(f"callback.hard_labels: every={every}, rows={rows}, labels={labels}; 1, 2 and 1 are the least.")
+            raise InputError(f"`every`={every}, `rows`={rows}, `labels`={labels}: at least 1, 2 and 1 are needed.")
         self.every, self.rows, self.labels = every, rows, labels
-        self.guard = FalseNegativeFilter(max_similarity, relative_margin)
+        self.filter = FalseNegativeFilter(max_similarity, relative_margin)
         self.neighbors: dict[int, list[int]] = {}
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: Contrastive) -> None:  # type: ignore[override]
-        """A run that goes on has neighbours from its checkpoint."""
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give the sampler the neighbors of a checkpoint."""
         self._sampler(trainer).neighbors = self.neighbors
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Contrastive) -> None:  # type: ignore[override]
-        """Before the epoch's batches are drawn; the first epoch's model knows nothing yet."""
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Find neighbors before the epoch's batches are drawn, except in the first epoch."""
         if trainer.current_epoch == 0 or trainer.current_epoch % self.every:
             return
         sampler = self._sampler(trainer)
-        z, label = embed_rows(trainer, pl_module, self._pool(sampler, trainer.current_epoch))
-        limit = self.guard.limit(nearest_positive(z, label))
+        z, label = embed_rows(trainer, pl_module, self._sample_rows(sampler, trainer.current_epoch))
+        limit = self.filter.limit(nearest_positive(z, label))
         scores, at = hard_negatives(z, z, lambda rows, keys: label[keys] != label[rows, None], limit, self.labels)
         self.neighbors = sampler.neighbors = confusable_labels(label, scores, at, self.labels)
         if bool((at >= 0).any()):
@@ -54,10 +59,11 @@ class HardLabels(pl.Callback):
     def _sampler(self, trainer: pl.Trainer) -> PKBatchSampler:
         sampler = trainer.datamodule.sampler  # type: ignore[attr-defined]
         if not isinstance(sampler, PKBatchSampler):
-            raise InputError("callback.hard_labels chooses the labels of a batch: it needs sampler=pk.")
+            name = type(sampler).__name__
+            raise InputError(f"HardLabels chooses the labels of a batch: it needs a PKBatchSampler, but the sampler is {name}.")
         return sampler
 
-    def _pool(self, sampler: PKBatchSampler, epoch: int) -> Tensor:
+    def _sample_rows(self, sampler: PKBatchSampler, epoch: int) -> Tensor:
         """As many rows of each label that occurs twice or more, the same in every process."""
         each = max(2, self.rows // len(sampler.rows_by_label))
         rng = np.random.default_rng([sampler.seed, epoch])
@@ -65,31 +71,31 @@ class HardLabels(pl.Callback):
         return torch.from_numpy(np.concatenate(rows)[: self.rows])
 
     def state_dict(self) -> dict[str, Any]:
-        """For checkpoints."""
+        """The neighbors."""
         return {"neighbors": self.neighbors}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The inverse."""
-        self.neighbors = state_dict["neighbors"]
+        """Restore the neighbors, also of checkpoints of version 1."""
+        self.neighbors = state_dict["neighbors"] if "neighbors" in state_dict else state_dict["neighbours"]
 
 
 @torch.no_grad()
-def embed_rows(trainer: pl.Trainer, pl_module: Contrastive, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Training rows, read as training reads them, to unit vectors ``(N, D)`` and labels ``(N,)``: the same in every process."""
-    encoder, data = pl_module.encoder, trainer.datamodule  # type: ignore[attr-defined]
+def embed_rows(trainer: pl.Trainer, module: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit vectors ``(N, D)`` and labels ``(N,)`` of training rows, transformed as in training; the same in every process."""
+    encoder, data = module.encoder, trainer.datamodule  # type: ignore[attr-defined]
     parts = [(torch.zeros(0, encoder.dim), torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long))]
     training = encoder.training
     encoder.eval()
-    for own in rows.split(PART)[rank() :: world_size()]:
+    for own in rows.split(CHUNK)[rank() :: world_size()]:
         batch = data.dataset[BatchIndices(own.tolist(), trainer.current_epoch)]
-        if len(batch) == 0:  # none of its images could be read
+        if len(batch) == 0:  # no image could be read
             continue
         with trainer.precision_plugin.forward_context():
-            z = encoder.run(batch.views[0].to(pl_module.device), encoder.execution.unchunked()).float()
+            z = encoder.run(batch.views[0].to(module.device), encoder.execution.unchunked()).float()
         parts.append((F.normalize(z, dim=-1), batch.label, batch.example_id))
     encoder.train(training)
-    z, label, uid = (gather_rows(torch.cat(part).to(pl_module.device)).cpu() for part in zip(*parts, strict=True))
-    order = uid.argsort()
+    z, label, ids = (gather_rows(torch.cat(part).to(module.device)).cpu() for part in zip(*parts, strict=True))
+    order = ids.argsort()
     return z[order], label[order]
 
 
@@ -104,7 +110,10 @@ def nearest_positive(z: Tensor, label: Tensor) -> Tensor:
 
 
 def confusable_labels(label: Tensor, scores: Tensor, at: Tensor, most: int) -> dict[int, list[int]]:
-    """Each label's neighbours by summed similarity of their rows: ``(N,), (N, k), (N, k)``."""
+    """The ``most`` nearest labels of each label, by the summed similarity of their rows.
+
+    ``label (N,)``; ``scores (N, k)`` and ``at (N, k)``: the cosines and rows of each row's neighbors, -1 where there is none.
+    """
     votes: dict[int, dict[int, float]] = defaultdict(lambda: defaultdict(float))
     row, column = (at >= 0).nonzero(as_tuple=True)
     others = label[at[row, column]].tolist()

@@ -1,4 +1,4 @@
-"""Skip steps with non-finite gradients; warn of collapsed embeddings."""
+"""Skip optimizer steps with non-finite gradients; warn of collapsed embeddings."""
 
 import csv
 from pathlib import Path
@@ -12,98 +12,101 @@ from torch.nn.utils import get_total_norm
 from tercet.distributed.gather import rank
 from tercet.errors import InputError
 from tercet.messages import warn_once
-from tercet.training.contrastive import Contrastive
 from tercet.types import Batch
 
 
 class SkipNonFinite(pl.Callback):
-    """Skips a step with a gradient that is not finite, and stops after ``patience`` of them in a row.
+    """Skip optimizer steps with non-finite gradients, and end the run after ``patience`` of them in a row.
 
-    Logs ``train/gradient_norm``, before clipping, and ``train/skipped``, how many so far. The rows of skipped batches are
-    written to ``skipped.csv`` (step, process, uids). Reading the norm waits for the device once a step. Under fp16, where
-    the scaler skips such steps by itself to find its scale, nothing is done.
+    Logs ``train/gradient_norm``, before clipping, and ``train/skipped``, the number of steps skipped so far. The rows of
+    skipped batches are written to ``skipped.csv`` (step, process, example ids). Reading the norm waits for the device once a
+    step. Nothing is skipped under fp16, where the loss scaler does so in order to find its scale.
     """
 
-    def __init__(self, patience: int) -> None:
+    def __init__(self, patience: int = 5) -> None:
         if patience < 1:
-            raise InputError(f"callback.skip_non_finite.patience={patience}: 1 step in a row, or more.")
+            raise InputError(f"`patience`={patience}: 1 step in a row, or more.")
         self.patience = patience
-        self.skipped = self.row = 0
-        self.seen: list[int] = []
+        self.skipped = self.in_a_row = 0
+        self.rows: list[int] = []
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int) -> None:
-        """Remember the rows, of all batches whose gradients are added up."""
-        self.seen += batch.example_id.tolist()
+        """Record the rows of all batches whose gradients are accumulated."""
+        self.rows += batch.example_id.tolist()
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        """Look at the whole gradient: it is the same in all processes, so that all of them skip."""
+        """Check the norm of the whole gradient: it is the same in all processes, so that all of them skip."""
         norm = get_total_norm([p.grad for p in pl_module.parameters() if p.grad is not None])
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         pl_module.log("train/gradient_norm", norm, batch_size=1)
-        rows, self.seen = self.seen, []
+        rows, self.rows = self.rows, []
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             return
-        self.row = 0 if torch.isfinite(norm) else self.row + 1
-        if self.row:
+        self.in_a_row = 0 if torch.isfinite(norm) else self.in_a_row + 1
+        if self.in_a_row:
             self._skip(trainer, pl_module, rows)
         pl_module.log("train/skipped", float(self.skipped), batch_size=1)
 
     def _skip(self, trainer: pl.Trainer, pl_module: pl.LightningModule, rows: list[int]) -> None:
         self.skipped += 1
         for parameter in pl_module.parameters():
-            parameter.grad = None  # the optimizer passes over it: no moment, no decay
+            parameter.grad = None  # the optimizer leaves such parameters out: no momentum, no weight decay
         path = Path(trainer.default_root_dir) / "skipped.csv"
         with path.open("a", newline="", encoding="utf-8") as file:
             csv.writer(file).writerow([trainer.global_step, rank(), " ".join(map(str, rows))])
         if self.skipped == 1:
             warn_once(f"step {trainer.global_step}: the gradient is not finite. The step is skipped; {path} names its rows.")
-        if self.row == self.patience:
+        if self.in_a_row == self.patience:
             raise InputError(
-                f"The gradient is not finite, {self.row} steps in a row up to step {trainer.global_step}: an embedding or "
-                "the loss is not. The weights are those before them, in checkpoints/last.ckpt; skipped.csv names the rows. "
-                "A smaller optimizer.lr, trainer.gradient_clip_val=1 or trainer.precision=32-true may help."
+                f"The gradient is not finite, {self.in_a_row} steps in a row up to step {trainer.global_step} (`patience`): "
+                "an embedding or the loss is not. The weights are those before them, in checkpoints/last.ckpt; skipped.csv has "
+                "the rows. A lower learning rate, the Trainer's gradient_clip_val at 1 or its precision 32-true may help."
             )
 
     def state_dict(self) -> dict[str, Any]:
-        """For checkpoints."""
+        """The number of skipped steps."""
         return {"skipped": self.skipped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The inverse."""
+        """Restore the number of skipped steps."""
         self.skipped = state_dict["skipped"]
 
 
 class CollapseWarning(pl.Callback):
-    """Warns, once, when for ``patience`` looks in a row the batch has lost its spread and the loss is stuck.
+    """Warn, once, when the embeddings have collapsed: little spread and a constant loss, ``patience`` times in a row.
 
-    ``train/spread`` (the mean squared distance on the sphere, 2 where directions are even) is below ``spread``, and the
-    loss is where equal embeddings put it: at the margin of triplets, or no triplet is active. It does not recover from
-    there: the gradient on the sphere is gone too. Looks come as often as the trainer logs.
+    ``train/spread`` (the mean squared distance on the unit sphere, 2 for evenly distributed directions) is below ``spread``,
+    and the loss has the value that equal embeddings have (the loss's ``collapsed_loss``, where it declares one), or no triplet
+    is active. Training does not recover: the gradient on the sphere vanishes as well. Checked as often as the trainer logs.
     """
 
-    def __init__(self, spread: float, patience: int) -> None:
+    def __init__(self, spread: float = 0.01, patience: int = 3) -> None:
         self.spread = spread
         self.patience = patience
-        self.seen = 0
+        self.in_a_row = 0
 
-    def on_train_batch_end(  # type: ignore[override]
-        self, trainer: pl.Trainer, pl_module: Contrastive, outputs: Any, batch: Any, batch_idx: int
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look at what the step logged."""
+        """Check what the step has logged."""
         if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return
-        logged = {name: float(x) for name, x in trainer.callback_metrics.items() if name in LOOKED_AT}
-        gone = logged.get("train/spread", 2.0) < self.spread
-        stuck = getattr(pl_module.loss, "collapsed", None)  # the value that equal embeddings have, where there is one
-        at_it = stuck is None or abs(logged["train/loss"] - stuck) < 0.05 * stuck or not logged.get("train/active", 1)
-        self.seen = self.seen + 1 if gone and at_it else 0
-        if self.seen == self.patience:
+        logged = {name: float(x) for name, x in trainer.callback_metrics.items() if name in LOGGED}
+        collapsed_loss = getattr(getattr(pl_module, "loss", None), "collapsed_loss", None)
+        small = logged.get("train/spread", 2.0) < self.spread
+        constant = (
+            collapsed_loss is None
+            or abs(logged["train/loss"] - collapsed_loss) < 0.05 * collapsed_loss
+            or not logged.get("train/active", 1)
+        )
+        self.in_a_row = self.in_a_row + 1 if small and constant else 0
+        if self.in_a_row == self.patience:
             warn_once(
                 f"Collapse: at step {trainer.global_step} all embeddings are nearly one point (train/spread="
                 f"{logged['train/spread']:.2g}, train/loss={logged['train/loss']:.4g}"
-                f"{'' if stuck is None else f'; equal embeddings have {stuck:.4g}'}). Training does not leave it: begin again "
-                "with a smaller optimizer.lr, scheduler.warmup=0.1, or an easier loss.mining (semihard or all, not hard)."
+                f"{'' if collapsed_loss is None else f'; equal embeddings have {collapsed_loss:.4g}'}). It does not recover. "
+                "Start again with a lower learning rate, a warm-up of 10 % of the steps, or easier mining (semihard or all)."
             )
 
 
-LOOKED_AT = ("train/spread", "train/loss", "train/active")
+LOGGED = ("train/spread", "train/loss", "train/active")

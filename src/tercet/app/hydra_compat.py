@@ -1,0 +1,76 @@
+"""Private interfaces of Hydra and OmegaConf; tests/app/test_hydra_compat.py says which one an update has changed."""
+
+from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from hydra import version
+from hydra._internal.utils import _run_hydra, get_args_parser
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.core.singleton import Singleton
+from hydra.core.utils import JobReturn, run_job, setup_globals
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+ENTRY_POINTS = "tercet.conf"
+
+
+def full_key(node: Any) -> str:
+    """The key of a node in the configuration that it is part of; empty for the root, and for what is no configuration.
+
+    >>> full_key(OmegaConf.create({"model": {"head": {"dim": 2}}}).model.head)
+    'model.head'
+    """
+    return str(node._get_full_key(None)) if OmegaConf.is_config(node) else ""
+
+
+def run_main(job: Callable[[DictConfig], Any], folder: str, name: str, arguments: Sequence[str]) -> None:
+    """``hydra.main``, which takes its arguments from the process alone, with the arguments given."""
+    version.setbase("1.3")
+    parser = get_args_parser()
+    options = parser.parse_args(list(arguments))
+    _run_hydra(args=options, args_parser=parser, task_function=job, config_path=folder, config_name=name)
+
+
+def plugin_folders() -> list[Path]:
+    """Configuration folders of installed packages: the entry points ``tercet.conf``, each the dotted name of a folder."""
+    folders = []
+    for entry in entry_points(group=ENTRY_POINTS):
+        package, *inside = entry.value.split(".")
+        spec = find_spec(package)
+        if spec is not None and spec.submodule_search_locations:
+            folders.append(Path(next(iter(spec.submodule_search_locations)), *inside))
+    return folders
+
+
+def parse_overrides(arguments: Sequence[str]) -> list[Override]:
+    """Overrides as Hydra's grammar reads them: keys, values and sweeps."""
+    return OverridesParser.create().parse_overrides(list(arguments))
+
+
+def process_state() -> Any:
+    """What a worker process needs of this one's Hydra before ``run_worker_job``; it can be pickled."""
+    return Singleton.get_state()
+
+
+def run_worker_job(cfg: DictConfig, state: Any, context: HydraContext, task: TaskFunction) -> JobReturn:
+    """Run a job of a sweep in a worker process, as Hydra's own launchers do."""
+    setup_globals()
+    Singleton.set_state(state)
+    HydraConfig.instance().set_config(cfg)
+    return run_job(task, cfg, "hydra.sweep.dir", "hydra.sweep.subdir", hydra_context=context)
+
+
+def config_folders() -> list[Path]:
+    """The folders that configuration is composed from now: Tercet's, those of plugins, and that of ``--config-dir``."""
+    if not GlobalHydra.instance().is_initialized():
+        return []
+    elements = GlobalHydra.instance().config_loader().get_search_path().get_path()
+    return [
+        Path(element.path.removeprefix("file://")) for element in elements if not element.path.startswith(("pkg:", "struct"))
+    ]

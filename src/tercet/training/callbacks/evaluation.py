@@ -1,0 +1,80 @@
+"""Evaluation during training: evaluators run at each validation and test, and their metrics are logged."""
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from tercet.distributed.sharding import gather_weights
+from tercet.errors import InputError
+from tercet.models import CachedEncoder
+from tercet.types import Evaluator
+
+
+class Evaluation(pl.Callback):
+    """Run ``validation`` at each of the trainer's validations and ``test`` at each test, and log their metrics.
+
+    Names are ``val/<metric>``, and ``<stage>/<metric>`` in tests, where the stage is the module's attribute ``stage``:
+    ``test``, or what ``evaluate_stage`` sets. The module is one with an ``encoder``. Embeddings are computed in the training
+    precision, metrics in full precision. All processes take part and get the same metrics.
+    """
+
+    def __init__(self, validation: Evaluator | None = None, test: Evaluator | None = None) -> None:
+        self.validation = validation
+        self.test = test
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Discard cached embeddings: the weights have changed."""
+        refresh_encoder(trainer, pl_module)
+
+    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Discard cached embeddings: the weights have changed."""
+        refresh_encoder(trainer, pl_module)
+
+    # In the hooks of the one dummy batch: Lightning's progress then shows whether a validation was interrupted.
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Run the validation and log its metrics, in every process: each needs the monitored metric."""
+        self._run(self.validation, pl_module, "val", rank_zero_only=False)
+
+    def on_test_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        """Run the test and log its metrics."""
+        self._run(self.test, pl_module, str(pl_module.stage))
+
+    def _run(self, evaluator: Evaluator | None, pl_module: pl.LightningModule, stage: str, **logging: Any) -> None:
+        if evaluator is not None:
+            metrics = run_evaluator(evaluator, pl_module, pl_module.cached_encoder)
+            pl_module.log_dict({f"{stage}/{name}": value for name, value in metrics.items()}, batch_size=1, **logging)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check that the monitored metric exists; without it every checkpoint would be the best."""
+        monitor = getattr(trainer.checkpoint_callback, "monitor", None)
+        measured = sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
+        if monitor and monitor not in measured:
+            raise InputError(f"`monitor`={monitor} is not measured in validation. There are: {', '.join(measured)}.")
+
+
+def refresh_encoder(trainer: pl.Trainer, module: pl.LightningModule) -> CachedEncoder:
+    """Make ``module.cached_encoder`` anew: the module's encoder with its present weights, each item encoded once."""
+    encoder = gather_weights(module.encoder)  # type: ignore[arg-type]
+    cached = CachedEncoder(encoder, trainer.precision_plugin.forward_context, progress="evaluating")
+    module.cached_encoder = cached  # type: ignore[assignment]
+    return cached
+
+
+def run_evaluator(evaluator: Evaluator, module: pl.LightningModule, encode: Any) -> dict[str, float]:
+    """The metrics of ``evaluator``, computed without autocast."""
+    with torch.autocast(module.device.type, enabled=False):
+        return evaluator(encode)
+
+
+def evaluate_stage(trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> dict[str, float]:
+    """Test ``module`` with the trainer's ``Evaluation`` and return the metrics, named ``<stage>/<metric>``."""
+    module.stage = stage  # type: ignore[assignment]
+    trainer.test(module, verbose=False)
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(f"{stage}/")}
+
+
+def find_evaluation(trainer: pl.Trainer) -> Evaluation | None:
+    """The trainer's ``Evaluation``, if it has one."""
+    found = (callback for callback in trainer.callbacks if isinstance(callback, Evaluation))  # type: ignore[attr-defined]
+    return next(found, None)

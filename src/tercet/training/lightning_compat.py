@@ -1,0 +1,93 @@
+"""Every use of private interfaces of Lightning, and of torch's optimizers, in one place.
+
+Each is checked by a test in tests/training/test_lightning_compat.py, which names what an upgrade has broken.
+"""
+
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loops.evaluation_loop import RestartStage
+from pytorch_lightning.strategies import ModelParallelStrategy, StrategyRegistry
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+FSDP2 = "fsdp2"
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """Lightning's FSDP2 over all processes; a checkpoint is one file with whole weights, as without sharding."""
+
+    def __init__(self) -> None:
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
+
+    def setup_environment(self) -> None:
+        """Set the size of the mesh: the number of processes is known only here."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+
+StrategyRegistry.register(FSDP2, FSDP2Strategy, description="FSDP2 over all processes")
+
+
+class EvaluationHooks:
+    """A loader of one dummy batch and steps that do nothing.
+
+    Lightning validates and tests only where there are a step and a loader. The ``Evaluation`` callback does the work.
+    """
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Do nothing."""
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Do nothing."""
+
+    def val_dataloader(self) -> "DataLoader[int]":
+        """One dummy batch."""
+        return _single_batch()
+
+    def test_dataloader(self) -> "DataLoader[int]":
+        """One dummy batch."""
+        return _single_batch()
+
+
+def _single_batch() -> "DataLoader[int]":
+    # A loader without its own generator would draw from torch's, which training uses.
+    return DataLoader([0], batch_size=None, generator=torch.Generator())  # type: ignore[arg-type]
+
+
+def num_processed_batches(trainer: pl.Trainer | None) -> int:
+    """The number of batches of the current epoch that training has processed; 0 outside a fit."""
+    loop = getattr(trainer, "fit_loop", None)
+    return int(loop.epoch_loop.batch_progress.current.processed) if loop else 0
+
+
+def restart_validation(trainer: pl.Trainer) -> None:
+    """After resuming, run a validation again that was interrupted, or that was due after the checkpoint's step.
+
+    Lightning takes the second for done, and continues the first in the middle without the metrics of its first part.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    validation = loop.val_loop
+    batches = validation.batch_progress.current
+    if loop.restarted_on_train_batch_end or (loop.restarting and batches.ready > batches.completed):
+        validation.batch_progress.reset_on_run()
+        validation._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
+
+
+def forget_pending_batches(checkpoint: dict[str, Any], pending: int) -> None:
+    """Subtract ``pending`` batches from a checkpoint's progress: their accumulated gradient is not saved."""
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    for counts in (progress["total"], progress["current"]):
+        counts.update(dict.fromkeys(counts, counts["processed"] - pending))
+
+
+def injects_distributed_sampler(trainer: pl.Trainer) -> bool:
+    """Whether Lightning would split the batches among the processes a second time."""
+    connector = trainer._accelerator_connector
+    return bool(connector.use_distributed_sampler and connector.is_distributed)
+
+
+def let_scaler_unscale(optimizer: Optimizer) -> None:
+    """Leave undoing the fp16 loss scale to the scaler, as Lightning's gradient clipping requires; fused AdamW would do it."""
+    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]

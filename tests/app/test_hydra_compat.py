@@ -1,0 +1,38 @@
+"""Each private interface of Hydra that ``tercet.app.hydra_compat`` uses still does what it is used for."""
+
+import cloudpickle
+from hydra import compose, initialize_config_dir
+from hydra._internal.callbacks import Callbacks
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import ChoiceSweep
+from hydra.types import HydraContext, RunMode
+from omegaconf import open_dict
+
+from tercet.app import hydra_compat
+
+
+def test_overrides_are_parsed_as_on_the_command_line():
+    fixed, swept, group = hydra_compat.parse_overrides(["a.b=1", "c=x,y", "d@e=f"])
+    assert (fixed.get_key_element(), fixed.value(), fixed.is_sweep_override()) == ("a.b", 1, False)
+    assert swept.is_sweep_override() and isinstance(swept.value(), ChoiceSweep)
+    assert (group.key_or_group, group.package, group.input_line) == ("d", "e", "d@e=f")
+
+
+def test_a_worker_runs_a_job_with_the_pickled_state_of_the_sweep(tmp_path):
+    (tmp_path / "conf.yaml").write_text("seed: 1\n")
+    overrides = ["seed=2", f"hydra.sweep.dir={tmp_path}", "hydra.sweep.subdir=job", "hydra/job_logging=none"]
+    with initialize_config_dir(str(tmp_path), version_base="1.3"):
+        cfg = compose("conf", overrides, return_hydra_config=True)
+    with open_dict(cfg):
+        cfg.hydra.mode, cfg.hydra.output_subdir, cfg.hydra.job.num = RunMode.MULTIRUN, None, 0
+    state = hydra_compat.process_state()
+    try:
+        done = hydra_compat.run_worker_job(
+            cfg,
+            cloudpickle.loads(cloudpickle.dumps(state)),
+            HydraContext(config_loader=None, callbacks=Callbacks()),
+            lambda job: (job.seed, HydraConfig.get().runtime.output_dir),
+        )
+    finally:
+        hydra_compat.Singleton.set_state(state)
+    assert done.return_value == (2, str(tmp_path / "job"))
