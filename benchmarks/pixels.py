@@ -11,7 +11,7 @@ SIZES = (16, 32, 64)
 
 def main() -> None:
     """One line for each size."""
-    evaluate = Verification("lfw", "faces_lfw.parquet", "faces_lfw_pairs.parquet", None)
+    evaluate = Verification("faces_lfw.parquet", "faces_lfw_pairs.parquet")
     for size in SIZES:
         pixels = PixelFormat(size, 1, [0.0], [1.0])
 

@@ -1,7 +1,9 @@
 """What tests share: tiny models, texts, and the configuration as the command line composes it."""
 
 import os
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
@@ -59,10 +61,15 @@ def choices(group: str) -> list[str]:
 def composed(*overrides: str, entry: str = "train") -> DictConfig:
     """The configuration of an entry, resolved without running Hydra's main."""
     OmegaConf.register_new_resolver("run_id", lambda: "test", replace=True)
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose(entry, list(overrides))
+    cfg = deepcopy(_compose(entry, overrides))
     OmegaConf.register_new_resolver("hydra", lambda key: "test", replace=True)  # compose registers its own
     return cfg
+
+
+@lru_cache(maxsize=256)  # composing takes 0.2 s, and tests share few configurations
+def _compose(entry: str, overrides: tuple[str, ...]) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose(entry, list(overrides))
 
 
 def tiny(*overrides: str) -> list[str]:

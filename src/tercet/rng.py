@@ -1,20 +1,21 @@
-"""Random numbers that are a function of what they are for: the same in any process, chunk and order."""
+"""Stateless random numbers, functions of a seed and a number: the same in any process, chunk and order."""
 
 import torch
 from torch import Tensor
 
-GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)  # as signed 64-bit numbers: torch has no others
+# The constants of SplitMix64, as signed 64-bit numbers: torch has no arithmetic on unsigned ones.
+GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 FIRST = 0xBF58476D1CE4E5B9 - (1 << 64)
 SECOND = 0x94D049BB133111EB - (1 << 64)
 
 
 def logical_shift_right(x: Tensor, bits: int) -> Tensor:
-    """To the right, zeros coming in."""
+    """Shift right and fill with zeros, as for unsigned numbers."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def derive_seed(seed: Tensor, number: Tensor | int) -> Tensor:
-    """A new seed of a seed and a number, elementwise: a step of SplitMix64 (Steele, Lea and Flood 2014)."""
+    """Derive a new seed from a seed and a number, elementwise: a step of SplitMix64 (Steele, Lea and Flood 2014)."""
     x = seed + GOLDEN * (torch.as_tensor(number, device=seed.device) + 1)
     x = (x ^ logical_shift_right(x, 30)) * FIRST
     x = (x ^ logical_shift_right(x, 27)) * SECOND
@@ -22,5 +23,9 @@ def derive_seed(seed: Tensor, number: Tensor | int) -> Tensor:
 
 
 def uniform(seed: Tensor, number: Tensor | int) -> Tensor:
-    """In [0, 1), float32, for each seed and number."""
+    """A number in [0, 1), float32, for each seed and number.
+
+    >>> float(uniform(torch.tensor(0), 0)) == float(uniform(torch.tensor(0), 0)) < 1
+    True
+    """
     return logical_shift_right(derive_seed(seed, number), 40).float() / (1 << 24)

@@ -1,26 +1,29 @@
 """Core types shared by all packages.
 
-Shapes: V views, N examples, T tokens, L longest row, H hidden, D embedding, P labels, K rows per label, W processes; images have
-C channels and S x S pixels.
+Shapes: V views, N examples, T tokens, L longest row, H hidden, D embedding, P labels, K rows per label, W processes; images
+have C channels and S x S pixels.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 RATE_SCALE = 1 << 24  # a cutoff rate is stored as an integer in units of 1 / RATE_SCALE
 
 
 @dataclass  # not frozen, like Batch: Lightning rebuilds batches field by field in true half precision
 class TokenState:
-    """What is known of T tokens besides their ids; None where nothing has set it.
+    """State of T tokens besides their ids; a field that nothing has set is None.
 
-    ``keep (T,)`` is false where the token's word vector is zeroed; ``position (T,)`` is its position in the row;
-    ``feature_cutoff (T, 2)`` holds a seed and a rate (in units of 1 / ``RATE_SCALE``) of word-vector columns that are zeroed;
-    ``dropout_seed (T,)`` is the seed of deterministic dropout.
+    ``keep (T,)`` is false where the token's word vector is set to zero; ``position (T,)`` is its position in the row;
+    ``feature_cutoff (T, 2)`` holds a seed and the rate of word-vector columns that are set to zero, in units of
+    1 / ``RATE_SCALE``; ``dropout_seed (T,)`` is the seed of deterministic dropout.
     """
 
     keep: Tensor | None = None
@@ -29,7 +32,7 @@ class TokenState:
     dropout_seed: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "TokenState":
-        """Apply ``function`` to every tensor that is set."""
+        """A state with ``function`` applied to every field that is set."""
         return TokenState(**{f.name: function(x) for f in fields(self) if (x := getattr(self, f.name)) is not None})
 
     def set_fields(self) -> tuple[str, ...]:
@@ -75,7 +78,7 @@ class TokenBatch:
         return pad_rows(self.ids, self.lengths, fill), mask, state
 
     def default(self, name: str) -> Tensor:
-        """The value of a ``TokenState`` field that stands for "unchanged"; there is none for ``dropout_seed``."""
+        """The value of a ``TokenState`` field that changes nothing; there is none for ``dropout_seed``."""
         if name == "keep":
             return torch.ones_like(self.ids, dtype=torch.bool)
         if name == "feature_cutoff":
@@ -153,7 +156,7 @@ def concat_inputs(parts: Sequence[Inputs]) -> Inputs:
 
 
 class BatchIndices(NamedTuple):
-    """What a sampler yields: row numbers, and a seed for augmentation."""
+    """What a batch sampler yields: row indices, and a seed for augmentation."""
 
     rows: list[int]
     seed: int
@@ -161,11 +164,11 @@ class BatchIndices(NamedTuple):
 
 @dataclass
 class Batch:
-    """V aligned columns of N examples.
+    """V aligned columns (views) of N examples.
 
-    ``example_id (N,)`` identifies the example; ``label (N,)`` is -1 where there is none (such a row is a negative for all
-    others); ``position (N,)`` is the position in the document; ``content_hash (V, N)`` hashes each cell, so that duplicates are
-    never used as negatives. ``num_unreadable`` counts rows that were drawn and could not be read.
+    ``example_id (N,)`` identifies the example; ``label (N,)`` is -1 where there is none (such a row is only a negative);
+    ``position (N,)`` is the position in the document, -1 where there is none; ``content_hash (V, N)`` hashes each cell, so
+    that duplicates are never used as negatives. ``num_unreadable`` counts rows that were drawn and could not be read.
     """
 
     views: tuple[Inputs, ...]
@@ -191,7 +194,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Embeddings:
-    """The embeddings of a batch, ``z (V, N, D)``, with the batch's ids, labels, positions and content hashes."""
+    """The embeddings of a batch, ``z (V, N, D)``, with the ids, labels, positions and content hashes of ``Batch``."""
 
     z: Tensor
     example_id: Tensor
@@ -203,7 +206,7 @@ class Embeddings:
         return len(self.example_id)
 
     def select(self, which: Tensor | slice) -> "Embeddings":
-        """Select examples, in every view."""
+        """Select examples, in all views."""
         return Embeddings(
             self.z[:, which],
             self.example_id[which],
@@ -217,7 +220,7 @@ class Embeddings:
 class LossOutput:
     """A loss summed over the anchors of one call: the mean is ``loss_sum`` / ``normalizer``, both scalars.
 
-    ``stats`` are logged means, each ``(2,)``: a detached sum and its own divisor.
+    ``stats`` are further means to log, each ``(2,)``: a detached sum and its own divisor.
     """
 
     loss_sum: Tensor
@@ -226,7 +229,11 @@ class LossOutput:
 
 
 class Loss(Protocol):
-    """A function of anchors and keys; it sees no model, no trainer and no text."""
+    """A function of anchors and keys, independent of the model and the trainer.
+
+    Optional attributes declare what it needs: ``positives``, the kinds of positives that it can use ("example", "label",
+    "position"), and ``needs_hard_negatives``, whether a setting has no effect without them.
+    """
 
     def __call__(self, anchors: Embeddings, keys: Embeddings) -> LossOutput:
         """Sum the loss over ``anchors``, scored against ``keys``."""
@@ -236,7 +243,8 @@ class Loss(Protocol):
 class Source(Protocol):
     """Rows of texts or images.
 
-    A cell is a text, or an image as ``{"bytes": content or None, "path": file or name}`` (the format of ``datasets``).
+    A cell is a text, or an image as ``{"bytes": content or None, "path": file or name}`` (the format of ``datasets``). An
+    optional property ``provides`` declares what is known of the rows: "label", "position", and "all_rows" unless it streams.
     """
 
     @property
@@ -249,20 +257,20 @@ class Source(Protocol):
         ...
 
     def fingerprint(self) -> str:
-        """A hash of the rows: equal for equal rows; it names their cache."""
+        """A hash that is equal for equal rows; it names their cache."""
         ...
 
 
 class EncodeFunction(Protocol):
-    """``texts or images -> (N, D)`` float32 on the CPU: all that an evaluator sees of a model."""
+    """``texts or images -> (N, D)``, a torch tensor or numpy array: all that an evaluator sees of a model."""
 
-    def __call__(self, items: Sequence[Item]) -> Tensor:
+    def __call__(self, items: Sequence[Item]) -> "Tensor | npt.NDArray[Any]":
         """Encode items, in order."""
         ...
 
 
 class BatchDataset(Protocol):
-    """A source after its transform: ``dataset[indices]`` is a batch."""
+    """The rows of a source after its transform; ``dataset[indices]`` is a batch."""
 
     @property
     def label(self) -> Tensor:
@@ -280,8 +288,12 @@ class BatchDataset(Protocol):
 
 
 class Evaluator(Protocol):
-    """A function of an encode function."""
+    """A function of an encode function.
+
+    Optional: ``needs``, what its source must provide ("label", "position", "pairs"); ``table(metrics) -> str``, the metrics as
+    text; ``figures(encode) -> dict[str, Figure]``.
+    """
 
     def __call__(self, encode: EncodeFunction) -> dict[str, float]:
-        """Metrics by name, ``<suite>/<task>/<metric>``."""
+        """Compute metrics by name, ``<suite>/<task>/<metric>``."""
         ...

@@ -1,14 +1,17 @@
 """Each private interface of Hydra that ``tercet.app.hydra_compat`` uses still does what it is used for."""
 
+from pathlib import Path
+
 import cloudpickle
 from hydra import compose, initialize_config_dir
 from hydra._internal.callbacks import Callbacks
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import ChoiceSweep
 from hydra.types import HydraContext, RunMode
-from omegaconf import open_dict
+from omegaconf import OmegaConf, open_dict
 
 from tercet.app import hydra_compat
+from tercet.app.cli import config_folder
 
 
 def test_overrides_are_parsed_as_on_the_command_line():
@@ -36,3 +39,22 @@ def test_a_worker_runs_a_job_with_the_pickled_state_of_the_sweep(tmp_path):
     finally:
         hydra_compat.Singleton.set_state(state)
     assert done.return_value == (2, str(tmp_path / "job"))
+
+
+def test_a_node_knows_its_full_key():
+    cfg = OmegaConf.create({"a": {"b": [{"c": {}}]}})
+    assert hydra_compat.full_key(cfg.a.b[0].c) == "a.b.0.c"
+    assert (hydra_compat.full_key(cfg), hydra_compat.full_key({"a": 1})) == ("", "")
+
+
+def test_main_runs_with_the_arguments_given(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["tercet", "not=these"])
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    (tmp_path / "job.yaml").write_text("defaults: [_self_, override hydra/job_logging: none]\nseed: 1\n")
+    found = []
+
+    def job(cfg):
+        found.append((cfg.seed, Path(config_folder()) in hydra_compat.config_folders()))
+
+    hydra_compat.run_main(job, str(tmp_path), "job", ["seed=3", f"hydra.run.dir={tmp_path}", f"--config-dir={config_folder()}"])
+    assert found == [(3, True)]

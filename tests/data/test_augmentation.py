@@ -117,5 +117,5 @@ def test_compression_costs_little_of_a_smooth_picture():
      ("crop", 0), ("crop", 1.1), ("crop", math.nan)],
 )  # fmt: skip
 def test_wrong_settings_name_their_key(key, value):
-    with pytest.raises(InputError, match=rf"data\.transform\.augment\.{key}={value}"):
+    with pytest.raises(InputError, match=rf"{key}={value}"):
         replace(OFF, **{key: value})

@@ -1,4 +1,4 @@
-"""Every bad input is one InputError that says what was got, where, and which key to change."""
+"""Every bad input is one InputError that says what was got, where, and which parameter to change."""
 
 import json
 
@@ -39,7 +39,7 @@ def has(message, *parts):
 
 def test_missing_path_names_what_is_near(tmp_path, monkeypatch):
     (tmp_path / "sentences.csv").write_text("text\nx\n")
-    with pytest.raises(InputError, match=r"does not exist.*near: sentences.csv.*data.path takes a .txt"):
+    with pytest.raises(InputError, match=r"does not exist.*near: sentences.csv.*path takes a .txt"):
         TextFiles(str(tmp_path / "sentence.csv"))
     with pytest.raises(InputError, match=r"which holds sentences.csv"):
         TextFiles(str(tmp_path / "zzzz.txt"))
@@ -50,7 +50,7 @@ def test_missing_path_names_what_is_near(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.jsonl", "a.json", "a.parquet"])
 def test_empty_file(told, name):
-    has(told(name, b""), "data.path=", name, "the file is empty")
+    has(told(name, b""), "path=", name, "the file is empty")
 
 
 def test_only_blank_lines(told):
@@ -79,7 +79,7 @@ def test_a_folder_whose_files_disagree(tmp_path):
 
 
 def test_unknown_and_packed_files(told):
-    has(told("a.xlsx", "x"), "is a '.xlsx' file", "data.path takes a .txt")
+    has(told("a.xlsx", "x"), "is a '.xlsx' file", "path takes a .txt")
     has(told("a.csv.gz", "x"), "is packed (.gz)", "Unpack it first")
     has(told("a.txt", b"\x1f\x8b\x08rest"), "byte 0", "gzip")
     has(told("a.csv", b"PK\x03\x04rest"), "byte 0", "zip")
@@ -87,15 +87,15 @@ def test_unknown_and_packed_files(told):
 
 def test_columns(told):
     table = "sentance,Kind\nx,1\n"
-    has(told("a.csv", table), "has the columns sentance, Kind", "data.columns=[sentance]")
-    has(told("a.csv", table, columns=["sentence"]), "data.columns names 'sentence'", "Did you mean 'sentance'?")
-    has(told("a.csv", table, columns=["sentance"], label="kind"), "data.label names 'kind'", "Did you mean 'Kind'?")
-    has(told("a.csv", table, columns=["sentance"], where={"zz": 1}), "data.where names 'zz'", "sentance, Kind")
+    has(told("a.csv", table), "has the columns sentance, Kind", "columns=[sentance]")
+    has(told("a.csv", table, columns=["sentence"]), "columns names 'sentence'", "Did you mean 'sentance'?")
+    has(told("a.csv", table, columns=["sentance"], label="kind"), "label names 'kind'", "Did you mean 'Kind'?")
+    has(told("a.csv", table, columns=["sentance"], where={"zz": 1}), "where names 'zz'", "sentance, Kind")
     has(told("a.csv", table, columns=["Kind", "Kind"]), "none of them twice")
-    has(told("a.csv", table, columns="Kind"), "data.columns=[Kind]")
+    has(told("a.csv", table, columns="Kind"), "columns=[Kind]")
     has(told("a.txt", "x\n", columns=["sentence"]), "has the columns text")
     has(told("a.csv", "text,text\nx,y\n"), "the column text is there twice")
-    has(told("a.csv", table, columns=["sentance"], where={"Kind": 2}), "keeps no row", "data.where")
+    has(told("a.csv", table, columns=["sentance"], where={"Kind": 2}), "keeps no row", "where")
 
 
 def test_not_utf8(told):
@@ -114,7 +114,7 @@ def test_not_utf8_after_the_first_block(told, monkeypatch):
 def test_nul_bytes(told):
     has(told("a.txt", b"one\ntw\0o\n"), "line 2 has a NUL byte", "UTF-16")
     has(told("a.csv", b"text\none\ntw\0o\n"), "line 3 has a NUL byte", "UTF-16")
-    has(told("a.jsonl", '{"text": "a\\u0000b"}\n'), "line 1", "NUL character", "data.bad_rows=drop")
+    has(told("a.jsonl", '{"text": "a\\u0000b"}\n'), "line 1", "NUL character", "bad_rows=drop")
     has(told("a.parquet", pa.table({"text": ["ok", "a\0b"]})), "row 2", "NUL character")
 
 
@@ -158,28 +158,28 @@ def test_broken_parquet(told, tmp_path):
 def test_empty_cells(told, name, content, where):
     message = told(name, content, columns=["text"])
     has(message, name, where, "column 'text' is empty")
-    assert message.endswith("or drop such rows with data.bad_rows=drop")
+    assert message.endswith("or drop such rows with bad_rows=drop")
 
 
 def test_long_cells(told):
     message = told("a.txt", "short\n" + "x" * 31 + "\n", max_characters=30)
-    has(message, "line 2: column 'text' is longer than 30 characters (or raise data.max_characters)")
-    assert message.endswith("or drop such rows with data.bad_rows=drop")
+    has(message, "line 2: column 'text' is longer than 30 characters (or raise max_characters)")
+    assert message.endswith("or drop such rows with bad_rows=drop")
 
 
 def test_cells_that_are_no_text(told):
-    has(told("a.jsonl", '{"text": "x"}\n{"text": 5}\n'), "line 2: a text cell is not text", "data.bad_rows=drop")
-    has(told("a.parquet", pa.table({"text": [1, 2]})), "column 'text' holds int64, not text", "data.columns")
+    has(told("a.jsonl", '{"text": "x"}\n{"text": 5}\n'), "line 2: a text cell is not text", "bad_rows=drop")
+    has(told("a.parquet", pa.table({"text": [1, 2]})), "column 'text' holds int64, not text", "columns")
 
 
 def test_labels_and_positions_that_are_none(tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": ["x", "x"], "half": [1.5, 2.0], "list": [[1], [2]], "word": ["a", "b"]}), path)
     for options, parts in [
-        ({"label": "half"}, ("data.label=half", "holds 1.5", "whole numbers")),
-        ({"label": "list"}, ("data.label=list", "holds list", "text or integers")),
-        ({"position": "word"}, ("data.position=word", "holds 'a'", "whole numbers")),
-        ({"where": {"half": "word"}}, ("data.where", "holds double")),
+        ({"label": "half"}, ("label=half", "holds 1.5", "whole numbers")),
+        ({"label": "list"}, ("label=list", "holds list", "text or integers")),
+        ({"position": "word"}, ("position=word", "holds 'a'", "whole numbers")),
+        ({"where": {"half": "word"}}, ("where", "holds double")),
     ]:
         with pytest.raises(InputError) as caught:
             TextFiles(str(path), columns=["text"], **options).rows()
@@ -193,18 +193,18 @@ def test_another_separator(told):
 
 
 def test_no_test_side(told):
-    has(told("a.txt", "x\n", split="test"), "data.held_out=0 leaves no test side")
+    has(told("a.txt", "x\n", split="test"), "held_out=0 leaves no test side")
 
 
 def test_streams_cannot_number_words(tmp_path):
     (tmp_path / "a.csv").write_text("text,y\nx,dog\n")
-    with pytest.raises(InputError, match=r"data.label=y.*'dog'.*data.streaming=false"):
+    with pytest.raises(InputError, match=r"label=y.*'dog'.*streaming=false"):
         list(TextFiles(str(tmp_path / "a.csv"), label="y", streaming=True).rows())
 
 
 def test_too_few_rows_to_hold_out(tmp_path):
     (tmp_path / "a.txt").write_text("one sentence only\n")
-    with pytest.raises(InputError, match=r"has 1 row.*data.held_out=5 needs 4 rows or more"):
+    with pytest.raises(InputError, match=r"has 1 row.*held_out=5 needs 4 rows or more"):
         TextFiles(str(tmp_path / "a.txt"), split="train", held_out=5).rows()
     (tmp_path / "a.txt").write_text("the same\n" * 20)
     with pytest.raises(InputError, match=r"1 different value.* in 20 rows"):
@@ -226,7 +226,7 @@ def test_bad_rows_are_dropped_and_said_once(tmp_path, caplog, streaming):
     files = TextFiles(str(path), bad_rows="drop", max_characters=30, streaming=streaming)
     for _ in range(2):
         assert [row["text"] for row in files.rows()] == ["fine", "good"]
-    said = f"data.path={path}: 4 of 6 rows dropped (1 not text, 2 empty text, 1 longer than 30 characters)."
+    said = f"{path}: 4 of 6 rows dropped (1 not text, 2 empty text, 1 longer than 30 characters)."
     assert [r.message for r in caplog.records if r.name == "tercet"] == [said]
 
 

@@ -69,9 +69,9 @@ def test_whole_books_are_held_out(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"split": "dev"}, "data.split=dev"),
-        ({"language": "English"}, "data.language=English: a code"),
-        ({"max_characters": 0}, "data.max_characters=0"),
+        ({"split": "dev"}, "split=dev"),
+        ({"language": "English"}, "language=English: a code"),
+        ({"max_characters": 0}, "max_characters=0"),
         ({"max_characters": 3}, "no file holds a sentence"),
     ],
 )
@@ -85,7 +85,7 @@ def test_bad_files(library, tmp_path):
     with pytest.raises(InputError, match=r"bad.txt.*line 1, byte 1 .* is not UTF-8"):
         Books(str(library)).rows()
     (tmp_path / "table.csv").write_text("text\nx\n")
-    with pytest.raises(InputError, match=r"holds csv. data=raw_books reads .txt files"):
+    with pytest.raises(InputError, match=r"holds csv. Raw books are .txt files"):
         Books(str(tmp_path / "table.csv"))
 
 

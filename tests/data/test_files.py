@@ -107,7 +107,7 @@ def test_blank_lines_are_counted(text, caplog):
     path = text(["a", "", "b", "  ", "c"])
     assert len(TextFiles(path).rows()) == 3
     TextFiles(path).rows()
-    assert [r.message for r in caplog.records] == [f"data.path={path}: 2 blank lines skipped."]
+    assert [r.message for r in caplog.records] == [f"{path}: 2 blank lines skipped."]
 
 
 def test_a_folder_is_read_by_name(tmp_path):

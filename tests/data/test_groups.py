@@ -50,7 +50,7 @@ def test_groups_can_be_pickled(tmp_path):
 def test_what_cannot_be_grouped(tmp_path):
     with pytest.raises(InputError, match="no two rows share a value of 'picture'"):
         grouped(tmp_path, ["a", "b"]).rows()
-    with pytest.raises(InputError, match=r"data.streaming=false"):
+    with pytest.raises(InputError, match=r"streaming=false"):
         grouped(tmp_path, ["a", "a"], streaming=True)
     with pytest.raises(InputError, match=r"Did you mean 'picture'\?"):
         Groups(TextFiles(str(tmp_path / "a.parquet"), columns=["text"]), "pictures")

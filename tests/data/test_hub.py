@@ -1,5 +1,6 @@
 """The hub: ids, and one quick message when there is none."""
 
+import io
 import time
 import urllib.error
 import urllib.request
@@ -23,14 +24,14 @@ def test_a_hub_that_cannot_be_reached(monkeypatch, online):
         raise urllib.error.URLError("no route")
 
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
-    with pytest.raises(InputError, match=r"data.path=some/data: no such file.*cannot be reached \(.*no route"):
+    with pytest.raises(InputError, match=r"path=some/data: no such file.*cannot be reached \(.*no route"):
         TextFiles("some/data")
 
 
 def test_offline_is_quick(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     start = time.perf_counter()
-    with pytest.raises(InputError, match=r"data.path=some/data: no such file or folder here, and the hub gave none"):
+    with pytest.raises(InputError, match=r"path=some/data: no such file or folder here, and the hub gave none"):
         TextFiles("some/data")
     assert time.perf_counter() - start < 5
 
@@ -53,7 +54,7 @@ def test_ids_are_loaded(monkeypatch, online, path, expected, streaming):
         return rows.to_iterable_dataset() if streaming else rows
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr("tercet.data.file_reader.check_reachable", lambda path, name: None)
+    monkeypatch.setattr(urllib.request, "urlopen", lambda request, timeout: io.BytesIO())
     files = TextFiles(path, streaming=streaming)
     assert list(files.rows()) == [{"anchor": "a", "positive": "c"}, {"anchor": "b", "positive": "d"}]
     assert set(called) == {expected}
@@ -71,7 +72,7 @@ def test_a_file_on_the_hub_is_fetched_and_read(monkeypatch, tmp_path):
     file = tmp_path / "pairs.csv"
     file.write_text("a,b\none text,another text\n")
     asked = []
-    monkeypatch.setattr(paths, "check_reachable", lambda path, name: None)
+    monkeypatch.setattr(urllib.request, "urlopen", lambda request, timeout: io.BytesIO())
     monkeypatch.setattr(paths, "hf_hub_download", lambda *a, **k: asked.append((a, k)) or str(file))
     rows = TextFiles("hf://datasets/owner/name/folder/pairs.csv", columns=["a", "b"]).rows()
     assert rows.to_dict() == {"a": ["one text"], "b": ["another text"]}

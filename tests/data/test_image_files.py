@@ -71,13 +71,10 @@ def test_every_form_gives_the_same_images(world, kind):
 def test_hub_sets_are_read_as_files_are(world, monkeypatch):
     import datasets
 
-    from tercet.data import file_reader as read_module
-    from tercet.data import image_files as images_module
 
     rows = datasets.Dataset(pq.read_table(world / "struct.parquet"))
-    for module in (images_module, read_module):
-        monkeypatch.setattr(module, "open_hub", lambda path, streaming: rows)
-    monkeypatch.setattr("tercet.data.file_reader.open_hub", lambda path, streaming: rows)
+    for module in ("image_files", "file_reader"):
+        monkeypatch.setattr(f"tercet.data.{module}.open_hub", lambda path, streaming: rows)
     files = source("somebody/faces")
     assert pictures(batch(files, list(range(40)))) == pictures(batch(source(world / "folder"), list(range(40))))
 
@@ -120,7 +117,7 @@ def test_labels_of_every_type(world):
         pq.write_table(table.append_column("label", pa.array(column)), world / "typed.parquet")
         assert set(source(world / "typed.parquet").rows()["label"]) == expected
     pq.write_table(table.append_column("label", pa.array([0.5] * 40)), world / "typed.parquet")
-    with pytest.raises(InputError, match=r"data.label=label.*0.5.*whole numbers"):
+    with pytest.raises(InputError, match=r"label=label.*0.5.*whole numbers"):
         source(world / "typed.parquet").rows()
 
 
@@ -138,12 +135,12 @@ def test_the_fingerprint_tells_contents_and_options(world):
     [
         (dict(path="nowhere"), "nowhere does not exist"),
         (dict(path="empty"), "empty: no image among 0 files"),
-        (dict(path="text.txt"), "is of kind txt. For images data.path takes"),
-        (dict(path="bytes.parquet", image="imag"), "data.image names 'imag'.*Did you mean 'image'"),
-        (dict(path="bytes.parquet", label="identiti"), "data.label names 'identiti'.*Did you mean 'identity'"),
+        (dict(path="text.txt"), "is of kind txt. For images path takes"),
+        (dict(path="bytes.parquet", image="imag"), "image names 'imag'.*Did you mean 'image'"),
+        (dict(path="bytes.parquet", label="identiti"), "label names 'identiti'.*Did you mean 'identity'"),
         (dict(path="bytes.parquet", image="number"), "holds int64 there; images are bytes"),
-        (dict(path="bytes.parquet", split="test"), "data.held_out=0 leaves no test side"),
-        (dict(path="bytes.parquet", split="dev"), "data.split=dev: use one of train, test, all"),
+        (dict(path="bytes.parquet", split="test"), "held_out=0 leaves no test side"),
+        (dict(path="bytes.parquet", split="dev"), "split=dev: use one of train, test, all"),
         (dict(path="bytes.parquet", where={"number": 99}), "keeps no row"),
         (dict(path="plain.parquet", held_out=8), "holds out whole labels.*Name that of the labels"),
     ],
@@ -201,5 +198,5 @@ def test_workers_change_nothing(world):
 def test_a_column_of_no_images_is_found_at_once(world):
     table = pq.read_table(world / "bytes.parquet")
     pq.write_table(table.set_column(0, "image", pa.array([b"no image"] * 40)), world / "wrong.parquet")
-    with pytest.raises(InputError, match=r"None of 16 rows.*data.image names the column"):
+    with pytest.raises(InputError, match=r"None of 16 rows.*Name the column of images"):
         ImageTransform(PIXELS, None).load(source(world / "wrong.parquet"))

@@ -117,20 +117,20 @@ def test_confusable_labels_share_a_batch():
 def test_few_rows_of_each_label_are_said(caplog):
     with caplog.at_level(logging.WARNING, "tercet"):
         make([3] * 7, 6, 13)
-    assert "sampler.per_label=13: the largest label has 3 rows" in caplog.text
+    assert "per_label=13: the largest label has 3 rows" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(sizes=[4, 4], batch_size=4, per_label=1), "sampler.per_label=1: 2 or more"),
-        (dict(sizes=[4, 4], batch_size=4, per_label=2, distractors=3), "sampler.distractors=3: from 0 to .* = 2"),
-        (dict(sizes=[], batch_size=4, per_label=2, singles=9), "labels that occur twice or more.*data.label"),
-        (dict(sizes=[], batch_size=4, per_label=2, unlabelled=9), "no labels. Name their column with data.label"),
+        (dict(sizes=[4, 4], batch_size=4, per_label=1), "per_label=1: 2 or more"),
+        (dict(sizes=[4, 4], batch_size=4, per_label=2, distractors=3), "distractors=3: from 0 to .* = 2"),
+        (dict(sizes=[], batch_size=4, per_label=2, singles=9), "labels that occur twice or more.*label"),
+        (dict(sizes=[], batch_size=4, per_label=2, unlabelled=9), "no labels. Name the column of labels"),
         (dict(sizes=[9], batch_size=4, per_label=2), "the same label, so that there are no negatives"),
         (
             dict(sizes=[4, 4], batch_size=6, per_label=2),
-            "data.batch_size=6: 2 labels .* give 4 rows.*data.batch_size=4",
+            "batch_size=6: 2 labels .* give 4 rows.*batch_size=4",
         ),
     ],
 )

@@ -69,7 +69,7 @@ def test_a_place_that_is_taken_is_left_out_and_said(caplog):
     position = torch.tensor([0, 1, 1, 2, 3, 4])
     with caplog.at_level(logging.WARNING, "tercet"):
         sampler = WindowBatchSampler(Ids(torch.zeros(6, dtype=torch.long), position), 5, 1, 5)
-    assert "1 of 6 rows stand at a place of their document that another row has too (the first: position 1)" in caplog.text
+    assert "1 of 6 rows have the position of another row of their document (the first: position 1)" in caplog.text
     assert drawn(sampler)[0].rows == [0, 1, 3, 4, 5]
 
 
@@ -79,7 +79,7 @@ def test_short_documents_and_nameless_rows_are_counted(caplog):
     with caplog.at_level(logging.WARNING, "tercet"):
         sampler = WindowBatchSampler(Ids(label, position), 6, 1, 6)
     assert "2 of 3 documents (4 sentences) are shorter than a window of 6" in caplog.text
-    assert "2 of 12 rows have no document or no place" in caplog.text
+    assert "2 of 12 rows have no document or no position" in caplog.text
     assert drawn(sampler)[0].rows == [*range(6)]
 
 
@@ -92,8 +92,8 @@ def test_rows_out_of_order_are_said(caplog):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (([9], 9, 1), "sampler.window=1: 2 sentences or more"),
-        (([9], 10, 4), "data.batch_size=10 is no multiple of sampler.window=4. Use data.batch_size=8 or 12"),
+        (([9], 9, 1), "window=1: 2 sentences or more"),
+        (([9], 10, 4), "batch_size=10 is no multiple of window=4. Use batch_size=8 or 12"),
         (([3, 1], 4, 4), "the longest of 2 documents has 3 sentences"),
         (([9, 9], 20, 4), "is 5 windows of 4 sentences, but the training documents hold 4"),
     ],
@@ -105,7 +105,7 @@ def test_what_cannot_be_is_explained(arguments, message):
 
 def test_order_is_needed():
     none, some = torch.full((4,), -1), torch.arange(4)
-    with pytest.raises(InputError, match=r"no data.label \(the document\)"):
+    with pytest.raises(InputError, match=r"no label \(the document\)"):
         WindowBatchSampler(Ids(none, some), 2, 1, 2)
-    with pytest.raises(InputError, match=r"no data.position"):
+    with pytest.raises(InputError, match=r"no position"):
         WindowBatchSampler(Ids(some, none), 2, 1, 2)

@@ -1,4 +1,4 @@
-"""Neighbours: against a plain loop, and what cannot be measured."""
+"""Adjacent sentences: against a plain loop, and what cannot be measured."""
 
 import datasets
 import pytest
@@ -37,7 +37,7 @@ def random_vectors(texts):
 @pytest.mark.parametrize("repeat", [False, True])
 def test_the_best_of_the_window_is_the_guess(sides, similarity, repeat):
     source = books(repeat=repeat)
-    got = AdjacentSentences("x", source, 4, sides, similarity)(random_vectors)
+    got = AdjacentSentences(source, 4, sides, similarity, "x")(random_vectors)
     text = source.table["text"]
     forward = backward = either = chance = 0
     for start in (0, 7, 11):  # one window of the first document, two of the second, none of the third
@@ -62,7 +62,7 @@ def test_an_encoder_that_knows_the_next_one_is_right():
         place = [int(text.split("-")[1]) for text in texts]
         return torch.stack([torch.cat([torch.eye(10)[p + 1], torch.eye(10)[p]]) for p in place])
 
-    got = AdjacentSentences("x", books((9,)), 9, 2, "dot")(knows)
+    got = AdjacentSentences(books((9,)), 9, 2, "dot", "x")(knows)
     assert got["adjacent_sentences/x/forward"] == 1
     assert got["adjacent_sentences/x/accuracy"] == pytest.approx(8 / 9)  # the last has no next one; its guess is the first
 
@@ -70,19 +70,19 @@ def test_an_encoder_that_knows_the_next_one_is_right():
 def test_a_gap_in_the_places_ends_a_window():
     source = books((8,))
     source.table["position"][4:] = [p + 5 for p in source.table["position"][4:]]
-    windows = AdjacentSentences("x", source, 4, 1, "dot")._windows()[1]
+    windows = AdjacentSentences(source, 4, 1, "dot", "x")._windows()[1]
     assert [list(rows) for rows in windows] == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"window": 2}, "evaluation.window=2"),
+        ({"window": 2}, "window=2"),
         ({"window": 50}, "no document of x has so many"),
-        ({"num_outputs": 3}, "evaluation.num_outputs=3"),
-        ({"similarity": "l2"}, "evaluation.similarity=l2"),
+        ({"num_outputs": 3}, "num_outputs=3"),
+        ({"similarity": "l2"}, "similarity=l2"),
         ({"source": Listed({"text": ["a", "b"]})}, "no label and no position"),
-        ({"source": None}, "data.test is null"),
+        ({"source": None}, "source is not set"),
     ],
 )
 def test_what_cannot_be_is_explained(change, message):
@@ -93,9 +93,9 @@ def test_what_cannot_be_is_explained(change, message):
 
 def test_an_odd_vector_has_no_two_sides():
     with pytest.raises(InputError, match="has 7 columns"):
-        AdjacentSentences("x", books(), 4, 2, "dot")(lambda texts: random_vectors(texts)[:, :7])
+        AdjacentSentences(books(), 4, 2, "dot", "x")(lambda texts: random_vectors(texts)[:, :7])
     with pytest.raises(InputError, match="not finite"):
-        AdjacentSentences("x", books(), 4, 2, "dot")(broken)
+        AdjacentSentences(books(), 4, 2, "dot", "x")(broken)
 
 
 def test_the_fake_is_a_source():

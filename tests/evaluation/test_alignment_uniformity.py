@@ -54,7 +54,7 @@ def test_a_collapse_to_zero_is_not_spread():
 def test_the_evaluator_takes_pairs_and_distinct_texts():
     first, second = ["a b", "c d", "a b"], ["a c", "c d", "e f"]
     encode = Counted()
-    found = AlignmentUniformity("toy", Listed({"x": first, "y": second, "z": ["unused"] * 3}))(encode)
+    found = AlignmentUniformity(Listed({"x": first, "y": second, "z": ["unused"] * 3}), "toy")(encode)
     assert set(found) == {"alignment_uniformity/toy/alignment", "alignment_uniformity/toy/uniformity"}
     assert found["alignment_uniformity/toy/alignment"] == pytest.approx(alignment(words(first), words(second)))
     distinct = ["a b", "c d", "a c", "e f"]
@@ -63,16 +63,16 @@ def test_the_evaluator_takes_pairs_and_distinct_texts():
 
 
 def test_one_column_is_halved():
-    halved = AlignmentUniformity("toy", Listed({"text": ["a b c d", "e f g h i"]}))(words)
-    paired = AlignmentUniformity("toy", Listed({"x": ["a b", "e f"], "y": ["c d", "g h i"]}))(words)
+    halved = AlignmentUniformity(Listed({"text": ["a b c d", "e f g h i"]}), "toy")(words)
+    paired = AlignmentUniformity(Listed({"x": ["a b", "e f"], "y": ["c d", "g h i"]}), "toy")(words)
     assert halved == paired
 
 
 def test_equal_texts_only():
     with pytest.raises(InputError, match="all held-out texts are equal"):
-        AlignmentUniformity("toy", Listed({"x": ["a"] * 3, "y": ["a"] * 3}))(words)
+        AlignmentUniformity(Listed({"x": ["a"] * 3, "y": ["a"] * 3}), "toy")(words)
 
 
 def test_no_held_out_rows():
-    with pytest.raises(InputError, match=r"data=toy has none \(data.test is null\)"):
-        AlignmentUniformity("toy", None)
+    with pytest.raises(InputError, match="source is not set: toy has none"):
+        AlignmentUniformity(None, "toy")

@@ -35,7 +35,7 @@ def said(figure):
 
 @pytest.mark.parametrize(("kind", "marked"), [("parted", "VAL 100.0 %"), ("mixed", "VAL"), ("collapsed", "VAL 0.0 %")])
 def test_the_curve(tmp_path, kind, marked):
-    figure = figures.roc(Roc.of(distances(kind), SAME), 1e-3)
+    figure = figures.plot_roc(Roc.from_distances(distances(kind), SAME), 1e-3)
     saved(figure, tmp_path / "roc.png")
     assert marked in said(figure)
     assert "30 same and 30 different" in said(figure)
@@ -44,7 +44,7 @@ def test_the_curve(tmp_path, kind, marked):
 
 @pytest.mark.parametrize("kind", ["parted", "mixed", "collapsed"])
 def test_the_histogram_holds_all_pairs(tmp_path, kind):
-    figure = figures.distances(distances(kind), SAME, 1.25)
+    figure = figures.plot_distances(distances(kind), SAME, 1.25)
     saved(figure, tmp_path / "distances.png")
     assert "threshold 1.250" in said(figure)
     assert {"same person", "different people"} <= {text.get_text() for text in figure.axes[0].get_legend().texts}
@@ -53,7 +53,7 @@ def test_the_histogram_holds_all_pairs(tmp_path, kind):
 def pairs():
     rows = [(1 + i // 6, True, (NAMES[i % 4], 1), (NAMES[i % 4], 2)) for i in range(12)]
     rows += [(1 + i // 6, False, (NAMES[i % 4], 1), (NAMES[(i + 1) % 4], 1)) for i in range(12)]
-    return FacePairs.of(rows)
+    return FacePairs.from_rows(rows)
 
 
 def test_the_worst_errors_come_first(tmp_path):
@@ -61,7 +61,7 @@ def test_the_worst_errors_come_first(tmp_path):
     images = [picture(name, number) for name, number in protocol.faces]
     excess = np.zeros(24)
     excess[[3, 5, 14]] = 0.1, 0.7, 0.3
-    figure = figures.errors(protocol, images, np.linspace(0, 3.99, 24), excess)
+    figure = figures.plot_errors(protocol, images, np.linspace(0, 3.99, 24), excess)
     saved(figure, tmp_path / "errors.png")
     titles = [axis.get_title() for axis in figure.axes if axis.images]
     assert titles == ["Cy de la Mer\nDi\n2.43", "Bo\n0.87", "Di\n0.52"]  # one false accept, two false rejects
@@ -71,7 +71,7 @@ def test_the_worst_errors_come_first(tmp_path):
 
 def test_no_errors_are_an_empty_sheet(tmp_path):
     protocol = pairs()
-    figure = figures.errors(protocol, [], np.zeros(24), np.zeros(24))
+    figure = figures.plot_errors(protocol, [], np.zeros(24), np.zeros(24))
     saved(figure, tmp_path / "errors.png")
     assert not any(axis.images for axis in figure.axes)
 
@@ -81,7 +81,7 @@ def test_pictures_of_any_shape(tmp_path):
     Image.new("RGBA", (9, 40), (200, 30, 30, 128)).save(out, "png")
     protocol = pairs()
     images = [out.getvalue()] * len(protocol.faces)
-    saved(figures.errors(protocol, images, np.ones(24), np.ones(24)), tmp_path / "errors.png")
+    saved(figures.plot_errors(protocol, images, np.ones(24), np.ones(24)), tmp_path / "errors.png")
 
 
 def test_the_shared_faces(shared, tmp_path):
@@ -91,7 +91,7 @@ def test_the_shared_faces(shared, tmp_path):
     from tercet.images import PixelFormat
 
     pixels = PixelFormat(size=16, channels=1, mean=(0.5,), std=(0.25,))
-    evaluator = Verification("lfw", str(shared / "faces_lfw.parquet"), str(shared / "faces_lfw_pairs.parquet"), [7, 8])
+    evaluator = Verification(str(shared / "faces_lfw.parquet"), str(shared / "faces_lfw_pairs.parquet"), [7, 8])
     drawn = evaluator.figures(
         lambda items: torch.stack([torch.from_numpy(pixels.read(item)).flatten().float() - 128 for item in items])
     )

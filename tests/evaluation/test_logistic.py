@@ -4,8 +4,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from tercet.evaluation.logistic import fit_predict, minimize
-from tercet.evaluation.transfer import stratified_folds
+from tercet.evaluation.transfer import fit_predict, minimize, stratified_folds
 
 
 def problem(classes, rows=600, dim=20, shift=3.0):
@@ -32,7 +31,7 @@ def test_problems_do_not_touch_each_other(monkeypatch):
     together = fit_predict(x, y, train, penalty)
     alone = torch.cat([fit_predict(x, y, train[j : j + 1], penalty[j : j + 1]) for j in range(5)])
     assert (together == alone).float().mean() > 0.999
-    monkeypatch.setattr("tercet.evaluation.logistic.AT_ONCE", 2 * len(x) * 3)
+    monkeypatch.setattr("tercet.evaluation.transfer.MAX_SCORES", 2 * len(x) * 3)
     assert (fit_predict(x, y, train, penalty) == together).float().mean() > 0.999
 
 

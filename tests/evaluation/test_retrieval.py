@@ -95,7 +95,7 @@ PAIRS = Listed({"q": [f"query {i}" for i in range(N)], "d": [f"document {i}" for
 
 @pytest.mark.parametrize("encode", [collapsed, broken, lambda texts: torch.zeros(len(texts), 4)])
 def test_a_model_that_tells_nothing_apart_finds_nothing(encode):
-    found = Retrieval("toy", PAIRS, [1, 10, N])(encode)
+    found = Retrieval(PAIRS, [1, 10, N], "toy")(encode)
     assert found["retrieval/toy/recall@1"] == found["retrieval/toy/recall@10"] == 0
     assert found["retrieval/toy/mrr"] == pytest.approx(1 / N)
     assert found[f"retrieval/toy/recall@{N}"] == 1
@@ -109,18 +109,18 @@ def test_a_score_that_is_no_number_is_the_lowest():
 
 def test_perfect_and_random():
     twins = Listed({"q": [f"t {i}" for i in range(N)], "d": [f"t {i}" for i in range(N)]})
-    found = Retrieval("toy", twins, [1])(noise)
+    found = Retrieval(twins, [1], "toy")(noise)
     assert set(found.values()) == {1.0}
-    assert 0 < Retrieval("toy", PAIRS, [10])(noise)["retrieval/toy/recall@10"] < 0.5
+    assert 0 < Retrieval(PAIRS, [10], "toy")(noise)["retrieval/toy/recall@10"] < 0.5
 
 
 def test_names():
-    found = Retrieval("toy", PAIRS, [1, 10])(words)
+    found = Retrieval(PAIRS, [1, 10], "toy")(words)
     assert set(found) == {f"retrieval/toy/{m}" for m in ("recall@1", "recall@10", "mrr", "ndcg@10", "map")}
 
 
 def relevant_of(table):
-    queries, documents, relevant = Retrieval("toy", Listed(table), [1])._texts()
+    queries, documents, relevant = Retrieval(Listed(table), [1], "toy")._texts()
     return {q: {documents[j] for j in mine} for q, mine in zip(queries, relevant, strict=True)}
 
 
@@ -137,19 +137,19 @@ def test_labels_make_relevant():
 def test_duplicates_do_not_compete():
     """Every row finds its document although each is there twice."""
     table = {"q": ["a b", "c d"] * 2, "d": ["a b e", "c d f"] * 2}
-    assert Retrieval("toy", Listed(table), [1])(words)["retrieval/toy/recall@1"] == 1
+    assert Retrieval(Listed(table), [1], "toy")(words)["retrieval/toy/recall@1"] == 1
 
 
 def test_each_text_goes_to_encode_once_a_side():
     encode = Counted()
-    Retrieval("toy", Listed({"q": ["a", "a", "b"], "d": ["x", "y", "x"]}), [1])(encode)
+    Retrieval(Listed({"q": ["a", "a", "b"], "d": ["x", "y", "x"]}), [1], "toy")(encode)
     assert [sorted(call) for call in encode.calls] == [["a", "b", "x", "y"]]
 
 
 def test_one_column_is_halved_and_short_texts_are_said(caplog):
     texts = ["a b c d", "too short now", "e f g h i", "", "j k l m"]
     with caplog.at_level(logging.WARNING, "tercet"):
-        evaluator = Retrieval("halves", Listed({"text": texts}), [1])
+        evaluator = Retrieval(Listed({"text": texts}), [1], "halves")
         assert evaluator._texts() == (["a b", "e f", "j k"], ["c d", "g h i", "l m"], [[0], [1], [2]])
         evaluator._texts()
     said = [r.message for r in caplog.records]
@@ -163,22 +163,22 @@ def test_halves_keep_their_labels():
 
 @pytest.mark.parametrize("ks", [[], [0], [1, -2], [1.5], ["1"], "10", [True]])
 def test_bad_ks(ks):
-    with pytest.raises(InputError, match=r"evaluation.ks=.*a list of ranks from 1 on"):
-        Retrieval("toy", PAIRS, ks)
+    with pytest.raises(InputError, match=r"ks=.*a list of ranks from 1 on"):
+        Retrieval(PAIRS, ks, "toy")
 
 
 @pytest.mark.parametrize("name", ["", "a/b"])
 def test_bad_names(name):
-    with pytest.raises(InputError, match=r"evaluation.name="):
-        Retrieval(name, PAIRS, [1])
+    with pytest.raises(InputError, match=r"name="):
+        Retrieval(PAIRS, [1], name)
 
 
 def test_no_held_out_rows():
-    with pytest.raises(InputError, match=r"retrieval of wiki1m needs held-out rows.*evaluation@test=sts"):
-        Retrieval("wiki1m", None, [1])
+    with pytest.raises(InputError, match=r"retrieval of wiki1m needs held-out rows.*such as STS"):
+        Retrieval(None, [1], "wiki1m")
 
 
 @pytest.mark.parametrize("table", [{"q": ["a"], "d": ["b"]}, {"text": ["a b c d", "a b c"]}])
 def test_too_few_pairs(table):
-    with pytest.raises(InputError, match=r"retrieval of toy: 1 held-out pairs.*data.held_out"):
-        Retrieval("toy", Listed(table), [1])(words)
+    with pytest.raises(InputError, match=r"retrieval of toy: 1 held-out pairs.*source.held_out"):
+        Retrieval(Listed(table), [1], "toy")(words)

@@ -66,9 +66,9 @@ def test_test_rows_teach_nothing(tmp_path):
 def test_pairs_are_told_by_difference_and_product(tmp_path):
     seen = []
     evaluator = transfer(write(tmp_path / "t.parquet", ROWS), ["MRPC"])
-    original = Transfer._scores
+    original = Transfer._measure
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Transfer, "_scores", lambda self, t, x, d: seen.append(x) or original(self, t, x, d))
+        patch.setattr(Transfer, "_measure", lambda self, t, x, d: seen.append(x) or original(self, t, x, d))
         evaluator(words)
     data = evaluator.data["MRPC"]
     u, v = words(data.first), words(data.second)
@@ -85,10 +85,10 @@ def test_tables(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tasks": ["cr"]}, r"evaluation.tasks has cr: .*Did you mean CR\?"),
-        ({"tasks": []}, r"evaluation.tasks=\[\]: a list"),
-        ({"folds": 1}, "evaluation.folds=1: 2 or more"),
-        ({"folds": 9}, r"CR: the label number 0 .* has 8 rows, fewer than the 9 folds.*evaluation.folds=8"),
+        ({"tasks": ["cr"]}, r"tasks has cr: .*Did you mean CR\?"),
+        ({"tasks": []}, r"tasks=\[\]: a list"),
+        ({"folds": 1}, "folds=1: 2 or more"),
+        ({"folds": 9}, r"CR: the label number 0 .* has 8 rows, fewer than the 9 folds.*folds=8"),
     ],
 )
 def test_bad_arguments(tmp_path, change, message):
@@ -101,7 +101,7 @@ def test_bad_arguments(tmp_path, change, message):
     ("row", "message"),
     [
         (["CR", "train", "x y", None, 1], r"row 17 \(CR\): the split is 'train'; CR has all"),
-        (["CR", "all", " ", None, 1], r"row 17 \(CR\): sentence1 is ' ', a sentence is needed"),
+        (["CR", "all", " ", None, 1], r"row 17 \(CR\): sentence1 is empty, a sentence is needed"),
         (["CR", "all", "x y", None, None], r"row 17 \(CR\): there is no label"),
         (["CR", "all", "x y", None, 2], r"CR: the label number 2 .* has 1 rows, fewer than the 4 folds"),
     ],
@@ -119,7 +119,7 @@ def test_bad_rows(tmp_path, row, message):
     [
         (one("TREC", ["train"]), "has no test rows of TREC"),
         ([["CR", "all", "x", None, 1]] * 9, "CR: every label is 1"),
-        (one("MR", ["all"]), "has none of CR, TREC. It holds: MR"),
+        (one("MR", ["all"]), "has no rows of CR, TREC. It holds: MR all"),
     ],
 )
 def test_bad_tables(tmp_path, rows, message):

@@ -15,8 +15,8 @@ from sklearn.metrics import roc_auc_score
 
 from tercet.errors import InputError
 from tercet.evaluation import EvaluatorGroup, Verification
-from tercet.evaluation.face_data import PAIR_COLUMNS
-from tercet.evaluation.verification import Roc, accuracy_threshold, wilson_interval
+from tercet.evaluation.task_data import PAIR_COLUMNS
+from tercet.evaluation.verification import Roc, accuracy_threshold, fold_thresholds, verification_metrics, wilson_interval
 from tests.evaluation.fakes import Counted
 
 PEOPLE = ("Ann_Lee", "Bo", "Cy_de_la_Mer", "Di", "Ed", "Flo", "Gus", "Hal")
@@ -66,7 +66,7 @@ def world(tmp_path):
 
 
 def make(world, path="faces.parquet", pairs="pairs.parquet", folds=None, name="toy"):
-    return Verification(name, str(world / path), str(world / pairs), folds)
+    return Verification(str(world / path), str(world / pairs), folds, name)
 
 
 def fails(message, *args, encode=faces, **options):
@@ -131,11 +131,11 @@ def test_the_middle_of_the_best_interval():
 
 
 def test_a_fold_has_no_say_in_its_own_threshold(world):
-    evaluator = make(world)
-    scored = type(evaluator.scored(faces)).of(evaluator.protocol, np.array([0.1, 0.2, 0.9, 1.0, 2.1, 2.2, 3.0, 3.4]))
-    assert scored.threshold[:4] == pytest.approx([2.6] * 4)
-    assert scored.threshold[4:] == pytest.approx([0.55] * 4)
-    found = scored.metrics()
+    pairs, distance = make(world).protocol, np.array([0.1, 0.2, 0.9, 1.0, 2.1, 2.2, 3.0, 3.4])
+    threshold = fold_thresholds(pairs, distance)
+    assert threshold[:4] == pytest.approx([2.6] * 4)
+    assert threshold[4:] == pytest.approx([0.55] * 4)
+    found = verification_metrics(pairs, distance, threshold)
     assert found["accuracy"] == 0.5
     assert found["threshold"] == pytest.approx((2.6 + 0.55) / 2)
 
@@ -144,7 +144,7 @@ def test_a_fold_has_no_say_in_its_own_threshold(world):
 def test_the_curve_is_brute_force(seed, count, values):
     rng = np.random.default_rng(seed)
     distance, same = rng.integers(0, values, count) / values, np.arange(count) % 2 == 0
-    curve = Roc.of(distance, same)
+    curve = Roc.from_distances(distance, same)
     assert curve.auc() == pytest.approx(roc_auc_score(same, -distance))
     for far in (1e-3, 0.2, 0.5):
         fitting = [t for t in (-1, *distance) if (distance[~same] <= t).mean() <= far]
@@ -156,8 +156,8 @@ def test_the_curve_is_brute_force(seed, count, values):
 
 
 def test_known_rates():
-    assert Roc.of(np.array([1.0, 3.0, 2.0, 4.0]), np.array([True, True, False, False])).eer() == 0.5
-    assert Roc.of(np.ones(4), np.array([True, True, False, False])).eer() == 0.5
+    assert Roc.from_distances(np.array([1.0, 3.0, 2.0, 4.0]), np.array([True, True, False, False])).eer() == 0.5
+    assert Roc.from_distances(np.ones(4), np.array([True, True, False, False])).eer() == 0.5
     low, high = wilson_interval(0.9, 100)  # statsmodels: proportion_confint(90, 100, method="wilson")
     assert (low, high) == pytest.approx((0.8256343, 0.9447709), abs=1e-6)
     assert wilson_interval(0.0, 10)[0] == 0
@@ -192,12 +192,12 @@ def test_a_missing_image_is_named_with_its_fold(world, path):
     table = pq.read_table(world / "faces.parquet").to_pylist()
     kept = [row for row in table if (row["identity"], row["image_no"]) != ("Flo", 2)]
     pq.write_table(pa.Table.from_pylist(kept), world / "faces.parquet")
-    fails(r"image 2 of Flo \(fold 2\) is missing. No pair is skipped.*evaluation.folds", world, path)
+    fails(r"image 2 of Flo \(fold 2\) is missing. No pair is skipped.*folds", world, path)
 
 
 def test_an_unreadable_image_is_named(world):
     (world / "lfw" / "Bo" / "Bo_0001.jpg").write_bytes(b"no image")
-    fails(r"evaluation.path=.*image 1 of Bo \(fold 1\) is unreadable: it cannot be decoded", world, "lfw")
+    fails(r"path=.*image 1 of Bo \(fold 1\) is unreadable: it cannot be decoded", world, "lfw")
 
 
 def test_a_face_that_is_there_twice(world):
@@ -208,11 +208,11 @@ def test_a_face_that_is_there_twice(world):
 
 @pytest.mark.parametrize("folds", [[], [1], [1, 1], ["1", "2"], "12", [1.0, 2.0]])
 def test_bad_folds(world, folds):
-    fails("evaluation.folds=.*2 folds or more", world, folds=folds)
+    fails("folds=.*2 folds or more", world, folds=folds)
 
 
 def test_folds_that_are_not_there(world):
-    fails(r"evaluation.folds=\[1, 9\].*has the folds \[1, 2\], not \[9\]", world, folds=[1, 9])
+    fails(r"folds=\[1, 9\].*has the folds \[1, 2\], not \[9\]", world, folds=[1, 9])
 
 
 def test_only_the_chosen_folds_are_needed(world):
@@ -226,7 +226,7 @@ def test_a_single_fold(world):
     lines = (world / "pairs.txt").read_text().splitlines()
     (world / "pairs.txt").write_text("\n".join(["2", *lines[1:5]]))
     fails(
-        r"has the folds \[1\]: a fold's threshold is chosen on the other folds.*evaluation.folds",
+        r"has the folds \[1\]: a fold's threshold is chosen on the other folds.*folds",
         world,
         pairs="pairs.txt",
     )
@@ -237,15 +237,15 @@ def test_a_single_fold(world):
     [
         ("2\t2\n", "2\t3\n", "has 8 pairs; its first line promises 2 x 2 x 3"),
         ("2\t2\n", "", r"the first line is 'Ann_Lee 1 2'"),
-        ("Bo\t1\t2\n", "Bo\t1\tCy\t2\n", r"pair 2: 'Bo 1 Cy 2' stands where a same pair, `name n1 n2`, is due"),
-        ("Ann_Lee\t1\tCy_de_la_Mer\t1", "Ann_Lee\t1\t2", "where a different pair, `name1 n1 name2 n2`, is due"),
+        ("Bo\t1\t2\n", "Bo\t1\tCy\t2\n", r"pair 2: 'Bo 1 Cy 2', where a same pair, 'name n1 n2', is expected"),
+        ("Ann_Lee\t1\tCy_de_la_Mer\t1", "Ann_Lee\t1\t2", "where a different pair, 'name1 n1 name2 n2', is expected"),
         (
             "Ann_Lee\t1\tCy_de_la_Mer\t1",
             "Ann_Lee\t1\tAnn_Lee\t2",
             "pair 3: it compares Ann_Lee and Ann_Lee as same=false",
         ),
         ("Ann_Lee\t1\t2", "Ann_Lee\t1\t1", "pair 1: it compares an image with itself"),
-        ("Ann_Lee\t1\t2", "Ann_Lee\tone\t2", "pair 1: 'Ann_Lee one 2' stands where"),
+        ("Ann_Lee\t1\t2", "Ann_Lee\tone\t2", "pair 1: fold=1, .*image1='one'"),
     ],
 )
 def test_a_bad_text_file(world, old, new, message):
@@ -258,9 +258,9 @@ def test_a_bad_text_file(world, old, new, message):
 @pytest.mark.parametrize(
     ("column", "value", "message"),
     [
-        ("fold", None, r"row 3: fold=None"),
-        ("same", None, r"row 3: .*same=None"),
-        ("identity2", "", r"row 3: .*identity2=''.*identities are names"),
+        ("fold", None, r"pair 3: fold=None"),
+        ("same", None, r"pair 3: .*same=None"),
+        ("identity2", "", r"pair 3: .*identity2=''.*identities are names"),
         ("same", True, r"pair 3: it compares Ann_Lee and Cy_de_la_Mer as same=true"),
     ],
 )
@@ -278,21 +278,21 @@ def test_a_fold_of_one_kind(world):
 
 def test_wrong_paths_are_found_at_once(world):
     for options, message in (
-        ({"path": "nowhere"}, r"evaluation.path=.*nowhere does not exist"),
-        ({"path": "pairs.txt"}, r"evaluation.path=.*ends in '.txt'. It takes a .parquet"),
-        ({"pairs": "nowhere.txt"}, r"evaluation.pairs=.*does not exist"),
-        ({"pairs": "lfw"}, r"evaluation.pairs=.*is a folder. It takes LFW's pairs.txt"),
-        ({"name": "a/b"}, r"evaluation.name='a/b'"),
+        ({"path": "nowhere"}, r"path=.*nowhere does not exist"),
+        ({"path": "pairs.txt"}, r"path=.*ends in '.txt'. It takes a .parquet"),
+        ({"pairs": "nowhere.txt"}, r"pairs=.*does not exist"),
+        ({"pairs": "lfw"}, r"pairs=.*is a folder. It takes LFW's pairs.txt"),
+        ({"name": "a/b"}, r"name='a/b'"),
     ):
         with pytest.raises(InputError, match=message):
             make(world, **options)
 
 
 def test_tables_with_other_columns(world):
-    fails(r"evaluation.path=.*has the columns fold,.*identity, image_no, image must be there", world, path="pairs.parquet")
-    fails(r"evaluation.pairs=.*has the columns identity.*fold, same.*must be there once", world, pairs="faces.parquet")
+    fails(r"path=.*has the columns fold,.*identity, image_no, image must be there", world, path="pairs.parquet")
+    fails(r"pairs=.*has the columns identity.*fold, same.*must be there once", world, pairs="faces.parquet")
     (world / "faces.parquet").write_bytes(b"PAR1")
-    fails(r"evaluation.path=.*cannot be read", world)
+    fails(r"path=.*cannot be read", world)
 
 
 @pytest.mark.parametrize("encode", [faces, lambda items: torch.randn(len(items), 4), lambda items: torch.ones(len(items), 4)])
@@ -313,7 +313,7 @@ def test_importing_the_room_does_not_load_matplotlib():
 
 
 def test_the_shared_faces(shared):
-    evaluator = Verification("lfw", str(shared / "faces_lfw.parquet"), str(shared / "faces_lfw_pairs.parquet"), None)
+    evaluator = Verification(str(shared / "faces_lfw.parquet"), str(shared / "faces_lfw_pairs.parquet"))
     assert len(evaluator.protocol.same) == 4800
     assert np.bincount(evaluator.protocol.fold).tolist() == [0, *[600] * 8]
 

@@ -1,6 +1,7 @@
 """Run objectives for a step in one process or in two, and return what they learned. Imported by the processes too."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import datasets
 import pytorch_lightning as pl
@@ -13,8 +14,8 @@ from tercet.app.components import build
 from tercet.data import TextTransform
 from tercet.losses.triplet_mining import MININGS
 from tercet.models import load_tokenizer
-from tercet.training.lightning_compat import FSDP2
 from tercet.training.datamodule import DataModule
+from tercet.training.lightning_compat import FSDP2
 from tests.conftest import MINILM, TEXTS, choices, composed, tiny
 
 OBJECTIVES = choices("objective")
@@ -48,11 +49,22 @@ SETTINGS = {
 }
 
 
+@cache
+def defaults(objective):
+    """The configuration of an objective; composing is what takes long in a small case."""
+    return composed(f"objective={objective}")
+
+
+@cache
+def tokenizer():
+    return load_tokenizer(MINILM)
+
+
 def has(objective, overrides):
-    """Whether an objective's configuration has the keys; masked words are not learned in shares."""
+    """Whether an objective's configuration has the keys; masked language modeling is not trained in shards."""
     if "trainer.strategy=fsdp2" in overrides:
         return objective != "mlm"
-    cfg = composed(f"objective={objective}")
+    cfg = defaults(objective)
     keys = [override.split("=")[0].replace("view", "objective.view") for override in overrides]
     return all(OmegaConf.select(cfg, key) is not None for key in keys if key.startswith(("objective", "loss.")))
 
@@ -88,20 +100,17 @@ def config(objective, *overrides):
 
     Batches of whole windows have no uneven size: their sampler has tests of its own.
     """
-    cfg = composed(*tiny(f"objective={objective}", "model.backbone.dropout=0", *overrides))
-    return (
-        composed(*tiny(f"objective={objective}", "model.backbone.dropout=0", "sampler=random", *overrides))
-        if ("Window" in cfg.sampler._target_)
-        else cfg
-    )
+    sampler = ["sampler=random"] if "Window" in defaults(objective).sampler._target_ else []
+    return composed(*tiny(f"objective={objective}", "model.backbone.dropout=0", *sampler, *overrides))
 
 
-def data(cfg, cache, batch_size):
+def data(cfg, folder, batch_size):
     kind = get_class(cfg.objective._target_)
     # Which of two equally far negatives is mined is up to rounding: no two are where rows are told apart by distance.
     source = Listed(tuple("abc"[: kind.columns[1]]), label=True, twice=kind.positives != "label")
-    reader = TextTransform(load_tokenizer(MINILM), 32, str(cache))
-    return DataModule(source, reader, build(cfg.sampler), batch_size, name="listed", shuffle_buffer=10)
+    return DataModule(
+        source, TextTransform(tokenizer(), 32, str(folder)), build(cfg.sampler), batch_size, name="listed", shuffle_buffer=10
+    )
 
 
 class Counting(pl.Callback):
@@ -119,15 +128,15 @@ class Counting(pl.Callback):
             trainer.model.register_comm_hook(None, hook)
 
 
-def step(objective, settings, cache, world, batch_size, steps=2):
-    """The weights after ``steps`` of clipped SGD, and how often each was reduced per step."""
+def step(objective, settings, folder, world, batch_size, steps=2):
+    """The weights after ``steps`` of clipped SGD, how often each was reduced per step, and how far one has moved at most."""
     cfg = config(objective, *SETTINGS.get(settings, [settings]))
     pl.seed_everything(0, verbose=False)
     module = build(cfg.objective)
     if module.mlm is not None:
         module.mlm.corrupt = first_token_masked  # its draws, too, differ between processes
     module.optimizer = lambda m: torch.optim.SGD(m.parameters(), lr=0.1)
-    counting = Counting()
+    counting, start = Counting(), {n: p.detach().clone() for n, p in module.named_parameters()}
     shares = cfg.trainer.strategy == FSDP2
     strategy = "auto" if world == 1 else FSDP2 if shares else "ddp"
     trainer = pl.Trainer(
@@ -136,11 +145,12 @@ def step(objective, settings, cache, world, batch_size, steps=2):
         gradient_clip_val=0.5, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         use_distributed_sampler=False, callbacks=[counting],
     )  # fmt: skip
-    trainer.fit(module, datamodule=data(cfg, cache, batch_size))
+    trainer.fit(module, datamodule=data(cfg, folder, batch_size))
     size = sum(p.numel() for p in module.parameters() if p.requires_grad)
     weights = {n: p.full_tensor() if shares and world > 1 else p for n, p in module.named_parameters()}
     reduced = None if shares else counting.reduced / size / steps  # shares are reduced layer by layer
-    return {n: p.detach().clone() for n, p in weights.items()}, reduced
+    weights = {n: p.detach().clone() for n, p in weights.items()}
+    return weights, reduced, max(float((w - start[n]).abs().max()) for n, w in weights.items())
 
 
 def first_token_masked(ids):
@@ -149,10 +159,10 @@ def first_token_masked(ids):
     return ids.masked_fill(chosen, 103), ids.masked_fill(~chosen, -100)
 
 
-def everything(cache, world, batch_size):
+def everything(folder, world, batch_size):
     """All objectives under all settings, in this process."""
     torch.set_num_threads(1)
-    return {(o, s): step(o, s, cache, world, batch_size) for o, s in CASES}
+    return {(o, s): step(o, s, folder, world, batch_size) for o, s in CASES}
 
 
 def in_processes(world, *arguments):

@@ -19,7 +19,7 @@ def results(tmp_path_factory, request):
 
 @pytest.mark.parametrize("case", distributed_runs.CASES, ids=str)
 def test_several_processes_learn_what_one_does(results, case):
-    alone, together = (weights for weights, _ in (result[case] for result in results))
+    alone, together = (result[case][0] for result in results)
     assert alone.keys() == together.keys()
     for name, weight in alone.items():
         close = HALF if case[1] == "in half precision" else CLOSE
@@ -28,11 +28,7 @@ def test_several_processes_learn_what_one_does(results, case):
 
 @pytest.mark.parametrize("case", distributed_runs.CASES, ids=str)
 def test_training_moves_the_weights(results, case):
-    cfg = distributed_runs.config(case[0], *distributed_runs.SETTINGS.get(case[1], [case[1]]))
-    distributed_runs.pl.seed_everything(0, verbose=False)
-    fresh = dict(distributed_runs.build(cfg.objective).named_parameters())
-    moved = max(float((w - fresh[n]).abs().max()) for n, w in results[0][case][0].items())
-    assert moved > 1e-3
+    assert results[0][case][2] > 1e-3
 
 
 @pytest.mark.parametrize("case", distributed_runs.CASES, ids=str)

@@ -22,8 +22,9 @@ def outcome(loss, batch):
 
 @pytest.mark.parametrize(("name", "variant"), SLICED)
 @pytest.mark.parametrize("tile", [1, 40, 10_000])
-def test_slices_change_nothing(name, variant, tile, monkeypatch):
-    loss, batch = loss_of(name, variant), rows(n=9, views=3)
+@pytest.mark.parametrize("views", [1, 3])
+def test_slices_change_nothing(name, variant, tile, views, monkeypatch):
+    loss, batch = loss_of(name, variant), rows(n=9, views=views, duplicates=views > 1)
     whole, expected = outcome(loss, batch)
     monkeypatch.setattr(base, "DENSE", 0)
     monkeypatch.setattr(base, "MIN_ROWS", 1)

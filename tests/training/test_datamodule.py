@@ -156,7 +156,7 @@ def test_a_stream_too_short_for_a_batch_is_explained(pieces, tmp_path):
 
 def test_a_cache_that_cannot_be_written_is_named(pieces, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cache=.*cannot be written"):
+    with pytest.raises(InputError, match=r"cache=.*cannot be written"):
         TextTransform(pieces, 8, str(tmp_path / "file" / "cache")).load(Listed(("a",)))
 
 

@@ -173,7 +173,7 @@ def test_looks_differ_by_side_step_seed_and_place_in_the_chain():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rate", [1.0, -0.1, 1.5])
 def test_a_rate_that_leaves_nothing_is_refused(kind, rate):
-    with pytest.raises(InputError, match=rf"view {kind.__name__} with rate={rate}"):
+    with pytest.raises(InputError, match=rf"{kind.__name__} with rate={rate}"):
         kind(rate)
 
 

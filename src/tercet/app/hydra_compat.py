@@ -1,5 +1,6 @@
 """Private interfaces of Hydra and OmegaConf; tests/app/test_hydra_compat.py says which one an update has changed."""
 
+import re
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -26,7 +27,7 @@ def full_key(node: Any) -> str:
     >>> full_key(OmegaConf.create({"model": {"head": {"dim": 2}}}).model.head)
     'model.head'
     """
-    return str(node._get_full_key(None)) if OmegaConf.is_config(node) else ""
+    return re.sub(r"\[(\d+)\]", r".\1", node._get_full_key(None)) if OmegaConf.is_config(node) else ""
 
 
 def run_main(job: Callable[[DictConfig], Any], folder: str, name: str, arguments: Sequence[str]) -> None:

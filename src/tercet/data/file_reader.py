@@ -128,14 +128,16 @@ def _read_json(file: Path, name: str, columns: Sequence[str], texts: Sequence[st
     """A cell that an object lacks is null. Cells of one column may be of several types, which pyarrow's reader refuses."""
     for unit, numbers, rows in _json_objects(file, name):
         odd = [any(not isinstance(row.get(column, ""), str | None) for column in texts) for row in rows]
-        cells = {column: [row.get(column) for row in rows] for column in columns}
-        for column, values in cells.items():
-            try:
-                text = [cell if isinstance(cell, str) else None for cell in values]
-                cells[column] = pa.array(text if column in texts else values)
-            except (pa.ArrowException, UnicodeEncodeError) as error:
-                raise unreadable(name, f"column '{column}' cannot be read ({error}).") from error
+        cells = {column: _json_column(rows, column, column in texts, name) for column in columns}
         yield Chunk(name, unit, pa.array(numbers, pa.int64()), pa.table(cells), pa.array(odd, pa.bool_()))
+
+
+def _json_column(rows: list[dict[str, Any]], column: str, is_text: bool, name: str) -> pa.Array:
+    cells = [row.get(column) for row in rows]
+    try:
+        return pa.array([cell if isinstance(cell, str) else None for cell in cells] if is_text else cells)
+    except (pa.ArrowException, UnicodeEncodeError) as error:
+        raise unreadable(name, f"column '{column}' cannot be read ({error}).") from error
 
 
 def _json_objects(file: Path, name: str) -> Iterator[tuple[str, list[int], list[dict[str, Any]]]]:
@@ -157,8 +159,8 @@ def _json_objects(file: Path, name: str) -> Iterator[tuple[str, list[int], list[
 
 def _json_object(line: str, number: int, name: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
-        fault = None if isinstance(row, dict) else f"is a JSON {type(row).__name__}"
+        row: dict[str, Any] = json.loads(line)
+        fault = None if type(row) is dict else f"is a JSON {type(row).__name__}"
     except json.JSONDecodeError as error:
         fault = f"is not JSON ({error.msg})"
     if fault:

@@ -1,4 +1,4 @@
-"""Image files to pixels while training, with augmentation."""
+"""Turn images into pixels when they are drawn, with random augmentation."""
 
 import io
 import math
@@ -19,48 +19,51 @@ from tercet.images import PixelFormat, UnreadableImage, read_image_cell, to_arra
 from tercet.messages import warn_once
 from tercet.types import Batch, BatchIndices, Images, Source
 
-QUALITY = (10, 90)  # of JPEG, as far as FaceNet's table 5 goes
-ERASED = (0.02, 0.2)  # of the area (Zhong et al. 2020, arXiv:1708.04896, up to 0.4 there)
+QUALITY = (10, 90)  # of JPEG: the range of FaceNet's table 5
+ERASED = (0.02, 0.2)  # of the area; up to 0.4 in Zhong et al. 2020 (arXiv:1708.04896)
 ASPECT = 3 / 4
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random changes, in this order; 0 turns one off, but ``crop``, which is off at 1.
+    """Random changes of an image, in the order crop, flip, color, jpeg, erase; 0 turns one off, except ``crop``: 1.
 
-    ``crop``: a part of at least this share of the area, or as much of it as a square holds, stretched by no more than
-    that share nor 3:4, is made S x S;
-    ``flip``: the probability of a mirror image; ``color``: brightness, contrast and (of colors) saturation change by up
-    to this share; ``jpeg``: the probability of a second compression, of quality 10 to 90; ``erase``: that of a rectangle
-    of noise over 2 to 20 % of the image.
+    ``crop``: a random part of at least this share of the area, or as much of it as a square holds, with an aspect ratio of at
+    most 1 to max(``crop``, 3/4), is resized to S x S. ``flip``: the probability of a mirror image. ``color``: brightness,
+    contrast and saturation change by up to this share. ``jpeg``: the probability of JPEG compression of quality 10 to 90.
+    ``erase``: the probability that a rectangle of 2 to 20 % of the area becomes noise.
+
+    >>> picture = Image.new("RGB", (50, 40))
+    >>> Augmentation(crop=0.6)(picture, 32, np.random.default_rng(0)).size
+    (32, 32)
     """
 
-    flip: float
-    crop: float
-    color: float
-    erase: float
-    jpeg: float
+    flip: float = 0.5
+    crop: float = 1.0
+    color: float = 0.0
+    erase: float = 0.0
+    jpeg: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("flip", "color", "erase", "jpeg"):
             if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"data.transform.augment.{name}={getattr(self, name)}: from 0 (off) to 1.")
+                raise InputError(f"`{name}`={getattr(self, name)}: from 0 (off) to 1.")
         if not 0 < self.crop <= 1:
-            raise InputError(f"data.transform.augment.crop={self.crop}: a share of the area, above 0, up to 1 (off).")
+            raise InputError(f"`crop`={self.crop}: a share of the area, above 0, up to 1 (off).")
 
     def __call__(self, picture: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
-        """A picture of any size to one of ``size x size``; the same for the same state of ``rng``."""
-        picture = self._cropped(picture, size, rng)
+        """Change a picture of any size to one of ``size x size``; the result depends on the state of ``rng`` alone."""
+        picture = self._crop(picture, size, rng)
         if rng.random() < self.flip:
             picture = ImageOps.mirror(picture)
         if self.color:
             for change in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
                 picture = change(picture).enhance(rng.uniform(1 - self.color, 1 + self.color))
         if rng.random() < self.jpeg:
-            picture = _compressed(picture, int(rng.integers(QUALITY[0], QUALITY[1] + 1)))
-        return _erased(picture, rng) if rng.random() < self.erase else picture
+            picture = _compress(picture, int(rng.integers(QUALITY[0], QUALITY[1] + 1)))
+        return _erase(picture, rng) if rng.random() < self.erase else picture
 
-    def _cropped(self, picture: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
+    def _crop(self, picture: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
         if self.crop == 1:
             return ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
         box = _box(picture.width, picture.height, self.crop, rng)
@@ -68,7 +71,7 @@ class Augmentation:
 
 
 def _box(width: int, height: int, crop: float, rng: np.random.Generator) -> tuple[float, float, float, float]:
-    """A random part, no more stretched than said whatever the picture's shape: what sticks out makes it smaller."""
+    """A random part; where it would not fit into the picture it is smaller, not more stretched."""
     area = width * height * rng.uniform(crop, 1)
     most = -math.log(max(ASPECT, crop))
     ratio = math.exp(rng.uniform(-most, most))
@@ -78,13 +81,13 @@ def _box(width: int, height: int, crop: float, rng: np.random.Generator) -> tupl
     return left, top, min(width, left + wide), min(height, top + high)
 
 
-def _compressed(picture: Image.Image, quality: int) -> Image.Image:
+def _compress(picture: Image.Image, quality: int) -> Image.Image:
     file = io.BytesIO()
     picture.save(file, "jpeg", quality=quality)
     return Image.open(file).convert(picture.mode)
 
 
-def _erased(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
+def _erase(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
     area = picture.width * picture.height * rng.uniform(*ERASED)
     ratio = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
     width = max(1, min(picture.width, round(math.sqrt(area * ratio))))
@@ -96,19 +99,24 @@ def _erased(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
     return out
 
 
-UNREADABLE = (UnreadableImage, OSError)  # what it holds, or a file that is gone
-PROBES = 16
+UNREADABLE = (UnreadableImage, OSError)  # the content, or a file that is gone
+PROBES = 16  # rows that are decoded before training
 
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """Reads rows of images as ``pixels`` says, each time they are drawn, changed by ``augment`` (null: as they are)."""
+    """Decodes images in the format ``pixels`` each time they are drawn, and changes them by ``augment``, if given.
+
+    >>> pixels = PixelFormat(size=32, channels=1, mean=[0.5], std=[0.5])
+    >>> ImageTransform(pixels, Augmentation(flip=0.5)).augment.flip
+    0.5
+    """
 
     pixels: PixelFormat
-    augment: Augmentation | None
+    augment: Augmentation | None = None
 
     def load(self, source: Source) -> "ImageRows":
-        """The source's rows; a few are decoded to see that they are images."""
+        """The source's rows; raises ``InputError`` if none of a few of them can be decoded."""
         if len(source.columns) != 1:
             raise InputError(f"Images are read from one column, but the data has {', '.join(source.columns)}.")
         rows = ImageRows(source.rows(), source.columns[0], self)
@@ -116,21 +124,24 @@ class ImageTransform:
         return rows
 
     def fingerprint(self, columns: Sequence[str]) -> str:
-        """Changes when the pixels would."""
+        """A hash of the format and the augmentation."""
         return text_fingerprint(repr((list(columns), astuple(self)))[:4096])[:16]
 
 
 class ImageRows:
-    """``draw -> Batch``: a row that cannot be read is named once, left out and counted in ``Batch.num_unreadable``, never fatal."""
+    """The dataset of a source's images: ``dataset[indices]`` is a batch.
 
-    def __init__(self, rows: Dataset, column: str, decoding: ImageTransform) -> None:
+    An image that cannot be read is left out of its batch, counted in ``Batch.num_unreadable``, and named in one warning.
+    """
+
+    def __init__(self, rows: Dataset, column: str, transform: ImageTransform) -> None:
         self.rows = rows
         self.column = column
-        self.decoding = decoding
-        known = rows["label"][:] if "label" in rows.column_names else [-1] * len(rows)
-        self._label = torch.tensor([-1 if x is None else x for x in known], dtype=torch.long)
-        # Shared by the loader's workers, which begin anew each epoch.
-        self._named = torch.zeros(len(rows), dtype=torch.bool).share_memory_()
+        self.transform = transform
+        label = rows["label"][:] if "label" in rows.column_names else [-1] * len(rows)
+        self._label = torch.tensor([-1 if x is None else x for x in label], dtype=torch.long)
+        # In shared memory, because the loader starts new worker processes each epoch.
+        self._reported = torch.zeros(len(rows), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -142,64 +153,64 @@ class ImageRows:
 
     @property
     def position(self) -> Tensor:
-        """``(N,)``: images have no place."""
+        """``(N,)``, all -1."""
         return torch.full_like(self._label, -1)
 
     def check(self) -> None:
-        """Raise ``InputError`` if none of a few rows, from all over, can be read: then it is most likely the column."""
-        some = np.unique(np.linspace(0, len(self) - 1, PROBES).astype(int)).tolist()
-        cells = self.rows[some][self.column]
+        """Raise ``InputError`` if none of ``PROBES`` rows can be read: most likely the column is the wrong one."""
+        probes = np.unique(np.linspace(0, len(self) - 1, PROBES).astype(int)).tolist()
+        cells = self.rows[probes][self.column]
         faults = [fault for cell in cells if (fault := self._fault(cell))]
         if len(faults) < len(cells):
             return
         raise InputError(
-            f"None of {len(some)} rows that were tried holds an image that can be used; the first is "
-            f"{self._where(some[0], cells[0])}: {faults[0]}. "
-            "data.image names the column, data.path the files."
+            f"None of {len(probes)} rows that were tried holds an image that can be used; the first is "
+            f"{self._describe(probes[0], cells[0])}: {faults[0]}. "
+            "Name the column of images in the source's image, or other files in its path."
         )
 
-    def __getitem__(self, draw: BatchIndices) -> Batch:
-        """What augmentation draws depends on the draw's seed and the row alone, not on who reads it."""
-        arrays, kept, hashes = [], [], []
-        for row, cell in zip(draw.rows, self.rows[draw.rows][self.column], strict=True):
+    def __getitem__(self, indices: BatchIndices) -> Batch:
+        """The augmentation of a row depends on the indices' seed and the row alone, not on the process that reads it."""
+        arrays, readable, hashes = [], [], []
+        for row, cell in zip(indices.rows, self.rows[indices.rows][self.column], strict=True):
             try:
                 data = _data(cell)
-                arrays.append(self._pixels(data, np.random.default_rng([draw.seed, row])))
+                arrays.append(self._pixels(data, np.random.default_rng([indices.seed, row])))
             except UNREADABLE as error:
-                self._say(row, cell, error)
+                self._report(row, cell, error)
                 continue
-            kept.append(row)
+            readable.append(row)
             hashes.append(content_hash(data))
-        p = self.decoding.pixels
+        p = self.transform.pixels
         pixels = np.stack(arrays) if arrays else np.zeros((0, p.channels, p.size, p.size), dtype=np.uint8)
-        uid = torch.tensor(kept, dtype=torch.long)
+        ids = torch.tensor(readable, dtype=torch.long)
         return Batch(
             views=(Images(torch.from_numpy(pixels)),),
-            example_id=uid,
-            label=self._label[uid],
-            position=torch.full_like(uid, -1),
+            example_id=ids,
+            label=self._label[ids],
+            position=torch.full_like(ids, -1),
             content_hash=torch.tensor(hashes, dtype=torch.long)[None],
-            num_unreadable=len(draw.rows) - len(kept),
+            num_unreadable=len(indices.rows) - len(readable),
         )
 
     def _fault(self, cell: Any) -> Exception | None:
         try:
-            self.decoding.pixels.open(_data(cell))
+            self.transform.pixels.open(_data(cell))
         except UNREADABLE as error:
             return error
         return None
 
     def _pixels(self, data: bytes, rng: np.random.Generator) -> Any:
-        pixels, augment = self.decoding.pixels, self.decoding.augment
+        pixels, augment = self.transform.pixels, self.transform.augment
         picture = pixels.open(data)
         return to_array(augment(picture, pixels.size, rng) if augment else pixels.fit(picture))
 
-    def _say(self, row: int, cell: Any, error: Exception) -> None:
-        if not self._named[row]:
-            self._named[row] = True
-            warn_once(f"An image cannot be used and is left out: {self._where(row, cell)}: {error}.")
+    def _report(self, row: int, cell: Any, error: Exception) -> None:
+        if not self._reported[row]:
+            self._reported[row] = True
+            warn_once(f"An image cannot be used and is left out: {self._describe(row, cell)}: {error}.")
 
-    def _where(self, row: int, cell: Any) -> str:
+    def _describe(self, row: int, cell: Any) -> str:
         number, path, kind = int(self._label[row]), (cell or {}).get("path"), self.rows.features.get("label")
         name = f" (label {kind.int2str(number)})" if isinstance(kind, ClassLabel) and number >= 0 else ""
         return f"row {row + 1} of {len(self)}{name}{f', {path}' if path else ''}"

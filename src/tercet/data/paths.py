@@ -34,7 +34,7 @@ HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+){0,2}")
 
 @dataclass(frozen=True)
 class DataPath:
-    """``kind`` is txt, csv, tsv, json, parquet, folder (of images) or hub; ``files`` in order; ``path`` as the user wrote it."""
+    """The ``files`` that ``path`` names, in order; ``kind`` is txt, csv, tsv, json, parquet, hub, or folder (of images)."""
 
     path: str
     kind: str

@@ -1,7 +1,8 @@
-"""Batch samplers: random rows, P labels of K rows, windows of consecutive sentences."""
+"""Batch samplers: random rows, P labels with K rows each, windows of consecutive sentences."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from itertools import islice, repeat
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,142 +16,162 @@ from tercet.types import BatchDataset, BatchIndices
 
 
 def rank_slice(size: int) -> slice:
-    """This process's part of a global batch of ``size`` rows; parts differ by at most one row."""
+    """This process's part of a global batch of ``size`` rows; the sizes of the parts differ by at most one."""
     return slice(size * rank() // world_size(), size * (rank() + 1) // world_size())
 
 
 def combine_seeds(*parts: int) -> int:
-    """Several seeds in one number: epochs of one run never meet those of a run with a seed nearby."""
+    """Combine several seeds in one, so that an epoch of one run is not that of a run with the next seed."""
     number = 0
     for part in parts:
         number = (number * 1_000_003 + part) % (1 << 63)
     return number
 
 
-class RandomBatchSampler(Sampler[BatchIndices]):
-    """Each epoch a permutation of the rows drawn from (seed, epoch) alone, cut into batches of ``batch_size``.
+class BatchSampler(Sampler[BatchIndices]):
+    """The base of samplers whose epochs are a function of (``seed``, epoch), the same for any number of processes.
 
-    The number of processes changes nothing: together they hold the same rows. The tail that fills no batch is left
-    out (every batch has the same number of negatives); another epoch leaves out other rows.
+    ``needs`` is what the source must provide ("label", "position", "all_rows"); ``provides`` is what a batch then has:
+    "same_label" (several rows of one label) or "adjacent" (neighboring sentences).
     """
 
-    def __init__(self, rows: BatchDataset, batch_size: int, seed: int) -> None:
-        self.rows = len(rows)
+    needs: ClassVar[frozenset[str]] = frozenset()
+    provides: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, batch_size: int, seed: int) -> None:
         self.batch_size = batch_size
         self.seed = seed
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Lightning says which epoch begins."""
+        """Choose the epoch that the next iteration draws; Lightning calls this."""
         self.epoch = epoch
 
+    def _share(self, rows: Any, number: int) -> BatchIndices:
+        """This process's rows of the epoch's global batch ``number``."""
+        return BatchIndices(rows[rank_slice(len(rows))].tolist(), combine_seeds(self.seed, self.epoch, number))
+
+
+class RandomBatchSampler(BatchSampler):
+    """Batches of ``batch_size`` rows in random order, each row once an epoch.
+
+    The rows of the whole batch are the same for any number of processes. The last rows, which do not fill a batch, are left
+    out, so that every batch has the same number of negatives; each epoch leaves out other rows.
+
+    >>> [batch.rows for batch in RandomBatchSampler(range(5), batch_size=2, seed=0)]
+    [[4, 0], [1, 3]]
+    """
+
+    def __init__(self, dataset: Sized, batch_size: int, seed: int) -> None:
+        super().__init__(batch_size, seed)
+        self.size = len(dataset)
+
     def __len__(self) -> int:
-        return self.rows // self.batch_size
+        return self.size // self.batch_size
 
     def __iter__(self) -> Iterator[BatchIndices]:
         generator = torch.Generator().manual_seed(combine_seeds(self.seed, self.epoch))
-        order = torch.randperm(self.rows, generator=generator)
-        own = rank_slice(self.batch_size)
+        order = torch.randperm(self.size, generator=generator)
         for number in range(len(self)):
-            rows = order[number * self.batch_size : (number + 1) * self.batch_size]
-            yield BatchIndices(rows[own].tolist(), combine_seeds(self.seed, self.epoch, number))
+            yield self._share(order[number * self.batch_size : (number + 1) * self.batch_size], number)
 
 
 class ResumableSampler(Sampler[BatchIndices]):
-    """What is left of an epoch where a run goes on in the middle of it: ``done`` says how many batches it has had."""
+    """The rest of an epoch of ``sampler``, for a run that is resumed in its middle after ``done()`` batches."""
 
-    def __init__(self, whole: Sampler[BatchIndices], done: Callable[[], int]) -> None:
-        self.whole = whole
+    def __init__(self, sampler: Sampler[BatchIndices], done: Callable[[], int]) -> None:
+        self.sampler = sampler
         self.done = done
 
     def set_epoch(self, epoch: int) -> None:
-        """Lightning says which epoch begins."""
-        self.whole.set_epoch(epoch)  # type: ignore[attr-defined]
+        """Choose the epoch that the next iteration draws; Lightning calls this."""
+        self.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
 
     def __len__(self) -> int:
-        return len(self.whole)  # type: ignore[arg-type]
+        return len(self.sampler)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[BatchIndices]:
-        yield from islice(self.whole, self.done() % len(self), None)
+        yield from islice(self.sampler, self.done() % len(self), None)
 
 
 Ints = npt.NDArray[np.int64]
 
 
-class PKBatchSampler(Sampler[BatchIndices]):
-    """Global batches of labels, ``per_label`` K rows of each, and ``distractors``: rows that are negatives only.
+class PKBatchSampler(BatchSampler):
+    """Batches of labels with ``per_label`` K rows each, and ``distractors``: rows that are used only as negatives.
 
-    FaceNet's batch (arXiv:1503.03832, section 3.2) is batch_size 1800, per_label 40. Labels come in passes: each once
-    in a shuffled pass, then a new pass. A label gives K rows that it has not given before, as long as it has any; one
-    with fewer than K gives what it has and makes room for more labels, so that a batch is always full. Distractors are
-    rows whose label occurs once or that have none; then rows of labels that are not in the batch; where those run out
-    too, rows of labels that are. No row is in a batch twice.
+    FaceNet's batch (arXiv:1503.03832, section 3.2) has 1,800 rows, 40 of each label. Labels come in shuffled passes over all
+    of them. A label gives K rows that it has not given before, as long as it has any; one with fewer than K rows gives those
+    that it has and leaves room for more labels, so that a batch is always full. Distractors are rows whose label occurs once
+    or that have none; then rows of labels that are not in the batch; where those are too few, rows of labels that are. No row
+    is in a batch twice.
 
-    All of it is drawn from (seed, epoch) for the global batch and sliced by process, so that the number of processes
-    changes nothing, and the n-th batch of an epoch can be had again. An epoch has as many batches as the rows fill.
+    Each batch is drawn from (``seed``, epoch) for all processes together and sliced by process. An epoch has as many batches
+    as the rows fill. Set ``neighbors`` (label to its confusable labels, nearest first) to make such labels follow each other
+    in a pass, so that they share batches.
 
-    ``neighbours`` (label to its confusable labels, nearest first) makes such labels follow each other in a pass, so that
-    they share batches: ``callback.HardLabels`` sets it.
+    >>> from types import SimpleNamespace
+    >>> dataset = SimpleNamespace(label=torch.tensor([0, 0, 1, 1, 2, 2]))
+    >>> [sorted(dataset.label[batch.rows].tolist()) for batch in PKBatchSampler(dataset, 4, seed=0, per_label=2)]
+    [[1, 1, 2, 2]]
     """
 
-    def __init__(self, rows: BatchDataset, batch_size: int, seed: int, per_label: int, distractors: int) -> None:
-        values = rows.label.numpy()
-        names, place, sizes = np.unique(values, return_inverse=True, return_counts=True)
+    needs: ClassVar[frozenset[str]] = frozenset({"label", "all_rows"})
+    provides: ClassVar[frozenset[str]] = frozenset({"same_label"})
+
+    def __init__(self, dataset: BatchDataset, batch_size: int, seed: int, per_label: int = 40, distractors: int = 0) -> None:
+        super().__init__(batch_size, seed)
+        values = dataset.label.numpy()
+        names, index, sizes = np.unique(values, return_inverse=True, return_counts=True)
         paired = (sizes >= 2) & (names >= 0)
-        self.batch_size, self.seed, self.epoch = batch_size, seed, 0
         self.per_label, self.distractors = per_label, distractors
         self.size = len(values)
-        order = np.argsort(place, kind="stable")
+        order = np.argsort(index, kind="stable")
         groups = np.split(order, np.cumsum(sizes)[:-1])
         self.rows_by_label: dict[int, Ints] = {
             int(name): group for name, group, two in zip(names, groups, paired, strict=True) if two
         }
-        self.unpaired_rows: Ints = np.flatnonzero(~paired[place])
+        self.unpaired_rows: Ints = np.flatnonzero(~paired[index])
         self.values = values
         self.neighbors: dict[int, list[int]] = {}
         self._check()
 
     def _check(self) -> None:
+        advice = "Name the column of labels in the source's label."
         if self.per_label < 2:
-            raise InputError(f"sampler.per_label={self.per_label}: 2 or more, so that a row has a positive.")
+            raise InputError(f"`per_label`={self.per_label}: 2 or more, so that a row has a positive.")
         if not 0 <= self.distractors <= self.batch_size - 2:
-            raise InputError(f"sampler.distractors={self.distractors}: from 0 to data.batch_size - 2 = {self.batch_size - 2}.")
+            raise InputError(f"`distractors`={self.distractors}: from 0 to `batch_size` - 2 = {self.batch_size - 2}.")
         if (self.values < 0).all():
             raise InputError(
-                "sampler=pk: the training rows have no labels. Name their column with data.label=..., or use "
-                "sampler=random (and an objective that needs no labels, such as objective=simcse_unsup)."
+                "PKBatchSampler: the training rows have no labels. Name the column of labels in the source's label, or use "
+                "RandomBatchSampler (and an objective that needs no labels)."
             )
         if not self.rows_by_label:
             raise InputError(
-                "sampler=pk needs labels that occur twice or more, but every one of the training rows has a label of "
-                "its own, or none. Name the right column in data.label."
+                "PKBatchSampler needs labels that occur twice or more, but every one of the training rows has a label of its "
+                f"own, or none. {advice}"
             )
         if len(self.rows_by_label) == 1 and len(self.unpaired_rows) == 0:
-            raise InputError(
-                "sampler=pk: all training rows have the same label, so that there are no negatives. Name another "
-                "column in data.label."
-            )
+            raise InputError(f"PKBatchSampler: all training rows have the same label, so that there are no negatives. {advice}")
         room = self.batch_size - self.distractors
         most = sum(min(self.per_label, len(rows)) for rows in self.rows_by_label.values())
         if most < room:
+            others = f", and {self.distractors} are distractors" if self.distractors else ""
             raise InputError(
-                f"data.batch_size={self.batch_size}: {len(self.rows_by_label)} labels with {self.per_label} rows at most give "
-                f"{most} rows{f', and {self.distractors} are distractors' if self.distractors else ''}. Use "
-                f"data.batch_size={most + self.distractors}, or a larger sampler.per_label (now {self.per_label})."
+                f"`batch_size`={self.batch_size}: {len(self.rows_by_label)} labels with {self.per_label} rows at most give "
+                f"{most} rows{others}. Use `batch_size`={most + self.distractors}, or a larger `per_label` "
+                f"(now {self.per_label})."
             )
         if (largest := max(map(len, self.rows_by_label.values()))) < self.per_label:
-            warn_once(f"sampler.per_label={self.per_label}: the largest label has {largest} rows; all give what they have.")
-
-    def set_epoch(self, epoch: int) -> None:
-        """Lightning says which epoch begins."""
-        self.epoch = epoch
+            warn_once(f"per_label={self.per_label}: the largest label has {largest} rows; all give what they have.")
 
     def __len__(self) -> int:
         return max(1, self.size // self.batch_size)
 
     def __iter__(self) -> Iterator[BatchIndices]:
         for number, rows in zip(range(len(self)), self.batches(), strict=False):
-            yield BatchIndices(rows[rank_slice(len(rows))].tolist(), combine_seeds(self.seed, self.epoch, number))
+            yield self._share(rows, number)
 
     def batches(self) -> Iterator[Ints]:
         """The epoch's global batches, ``(batch_size,)`` row numbers each, without end."""
@@ -163,7 +184,7 @@ class PKBatchSampler(Sampler[BatchIndices]):
             while room >= 2:
                 label = waiting.pop(0) if waiting else next(passes)
                 if label in used:
-                    late.append(label)  # its next pass began in this batch: first of the next one
+                    late.append(label)  # a new pass began in this batch; the label comes first in the next one
                     continue
                 used.add(label)
                 taken.append(queues[label].take(min(self.per_label, room, len(self.rows_by_label[label]))))
@@ -187,22 +208,22 @@ class PKBatchSampler(Sampler[BatchIndices]):
         labels = np.array(list(self.rows_by_label))
         for _ in repeat(None):
             order = rng.permutation(labels).tolist()
-            yield from _beside(order, self.neighbors) if self.neighbors else order
+            yield from _group_neighbors(order, self.neighbors) if self.neighbors else order
 
 
-def _beside(order: list[int], neighbours: dict[int, list[int]]) -> Iterator[int]:
-    """The labels in their order, but each followed by those of its neighbours that have not come yet."""
+def _group_neighbors(order: list[int], neighbors: dict[int, list[int]]) -> Iterator[int]:
+    """The labels in their order, but each followed by those of its neighbors that have not come yet."""
     left = dict.fromkeys(order)
     while left:
         label = next(iter(left))
-        for name in (label, *neighbours.get(label, [])):
+        for name in (label, *neighbors.get(label, [])):
             if name in left:
                 del left[name]
                 yield name
 
 
 class _Queue:
-    """Rows in a random order, then in another; never one twice in what is taken at once."""
+    """Rows in one random order after another; what is taken at once never holds a row twice."""
 
     def __init__(self, rows: Ints, rng: np.random.Generator) -> None:
         self.rows, self.rng = rows, rng
@@ -212,102 +233,103 @@ class _Queue:
     def take(self, count: int) -> Ints:
         taken, self.order = self.order[:count], self.order[count:]
         if len(taken) < count:
-            again = self.rng.permutation(self.rows)
-            fresh = again[~np.isin(again, taken)]
-            more = fresh[: count - len(taken)]
-            self.order = again[~np.isin(again, more)]
+            order = self.rng.permutation(self.rows)
+            more = order[~np.isin(order, taken)][: count - len(taken)]
+            self.order = order[~np.isin(order, more)]
             taken = np.concatenate([taken, more])
         return taken
 
 
-class WindowBatchSampler(Sampler[BatchIndices]):
-    """Global batches of k windows of ``window`` sentences m that follow each other in a document: k · m = ``batch_size``.
+class WindowBatchSampler(BatchSampler):
+    """Batches of k windows of ``window`` m consecutive sentences of a document: k · m = ``batch_size``.
 
-    The document is a row's ``label``, its place in it ``position``; in which order the rows are stored does not matter.
-    k = 1, m = 400 is the batch of Logeswaran and Lee 2018 (arXiv:1803.02893), which crosses no document here; several
-    shorter windows make the other keys less alike.
+    The document is a row's ``label``, its place in it ``position``; rows may be stored in any order. k = 1, m = 400 is the
+    batch of Logeswaran and Lee 2018 (arXiv:1803.02893), which never crosses documents here; with several shorter windows the
+    other keys are less alike.
 
-    In each epoch a document is cut from another place on, so that its windows and what fills none differ; the windows of
-    all documents are shuffled. All of it is drawn from (seed, epoch) for the global batch and sliced by process.
-    Left out, counted and said: rows of documents that are shorter than a window, rows without a document or a place, and
-    of rows at the same place in a document all but the first.
+    Each epoch starts at another sentence of each document, so that its windows and the sentences that do not fill one differ,
+    and shuffles the windows of all documents. Each batch is drawn from (``seed``, epoch) for all processes together and sliced
+    by process. Left out and counted in a warning are documents that are shorter than a window, rows without a document or a
+    position, and rows whose position another row of the document has.
+
+    >>> from types import SimpleNamespace
+    >>> dataset = SimpleNamespace(label=torch.zeros(6, dtype=torch.long), position=torch.arange(6))
+    >>> [batch.rows for batch in WindowBatchSampler(dataset, 3, seed=0, window=3)]
+    [[0, 1, 2], [3, 4, 5]]
     """
 
-    def __init__(self, rows: BatchDataset, batch_size: int, seed: int, window: int) -> None:
-        self.batch_size, self.seed, self.window, self.epoch = batch_size, seed, window, 0
+    needs: ClassVar[frozenset[str]] = frozenset({"label", "position", "all_rows"})
+    provides: ClassVar[frozenset[str]] = frozenset({"adjacent"})
+
+    def __init__(self, dataset: BatchDataset, batch_size: int, seed: int, window: int = 400) -> None:
+        super().__init__(batch_size, seed)
+        self.window = window
         self._check()
-        label, position = rows.label.numpy(), rows.position.numpy()
+        label, position = dataset.label.numpy(), dataset.position.numpy()
         if (label < 0).all() or (position < 0).all():
-            lacks = "data.position (the sentence's number in it)" if (label >= 0).any() else "data.label (the document)"
+            missing = "position (the sentence's number in its document)" if (label >= 0).any() else "label (the document)"
             raise InputError(
-                f"sampler=window needs sentences in order, but the training rows have no {lacks}. Name the columns in "
-                "data.label and data.position, or use data=books or data=raw_books."
+                f"WindowBatchSampler needs sentences in order, but the training rows have no {missing}. Name the columns in "
+                "the source's label and position, or use a source of books."
             )
         self.documents = self._documents(label, position)
         if len(self) == 0:
             count = sum(self._count(len(rows)) for rows in self.documents)
             raise InputError(
-                f"data.batch_size={batch_size} is {batch_size // window} windows of {window} sentences, but the training "
-                f"documents hold {count}. Use data.batch_size={count * window} at most, or a smaller sampler.window."
+                f"`batch_size`={batch_size} is {batch_size // window} windows of {window} sentences, but the training "
+                f"documents hold {count}. Use `batch_size`={count * window} at most, or a smaller `window`."
             )
 
     def _check(self) -> None:
         m, size = self.window, self.batch_size
         if m < 2:
-            raise InputError(f"sampler.window={m}: 2 sentences or more, so that one has a neighbour.")
+            raise InputError(f"`window`={m}: 2 sentences or more, so that one has a neighbor.")
         if size % m:
             near = " or ".join(str(n) for n in (size // m * m, (size // m + 1) * m) if n)
             raise InputError(
-                f"data.batch_size={size} is no multiple of sampler.window={m}. Use data.batch_size={near}, or a window "
-                "that divides it."
+                f"`batch_size`={size} is no multiple of `window`={m}. Use `batch_size`={near}, or a `window` that divides it."
             )
 
     def _documents(self, label: Ints, position: Ints) -> list[Ints]:
         """The rows of each document that holds a window, in order."""
         order = np.lexsort((position, label))
         order = order[(label[order] >= 0) & (position[order] >= 0)]
-        if nameless := len(label) - len(order):
-            warn_once(f"sampler=window: {nameless} of {len(label)} rows have no document or no place; they are left out.")
+        if missing := len(label) - len(order):
+            warn_once(f"Windows: {missing} of {len(label)} rows have no document or no position; they are left out.")
         again = (np.diff(label[order], prepend=-1) == 0) & (np.diff(position[order], prepend=-1) == 0)
         if again.any():
             row = int(order[again][0])
             warn_once(
-                f"sampler=window: {int(again.sum())} of {len(label)} rows stand at a place of their document that "
-                f"another row has too (the first: position {position[row]}); they are left out."
+                f"Windows: {int(again.sum())} of {len(label)} rows have the position of another row of their document (the "
+                f"first: position {position[row]}); they are left out."
             )
         elif (np.diff(order)[np.diff(label[order]) == 0] < 0).any():
-            warn_once("sampler=window: the rows are not stored in order; they are read by document and position.")
+            warn_once("Windows: the rows are not stored in order; they are read by document and position.")
         order = order[~again]
-        found = np.split(order, np.flatnonzero(np.diff(label[order])) + 1)
-        kept = [rows for rows in found if len(rows) >= self.window]
-        if not kept:
-            longest = max(map(len, found))
-            smaller = f"Use a window of {longest} at most, or longer documents." if longest > 1 else "None has neighbours."
+        documents = np.split(order, np.flatnonzero(np.diff(label[order])) + 1)
+        long = [rows for rows in documents if len(rows) >= self.window]
+        if not long:
+            longest = max(map(len, documents))
+            smaller = f"Use `window`={longest} at most, or longer documents." if longest > 1 else "None has neighbors."
             raise InputError(
-                f"sampler.window={self.window}, but the longest of {len(found)} documents has {longest} sentences with a "
-                f"document and a place. {smaller}"
+                f"`window`={self.window}, but the longest of {len(documents)} documents has {longest} sentences with a "
+                f"document and a position. {smaller}"
             )
-        if short := len(found) - len(kept):
-            left = len(order) - sum(map(len, kept))
+        if short := len(documents) - len(long):
+            left = len(order) - sum(map(len, long))
             warn_once(
-                f"sampler=window: {short} of {len(found)} documents ({left} sentences) are shorter than a window of "
+                f"Windows: {short} of {len(documents)} documents ({left} sentences) are shorter than a window of "
                 f"{self.window}; they are left out."
             )
-        return kept
-
-    def set_epoch(self, epoch: int) -> None:
-        """Lightning says which epoch begins."""
-        self.epoch = epoch
+        return long
 
     def __len__(self) -> int:
         return sum(self._count(len(rows)) for rows in self.documents) * self.window // self.batch_size
 
     def __iter__(self) -> Iterator[BatchIndices]:
-        own, k = rank_slice(self.batch_size), self.batch_size // self.window
-        windows = self.windows()
+        k, windows = self.batch_size // self.window, self.windows()
         for number in range(len(self)):
-            rows = np.concatenate(windows[number * k : (number + 1) * k])
-            yield BatchIndices(rows[own].tolist(), combine_seeds(self.seed, self.epoch, number))
+            yield self._share(np.concatenate(windows[number * k : (number + 1) * k]), number)
 
     def windows(self) -> list[Ints]:
         """The epoch's windows, ``(window,)`` row numbers each, shuffled."""

@@ -20,7 +20,7 @@ from tercet.messages import warn_once
 
 @dataclass(frozen=True)
 class TextFiles:
-    """The text columns of a file, a folder of files of one kind, or a hub data set ``owner/name[:config[:split]]``.
+    r"""The text columns of a file, a folder of files of one kind, or a hub data set ``owner/name[:config[:split]]``.
 
     ``columns`` are the views in order; none: found by their usual names. ``label`` names a column whose values are numbered
     (-1 where empty), ``position`` a column of whole numbers. ``where`` keeps rows by value:
@@ -34,7 +34,7 @@ class TextFiles:
 
     >>> import pathlib, tempfile
     >>> file = pathlib.Path(tempfile.mkdtemp()) / "pairs.csv"
-    >>> _ = file.write_text("question,answer\\nWho?,He.\\nWhat?,This.\\n")
+    >>> _ = file.write_text("question,answer\nWho?,He.\nWhat?,This.\n")
     >>> TextFiles(str(file), ["question", "answer"]).rows()[1]
     {'question': 'What?', 'answer': 'This.'}
 
@@ -160,14 +160,14 @@ def as_list(value: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class Groups:
-    """Pairs of rows of ``files`` with the same value in the column ``group``, in order: 1-2, 3-4, ...
+    r"""Pairs of rows of ``files`` with the same value in the column ``group``, in order: 1-2, 3-4, ...
 
     The last row of a group of odd size is left out, and so are groups of one, which are counted in a warning. ``label`` is the
     number of the group, so that its rows are never negatives of each other. Whole groups are held out.
 
     >>> import pathlib, tempfile
     >>> file = pathlib.Path(tempfile.mkdtemp()) / "captions.csv"
-    >>> _ = file.write_text("text,picture\\nA dog.,1\\nA cat.,2\\nA puppy.,1\\nA kitten.,2\\n")
+    >>> _ = file.write_text("text,picture\nA dog.,1\nA cat.,2\nA puppy.,1\nA kitten.,2\n")
     >>> Groups(TextFiles(str(file), ["text"]), "picture").rows()[1]
     {'anchor': 'A cat.', 'positive': 'A kitten.', 'label': 1}
 

@@ -1,4 +1,4 @@
-"""Texts to token ids: cached on disk, or streamed."""
+"""Turn texts into token ids, cached on disk or streamed."""
 
 import hashlib
 import json
@@ -25,34 +25,45 @@ from tercet.types import Batch, BatchIndices, Source, TokenBatch
 
 
 def content_hash(cell: str | bytes) -> int:
-    """A signed 64-bit hash of a cell: equal cells are equal, whatever the run."""
+    """A signed 64-bit hash of a cell, the same in every run and process."""
     data = cell.encode() if isinstance(cell, str) else cell
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 
 def cache_folder(cache: str | None) -> Path:
-    """``data.cache``, else ``TERCET_CACHE``, else the user's cache folder."""
+    """The folder itself, else ``TERCET_CACHE``, else ``~/.cache/tercet``."""
     return Path(cache or os.environ.get("TERCET_CACHE") or Path.home() / ".cache" / "tercet").expanduser()
 
 
 @dataclass(frozen=True)
 class TextTransform:
-    """Reads rows of text as token ids, special tokens included, cut at ``max_length``; ``cache`` is a folder."""
+    """Turns rows of text into token ids, with special tokens, of at most ``max_length`` tokens.
+
+    The ids of a source are made once and kept in the folder ``cache`` (None: ``TERCET_CACHE``, else ``~/.cache/tercet``).
+
+    >>> from tokenizers import Tokenizer, models, pre_tokenizers
+    >>> from transformers import PreTrainedTokenizerFast
+    >>> words = Tokenizer(models.WordLevel({"<unk>": 0, "dogs": 1, "run": 2}, unk_token="<unk>"))
+    >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
+    >>> transform = TextTransform(PreTrainedTokenizerFast(tokenizer_object=words))
+    >>> transform.tokenize_rows({"text": ["dogs run", "run"]}, ["text"])["ids_0"]
+    [[1, 2], [2]]
+    """
 
     tokenizer: PreTrainedTokenizerBase
-    max_length: int
-    cache: str | None
+    max_length: int = 32
+    cache: str | None = None
 
     def __post_init__(self) -> None:
         if self.max_length < 3:
-            raise InputError(f"data.max_length={self.max_length}: at least 3 tokens, two of which are special.")
+            raise InputError(f"`max_length`={self.max_length}: at least 3 tokens, two of which are special.")
 
     def load(self, source: Source) -> "TokenRows":
-        """The source's rows as token ids, from the cache if they are there."""
+        """The source's rows as token ids; they are read from the cache if they are there."""
         folder, columns = cache_folder(self.cache), list(source.columns)
         path = folder / f"{source.fingerprint()}-{self.fingerprint(columns)}.arrow"
         if not path.is_file():
-            check_writable(folder, "data.cache")
+            check_writable(folder, "cache")
             rows = source.rows()
             rows.map(
                 self.tokenize_rows,
@@ -67,7 +78,7 @@ class TextTransform:
         return TokenRows(Dataset.from_file(str(path)), len(columns))
 
     def tokenize_rows(self, rows: dict[str, list[Any]], columns: Sequence[str]) -> dict[str, list[Any]]:
-        """Per column v: ``ids_v`` and ``content_v``; ``label`` and ``position``, -1 where there is none."""
+        """For each column v ``ids_v`` and ``content_v``, a hash; ``label`` and ``position``, -1 where there is none."""
         size = len(rows[columns[0]])
         out = {name: rows.get(name, [-1] * size) for name in ("label", "position")}
         for v, column in enumerate(columns):
@@ -78,28 +89,28 @@ class TextTransform:
         return out
 
     def features(self, columns: Sequence[str]) -> Features:
-        """The types on disk."""
+        """The types of the columns in the cache."""
         types: dict[str, Any] = {"label": Value("int64"), "position": Value("int64")}
         for v in range(len(columns)):
             types |= {f"ids_{v}": List(Value("int32")), f"content_{v}": Value("int64")}
         return Features(types)
 
     def fingerprint(self, columns: Sequence[str]) -> str:
-        """Changes when the ids would."""
+        """A hash of everything that the ids depend on besides the texts."""
         fast = getattr(self.tokenizer, "backend_tokenizer", None)
         if fast is None:
-            said = f"{type(self.tokenizer)}{self.tokenizer.name_or_path}"
-        else:  # truncation and padding are left in it by the last call, whatever that was
-            said = str({k: v for k, v in json.loads(fast.to_str()).items() if k not in ("truncation", "padding")})
-        return hashlib.blake2b(f"{said}{list(columns)}{self.max_length}".encode(), digest_size=8).hexdigest()
+            state = f"{type(self.tokenizer)}{self.tokenizer.name_or_path}"
+        else:  # truncation and padding are those of the tokenizer's last call
+            state = str({k: v for k, v in json.loads(fast.to_str()).items() if k not in ("truncation", "padding")})
+        return hashlib.blake2b(f"{state}{list(columns)}{self.max_length}".encode(), digest_size=8).hexdigest()
 
 
 class TokenRows:
-    """``draw -> Batch``, without Python per token."""
+    """The dataset of a source's token ids: ``dataset[indices]`` is a batch, made without Python code per token."""
 
-    def __init__(self, rows: Dataset, views: int) -> None:
+    def __init__(self, rows: Dataset, num_views: int) -> None:
         self.rows = rows.with_format("arrow")
-        self.views = views
+        self.num_views = num_views
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -114,22 +125,22 @@ class TokenRows:
         """``(N,)``, -1 where there is none."""
         return _tensor(self.rows["position"][:])
 
-    def __getitem__(self, draw: BatchIndices) -> Batch:
-        return collate(self.rows[draw.rows], torch.tensor(draw.rows), self.views)
+    def __getitem__(self, indices: BatchIndices) -> Batch:
+        return collate(self.rows[indices.rows], torch.tensor(indices.rows), self.num_views)
 
 
-def collate(table: pa.Table, uid: Tensor, views: int) -> Batch:
-    """Tokenized rows as a batch."""
+def collate(table: pa.Table, example_id: Tensor, num_views: int) -> Batch:
+    """Make a batch of rows of token ids."""
     return Batch(
-        views=tuple(_ragged(table[f"ids_{v}"].combine_chunks()) for v in range(views)),
-        example_id=uid,
+        views=tuple(_token_batch(table[f"ids_{v}"].combine_chunks()) for v in range(num_views)),
+        example_id=example_id,
         label=_tensor(table["label"]),
         position=_tensor(table["position"]),
-        content_hash=torch.stack([_tensor(table[f"content_{v}"]) for v in range(views)]),
+        content_hash=torch.stack([_tensor(table[f"content_{v}"]) for v in range(num_views)]),
     )
 
 
-def _ragged(column: pa.Array) -> TokenBatch:
+def _token_batch(column: pa.Array) -> TokenBatch:
     return TokenBatch(_tensor(column.flatten()), _tensor(pc.list_value_length(column)))
 
 
@@ -138,42 +149,44 @@ def _tensor(column: Any) -> Tensor:
 
 
 class StreamingBatches(IterableDataset[Batch]):
-    """Global batches in the order of the stream, shuffled in a buffer from (seed, epoch) alone, sliced by process.
+    """Batches in the order of a stream, shuffled in a buffer of ``buffer_size`` rows by (``seed``, epoch).
 
-    Every process reads the whole stream but tokenizes its own rows only, so that the global batch is the same for any
-    number of processes. ``uid`` counts rows from the start of the epoch. ``place`` says which epoch begins and how many
-    of its batches a run that goes on has had: these are read again, and not tokenized.
+    Every process reads the whole stream but tokenizes only its own rows of each global batch of ``batch_size`` rows, so that
+    the global batch is the same for any number of processes. ``example_id`` counts rows from the start of the epoch.
+    ``start()`` gives the epoch and the number of its batches that a resumed run has had already; their rows are read again
+    but not tokenized.
     """
 
     def __init__(
-        self, source: Source, tokenizing: TextTransform, batch_size: int, seed: int, buffer: int,
-        place: Callable[[], tuple[int, int]],
-    ) -> None:  # fmt: skip
+        self,
+        source: Source,
+        transform: TextTransform,
+        batch_size: int,
+        seed: int,
+        buffer_size: int,
+        start: Callable[[], tuple[int, int]],
+    ) -> None:
         self.source = source
-        self.tokenizing = tokenizing
+        self.transform = transform
         self.batch_size = batch_size
         self.seed = seed
-        self.buffer = buffer
-        self.place = place
+        self.buffer_size = buffer_size
+        self.start = start
 
     def __iter__(self) -> Iterator[Batch]:
-        rows = self.source.rows().shuffle(seed=self.seed, buffer_size=self.buffer)
-        epoch, done = self.place()
+        rows = self.source.rows().shuffle(seed=self.seed, buffer_size=self.buffer_size)
+        epoch, done = self.start()
         rows.set_epoch(epoch)
-        start = done * self.batch_size
-        stream = islice(rows, start, None)
-        own = rank_slice(self.batch_size)
+        first = done * self.batch_size
+        stream = islice(rows, first, None)
+        own, columns = rank_slice(self.batch_size), self.source.columns
+        schema = self.transform.features(columns).arrow_schema
         while len(batch := list(islice(stream, self.batch_size))) == self.batch_size:
-            mine = batch[own]
-            texts = {name: [row[name] for row in mine] for name in mine[0]}
-            columns = self.source.columns
-            schema = self.tokenizing.features(columns).arrow_schema
-            table = pa.Table.from_pydict(self.tokenizing.tokenize_rows(texts, columns), schema=schema)
-            uid = torch.arange(start, start + self.batch_size)[own]
-            yield collate(table, uid, len(columns))
-            start += self.batch_size
-        if start == 0:
+            texts = {name: [row[name] for row in batch[own]] for name in batch[0]}
+            table = pa.Table.from_pydict(self.transform.tokenize_rows(texts, columns), schema=schema)
+            yield collate(table, torch.arange(first, first + self.batch_size)[own], len(columns))
+            first += self.batch_size
+        if first == 0:
             raise InputError(
-                f"data.batch_size={self.batch_size}, but the stream ended after {len(batch)} rows. "
-                "Use a smaller data.batch_size."
+                f"`batch_size`={self.batch_size}, but the stream ended after {len(batch)} rows. Use a smaller `batch_size`."
             )

@@ -1,9 +1,6 @@
-"""Several processes as one: gather with gradient, losses over the global batch, keys that circulate in a ring.
+"""Several processes as one: losses over the global batch, keys that are gathered or circulate in a ring, sharded weights."""
 
-Sharded weights (FSDP2) are in ``tercet.distributed.sharding``.
-"""
-
-from tercet.distributed.gather import gather_embeddings, gather_rows, rank, reduce_loss, row_counts, world_size
+from tercet.distributed.gather import gather_rows, rank, reduce_loss, world_size
 from tercet.distributed.ring import contrast
 
-__all__ = ["contrast", "gather_embeddings", "gather_rows", "rank", "reduce_loss", "row_counts", "world_size"]
+__all__ = ["contrast", "gather_rows", "rank", "reduce_loss", "world_size"]

@@ -28,11 +28,7 @@ def rank() -> int:
 
 
 def row_counts(n: int, device: torch.device) -> list[int]:
-    """The number of rows in each process, in the order of ranks; ``n`` is this process's.
-
-    >>> row_counts(3, torch.device("cpu"))
-    [3]
-    """
+    """The number of rows in each process, in the order of ranks; ``n`` is this process's."""
     if world_size() == 1:
         return [n]
     counts = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(world_size())]
@@ -74,13 +70,7 @@ def gather_rows(x: Tensor) -> Tensor:
 
 
 def gather_embeddings(own: Embeddings, counts: list[int]) -> Embeddings:
-    """Gather the keys of the global batch, with gradient; ``counts`` are the ``row_counts``.
-
-    >>> row = torch.arange(2)
-    >>> own = Embeddings(torch.eye(2)[None], row, row, row, row[None])
-    >>> len(gather_embeddings(own, row_counts(2, own.z.device)))
-    2
-    """
+    """Gather the keys of the global batch, with gradient; ``counts`` are the ``row_counts``."""
     if world_size() == 1:
         return own
     rows: Tensor = _GatherRows.apply(own.z.transpose(0, 1).contiguous(), counts)  # type: ignore[no-untyped-call]

@@ -8,22 +8,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tercet.errors import InputError
-from tercet.evaluation.inputs import check_source, distinct, text_pairs
-from tercet.types import EncodeFunction, Source
+from tercet.evaluation.inputs import Rows, check_source, distinct, encode_once, text_pairs
+from tercet.types import EncodeFunction
 
 
 def alignment(x: Tensor, y: Tensor) -> float:
-    """E ||x - y||^2 over positive pairs on the unit sphere (eq. 1 with alpha 2): ``(N, D), (N, D)``; smaller is closer."""
-    x, y = F.normalize(x.double(), dim=-1), F.normalize(y.double(), dim=-1)
+    """E ||x - y||^2 over positive pairs on the unit sphere (eq. 1 with alpha 2), of ``(N, D), (N, D)``; smaller is closer.
+
+    >>> alignment(torch.eye(2), -torch.eye(2))
+    4.0
+    """
+    x, y = (F.normalize(torch.as_tensor(z).double(), dim=-1) for z in (x, y))
     return float((x - y).square().sum(1).mean())
 
 
 def uniformity(x: Tensor, block: int = 512) -> float:
-    """Log E exp(-2 ||x - y||^2) over distinct pairs of rows (eq. 2 with t 2): ``(N, D)``; smaller is more spread.
+    """Log E exp(-2 ||x - y||^2) over distinct pairs of rows (eq. 2 with t 2), of ``(N, D)``; smaller is more spread.
 
-    A row is no pair with itself. In blocks: ``block`` x N numbers at a time.
+    Memory: ``block`` x N numbers at a time.
+
+    >>> round(uniformity(torch.eye(3)), 6)  # orthogonal vectors: squared distance 2
+    -4.0
     """
-    x = F.normalize(x.double(), dim=-1)
+    x = F.normalize(torch.as_tensor(x).double(), dim=-1)
     square = x.square().sum(1)  # 1, and 0 for a zero row: collapse to zero must not look spread
     parts = []
     for start in range(0, len(x), block):
@@ -39,22 +46,28 @@ class AlignmentUniformity:
     """``alignment_uniformity/<name>/alignment`` of a source's pairs and ``/uniformity`` of its distinct texts.
 
     The pairs are its first two columns; of a source of one column the halves of its texts, as for ``Retrieval``.
+
+    >>> source = {"question": ["ab", "cd"], "answer": ["aab", "dd"]}
+    >>> def count_letters(texts):
+    ...     return torch.tensor([[text.count(letter) for letter in "abcd"] for text in texts])
+    >>> metrics = AlignmentUniformity(source)(count_letters)
+    >>> {name: round(value, 3) for name, value in metrics.items()}
+    {'alignment_uniformity/pairs/alignment': 0.344, 'alignment_uniformity/pairs/uniformity': -1.611}
     """
 
-    name: str
-    source: Source
+    source: Rows
+    name: str = "pairs"
 
     def __post_init__(self) -> None:
         check_source("alignment_uniformity", self.name, self.source)
 
     def __call__(self, encode: EncodeFunction) -> dict[str, float]:
-        """Both, from one call of ``encode`` with each distinct text once."""
-        first, second, _ = text_pairs(self.source, f"alignment_uniformity of {self.name}")
-        texts, place = distinct([*first, *second])
+        """Measure both, with one call of ``encode`` with each distinct text once."""
+        suite = f"alignment_uniformity of {self.name}"
+        first, second, _ = text_pairs(self.source, suite)
+        texts, _ = distinct([*first, *second])
         if len(texts) < 2:
-            raise InputError(f"alignment_uniformity of {self.name}: all held-out texts are equal. Set data.held_out higher.")
-        z = encode(texts)
-        return {
-            f"alignment_uniformity/{self.name}/alignment": alignment(z[place[: len(first)]], z[place[len(first) :]]),
-            f"alignment_uniformity/{self.name}/uniformity": uniformity(z),
-        }
+            raise InputError(f"{suite}: all held-out texts are equal. Set `source.held_out` higher.")
+        embed = encode_once(encode, texts)
+        metrics = {"alignment": alignment(embed(first), embed(second)), "uniformity": uniformity(embed(texts))}
+        return {f"alignment_uniformity/{self.name}/{metric}": value for metric, value in metrics.items()}

@@ -1,4 +1,4 @@
-"""Pictures of evaluations; matplotlib is imported when one is drawn, for evaluators run without it."""
+"""Figures of evaluations; matplotlib is imported when one is drawn, since evaluators also run without it."""
 
 from __future__ import annotations
 
@@ -16,40 +16,30 @@ if TYPE_CHECKING:
     from tercet.evaluation.verification import Floats, Roc
 
 
-SAME, QUIET = "#1b7f79", "#888888"
-SIDE = 128  # pixels of a face on the sheet of errors
+ACCENT, GRAY, DARK = "#1b7f79", "#888888", "#333333"
+FACE_SIZE = 128  # pixels of a face on the sheet of errors
 
 
-def roc(curve: Roc, far: float) -> Figure:
-    """VAL over FAR on a logarithmic axis, with VAL at ``far`` marked."""
-    figure, axis = _figure(5.2, 4.2)
-    least = 1 / (2 * curve.different)  # where no pair is accepted falsely: a logarithmic axis has no 0
+def plot_roc(curve: Roc, far: float) -> Figure:
+    """Plot VAL over FAR on a logarithmic axis, with VAL at ``far`` marked."""
+    figure, axis = _axes(5.2, 4.2)
+    least = 1 / (2 * curve.different)  # stands for a FAR of 0, which a logarithmic axis does not have
     x = np.maximum(curve.far, least)
     val, reached = curve.val_at(far)
-    axis.plot(x, x, color=QUIET, lw=1, ls="--", label="chance")
-    axis.plot(x, curve.val, color=SAME, lw=2.2, drawstyle="steps-post")
-    axis.axvline(far, color=QUIET, lw=0.8, ls=":")
-    marked = f"VAL {100 * val:.1f} % at FAR {reached:.2g}"
-    axis.plot([max(reached, least)], [val], "o", color=SAME, ms=7, mec="white", clip_on=False, zorder=5, label=marked)
-    axis.legend(
-        frameon=False,
-        loc="upper left" if val < 0.5 else "lower right",  # where the curve is not
-        title=f"AUC {curve.auc():.4f}, EER {100 * curve.eer():.1f} %",
-        alignment="left",
-    )
-    axis.set(
-        xscale="log",
-        xlim=(least, 1),
-        ylim=(0, 1.01),
-        xlabel="false accept rate (FAR)",
-        ylabel="validation rate (VAL)",
-        title=f"{curve.same:,} same and {curve.different:,} different pairs",
-    )
+    axis.plot(x, x, color=GRAY, lw=1, ls="--", label="chance")
+    axis.plot(x, curve.val, color=ACCENT, lw=2.2, drawstyle="steps-post")
+    axis.axvline(far, color=GRAY, lw=0.8, ls=":")
+    label = f"VAL {100 * val:.1f} % at FAR {reached:.2g}"
+    axis.plot([max(reached, least)], [val], "o", color=ACCENT, ms=7, mec="white", clip_on=False, zorder=5, label=label)
+    corner = "upper left" if val < 0.5 else "lower right"  # where the curve is not
+    axis.legend(frameon=False, loc=corner, title=f"AUC {curve.auc():.4f}, EER {100 * curve.eer():.1f} %", alignment="left")
+    axis.set(xscale="log", xlim=(least, 1), ylim=(0, 1.01), xlabel="false accept rate (FAR)", ylabel="validation rate (VAL)")
+    axis.set_title(f"{curve.same:,} same and {curve.different:,} different pairs")
     return figure
 
 
-def against_gold(points: Mapping[str, tuple[Floats, Floats]]) -> Figure:
-    """Of each task the cosine over the gold score, and its mean at each whole score."""
+def plot_gold(points: Mapping[str, tuple[Floats, Floats]]) -> Figure:
+    """Plot, for each task, the cosine over the gold score, and its mean at each whole score."""
     from matplotlib.figure import Figure
 
     columns = min(4, len(points))
@@ -57,35 +47,35 @@ def against_gold(points: Mapping[str, tuple[Floats, Floats]]) -> Figure:
     figure = Figure(figsize=(3.2 * columns, 3 * rows), layout="constrained")
     for place, (task, (gold, cosine)) in enumerate(points.items(), 1):
         axis = figure.add_subplot(rows, columns, place)
-        axis.plot(gold, cosine, ".", color=QUIET, ms=2, alpha=0.35)
-        whole = np.round(gold)
-        steps = np.unique(whole)
-        axis.plot(steps, [cosine[whole == step].mean() for step in steps], "-o", color=SAME, ms=4)
+        axis.plot(gold, cosine, ".", color=GRAY, ms=2, alpha=0.35)
+        rounded = np.round(gold)
+        steps = np.unique(rounded)
+        axis.plot(steps, [cosine[rounded == step].mean() for step in steps], "-o", color=ACCENT, ms=4)
         axis.set(title=f"{task}, {len(gold):,} pairs", xlabel="gold score", ylabel="cosine", ylim=(-0.3, 1.05))
         axis.spines[["top", "right"]].set_visible(False)
     return figure
 
 
-def distances(distance: Floats, same: npt.NDArray[np.bool_], threshold: float) -> Figure:
-    """How the distances of same and of different pairs stand apart; the threshold is the mean over folds."""
-    figure, axis = _figure(5.6, 3.6)
+def plot_distances(distance: Floats, same: npt.NDArray[np.bool_], threshold: float) -> Figure:
+    """Plot histograms of the distances of same and of different pairs; the threshold is the mean over folds."""
+    figure, axis = _axes(5.6, 3.6)
     low, high = float(distance.min()), float(distance.max())
     bins = np.linspace(low, high if high > low else low + 1, 61).tolist()
-    for chosen, color, label in ((~same, QUIET, "different people"), (same, SAME, "same person")):
+    for chosen, color, label in ((~same, GRAY, "different people"), (same, ACCENT, "same person")):
         axis.hist(distance[chosen], bins=bins, histtype="stepfilled", fc=(color, 0.25), ec=color, lw=1.5, label=label)
-    axis.axvline(threshold, color="#333333", lw=1)
+    axis.axvline(threshold, color=DARK, lw=1)
     axis.set_ylim(0, 1.12 * axis.get_ylim()[1])
     axis.annotate(
         f"threshold {threshold:.3f}", (threshold, 0.97), (5, 0), xycoords=("data", "axes fraction"),
-        textcoords="offset points", va="top", color="#333333",
+        textcoords="offset points", va="top", color=DARK,
     )  # fmt: skip
     axis.set(xlabel="squared distance on the unit sphere", ylabel="pairs")
     axis.legend(frameon=False, loc="upper left")
     return figure
 
 
-def errors(pairs: FacePairs, images: Sequence[bytes], distance: Floats, excess: Floats, columns: int = 5) -> Figure:
-    """The worst false accepts and false rejects: ``excess (P,)`` is by how much a distance misses its threshold, 0 if right."""
+def plot_errors(pairs: FacePairs, images: Sequence[bytes], distance: Floats, excess: Floats, columns: int = 5) -> Figure:
+    """Show the worst false accepts and false rejects; ``excess (P,)`` is how far a distance misses its threshold, or 0."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(2.3 * columns, 4.0), layout="constrained")
@@ -98,15 +88,16 @@ def errors(pairs: FacePairs, images: Sequence[bytes], distance: Floats, excess: 
         for axis in axes:
             axis.set_axis_off()
         for axis, row in zip(axes, worst, strict=False):
-            one, other = int(pairs.first[row]), int(pairs.second[row])
-            axis.imshow(np.concatenate([_face(images[one]), _gap(), _face(images[other])], axis=1))
-            names = [pairs.faces[place][0] for place in ((one,) if kind else (one, other))]
-            axis.set_title("\n".join([*map(_short, names), f"{distance[row]:.2f}"]), fontsize=8, color="#333333")
+            both = int(pairs.first[row]), int(pairs.second[row])
+            gap = np.full((FACE_SIZE, 4, 3), 255, dtype=np.uint8)
+            axis.imshow(np.concatenate([_face(images[both[0]]), gap, _face(images[both[1]])], axis=1))
+            names = [_shorten(pairs.faces[index][0]) for index in (both[:1] if kind else both)]
+            axis.set_title("\n".join([*names, f"{distance[row]:.2f}"]), fontsize=8, color=DARK)
     return figure
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Any]:
-    """Not through pyplot: no window, no state that is shared with whoever else draws."""
+def _axes(width: float, height: float) -> tuple[Figure, Any]:
+    """A figure with one axis, made without pyplot: no window, and no global state."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -119,13 +110,9 @@ def _face(data: bytes) -> npt.NDArray[np.uint8]:
     from PIL import Image, ImageOps
 
     picture = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
-    return np.asarray(ImageOps.fit(picture, (SIDE, SIDE)))
+    return np.asarray(ImageOps.fit(picture, (FACE_SIZE, FACE_SIZE)))
 
 
-def _gap() -> npt.NDArray[np.uint8]:
-    return np.full((SIDE, 4, 3), 255, dtype=np.uint8)
-
-
-def _short(name: str) -> str:
+def _shorten(name: str) -> str:
     name = name.replace("_", " ")
     return name if len(name) <= 22 else f"{name[:21]}…"

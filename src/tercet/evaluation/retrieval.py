@@ -1,4 +1,4 @@
-"""Find a query's documents among all documents."""
+"""Retrieval: find a query's documents among all documents."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,44 +8,48 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tercet.errors import InputError
-from tercet.evaluation.inputs import check_source, distinct, text_pairs
-from tercet.types import EncodeFunction, Source
+from tercet.evaluation.inputs import Rows, as_embeddings, check_ranks, check_source, distinct, text_pairs
+from tercet.types import EncodeFunction
 
-TIE = 1e-6  # of cosines: float32 rounds equal rows apart by less, depending on where they stand
+TIE = 1e-6  # cosines that differ by less are equal: float32 rounds those of equal rows apart, depending on their position
 
 
 @dataclass(frozen=True)
 class Retrieval:
     """The first column of a source are queries, the second documents; row i's document is relevant to its query.
 
-    Equal texts are one query or one document, so that a query may have several relevant documents; so do equal labels.
-    Exact search by cosine, a block of queries at a time. A document that scores as high as a relevant one counts as
+    Equal texts are one query or one document, so that a query may have several relevant documents, and so are rows of equal
+    label. Exact search by cosine, a block of queries at a time. A document that scores as high as a relevant one counts as
     before it: collapsed embeddings find nothing. Metrics, as means over queries: ``recall@k`` (is any relevant document
     among the first k), ``mrr`` (1 / rank of the first), ``ndcg@10`` and ``map`` (binary relevance).
 
-    A source of one column has each text cut in halves, the first the query, the second its document: an unsupervised
-    stand-in for pairs. Texts of fewer than 4 words are left out.
+    Of a source of one column each text is cut at its middle word, the first half is the query, the second its document: an
+    unsupervised stand-in for pairs. Texts of fewer than 4 words are left out.
+
+    >>> source = {"question": ["ab", "cd"], "answer": ["aab", "dd"]}
+    >>> def count_letters(texts):
+    ...     return torch.tensor([[text.count(letter) for letter in "abcd"] for text in texts])
+    >>> Retrieval(source, ks=[1])(count_letters)["retrieval/pairs/recall@1"]
+    1.0
     """
 
-    name: str
-    source: Source
-    ks: Sequence[int]
+    source: Rows
+    ks: Sequence[int] = (1, 10)
+    name: str = "pairs"
 
     def __post_init__(self) -> None:
         check_source("retrieval", self.name, self.source)
-        if not self.ks or any(type(k) is not int or k < 1 for k in self.ks):
-            raise InputError(f"evaluation.ks={self.ks}: a list of ranks from 1 on, as [1, 10].")
+        check_ranks(self.ks)
 
     def __call__(self, encode: EncodeFunction) -> dict[str, float]:
-        """``retrieval/<name>/<metric>``."""
+        """Measure ``retrieval/<name>/<metric>``, with one call of ``encode``."""
         queries, documents, relevant = self._texts()
-        z = encode([*queries, *documents])
-        x, y = z.split([len(queries), len(documents)])
-        found = retrieval_metrics(relevant_ranks(x, y, relevant), self.ks)
-        return {f"retrieval/{self.name}/{metric}": value for metric, value in found.items()}
+        x, y = as_embeddings(encode, [*queries, *documents]).split([len(queries), len(documents)])
+        metrics = retrieval_metrics(relevant_ranks(x, y, relevant), self.ks)
+        return {f"retrieval/{self.name}/{metric}": value for metric, value in metrics.items()}
 
     def _texts(self) -> tuple[list[str], list[str], list[list[int]]]:
+        """Distinct queries, distinct documents, and each query's relevant documents by index."""
         first, second, labels = text_pairs(self.source, f"retrieval of {self.name}")
         queries, query_of = distinct(first)
         documents, document_of = distinct(second)
@@ -61,31 +65,34 @@ class Retrieval:
 def relevant_ranks(x: Tensor, y: Tensor, relevant: Sequence[Sequence[int]], block: int = 256) -> list[Tensor]:
     """For each query the ranks of its relevant documents, from 1 and ascending: ``(Q, D), (M, D)`` to Q tensors.
 
-    Among equal scores the irrelevant come first; a score that is no number is the lowest. ``block`` x M numbers at a time.
+    Among equal scores the irrelevant come first; NaN is the lowest score. Memory: ``block`` x M numbers at a time.
     """
     x, y = F.normalize(x, dim=-1), F.normalize(y, dim=-1)
     out: list[Tensor] = []
     for start in range(0, len(x), block):
-        wanted = [torch.tensor(documents) for documents in relevant[start : start + block]]
+        documents = [torch.tensor(some) for some in relevant[start : start + block]]
         cosine = (x[start : start + block] @ y.T).nan_to_num(-2.0)
-        own = [row[documents] for row, documents in zip(cosine, wanted, strict=True)]
-        for row, documents in zip(cosine, wanted, strict=True):
-            row[documents] = -torch.inf
+        own = [row[some] for row, some in zip(cosine, documents, strict=True)]
+        for row, some in zip(cosine, documents, strict=True):
+            row[some] = -torch.inf
         cosine.numpy().sort(axis=1)  # several times as fast as torch's on a CPU
         best = pad_sequence(own, batch_first=True, padding_value=-torch.inf).sort(descending=True).values
         before = len(y) - torch.searchsorted(cosine, best - TIE)
-        place = before + torch.arange(1, best.shape[1] + 1)
-        out.extend(row[: len(documents)] for row, documents in zip(place, wanted, strict=True))
+        ranks = before + torch.arange(1, best.shape[1] + 1)
+        out.extend(row[: len(some)] for row, some in zip(ranks, documents, strict=True))
     return out
 
 
-def retrieval_metrics(found: Sequence[Tensor], ks: Sequence[int]) -> dict[str, float]:
-    """The metrics of ranks; torchmetrics' retrieval functions agree where nothing is tied."""
-    first = torch.stack([r[0] for r in found])
+def retrieval_metrics(ranks: Sequence[Tensor], ks: Sequence[int]) -> dict[str, float]:
+    """The metrics of each query's ranks of relevant documents.
+
+    torchmetrics' functions take 15 times as long (1,000 queries, 5,000 documents: 3.6 s), and rank ties by their position.
+    """
+    first = torch.stack([r[0] for r in ranks])
     metrics = {f"recall@{k}": float((first <= k).double().mean()) for k in ks}
     metrics["mrr"] = float((1 / first.double()).mean())
-    metrics["ndcg@10"] = float(torch.stack([_ndcg(r, 10) for r in found]).mean())
-    metrics["map"] = float(torch.stack([(torch.arange(1, len(r) + 1) / r.double()).mean() for r in found]).mean())
+    metrics["ndcg@10"] = float(torch.stack([_ndcg(r, 10) for r in ranks]).mean())
+    metrics["map"] = float(torch.stack([(torch.arange(1, len(r) + 1) / r.double()).mean() for r in ranks]).mean())
     return metrics
 
 

@@ -9,14 +9,19 @@ from torch import Tensor
 
 from tercet.errors import InputError
 
+DEPTH = 32  # neighbors searched beyond those wanted, before searching deeper
+
 
 def nearest(queries: Tensor, keys: Tensor, k: int, *, own: Tensor | None = None, block: int = 256) -> tuple[Tensor, Tensor]:
     """The k keys of the largest inner product: ``(Q, D), (M, D)`` to scores ``(Q, k)``, falling, and indices ``(Q, k)``.
 
     ``own (Q,)`` is the index of the key that is the query itself, -1 for none: that key is never found, wherever it would
     rank. Among equal scores the key of the smaller index comes first, on every device. Where fewer than k keys are left
-    the rest is -inf and -1; a score that is no number, or -inf, is never found. Holds ``block`` x M scores at a time, on
-    the device and in the type of its inputs.
+    the rest is -inf and -1; a score of NaN or -inf is never found. Memory: ``block`` x M scores at a time, on the device and in
+    the type of the inputs.
+
+    >>> nearest(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0], [2.0, 0.0], [1.0, 0.0]]), k=2)
+    (tensor([[2., 1.]]), tensor([[1, 2]]))
     """
     if k < 1 or block < 1:
         raise ValueError(f"k={k} and block={block} must be at least 1")
@@ -27,54 +32,50 @@ def nearest(queries: Tensor, keys: Tensor, k: int, *, own: Tensor | None = None,
         rows = slice(start, start + block)
         found = (queries[rows] @ keys.T).nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
         if own is not None:
-            mine = own[rows].to(found.device)
-            at = (mine >= 0).nonzero().squeeze(1)
-            found[at, mine[at]] = -torch.inf
-        values, places = _top(found, most)
+            column = own[rows].to(found.device)
+            row = (column >= 0).nonzero().squeeze(1)
+            found[row, column[row]] = -torch.inf
+        values, index = _top(found, most)
         scores[rows, :most] = values
-        indices[rows, :most] = places.masked_fill(values == -torch.inf, -1)
+        indices[rows, :most] = index.masked_fill(values == -torch.inf, -1)
     return scores, indices
 
 
 def _top(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """``(b, M)`` to values and indices ``(b, k)``, ties by index: of keys that tie at its end ``topk`` keeps any."""
-    values, places = scores.topk(min(k + 1, scores.shape[1]), dim=1)
+    """``(b, M)`` to values and indices ``(b, k)``, ties by index: of keys that tie at its end ``topk`` takes any."""
+    values, index = scores.topk(min(k + 1, scores.shape[1]), dim=1)
     tied = (values[:, k - 1 : k] == values[:, k:]).any(1).nonzero().squeeze(1)  # none where all keys are taken
-    places, order = places[:, :k].sort(dim=1)
+    index, order = index[:, :k].sort(dim=1)
     values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
-    places = places.gather(1, order)
+    index = index.gather(1, order)
     if len(tied):
-        whole = scores[tied].sort(dim=1, descending=True, stable=True)
-        values[tied], places[tied] = whole.values[:, :k], whole.indices[:, :k]
-    return values, places
-
-
-DEPTH = 32  # neighbours looked at beyond those wanted, before looking deeper
+        full = scores[tied].sort(dim=1, descending=True, stable=True)
+        values[tied], index[tied] = full.values[:, :k], full.indices[:, :k]
+    return values, index
 
 
 @dataclass(frozen=True)
 class FalseNegativeFilter:
-    """What is too similar to be a negative; most often it is a positive that nobody labelled.
+    """Which keys are too similar to be negatives; most often they are positives without a label.
 
-    A cosine above ``max_similarity``, or above (1 - ``relative_margin``) times the anchor's cosine to its positive. 1 and
-    null leave either out.
+    Those of a cosine above ``max_similarity``, or above (1 - ``relative_margin``) times the anchor's cosine to its positive.
     """
 
-    max_similarity: float
-    relative_margin: float | None
+    max_similarity: float = 1.0  # no limit
+    relative_margin: float | None = None
 
     def __post_init__(self) -> None:
         if not -1 <= self.max_similarity <= 1:
-            raise InputError(f"max_similarity={self.max_similarity}: a cosine, from -1 to 1 (1: no limit).")
+            raise InputError(f"`max_similarity`={self.max_similarity}: a cosine, from -1 to 1 (1: no limit).")
         if self.relative_margin is not None and not 0 <= self.relative_margin < 1:
-            raise InputError(f"relative_margin={self.relative_margin}: from 0 to below 1, or null.")
+            raise InputError(f"`relative_margin`={self.relative_margin}: from 0 to below 1; by default there is no margin.")
 
     def limit(self, positive: Tensor) -> Tensor:
         """``(A,)`` cosines to the positives, NaN where there is none, to the highest that a negative may have."""
         top = torch.full_like(positive, 2.0 if self.max_similarity == 1 else self.max_similarity)
         if self.relative_margin is None:
             return top
-        # A margin of a negative cosine would be above it.
+        # Below the cosine also where that is negative.
         own = positive - self.relative_margin * positive.abs()
         return torch.minimum(top, own.nan_to_num(2.0))
 
@@ -82,9 +83,9 @@ class FalseNegativeFilter:
 def hard_negatives(
     anchors: Tensor, keys: Tensor, allowed: Callable[[Tensor, Tensor], Tensor], limit: Tensor, k: int
 ) -> tuple[Tensor, Tensor]:
-    """The k nearest keys that are allowed and whose cosine is at most the anchor's limit: exact, as deep as it takes.
+    """The k nearest keys that are allowed and whose cosine is at most the anchor's limit, searching as deep as necessary.
 
-    Unit vectors ``(A, D)`` and ``(M, D)``; ``allowed`` takes anchors ``(a,)`` and some keys of each ``(a, m)``, and says
+    Unit vectors ``(A, D)`` and ``(M, D)``; ``allowed`` takes anchors ``(a,)`` and some keys of each ``(a, m)``, and returns
     which may be negatives; ``limit (A,)``. Returns cosines ``(A, k)``, falling, and indices ``(A, k)``; -inf and -1 where
     there are fewer.
     """
@@ -93,19 +94,19 @@ def hard_negatives(
     left, depth = torch.arange(len(anchors)), min(len(keys), k + DEPTH)
     while len(left) and depth:
         found, at = _search(anchors[left], keys, depth)
-        fine = (at >= 0) & (found <= limit[left, None]) & allowed(left, at)
-        order = fine.byte().argsort(dim=1, descending=True, stable=True)[:, :k]  # the fine ones first, nearest first
-        ok = fine.gather(1, order)
+        valid = (at >= 0) & (found <= limit[left, None]) & allowed(left, at)
+        order = valid.byte().argsort(dim=1, descending=True, stable=True)[:, :k]  # valid ones first, nearest first
+        ok = valid.gather(1, order)
         scores[left, : order.shape[1]] = found.gather(1, order).masked_fill(~ok, -torch.inf)
         indices[left, : order.shape[1]] = at.gather(1, order).masked_fill(~ok, -1)
         if depth == len(keys):
             break
-        left, depth = left[fine.sum(1) < k], min(len(keys), 4 * depth)
+        left, depth = left[valid.sum(1) < k], min(len(keys), 4 * depth)
     return scores, indices
 
 
 def _search(queries: Tensor, keys: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """FAISS's exact index where it is installed and all is on the CPU: as exact, and about 1.6 times as fast as ours."""
+    """FAISS's exact index where it is installed and all is on the CPU, about 1.6 times as fast as ``nearest``."""
     if queries.device.type != "cpu" or importlib.util.find_spec("faiss") is None:
         return nearest(queries, keys, k)
     import faiss

@@ -1,11 +1,11 @@
-"""Tables of scored sentence pairs (STS) and labeled sentences (SentEval)."""
+"""Tables of STS pairs, of SentEval's labeled sentences, and of pairs of faces: reading and checking."""
 
+import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -20,74 +20,113 @@ from tercet.messages import warn_once
 from tercet.paths import locate
 
 STS_COLUMNS = ("task", "subset", "split", "sentence1", "sentence2", "score")
+TRANSFER_COLUMNS = ("task", "split", "sentence1", "sentence2", "label")
+PAIR_COLUMNS = ("fold", "same", "identity1", "image1", "identity2", "image2")
 
 
-def read_table(path: str, columns: Sequence[str] = STS_COLUMNS, other: str = ", or hub") -> Any:
-    """A pyarrow table with at least ``columns``; cells of a text format are text. ``other`` ends what is accepted.
+def find_file(path: str | Path, parameter: str, accepted: str, suffixes: Iterable[str]) -> Path:
+    """Locate a file with one of the ``suffixes``; raise ``InputError`` about ``parameter`` where there is none."""
+    file = locate(str(path))
+    if not file.is_file():
+        what = "is a folder" if file.is_dir() else f"does not exist (looked for {file})"
+        raise InputError(f"`{parameter}`={path} {what}. It takes {accepted}; relative paths also start in TERCET_DATA.")
+    if file.suffix.lower() not in suffixes:
+        raise InputError(f"`{parameter}`={path} ends in {file.suffix!r}. It takes {accepted}.")
+    return file
+
+
+def read_table(path: str | Path, parameter: str, columns: Sequence[str], accepted: str) -> Any:
+    """Read a pyarrow table that has ``columns``, once each; cells of a text format are text.
 
     Raises:
         InputError: there is no such file, it cannot be read, or a column is missing.
     """
-    accepted = f"a .parquet, .csv, .tsv or .jsonl file with the columns {', '.join(columns)}{other}"
-    file = locate(path)
-    if not file.is_file():
-        what = "is a folder" if file.is_dir() else f"does not exist (looked for {file})"
-        raise InputError(f"evaluation.path={path} {what}. It takes {accepted}; relative paths also start in TERCET_DATA.")
-    reader = READERS.get(file.suffix.lower())
-    if reader is None:
-        raise InputError(f"evaluation.path={path} ends in {file.suffix!r}. It takes {accepted}.")
+    file = find_file(path, parameter, accepted, READERS)
     try:
-        table = reader(file)
+        table = READERS[file.suffix.lower()](file)
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"evaluation.path={path} cannot be read: {' '.join(str(error).split())}") from error
+        raise InputError(f"`{parameter}`={path} cannot be read: {' '.join(str(error).split())}") from error
     if lacking := [name for name in columns if table.column_names.count(name) != 1]:
         raise InputError(
-            f"evaluation.path={path} has the columns {', '.join(table.column_names)}; "
+            f"`{parameter}`={path} has the columns {', '.join(table.column_names)}; "
             f"{', '.join(lacking)} must be there once. It takes {accepted}."
         )
     return table
 
 
-def _delimited(file: Path, mark: str) -> Any:
+def _read_delimited(file: Path, delimiter: str) -> Any:
     """Every cell is text: the word "NA" is a sentence like any other."""
+    columns = {*STS_COLUMNS, *TRANSFER_COLUMNS, *PAIR_COLUMNS}
     return pyarrow.csv.read_csv(
         file,
-        parse_options=pyarrow.csv.ParseOptions(delimiter=mark, newlines_in_values=True),
-        convert_options=pyarrow.csv.ConvertOptions(
-            column_types=dict.fromkeys((*STS_COLUMNS, "label"), pa.string()), strings_can_be_null=False
-        ),
+        parse_options=pyarrow.csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+        convert_options=pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(columns, pa.string()), strings_can_be_null=False),
     )
 
 
 READERS: dict[str, Callable[[Path], Any]] = {
     ".parquet": pq.read_table,
-    ".csv": lambda file: _delimited(file, ","),
-    ".tsv": lambda file: _delimited(file, "\t"),
+    ".csv": lambda file: _read_delimited(file, ","),
+    ".tsv": lambda file: _read_delimited(file, "\t"),
     ".jsonl": pyarrow.json.read_json,
 }
 
 
+def check_tasks(tasks: Sequence[str], known: Sequence[str]) -> None:
+    """Raise ``InputError`` unless ``tasks`` is a list of known tasks without repetitions."""
+    if isinstance(tasks, str) or not tasks or len(set(tasks)) < len(tasks):
+        raise InputError(f"`tasks`={tasks}: a list without repetitions, of {', '.join(known)}.")
+    for task in tasks:
+        if task not in known:
+            simple = {name.replace("-", ""): name for name in known}
+            near = difflib.get_close_matches(str(task).upper().replace("-", ""), simple, 1)
+            hint = f" Did you mean {simple[near[0]]}?" if near else ""
+            raise InputError(f"`tasks` has {task}: there are {', '.join(known)}.{hint}")
+
+
+def _rows_by_task(
+    path: str | Path, columns: Sequence[str], tasks: Sequence[str], splits: Sequence[str] | None, accepted: str = ""
+) -> dict[str, Any]:
+    """The rows of each task that has some, in ``splits`` if given: their cells, and their numbers in the table from 1.
+
+    Tasks that the table lacks are left out with a warning. Raises ``InputError`` where there is none.
+    """
+    accepted = f"a .parquet, .csv, .tsv or .jsonl file with the columns {', '.join(columns)}{accepted}"
+    table = read_table(path, "path", columns, accepted)
+    cells = {name: np.array(table[name].to_pylist(), dtype=object) for name in columns}
+    chosen = np.isin(cells["split"].astype(str), splits) if splits else np.ones(len(table), dtype=np.bool_)
+    rows = {task: np.flatnonzero(chosen & (cells["task"] == task)) for task in tasks}
+    missing, what = ", ".join(task for task in tasks if not len(rows[task])), f"{splits[0]} pairs" if splits else "rows"
+    if not any(map(len, rows.values())):
+        has = sorted({f"{t} {s}" for t, s in zip(cells["task"], cells["split"], strict=True)})
+        raise InputError(
+            f"`path`={path} has no {what} of {missing}. It holds: {', '.join(has[:12]) or 'no rows'}. "
+            f"Change `tasks`{', `split`' if splits else ''} or `path`."
+        )
+    if missing:
+        warn_once(f"{path} has no {what} of {missing}: left out, also of the average.")
+    return {task: ({name: c[r] for name, c in cells.items()}, r + 1) for task, r in rows.items() if len(r)}
+
+
+def _sentence(cell: Any, column: str, where: str) -> str:
+    """White space is normalized; nothing is cut."""
+    if not isinstance(cell, str) or not cell.strip():
+        got = "empty" if cell is None or isinstance(cell, str) else f"{cell!r}"
+        raise InputError(f"{where}: {column} is {got}, a sentence is needed. Correct or remove the row.")
+    return " ".join(cell.split())
+
+
 # The hub's copies do not say which subset a pair is from.
-HUB = {
-    "STS12": "mteb/sts12-sts",
-    "STS13": "mteb/sts13-sts",
-    "STS14": "mteb/sts14-sts",
-    "STS15": "mteb/sts15-sts",
-    "STS16": "mteb/sts16-sts",
-    "STS-B": "mteb/stsbenchmark-sts",
-    "SICK-R": "mteb/sickr-sts",
-}
+HUB = {f"STS{year}": f"mteb/sts{year}-sts" for year in range(12, 17)}
+HUB |= {"STS-B": "mteb/stsbenchmark-sts", "SICK-R": "mteb/sickr-sts"}
 STS_TASKS = tuple(HUB)
-ONE_SET = ("STS-B", "SICK-R")  # scored whole, whatever subsets the data names
-STS_SPLITS = {
-    "test": ("test",),
-    "dev": ("dev", "trial", "validation"),
-}  # SICK calls its dev split trial, the hub validation
+UNDIVIDED = ("STS-B", "SICK-R")  # scored as a whole, whatever subsets the data names
+STS_SPLITS = {"test": ("test",), "dev": ("dev", "trial", "validation")}  # SICK's dev split is "trial", the hub's "validation"
 
 
 @dataclass(frozen=True)
-class ScoredPairs:
-    """N pairs of a task: ``gold (N,)`` and ``subset (N,)``, which is None where the data does not tell."""
+class STSPairs:
+    """N pairs of a task: ``gold (N,)`` and ``subset (N,)``, which is None where the data does not name subsets."""
 
     first: Sequence[str]
     second: Sequence[str]
@@ -95,75 +134,62 @@ class ScoredPairs:
     subset: npt.NDArray[np.str_] | None
 
 
-def read_sts(path: str, tasks: Sequence[str], split: str) -> dict[str, ScoredPairs]:
-    """The pairs of each task that is there; ``path`` is a table's, or "hub".
+def read_sts(path: str | Path, tasks: Sequence[str], split: str) -> dict[str, STSPairs]:
+    """Read the pairs of each task that is there; ``path`` is a table's, or "hub".
 
-    Sentences have their white space normalised and are never cut. Pairs without a gold score are left out, as SentEval
-    does, counted and said; so are tasks that a table lacks.
+    Pairs without a gold score are left out with a warning, as SentEval leaves them out; so are tasks that a table lacks.
 
     Raises:
         InputError: the data cannot be read, has a bad row in these tasks, or none of the tasks.
     """
     if path == "hub":
-        return {task: _pairs(path, task, *_hub(task, split)) for task in tasks}
-    table = read_table(path)
-    cells = {name: np.array(table[name].to_pylist(), dtype=object) for name in STS_COLUMNS}
-    chosen = np.isin(cells["split"].astype(str), STS_SPLITS[split])
-    found = {}
-    for task in tasks:
-        rows = np.flatnonzero(chosen & (cells["task"] == task))
-        if len(rows):
-            found[task] = _pairs(path, task, {name: column[rows] for name, column in cells.items()}, rows + 1)
-    if not found:
-        has = sorted({f"{t} {s}" for t, s in zip(cells["task"], cells["split"], strict=True)})
-        raise InputError(
-            f"evaluation.path={path} has no {split} pairs of {', '.join(tasks)}. It holds: {', '.join(has[:12])}. "
-            "Change evaluation.tasks, evaluation.split or evaluation.path."
-        )
-    if missing := [task for task in tasks if task not in found]:
-        warn_once(f"evaluation.path={path} has no {split} pairs of {', '.join(missing)}: left out, also of the average.")
-    return found
+        return {task: _sts_pairs(path, task, *_load_hub(task, split)) for task in tasks}
+    rows = _rows_by_task(path, STS_COLUMNS, tasks, STS_SPLITS[split], ", or hub")
+    return {task: _sts_pairs(path, task, *part) for task, part in rows.items()}
 
 
-def _hub(task: str, split: str) -> tuple[Mapping[str, Any], Iterable[int]]:
+def _load_hub(task: str, split: str) -> tuple[Mapping[str, Any], Iterable[int]]:
+    import datasets
+
     name, part = HUB[task], "validation" if split == "dev" else split
     try:
         rows = datasets.load_dataset(name, split=part)
         cells = {column: list(rows[column]) for column in ("sentence1", "sentence2", "score")}
     except Exception as error:  # the libraries below raise dozens of kinds
         raise InputError(
-            f"evaluation.path=hub: {name}, split {part}, cannot be had ({' '.join(str(error).split())}). "
-            f"Name a table with the columns {', '.join(STS_COLUMNS)} in evaluation.path, or leave {task} out of evaluation.tasks."
+            f"`path`=hub: {name}, split {part}, cannot be loaded ({' '.join(str(error).split())}). "
+            f"Set `path` to a table with the columns {', '.join(STS_COLUMNS)}, or leave {task} out of `tasks`."
         ) from error
     return cells, range(1, len(rows) + 1)
 
 
-def _pairs(path: str, task: str, cells: Mapping[str, Any], numbers: Iterable[int]) -> ScoredPairs:
-    """``cells`` are columns; ``numbers`` are the rows' places in the data, from 1."""
-    place = f"evaluation.path={path}" + (f" ({HUB[task]})" if path == "hub" else "")
+def _sts_pairs(path: str | Path, task: str, cells: Mapping[str, Any], numbers: Iterable[int]) -> STSPairs:
+    """Check and convert the rows of a task; ``numbers`` are those of the rows in the data, from 1."""
+    name = f"hub ({HUB[task]})" if path == "hub" else str(path)
+    divided = task not in UNDIVIDED and "subset" in cells
     subsets = cells.get("subset", [None] * len(cells["score"]))
-    kept, gold = [], []
-    for number, first, second, score, subset in zip(
-        numbers, cells["sentence1"], cells["sentence2"], cells["score"], subsets, strict=True
-    ):
-        where = f"{place}, row {number} ({task})"
-        value = _number(score, where)
+    first, second, gold, subset = [], [], [], []
+    columns = (numbers, cells["sentence1"], cells["sentence2"], cells["score"], subsets)
+    for number, one, other, score, part in zip(*columns, strict=True):
+        where = f"`path`={name}, row {number} ({task})"
+        value = _gold_score(score, where)
         if np.isnan(value):
             continue
-        if task not in ONE_SET and "subset" in cells and not subset:
-            raise InputError(f"{where}: the subset is empty. {task} is scored by subset: mend the row.")
-        kept.append((_scored_text(first, "sentence1", where), _scored_text(second, "sentence2", where), str(subset)))
+        if divided and not part:
+            raise InputError(f"{where}: the subset is empty. {task} is scored by subset: correct the row.")
+        first.append(_sentence(one, "sentence1", where))
+        second.append(_sentence(other, "sentence2", where))
         gold.append(value)
-    if dropped := len(cells["score"]) - len(kept):
-        warn_once(f"{place}: {dropped} of {len(cells['score'])} pairs of {task} have no gold score and are left out.")
-    subset = np.array([name if task not in ONE_SET else task for *_, name in kept], dtype=np.str_)
-    told = task in ONE_SET or "subset" in cells
-    pairs = ScoredPairs([p[0] for p in kept], [p[1] for p in kept], np.array(gold, dtype=np.float64), subset if told else None)
-    _check_gold(pairs, f"{place}, {task}")
+        subset.append(str(part) if divided else task)
+    if dropped := len(cells["score"]) - len(gold):
+        warn_once(f"{name}: {dropped} of {len(cells['score'])} pairs of {task} have no gold score and are left out.")
+    known = divided or task in UNDIVIDED
+    pairs = STSPairs(first, second, np.array(gold, np.float64), np.array(subset, dtype=np.str_) if known else None)
+    _check_gold(pairs, f"`path`={name}, {task}")
     return pairs
 
 
-def _number(score: Any, where: str) -> float:
+def _gold_score(score: Any, where: str) -> float:
     """NaN where there is none."""
     if score is None or (isinstance(score, str) and not score.strip()):
         return np.nan
@@ -176,35 +202,20 @@ def _number(score: Any, where: str) -> float:
     return value
 
 
-def _scored_text(cell: Any, column: str, where: str) -> str:
-    if not isinstance(cell, str) or not cell.strip():
-        got = "empty" if cell is None or isinstance(cell, str) else f"{cell!r}"
-        raise InputError(f"{where}: {column} is {got}, a sentence is needed. Mend or remove the row.")
-    return " ".join(cell.split())
-
-
-def _check_gold(pairs: ScoredPairs, where: str) -> None:
-    """A correlation with a constant does not exist; that is the data's fault, no model can score on it."""
+def _check_gold(pairs: STSPairs, where: str) -> None:
+    """There is no correlation with a constant: that is an error of the data, no model can score on it."""
     subset = np.zeros(len(pairs.gold), dtype=np.str_) if pairs.subset is None else pairs.subset
     for name in np.unique(subset) if len(subset) else [""]:
         if len(set(pairs.gold[subset == name])) < 2:
             raise InputError(
                 f"{where}{f', subset {name}' if name else ''}: fewer than two different gold scores; there is nothing to "
-                "correlate with. Mend the data or leave the task out of evaluation.tasks."
+                "correlate with. Correct the data or leave the task out of `tasks`."
             )
 
 
-TRANSFER_COLUMNS = ("task", "split", "sentence1", "sentence2", "label")
-# Which splits a task has, by SentEval's protocol. "all": folds take turns at being the test set.
-TRANSFER_SPLITS = {
-    "MR": ("all",),
-    "CR": ("all",),
-    "SUBJ": ("all",),
-    "MPQA": ("all",),
-    "SST2": ("train", "dev", "test"),
-    "TREC": ("train", "test"),
-    "MRPC": ("train", "test"),
-}
+# The splits of each task in SentEval's protocol; "all" is split by cross-validation.
+TRANSFER_SPLITS: dict[str, tuple[str, ...]] = dict.fromkeys(("MR", "CR", "SUBJ", "MPQA"), ("all",))
+TRANSFER_SPLITS |= {"SST2": ("train", "dev", "test"), "TREC": ("train", "test"), "MRPC": ("train", "test")}
 TRANSFER_TASKS = tuple(TRANSFER_SPLITS)
 PAIR_TASKS = ("MRPC",)
 
@@ -219,55 +230,32 @@ class LabeledSentences:
     split: npt.NDArray[np.str_]
 
 
-def read_transfer(path: str, tasks: Sequence[str]) -> dict[str, LabeledSentences]:
-    """The rows of each task that the table has; those that it lacks are said.
+def read_transfer(path: str | Path, tasks: Sequence[str]) -> dict[str, LabeledSentences]:
+    """Read the rows of each task that the table has; tasks that it lacks are left out with a warning.
 
     Raises:
         InputError: the table cannot be read, has a bad row in these tasks, or none of the tasks.
     """
-    table = read_table(path, TRANSFER_COLUMNS, "")
-    cells = {name: np.array(table[name].to_pylist(), dtype=object) for name in TRANSFER_COLUMNS}
-    found = {}
-    for task in tasks:
-        rows = np.flatnonzero(cells["task"] == task)
-        if len(rows):
-            found[task] = _rows(path, task, {name: column[rows] for name, column in cells.items()}, rows + 1)
-    if not found:
-        has = ", ".join(sorted(set(map(str, cells["task"])))[:12])
-        raise InputError(
-            f"evaluation.path={path} has none of {', '.join(tasks)}. It holds: {has or 'no rows'}. "
-            "Change evaluation.tasks or evaluation.path."
-        )
-    if missing := [task for task in tasks if task not in found]:
-        warn_once(f"evaluation.path={path} has no rows of {', '.join(missing)}: left out, also of the average.")
-    return found
+    rows = _rows_by_task(path, TRANSFER_COLUMNS, tasks, None)
+    return {task: _labeled_sentences(path, task, *part) for task, part in rows.items()}
 
 
-def _rows(path: str, task: str, cells: dict[str, Any], numbers: npt.NDArray[np.int64]) -> LabeledSentences:
-    where = [f"evaluation.path={path}, row {number} ({task})" for number in numbers]
-    wanted = TRANSFER_SPLITS[task]
-    for place, split in zip(where, cells["split"], strict=True):
-        if split not in wanted:
-            raise InputError(f"{place}: the split is {split!r}; {task} has {', '.join(wanted)}. Mend or remove the row.")
-    if lacking := [split for split in wanted if split not in cells["split"]]:
-        raise InputError(
-            f"evaluation.path={path} has no {lacking[0]} rows of {task}. Add them, or leave {task} out of evaluation.tasks."
-        )
+def _labeled_sentences(path: str | Path, task: str, cells: Mapping[str, Any], numbers: Iterable[int]) -> LabeledSentences:
+    where = [f"`path`={path}, row {number} ({task})" for number in numbers]
+    splits = TRANSFER_SPLITS[task]
+    for row, split in zip(where, cells["split"], strict=True):
+        if split not in splits:
+            raise InputError(f"{row}: the split is {split!r}; {task} has {', '.join(splits)}. Correct or remove the row.")
+    if lacking := [split for split in splits if split not in cells["split"]]:
+        raise InputError(f"`path`={path} has no {lacking[0]} rows of {task}. Add them, or leave {task} out of `tasks`.")
     label = np.array([str(value) if value is not None else "" for value in cells["label"]])
     if (label == "").any():
-        raise InputError(f"{where[int((label == '').argmax())]}: there is no label. Mend or remove the row.")
+        raise InputError(f"{where[int((label == '').argmax())]}: there is no label. Correct or remove the row.")
     names, number = np.unique(label, return_inverse=True)
     if len(names) < 2:
-        raise InputError(f"evaluation.path={path}, {task}: every label is {names[0]}; there is nothing to tell apart.")
-    sides = [
-        [_text(cell, side, place) for cell, place in zip(cells[side], where, strict=True)]
+        raise InputError(f"`path`={path}, {task}: every label is {names[0]}; there is nothing to tell apart.")
+    first, *second = (
+        [_sentence(cell, side, row) for cell, row in zip(cells[side], where, strict=True)]
         for side in (("sentence1", "sentence2") if task in PAIR_TASKS else ("sentence1",))
-    ]
-    second = sides[1] if task in PAIR_TASKS else None
-    return LabeledSentences(sides[0], second, torch.from_numpy(number), cells["split"].astype(str))
-
-
-def _text(cell: Any, column: str, where: str) -> str:
-    if not isinstance(cell, str) or not cell.strip():
-        raise InputError(f"{where}: {column} is {cell!r}, a sentence is needed. Mend or remove the row.")
-    return " ".join(cell.split())
+    )
+    return LabeledSentences(first, second[0] if second else None, torch.from_numpy(number), cells["split"].astype(str))

@@ -1,31 +1,134 @@
-"""Cross-validation: which rows are held out when."""
+"""SentEval's classification tasks, by logistic regressions that are fitted by the hundred: all folds and penalties at once."""
 
-import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tercet.errors import InputError
-from tercet.evaluation.logistic import fit_predict
-from tercet.evaluation.task_data import TRANSFER_TASKS, LabeledSentences, read_transfer
+from tercet.evaluation.inputs import encode_once
+from tercet.evaluation.task_data import TRANSFER_TASKS, LabeledSentences, check_tasks, read_transfer
 from tercet.types import EncodeFunction
 
+PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2)  # SentEval's grid
+STEPS, HISTORY, HALVINGS = 200, 10, 20  # of L-BFGS
+TOLERANCE = 1e-7  # half the squared length of the gradient where the curvature is about 1
+MAX_SCORES = 1 << 25  # numbers in a matrix of scores
 
-def stratified_folds(label: Tensor, folds: int, seed: int, what: str) -> Tensor:
-    """``(N,)`` the fold of each row, so that every label (N,) has its share in each; drawn from ``seed``.
+Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Transfer:
+    r"""Accuracy of logistic regression on embeddings, its L2 penalty chosen without the test rows.
+
+    - MR, CR, SUBJ, MPQA: ``folds``-fold cross-validation, the penalty by cross-validation within each training part;
+    - TREC, MRPC: the penalty by cross-validation of the training rows; a pair of vectors u, v is |u - v| and u v;
+    - SST2: the penalty by the dev rows.
+
+    Folds are stratified and drawn from ``seed``. ``path`` is a table with the columns task, split, sentence1, sentence2
+    and label. ``device`` is where the classifiers are fitted: cpu, cuda, or auto. ``transfer/<task>/accuracy``,
+    ``transfer/mrpc/f1`` of the label that comes last, and ``transfer/avg/accuracy``, the unweighted mean over tasks.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp(), "transfer.csv")
+    >>> _ = path.write_text("\n".join(["task,split,sentence1,sentence2,label", *["CR,all,good,,1", "CR,all,bad,,0"] * 4]))
+    >>> Transfer(path, ["CR"], folds=2)(lambda texts: torch.tensor([[len(text)] for text in texts]))
+    {'transfer/cr/accuracy': 1.0}
+    """
+
+    path: str | Path
+    tasks: Sequence[str] = TRANSFER_TASKS
+    folds: int = 10
+    seed: int = 1111
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_tasks(self.tasks, TRANSFER_TASKS)
+        if self.folds < 2:
+            raise InputError(f"`folds`={self.folds}: 2 or more; SentEval has 10.")
+        if self.device not in ("auto", "cpu", "cuda") or (self.device == "cuda" and not torch.cuda.is_available()):
+            raise InputError(f"`device`={self.device}: auto or cpu, or cuda where torch sees a GPU.")
+
+    @cached_property
+    def data(self) -> dict[str, LabeledSentences]:
+        """By task, read at first use."""
+        return read_transfer(self.path, [task for task in TRANSFER_TASKS if task in self.tasks])
+
+    def __call__(self, encode: EncodeFunction) -> dict[str, float]:
+        """Measure, with one call of ``encode`` with each distinct sentence once."""
+        texts = [text for data in self.data.values() for side in (data.first, data.second or ()) for text in side]
+        embed = encode_once(encode, texts, "transfer")
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        metrics: dict[str, float] = {}
+        for task, data in self.data.items():
+            u, *v = (embed(side) for side in (data.first, data.second) if side is not None)
+            x = torch.cat([(u - v[0]).abs(), u * v[0]], 1) if v else u
+            metrics |= {f"transfer/{task.lower()}/{k}": n for k, n in self._measure(task, x.to(device), data).items()}
+        accuracies = [value for name, value in metrics.items() if name.endswith("/accuracy")]
+        if len(accuracies) > 1:
+            metrics["transfer/avg/accuracy"] = sum(accuracies) / len(accuracies)
+        return metrics
+
+    def _measure(self, task: str, x: Tensor, data: LabeledSentences) -> dict[str, float]:
+        y, where = data.label.to(x.device), f"`path`={self.path}, {task}"
+        rows = {name: torch.from_numpy(data.split == name).to(x.device) for name in set(data.split)}
+        if "all" in rows:
+            return {"accuracy": self._nested(x, y, where)}
+        if "dev" in rows:
+            classes = _fit_penalties(x, y, rows["train"][None])[0]
+            guess = classes[_accuracy(classes, y, rows["dev"]).argmax()]
+        else:
+            held = self._held_out(data.label, rows["train"].cpu(), self.seed, where).to(x.device)
+            classes = _fit_penalties(x, y, torch.cat([rows["train"] & ~held, rows["train"][None]]))
+            guess = classes[-1, _accuracy(classes[:-1], y, held[:, None]).mean(0).argmax()]
+        scores = {"accuracy": float(_accuracy(guess, y, rows["test"]))}
+        return scores | ({"f1": _f1(guess, y, rows["test"])} if data.second is not None else {})
+
+    def _nested(self, x: Tensor, y: Tensor, where: str) -> float:
+        """Mean accuracy over outer folds, each with the penalty that its own training rows choose."""
+        outer = self._held_out(y.cpu(), torch.ones(len(y), dtype=torch.bool), self.seed, where)
+        inner = torch.stack(
+            [self._held_out(y.cpu(), ~out, self.seed + 1, f"{where}, the training part of a fold") for out in outer]
+        )  # (K, K, N)
+        train = torch.cat([~outer[:, None] & ~inner, ~outer[:, None]], 1).to(x.device)
+        classes = _fit_penalties(x, y, train.flatten(0, 1)).unflatten(0, train.shape[:2])  # (K, K + 1, penalties, N)
+        best = _accuracy(classes[:, :-1], y, inner[:, :, None].to(x.device)).mean(1).argmax(1)
+        guess = classes[torch.arange(self.folds), -1, best.cpu()]
+        return float(_accuracy(guess, y, outer.to(x.device)).mean())
+
+    def _held_out(self, label: Tensor, rows: Tensor, seed: int, where: str) -> Tensor:
+        """``(K, N)``: which of the ``rows`` each fold holds out."""
+        held = torch.zeros(self.folds, len(label), dtype=torch.bool)
+        held[:, rows] = stratified_folds(label[rows], self.folds, seed, where) == torch.arange(self.folds)[:, None]
+        return held
+
+    def table(self, metrics: Mapping[str, float]) -> str:
+        """Format SentEval's table, times 100, of metrics named as they were returned."""
+        found = {task: metrics.get(f"transfer/{task.lower()}/accuracy") for task in (*TRANSFER_TASKS, "avg")}
+        columns = {"Avg." if task == "avg" else task: value for task, value in found.items() if value is not None}
+        lines = ["Transfer, accuracy x100", "".join(f"{title:>8}" for title in columns)]
+        lines.append("".join(f"{100 * x:>8.2f}" for x in columns.values()))
+        if missing := [task for task in TRANSFER_TASKS if found[task] is None]:
+            lines.append(f"Not measured: {', '.join(missing)}. The paper's average is over all {len(TRANSFER_TASKS)} tasks.")
+        return "\n".join(lines)
+
+
+def stratified_folds(label: Tensor, folds: int, seed: int, where: str) -> Tensor:
+    """Draw the fold of each row ``(N,)``, so that every label ``(N,)`` has its share in each.
 
     Raises:
-        InputError: a label has fewer rows than there are folds, so that one would lack it; ``what`` names the data.
+        InputError: a label has fewer rows than there are folds; ``where`` names the data.
     """
     counts = torch.bincount(label)
     if few := [i for i, n in enumerate(counts.tolist()) if 0 < n < folds]:
         raise InputError(
-            f"{what}: the label number {few[0]} (in alphabetical order) has {int(counts[few[0]])} rows, fewer than the "
-            f"{folds} folds; one would lack it. Use evaluation.folds={max(2, int(counts[few[0]]))}, add rows or leave "
-            "the task out of evaluation.tasks."
+            f"{where}: the label number {few[0]} (in alphabetical order) has {int(counts[few[0]])} rows, fewer than the "
+            f"{folds} folds. Use `folds`={max(2, int(counts[few[0]]))}, add rows or leave the task out of `tasks`."
         )
     draw = torch.rand(len(label), generator=torch.Generator().manual_seed(seed))
     order = draw.argsort()
@@ -35,123 +138,11 @@ def stratified_folds(label: Tensor, folds: int, seed: int, what: str) -> Tensor:
     return fold
 
 
-PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2)  # SentEval's grid
-
-
-@dataclass(frozen=True)
-class Transfer:
-    """Logistic regression on ready vectors, its L2 penalty chosen without the test rows.
-
-    - MR, CR, SUBJ, MPQA: ``folds``-fold cross-validation, the penalty by cross-validation within each training part;
-    - TREC, MRPC: the penalty by cross-validation of the training rows; a pair of vectors u, v is |u - v| and u v;
-    - SST2: the penalty by the dev rows.
-
-    Folds are stratified and drawn from ``seed``. ``path`` is a table with the columns task, split, sentence1, sentence2
-    and label. ``device`` is where the classifiers are fitted: cpu, cuda, or auto.
-
-    ``transfer/<task>/accuracy``, ``transfer/mrpc/f1`` of the label that comes last, and ``transfer/avg/accuracy``, the
-    unweighted mean over tasks if several are there.
-    """
-
-    path: str
-    tasks: Sequence[str]
-    folds: int
-    seed: int
-    device: str
-
-    def __post_init__(self) -> None:
-        if isinstance(self.tasks, str) or not self.tasks or len(set(self.tasks)) < len(self.tasks):
-            raise InputError(f"evaluation.tasks={self.tasks}: a list without repetitions, of {', '.join(TRANSFER_TASKS)}.")
-        for task in self.tasks:
-            if task not in TRANSFER_TASKS:
-                near = difflib.get_close_matches(str(task).upper().replace("-", ""), TRANSFER_TASKS, 1)
-                hint = f" Did you mean {near[0]}?" if near else ""
-                raise InputError(f"evaluation.tasks has {task}: there are {', '.join(TRANSFER_TASKS)}.{hint}")
-        if self.folds < 2:
-            raise InputError(f"evaluation.folds={self.folds}: 2 or more; SentEval has 10.")
-        if self.device not in ("auto", "cpu", "cuda") or (self.device == "cuda" and not torch.cuda.is_available()):
-            raise InputError(f"evaluation.device={self.device}: auto or cpu, or cuda where torch sees a GPU.")
-
-    @cached_property
-    def data(self) -> dict[str, LabeledSentences]:
-        """By task; read at the first use, once."""
-        return read_transfer(self.path, [task for task in TRANSFER_TASKS if task in self.tasks])
-
-    def __call__(self, encode: EncodeFunction) -> dict[str, float]:
-        """All metrics, from one call of ``encode`` with each distinct sentence once."""
-        texts = list(dict.fromkeys(text for d in self.data.values() for side in (d.first, d.second or ()) for text in side))
-        place, z = {text: i for i, text in enumerate(texts)}, encode(texts)
-        if not z.isfinite().all():
-            raise InputError("transfer: an embedding is not finite. Use another checkpoint.")
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
-        metrics: dict[str, float] = {}
-        for task, data in self.data.items():
-            u, *v = (z[[place[t] for t in side]] for side in (data.first, data.second) if side is not None)
-            x = torch.cat([(u - v[0]).abs(), u * v[0]], 1) if v else u
-            metrics |= {f"transfer/{task.lower()}/{k}": n for k, n in self._scores(task, x.to(device), data).items()}
-        accuracies = [value for name, value in metrics.items() if name.endswith("/accuracy")]
-        if len(accuracies) > 1:
-            metrics["transfer/avg/accuracy"] = sum(accuracies) / len(accuracies)
-        return metrics
-
-    def _scores(self, task: str, x: Tensor, data: LabeledSentences) -> dict[str, float]:
-        y, what = data.label.to(x.device), f"evaluation.path={self.path}, {task}"
-        rows = {name: torch.from_numpy(data.split == name).to(x.device) for name in set(data.split)}
-        if "all" in rows:
-            return {"accuracy": self._nested(x, y, what)}
-        if "dev" in rows:
-            found = _fits(x, y, rows["train"][None])[0]
-            best = _accuracy(found, y, rows["dev"]).argmax()
-            guess = found[best]
-        else:
-            held = self._held(data.label, rows["train"].cpu(), self.seed, what).to(x.device)
-            found = _fits(x, y, torch.cat([rows["train"] & ~held, rows["train"][None]]))
-            best = _accuracy(found[:-1], y, held[:, None]).mean(0).argmax()
-            guess = found[-1, best]
-        scores = {"accuracy": float(_accuracy(guess, y, rows["test"]))}
-        return scores | ({"f1": _f1(guess, y, rows["test"])} if data.second is not None else {})
-
-    def _nested(self, x: Tensor, y: Tensor, what: str) -> float:
-        """Mean accuracy over outer folds, each with the penalty that its own training rows choose."""
-        whole = torch.ones(len(y), dtype=torch.bool)
-        outer = self._held(y.cpu(), whole, self.seed, what)
-        inner = torch.stack(
-            [self._held(y.cpu(), ~out, self.seed + 1, f"{what}, the training part of a fold") for out in outer]
-        )  # (K, K, N)
-        train = torch.cat([~outer[:, None] & ~inner, ~outer[:, None]], 1).to(x.device)
-        found = _fits(x, y, train.flatten(0, 1)).unflatten(0, train.shape[:2])  # (K, K + 1, penalties, N)
-        scores = _accuracy(found[:, :-1], y, inner[:, :, None].to(x.device)).mean(1)
-        best = scores.argmax(1)
-        guess = found[torch.arange(self.folds), -1, best.cpu()]
-        return float(_accuracy(guess, y, outer.to(x.device)).mean())
-
-    def _held(self, label: Tensor, rows: Tensor, seed: int, what: str) -> Tensor:
-        """``(K, N)`` which of the ``rows`` each fold holds out."""
-        held = torch.zeros(self.folds, len(label), dtype=torch.bool)
-        held[:, rows] = stratified_folds(label[rows], self.folds, seed, what) == torch.arange(self.folds)[:, None]
-        return held
-
-    def table(self, metrics: Mapping[str, float]) -> str:
-        """SentEval's table, of metrics as they were returned."""
-        return f"Transfer, accuracy x100\n{transfer_table(metrics, '')}"
-
-
-def transfer_table(metrics: Mapping[str, float], prefix: str) -> str:
-    """Plain text, times 100; ``prefix`` stands before ``transfer/`` in the names, as ``test/``."""
-    found = {task: metrics.get(f"{prefix}transfer/{task.lower()}/accuracy") for task in (*TRANSFER_TASKS, "avg")}
-    columns = {"Avg." if task == "avg" else task: value for task, value in found.items() if value is not None}
-    lines = ["".join(f"{title:>8}" for title in columns), "".join(f"{100 * x:>8.2f}" for x in columns.values())]
-    if missing := [task for task in TRANSFER_TASKS if found[task] is None]:
-        lines.append(f"Not measured: {', '.join(missing)}. The paper's average is over all {len(TRANSFER_TASKS)} tasks.")
-    return "\n".join(lines)
-
-
-def _fits(x: Tensor, y: Tensor, train: Tensor) -> Tensor:
+def _fit_penalties(x: Tensor, y: Tensor, train: Tensor) -> Tensor:
     """``(J, penalties, N)`` classes, of J sets of training rows ``(J, N)``, each with every penalty."""
     penalty = torch.tensor(PENALTIES, device=x.device)
-    each = train.repeat_interleave(len(penalty), 0)
-    found = fit_predict(x, y, each, penalty.repeat(len(train)))
-    return found.view(len(train), len(penalty), -1)
+    classes = fit_predict(x, y, train.repeat_interleave(len(penalty), 0), penalty.repeat(len(train)))
+    return classes.view(len(train), len(penalty), -1)
 
 
 def _accuracy(guess: Tensor, y: Tensor, rows: Tensor) -> Tensor:
@@ -162,7 +153,120 @@ def _accuracy(guess: Tensor, y: Tensor, rows: Tensor) -> Tensor:
 
 
 def _f1(guess: Tensor, y: Tensor, rows: Tensor) -> float:
-    positive = int(y.max())
-    hits = ((guess == positive) & (y == positive) & rows).sum()
-    said, true = ((guess == positive) & rows).sum(), ((y == positive) & rows).sum()
-    return float(2 * hits / (said + true))
+    """F1 of the last class over the chosen ``rows (N,)``."""
+    from torchmetrics.functional.classification import binary_f1_score
+
+    positive = y.max()
+    return float(binary_f1_score((guess[rows] == positive).long(), (y[rows] == positive).long()))
+
+
+def fit_predict(x: Tensor, y: Tensor, train: Tensor, penalty: Tensor) -> Tensor:
+    """``(J, N)``: the class that each of J classifiers predicts for each of ``x (N, D)``.
+
+    Classifier j minimizes the mean cross entropy of ``y (N,)``, classes from 0, over the rows of ``train (J, N)``, plus
+    ``penalty (J,)`` / 2 times the squared length of its weights; the bias is free. Two classes share one column of
+    weights, more have one each, as in scikit-learn, whose ``C`` is 1 / (penalty x rows). The problems share their rows, so a
+    step of all is two products of matrices; a library that fits one at a time takes J times two.
+    """
+    columns = int(y.max()) + 1
+    columns = 1 if columns == 2 else columns
+    x, scale = _principal_axes(x.float())
+    curvature = scale * (0.25 if columns == 1 else 0.5)  # an upper bound of the second derivative (Böhning 1992)
+    size = max(1, MAX_SCORES // (len(x) * columns))
+    parts = zip(train.split(size), penalty.float().split(size), strict=True)
+    return torch.cat([_fit_some(x, y, rows, some, curvature, columns) for rows, some in parts])
+
+
+def _principal_axes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Centered, in the axes of its covariance, and with a column of ones: ``(N, D + 1)``; its variances ``(D + 1,)``.
+
+    It is the same problem: lengths of weights are as before, and the bias, which is free, absorbs the center.
+    """
+    x = x - x.mean(0)
+    variance, axes = torch.linalg.eigh((x.T @ x).double() / len(x))
+    ones = x.new_ones(1)
+    return torch.cat([x @ axes.to(x), x.new_ones(len(x), 1)], 1), torch.cat([variance.clamp_min(0).to(x), ones])
+
+
+def _fit_some(x: Tensor, y: Tensor, train: Tensor, penalty: Tensor, curvature: Tensor, columns: int) -> Tensor:
+    jobs, (rows, dim) = len(train), x.shape
+    penalized = torch.ones(dim, device=x.device)
+    penalized[-1] = 0.0
+    ridge = penalty[:, None] * penalized  # (J, D + 1)
+    root = (curvature + ridge).clamp_min(1e-12).sqrt()  # weights in units in which all curvatures are about 1
+    share = (train / train.sum(1, keepdim=True)).to(x).T  # (N, J)
+    target = y.to(x)[:, None] if columns == 1 else F.one_hot(y, columns).to(x)[:, None]
+
+    def objective(v: Tensor, which: Tensor) -> tuple[Tensor, Tensor]:
+        w = v.view(len(which), columns, dim) / root[which, None]
+        scores = (x @ w.view(-1, dim).T).view(rows, len(which), columns)
+        part = share[:, which]
+        if columns == 1:
+            loss = F.softplus(scores[..., 0]) - scores[..., 0] * target
+            slope = (scores.sigmoid() - target[..., None]) * part[..., None]
+        else:
+            loss = scores.logsumexp(-1) - (scores * target).sum(-1)
+            slope = (scores.softmax(-1) - target) * part[..., None]
+        value = (loss * part).sum(0, dtype=torch.double) + 0.5 * (ridge[which, None] * w**2).sum((1, 2))
+        gradient = (slope.view(rows, -1).T @ x).view_as(w) + ridge[which, None] * w
+        return value, (gradient / root[which, None]).flatten(1)
+
+    v = minimize(objective, x.new_zeros(jobs, columns * dim))
+    scores = (x @ (v.view(jobs, columns, dim) / root[:, None]).view(-1, dim).T).view(rows, jobs, columns)
+    return ((scores[..., 0] > 0).long() if columns == 1 else scores.argmax(-1)).T
+
+
+def minimize(objective: Objective, start: Tensor) -> Tensor:
+    """Minimize J functions at once, to ``(J, P)``: L-BFGS (Liu and Nocedal 1989), each with its own steps.
+
+    ``objective(v (j, P), which (j,)) -> values (j,), gradients (j, P)`` of the functions numbered ``which``.
+    """
+    best = start.clone()
+    which = torch.arange(len(start), device=start.device)
+    v, (value, gradient) = start, objective(start, which)
+    steps: list[Tensor] = []
+    changes: list[Tensor] = []
+    for _ in range(STEPS):
+        direction = -_inverse_curvature(gradient, steps, changes)
+        new, value, change = _line_search(objective, v, which, value, gradient, direction)
+        steps, changes = [*steps[1 - HISTORY :], new - v], [*changes[1 - HISTORY :], change]
+        v, gradient = new, gradient + change
+        best[which] = v
+        active = (0.5 * gradient.square().sum(1) > TOLERANCE) & (steps[-1] != 0).any(1)
+        if not active.any():
+            break
+        which, v, value, gradient = which[active], v[active], value[active], gradient[active]
+        steps, changes = [x[active] for x in steps], [x[active] for x in changes]
+    return best
+
+
+def _inverse_curvature(gradient: Tensor, steps: list[Tensor], changes: list[Tensor]) -> Tensor:
+    """The gradient times the inverse curvature, estimated from the last steps and the changes of gradients in them."""
+    q, alphas = gradient, []
+    rhos = [1 / (s * t).sum(1, keepdim=True).clamp_min(1e-12) for s, t in zip(steps, changes, strict=True)]
+    for s, t, rho in zip(reversed(steps), reversed(changes), reversed(rhos), strict=True):
+        alphas.append(rho * (s * q).sum(1, keepdim=True))
+        q = q - alphas[-1] * t
+    if steps:
+        q = q * ((steps[-1] * changes[-1]).sum(1) / changes[-1].square().sum(1).clamp_min(1e-12))[:, None]
+    for s, t, rho, alpha in zip(steps, changes, rhos, reversed(alphas), strict=True):
+        q = q + s * (alpha - rho * (t * q).sum(1, keepdim=True))
+    return q
+
+
+def _line_search(
+    objective: Objective, v: Tensor, which: Tensor, value: Tensor, gradient: Tensor, direction: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step each, halved until it descends: new points, their values, the changes of the gradients."""
+    slope = (gradient * direction).sum(1)
+    step = torch.ones_like(slope)
+    new, (new_value, new_gradient) = v + direction, objective(v + direction, which)
+    for _ in range(HALVINGS):
+        high = new_value > value + 1e-4 * step * slope + 1e-7 * value.abs()
+        if not high.any():
+            break
+        step[high] /= 2
+        new[high] = v[high] + step[high, None] * direction[high]
+        new_value[high], new_gradient[high] = objective(new[high], which[high])
+    new[high], new_value[high], new_gradient[high] = v[high], value[high], gradient[high]
+    return new, new_value, new_gradient - gradient

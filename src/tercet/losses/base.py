@@ -27,12 +27,9 @@ def mean_loss(loss: Loss, anchors: Embeddings) -> Tensor:
 
 
 def make_embeddings(
-    z: Tensor,
-    label: Tensor | None = None,
-    position: Tensor | None = None,
-    ids: Integers | None = None,
-    content: Integers | None = None,
-) -> Embeddings:
+    z: Tensor, label: Tensor | None = None, position: Tensor | None = None,
+    ids: Integers | None = None, content: Integers | None = None,
+) -> Embeddings:  # fmt: skip
     """Embeddings of ``z (V, N, D)``; what is left out is made: no label and position (-1), ids and contents all distinct.
 
     ``content`` is ``(N,)``, the same in all views, or ``(V, N)``.
@@ -45,30 +42,24 @@ def make_embeddings(
     else:
         per_view = torch.as_tensor(content).dim() == 2
         hashes = check_integers("content", content, z, (views, n) if per_view else (n,)).expand(views, n)
-    return Embeddings(
-        z,
-        row if ids is None else check_integers("ids", ids, z, (n,)),
-        none if label is None else label,
-        none if position is None else position,
-        hashes,
-    )
+    label, position = (none if x is None else x for x in (label, position))
+    return Embeddings(z, row if ids is None else check_integers("ids", ids, z, (n,)), label, position, hashes)
 
 
-def check_embeddings(name: str, z: object, dims: Sequence[int] = (2, 3), like: Tensor | None = None) -> Tensor:
-    """Return ``z`` if it is a float tensor of ``dims`` dimensions that is not empty, with the shape of ``like`` if given."""
-    if not isinstance(z, Tensor):
-        raise InputError(f"`{name}`: a float tensor of embeddings (N, D) is needed, got {type(z).__name__}.")
-    shape = tuple(z.shape)
-    if not z.is_floating_point():
-        raise InputError(f"`{name}`: embeddings (N, D) of a float type are needed, got {z.dtype} {shape}.")
-    if z.dim() not in dims:
-        accepted = " or ".join({2: "(N, D)", 3: "(V, N, D) with V views"}[d] for d in dims)
-        raise InputError(f"`{name}`: embeddings of shape {accepted} are needed, got {shape}.")
-    if z.numel() == 0:
-        raise InputError(f"`{name}`: embeddings (N, D) with N and D above 0 are needed, got {shape}: the batch is empty.")
-    if like is not None and z.shape[-2:] != like.shape[-2:]:
-        raise InputError(f"`{name}`: a row for each anchor is needed, {tuple(like.shape[-2:])}, got {shape}.")
-    return z
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise ``InputError`` unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise InputError(f"`{name}`={value}: choose one of {', '.join(choices)}.")
+
+
+def check_embeddings(name: str, z: object, views: bool = False, like: Tensor | None = None) -> Tensor:
+    """Return ``z`` if it is a float tensor ``(N, D)``, with ``views`` also ``(V, N, D)``, of the shape of ``like`` if given."""
+    usable = isinstance(z, Tensor) and z.is_floating_point() and z.dim() in (2, 2 + views) and z.numel() > 0
+    if isinstance(z, Tensor) and usable and (like is None or z.shape == like.shape):
+        return z
+    wanted = "(N, D) or (V, N, D)" if views else "(N, D)" if like is None else f"{tuple(like.shape)}, a row for each anchor,"
+    got = f"{z.dtype} {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
+    raise InputError(f"`{name}`: a float tensor of shape {wanted} that is not empty is needed, got {got}.")
 
 
 def check_integers(name: str, x: Integers, z: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -77,7 +68,7 @@ def check_integers(name: str, x: Integers, z: Tensor, shape: tuple[int, ...]) ->
     if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         raise InputError(f"`{name}`: integers are needed, got {x.dtype}.")
     if x.shape != shape:
-        raise InputError(f"`{name}`: shape {shape} is needed, one for each row of the embeddings, got {tuple(x.shape)}.")
+        raise InputError(f"`{name}`: shape {tuple(shape)} is needed, one for each row of the embeddings, got {tuple(x.shape)}.")
     return x.to(z.device, torch.long)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tercet.errors import InputError
-from tercet.losses.base import Integers, apply_in_slices, check_embeddings, check_integers, make_embeddings, mean_loss
+from tercet.losses import base
 from tercet.losses.info_nce import SIMILARITIES, prepare_for_similarity
 from tercet.types import Embeddings, LossOutput
 
@@ -42,50 +42,45 @@ class ContextLoss(nn.Module):
         self, context: int = 1, similarity: str = "dot", temperature: float = 1.0, self_logit: str = "excluded"
     ) -> None:
         super().__init__()
+        base.check_choice("similarity", similarity, SIMILARITIES)
+        base.check_choice("self_logit", self_logit, SELF_LOGITS)
         if context < 1:
             raise InputError(f"`context`={context}: 1 (the sentence before and the one after) or more.")
-        if similarity not in SIMILARITIES:
-            raise InputError(f"`similarity`={similarity}: choose one of {', '.join(SIMILARITIES)}.")
         if not temperature > 0:
             raise InputError(f"`temperature`={temperature}: a number above 0; 1 with `similarity`=dot in the paper.")
-        if self_logit not in SELF_LOGITS:
-            raise InputError(f"`self_logit`={self_logit}: choose one of {', '.join(SELF_LOGITS)}.")
         self.context = context
         self.similarity = similarity
         self.temperature = temperature
         self.self_logit = self_logit
 
     def forward(
-        self,
-        z: Embeddings | Tensor,
-        documents: Embeddings | Integers,
-        positions: Integers | None = None,
-        *,
-        ids: Integers | None = None,
-        content: Integers | None = None,
-    ) -> LossOutput | Tensor:
-        """The mean over all processes, of tensors; the sum over anchors, of ``Embeddings``.
+        self, z: Embeddings | Tensor, documents: Embeddings | base.Integers, positions: base.Integers | None = None, *,
+        ids: base.Integers | None = None, content: base.Integers | None = None,
+    ) -> LossOutput | Tensor:  # fmt: skip
+        """The mean over all processes, of tensors; the sum over anchors, of anchor and key ``Embeddings``.
 
-        Of tensors: ``z (N, D)`` or, with f and g of each sentence, ``(2, N, D)``; ``documents (N,)``, the document of each
-        row (below 0 for none), and ``positions (N,)``, its position there. ``ids (N,)`` are equal for the same row,
-        ``content (N,)`` for equal sentences; left out, all are distinct.
+        ``z (N, D)`` or, with f and g of each sentence, ``(2, N, D)``; ``documents (N,)``, the document of each row (below 0:
+        none), and ``positions (N,)``, its position there. ``ids (N,)`` are equal for copies of one row, ``content (N,)`` for
+        equal sentences; left out, all are distinct.
 
-        Of ``Embeddings``: anchors and keys, ``z (V, n, D)`` and ``(V, N, D)``. ``normalizer`` is the number of anchors that
-        have a neighbor.
+        Of ``Embeddings (V, n, D)`` and ``(V, N, D)`` the normalizer is the number of anchors that have a neighbor.
         """
         if isinstance(z, Embeddings) and isinstance(documents, Embeddings):
             with torch.autocast(z.z.device.type, enabled=False):
                 anchors, keys = (replace(side, z=prepare_for_similarity(side.z, self.similarity)) for side in (z, documents))
-                return self._combine(apply_in_slices(self._statistics, anchors, keys, 1))
-        z = check_embeddings("z", z)
+                return self._combine(base.apply_in_slices(self._statistics, anchors, keys, 1))
+        z = base.check_embeddings("z", z, views=True)
         if z.dim() == 3 and len(z) > 2:
-            raise InputError(f"`z`: shape (N, D) or (2, N, D), f and g of each sentence, is needed, got {tuple(z.shape)}.")
+            raise InputError(f"`z`: one or two vectors of each sentence (V, N, D) are needed, got {tuple(z.shape)}.")
         if positions is None or isinstance(documents, Embeddings):
             raise InputError("`positions`: the position of each row in its document is needed, of shape (N,).")
         z = z.expand(2, *z.shape[-2:])
         shape = z.shape[1:2]
-        label, position = check_integers("documents", documents, z, shape), check_integers("positions", positions, z, shape)
-        return mean_loss(self, make_embeddings(z, label, position, ids, content))
+        label, position = (
+            base.check_integers("documents", documents, z, shape),
+            base.check_integers("positions", positions, z, shape),
+        )
+        return base.mean_loss(self, base.make_embeddings(z, label, position, ids, content))
 
     def _statistics(self, anchors: Embeddings, keys: Embeddings) -> Tensor:
         """``(n, 8)``: the loss, whether there is a neighbor; for each of ``ACCURACIES`` a hit, and whether it is possible."""

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tercet.errors import InputError
-from tercet.losses.base import Integers, apply_in_slices, check_embeddings, check_integers, make_embeddings, mean_loss
+from tercet.losses import base
 from tercet.types import Embeddings, LossOutput
 
 SIMILARITIES = ("cosine", "dot")
@@ -55,26 +55,18 @@ class InfoNCE(nn.Module):
     scale: Tensor
 
     def __init__(
-        self,
-        temperature: float = 0.05,
-        learn_temperature: bool = False,
-        similarity: str = "cosine",
-        direction: str = "forward",
-        hard_negative_weight: float = 0.0,
-        label_smoothing: float = 0.0,
+        self, temperature: float = 0.05, learn_temperature: bool = False, similarity: str = "cosine",
+        direction: str = "forward", hard_negative_weight: float = 0.0, label_smoothing: float = 0.0,
         key_exchange: str = "auto",
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         if not temperature > 0:
             raise InputError(f"`temperature`={temperature}: a number above 0 is needed, 0.05 in the paper.")
-        if similarity not in SIMILARITIES:
-            raise InputError(f"`similarity`={similarity}: choose one of {', '.join(SIMILARITIES)}.")
-        if direction not in DIRECTIONS:
-            raise InputError(f"`direction`={direction}: choose one of {', '.join(DIRECTIONS)}.")
+        base.check_choice("similarity", similarity, SIMILARITIES)
+        base.check_choice("direction", direction, DIRECTIONS)
+        base.check_choice("key_exchange", key_exchange, KEY_EXCHANGES)
         if not 0 <= label_smoothing < 1:
             raise InputError(f"`label_smoothing`={label_smoothing}: 0 or more and below 1.")
-        if key_exchange not in KEY_EXCHANGES:
-            raise InputError(f"`key_exchange`={key_exchange}: choose one of {', '.join(KEY_EXCHANGES)}.")
         scale = torch.tensor(-math.log(temperature))
         if learn_temperature:
             self.scale = nn.Parameter(scale)
@@ -92,41 +84,36 @@ class InfoNCE(nn.Module):
         return self.hard_negative_weight != 0
 
     def forward(
-        self,
-        queries: Embeddings | Tensor,
-        documents: Embeddings | Tensor | None = None,
-        hard_negatives: Tensor | None = None,
-        labels: Integers | None = None,
-        *,
-        ids: Integers | None = None,
-        content: Integers | None = None,
-    ) -> LossOutput | Tensor:
-        """The mean over all processes, of tensors; the sum over anchors, of ``Embeddings``.
+        self, queries: Embeddings | Tensor, documents: Embeddings | Tensor | None = None,
+        hard_negatives: Tensor | None = None, labels: base.Integers | None = None, *,
+        ids: base.Integers | None = None, content: base.Integers | None = None,
+    ) -> LossOutput | Tensor:  # fmt: skip
+        """The mean over all processes, of tensors; the sum over anchors, of anchor and key ``Embeddings``.
 
-        Of tensors: ``queries (N, D)``; ``documents (N, D)``, the positive of each, may be left out where there are
-        ``labels (N,)`` (below 0 for none); ``hard_negatives (N, D)`` or ``(N, M, D)``, M of each. ``ids (N,)`` are equal
-        for rows of the same example, ``content (N,)`` or ``(V, N)`` for equal items, which are then no negatives of each
-        other; left out, all are distinct.
+        ``queries (N, D)``; ``documents (N, D)``, their positives, may be left out where there are ``labels (N,)`` (below 0:
+        none); ``hard_negatives (N, D)`` or ``(N, M, D)``. ``ids (N,)`` are equal for rows of one example, ``content (N,)`` or
+        ``(V, N)`` for equal items, which are no negatives of each other; left out, all are distinct.
 
-        Of ``Embeddings``: anchors and keys, ``z (V, n, D)`` and ``(V, N, D)``. ``normalizer`` is the number of anchors that
-        have a positive, all of them with two views or more.
+        Of ``Embeddings (V, n, D)`` and ``(V, N, D)`` the normalizer is the number of anchors that have a positive.
         """
         if isinstance(queries, Embeddings) and isinstance(documents, Embeddings):
             statistics = self.block_statistics(self.prepare(queries), self.prepare(documents))
             return self.combine(statistics[None])
-        z = check_embeddings("queries", queries, dims=(2,))
+        z = base.check_embeddings("queries", queries)
         views = [z]
         if documents is not None:
-            views.append(check_embeddings("documents", documents, dims=(2,), like=z))
+            views.append(base.check_embeddings("documents", documents, like=z))
         elif labels is None or hard_negatives is not None:
             raise InputError(
                 "`documents`: the positive of each query is needed (N, D). Only without `hard_negatives`, `labels` alone "
                 "are enough: rows of one label are then each other's positives."
             )
         if hard_negatives is not None:
-            views += _hard_negative_views(hard_negatives, z)
-        label = None if labels is None else check_integers("labels", labels, z, (len(z),))
-        return mean_loss(self, make_embeddings(torch.stack(views), label, None, ids, content))
+            several = isinstance(hard_negatives, Tensor) and hard_negatives.dim() == 3 and len(hard_negatives) == len(z)
+            negatives = hard_negatives.unbind(1) if several else [hard_negatives]
+            views += [base.check_embeddings("hard_negatives", x, like=z) for x in negatives]
+        label = None if labels is None else base.check_integers("labels", labels, z, (len(z),))
+        return base.mean_loss(self, base.make_embeddings(torch.stack(views), label, None, ids, content))
 
     def temperature(self) -> Tensor:
         """The temperature, never below 0.01 (CLIP's bound, which keeps a learned one from vanishing)."""
@@ -144,7 +131,7 @@ class InfoNCE(nn.Module):
         """
         blocks = max(1, len(keys.z) - 1 + (self.direction == "both"))
         with torch.autocast(anchors.z.device.type, enabled=False):  # half precision loses small differences of logits
-            return apply_in_slices(self._statistics, anchors, keys, blocks)
+            return base.apply_in_slices(self._statistics, anchors, keys, blocks)
 
     def combine(self, statistics: Tensor) -> LossOutput:
         """The loss over all keys, of the ``block_statistics (B, n, directions, 7)`` of B blocks that together are all keys."""
@@ -189,14 +176,6 @@ class InfoNCE(nn.Module):
         logit_sum = logits.index_put(left_out, logits.new_zeros(())).sum(1) if smooth else torch.zeros_like(best)
         allowed = logits.shape[1] - _count(left_out, best)
         return torch.stack([logits.logsumexp(1), positive_sum, _count(positive, best), logit_sum, allowed, best, hit], 1)
-
-
-def _hard_negative_views(hard_negatives: Tensor, z: Tensor) -> Sequence[Tensor]:
-    """M tensors ``(N, D)`` of ``hard_negatives (N, D)`` or ``(N, M, D)``."""
-    shape, like = tuple(getattr(hard_negatives, "shape", ())), tuple(z.shape)
-    if len(shape) == 3 and shape[0] == like[0] and shape[2] == like[1]:
-        return [check_embeddings("hard_negatives", x, dims=(2,)) for x in hard_negatives.unbind(1)]
-    return [check_embeddings("hard_negatives", hard_negatives, dims=(2,), like=z)]
 
 
 Pairs = tuple[Tensor, Tensor]  # positions (i, j) in a matrix, each once

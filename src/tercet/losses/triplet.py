@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tercet.errors import InputError
-from tercet.losses.base import Integers, check_embeddings, check_integers, make_embeddings, mean_loss
+from tercet.losses import base
 from tercet.losses.triplet_mining import MININGS, ONE_NEGATIVE, MinedTile, Tile, expand_triplets, mine_tile
 from tercet.types import Embeddings, LossOutput
 
@@ -63,22 +63,13 @@ class TripletLoss(nn.Module):
     needs_hard_negatives: ClassVar[bool] = False
 
     def __init__(
-        self,
-        margin: float = 0.2,
-        mining: str = "semihard",
-        fallback: bool = False,
-        form: str = "hinge",
-        divide_by: str = "active",
-        tile: int | None = None,
-    ) -> None:
+        self, margin: float = 0.2, mining: str = "semihard", fallback: bool = False, form: str = "hinge",
+        divide_by: str = "active", tile: int | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
-        for name, value, choices in (
-            ("mining", mining, MININGS),
-            ("form", form, FORMS),
-            ("divide_by", divide_by, DIVISORS),
-        ):
-            if value not in choices:
-                raise InputError(f"`{name}`={value}: choose one of {', '.join(choices)}.")
+        base.check_choice("mining", mining, MININGS)
+        base.check_choice("form", form, FORMS)
+        base.check_choice("divide_by", divide_by, DIVISORS)
         if not 0 <= margin <= 4:
             raise InputError(f"`margin`={margin}: a number from 0 to 4, on squared distances; 0.2 in the paper.")
         beyond = mining in ("semihard", "easy_positive") and form == "hinge" and not fallback
@@ -101,25 +92,20 @@ class TripletLoss(nn.Module):
         return self.margin if self.form == "hinge" else float(F.softplus(torch.tensor(self.margin)))
 
     def forward(
-        self,
-        z: Embeddings | Tensor,
-        labels: Embeddings | Integers | None = None,
-        *,
-        ids: Integers | None = None,
-        content: Integers | None = None,
-    ) -> LossOutput | Tensor:
-        """The mean over all processes, of tensors; the sum over anchors, of ``Embeddings``.
+        self, z: Embeddings | Tensor, labels: Embeddings | base.Integers | None = None, *,
+        ids: base.Integers | None = None, content: base.Integers | None = None,
+    ) -> LossOutput | Tensor:  # fmt: skip
+        """The mean over all processes, of tensors; the sum over anchors, of anchor and key ``Embeddings``.
 
-        Of tensors: ``z (N, D)`` or, with V views of each example, ``(V, N, D)``; ``labels (N,)``, below 0 for none.
-        ``ids (N,)`` are equal for rows of the same example, ``content (N,)`` or ``(V, N)`` for equal items, which are then
-        no negatives of each other; left out, all are distinct.
+        ``z (N, D)`` or, with V views of each example, ``(V, N, D)``; ``labels (N,)``, below 0 for none. ``ids (N,)`` are equal
+        for rows of one example, ``content (N,)`` or ``(V, N)`` for equal items, which are no negatives of each other; left
+        out, all are distinct.
 
-        Of ``Embeddings``: anchors and keys, ``z (V, n, D)`` and ``(V, N, D)``. ``normalizer`` is the number of active
-        triplets or of mined pairs, as ``divide_by`` says.
+        Of ``Embeddings (V, n, D)`` and ``(V, N, D)`` the normalizer is the number of active triplets or of mined pairs.
         """
         if isinstance(z, Embeddings) and isinstance(labels, Embeddings):
             return self._sum(z, labels)
-        return mean_loss(self, _labeled_embeddings(z, labels, ids, content))
+        return base.mean_loss(self, _labeled_embeddings(z, labels, ids, content))
 
     def _sum(self, anchors: Embeddings, keys: Embeddings) -> LossOutput:
         with torch.autocast(anchors.z.device.type, enabled=False):  # half precision halves the distance of near rows
@@ -142,17 +128,10 @@ class TripletLoss(nn.Module):
 
 
 def mine(
-    z: Tensor,
-    labels: Integers | None = None,
-    mining: str = "semihard",
-    margin: float = 0.2,
-    *,
-    fallback: bool = False,
-    form: str = "hinge",
-    tile: int | None = None,
-    ids: Integers | None = None,
-    content: Integers | None = None,
-) -> Iterator[Tensor]:
+    z: Tensor, labels: base.Integers | None = None, mining: str = "semihard", margin: float = 0.2, *,
+    fallback: bool = False, form: str = "hinge", tile: int | None = None,
+    ids: base.Integers | None = None, content: base.Integers | None = None,
+) -> Iterator[Tensor]:  # fmt: skip
     """The triplets that ``TripletLoss`` counts as active, generated lazily as int64 tensors (anchor, positive, negative).
 
     Each is ``(3, t)``: indices of rows of ``z (N, D)``, or of ``z.flatten(0, 1)`` where z is ``(V, N, D)``. The parameters
@@ -179,13 +158,13 @@ def _triplets(embeddings: Embeddings, loss: TripletLoss) -> Iterator[Tensor]:
             yield torch.stack([row + start, order[positive], order[negative]])
 
 
-def _labeled_embeddings(z: object, labels: object, ids: Integers | None, content: Integers | None) -> Embeddings:
-    x = check_embeddings("z", z)
+def _labeled_embeddings(z: object, labels: object, ids: base.Integers | None, content: base.Integers | None) -> Embeddings:
+    x = base.check_embeddings("z", z, views=True)
     if labels is None and x.dim() == 2:
         raise InputError("`labels`: integers (N,) are needed where `z` is (N, D): rows of one label are positives.")
     x = x if x.dim() == 3 else x[None]
-    label = None if labels is None else check_integers("labels", labels, x, x.shape[1:2])  # type: ignore[arg-type]
-    return make_embeddings(x, label, None, ids, content)
+    label = None if labels is None else base.check_integers("labels", labels, x, x.shape[1:2])  # type: ignore[arg-type]
+    return base.make_embeddings(x, label, None, ids, content)
 
 
 @dataclass(frozen=True)

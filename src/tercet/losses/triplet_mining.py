@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,8 +48,8 @@ def mine_tile(tile: Tile, mining: str, fallback: bool, margin: float, soft: bool
 def expand_triplets(tile: Tile, mining: str, fallback: bool, margin: float, soft: bool) -> Iterator[Tensor]:
     """The active triplets of ``mine_tile`` as rows of the tile and two keys, ``(3, t)``, about ``CHUNK`` of them at a time."""
     if mining in ONE_NEGATIVE:
-        picked = _pick_negative(tile, mining, fallback, margin, soft)
-        key, low, high = picked.positive_key, picked.place, picked.place + picked.active
+        key, _, low, _, active = _pick_negative(tile, mining, fallback, margin, soft)
+        high = low + active
     else:
         key, (low, high) = tile.positive_key, _window(tile, mining, margin, soft)
     count, low, key = (high - low).flatten(), low.flatten(), key.reshape(-1)
@@ -64,18 +63,12 @@ def expand_triplets(tile: Tile, mining: str, fallback: bool, margin: float, soft
         yield torch.stack([row, key[pair], tile.negative_key[row, place]])
 
 
-class _Picked(NamedTuple):
-    """For each mined pair ``(R, K')``: its positive, the place of its negative in the sorted ones, and d_ap - d_an + margin."""
+def _pick_negative(tile: Tile, mining: str, fallback: bool, margin: float, soft: bool) -> tuple[Tensor, ...]:
+    """The closest negative strictly beyond the positive; with ``fallback`` the farthest where there is none.
 
-    positive_key: Tensor
-    is_pair: Tensor
-    place: Tensor
-    gap: Tensor
-    active: Tensor
-
-
-def _pick_negative(tile: Tile, mining: str, fallback: bool, margin: float, soft: bool) -> _Picked:
-    """The closest negative strictly beyond the positive; with ``fallback`` the farthest where there is none."""
+    Five tensors ``(R, K')``: the key of the positive, whether it is a pair, the place of its negative in the sorted ones,
+    d_ap - d_an + margin, and whether the triplet is active.
+    """
     if mining == "batch_hard":
         last = (tile.positive.isfinite().sum(1, keepdim=True) - 1).clamp(min=0)
         positive, key = tile.positive.gather(1, last), tile.positive_key.gather(1, last)
@@ -90,7 +83,7 @@ def _pick_negative(tile: Tile, mining: str, fallback: bool, margin: float, soft:
         found &= place < tile.num_negatives
     place = torch.minimum(place, tile.num_negatives - 1).clamp(min=0)  # the clamp is the fallback
     gap = (positive - tile.negative.gather(1, place) + margin).masked_fill(~found, 0)
-    return _Picked(key, is_pair, place, gap, found if soft else gap > 0)
+    return key, is_pair, place, gap, found if soft else gap > 0
 
 
 def _sum_one_negative(tile: Tile, mining: str, fallback: bool, margin: float, soft: bool) -> MinedTile:

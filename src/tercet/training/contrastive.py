@@ -8,11 +8,9 @@ import torch
 import torch.nn.functional as F
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
-from tercet.distributed.gather import gather_embeddings, reduce_loss, row_counts
-from tercet.distributed.ring import BlockwiseLoss, ring_statistics
+from tercet.distributed.gather import reduce_loss
+from tercet.distributed.ring import contrast
 from tercet.distributed.sharding import equalized_forward, reshard, shard
 from tercet.errors import InputError
 from tercet.losses import InfoNCE
@@ -22,11 +20,10 @@ from tercet.models.engine.deterministic_dropout import with_dropout_seeds
 from tercet.training.lightning_compat import EvaluationHooks, FSDP2Strategy
 from tercet.training.masked_lm import MaskedLM
 from tercet.training.memory import Memory
-from tercet.training.optimizers import adamw, make_scheduler, optimizer_with_schedule
+from tercet.training.optimizers import MakeOptimizer, MakeScheduler, adamw, make_scheduler, optimizer_with_schedule
 from tercet.types import Batch, Embeddings, LossOutput, TokenBatch, concat_inputs
 
 UNIFORMITY_ROWS = 1024
-RING_BYTES = 1 << 30  # above this many bytes, keys are exchanged in a ring and not gathered
 
 
 class Contrastive(EvaluationHooks, pl.LightningModule):
@@ -48,14 +45,9 @@ class Contrastive(EvaluationHooks, pl.LightningModule):
     cached_encoder: CachedEncoder  # set by callbacks that evaluate
 
     def __init__(
-        self,
-        encoder: Encoder,
-        loss: nn.Module | None = None,
-        optimizer: Callable[[nn.Module], Optimizer] = adamw,
-        scheduler: Callable[[Optimizer, int], LRScheduler] = make_scheduler,
-        mlm: MaskedLM | None = None,
-        memory: Memory | None = None,
-    ) -> None:
+        self, encoder: Encoder, loss: nn.Module | None = None, optimizer: MakeOptimizer = adamw,
+        scheduler: MakeScheduler = make_scheduler, mlm: MaskedLM | None = None, memory: Memory | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.encoder = encoder
         self.loss = type(self).default_loss() if loss is None else loss
@@ -97,7 +89,7 @@ class Contrastive(EvaluationHooks, pl.LightningModule):
         """A value whose gradient, averaged over the processes, is that of the loss of the global batch."""
         batch = self.training_views(batch)
         anchors = self.embed(batch)
-        keys, output = self._contrast(anchors)
+        keys, output = contrast(self.loss, anchors, None if self.memory is None else self.memory.extend_and_push)
         value, logged = reduce_loss(LossOutput(output.loss_sum, output.normalizer, {**output.stats, **_alignment(anchors)}))
         logged |= {"uniformity": _uniformity(anchors.z[0]), **_spread(keys.z[0])}
         if self.mlm is not None:
@@ -109,21 +101,6 @@ class Contrastive(EvaluationHooks, pl.LightningModule):
             logged["unreadable"] = value.new_tensor(float(self.num_unreadable))
         self.log_dict({f"train/{name}": x for name, x in logged.items()}, batch_size=len(batch))
         return value
-
-    def _contrast(self, anchors: Embeddings) -> tuple[Embeddings, LossOutput]:
-        """The keys that this process holds at once, and the loss of its anchors against the keys of all processes."""
-        counts = row_counts(len(anchors), anchors.z.device)
-        if isinstance(self.loss, BlockwiseLoss) and self._uses_ring(self.loss.key_exchange, counts, anchors.z):
-            parts = ring_statistics(
-                self.loss.block_statistics, self.loss.prepare(anchors), counts, list(self.loss.parameters())
-            )
-            return anchors, self.loss.combine(parts)
-        keys = gather_embeddings(anchors, counts)
-        return keys, self.loss(anchors, keys if self.memory is None else self.memory.extend_and_push(keys))
-
-    def _uses_ring(self, exchange: str, counts: list[int], z: Tensor) -> bool:
-        large = exchange == "auto" and self.memory is None and sum(counts) * len(z) * z.shape[2] * 4 > RING_BYTES
-        return len(counts) > 1 and (exchange == "ring" or large)
 
     def configure_model(self) -> None:
         """Shard the encoder where the strategy is FSDP2."""

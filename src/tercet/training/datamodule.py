@@ -96,10 +96,8 @@ class DataModule(EvaluationHooks, pl.LightningDataModule):
                 raise InputError(
                     f"`source` is a stream, which only a TextTransform reads, not {type(self.transform).__name__}."
                 )
-            stream = StreamingBatches(
-                self.source, self.transform, self.batch_size, self.seed, self.shuffle_buffer, self._start_of_epoch
-            )
-            return DataLoader(stream, batch_size=None)
+            settings = self.batch_size, self.seed, self.shuffle_buffer
+            return DataLoader(StreamingBatches(self.source, self.transform, *settings, self._start_of_epoch), batch_size=None)
         assert self.sampler is not None
         return DataLoader(
             self.dataset,  # type: ignore[arg-type]

@@ -50,14 +50,9 @@ def _check_disk(folder: str) -> None:
 
 
 def wandb_logger(
-    project: str = "tercet",
-    name: str = "run",
-    group: str | None = None,
-    tags: Sequence[str] = (),
-    mode: str = "offline",
-    save_dir: str = ".",
-    resume: bool = False,
-) -> loggers.WandbLogger | None:
+    project: str = "tercet", name: str = "run", group: str | None = None, tags: Sequence[str] = (), mode: str = "offline",
+    save_dir: str = ".", resume: bool = False,
+) -> loggers.WandbLogger | None:  # fmt: skip
     """A logger to Weights & Biases; ``mode`` is ``offline`` or ``online``. With ``resume`` the run in ``save_dir`` continues.
 
     Without an account or a connection the run is written offline, with a message: no login is requested in the middle of a job.
@@ -137,14 +132,9 @@ class AtomicCSVLogger(loggers.CSVLogger):
     """
 
     def __init__(
-        self,
-        save_dir: str,
-        name: str = "",
-        version: str = "",
-        prefix: str = "",
-        flush_logs_every_n_steps: int = 50,
+        self, save_dir: str, name: str = "", version: str = "", prefix: str = "", flush_logs_every_n_steps: int = 50,
         keep_earlier: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(save_dir, name, version, prefix, flush_logs_every_n_steps)
         self.earlier: list[dict[str, str]] = []
         file, self.copy = Path(self.log_dir, "metrics.csv"), Path(self.log_dir, ".metrics-before.csv")

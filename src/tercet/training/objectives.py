@@ -8,8 +8,6 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from tercet.distributed import reduce_loss
 from tercet.errors import InputError
@@ -22,7 +20,7 @@ from tercet.training.contrastive import Contrastive, shared_seed
 from tercet.training.lightning_compat import EvaluationHooks
 from tercet.training.masked_lm import MaskedLM
 from tercet.training.memory import Memory
-from tercet.training.optimizers import adamw, make_scheduler, optimizer_with_schedule
+from tercet.training.optimizers import MakeOptimizer, MakeScheduler, adamw, make_scheduler, optimizer_with_schedule
 from tercet.types import Batch, Embeddings, TokenBatch
 from tercet.views import TokenInfo, Views
 
@@ -40,15 +38,10 @@ class SimCSEUnsup(Contrastive):
     makes_views: ClassVar[bool] = True
 
     def __init__(
-        self,
-        encoder: Encoder,
-        loss: nn.Module | None = None,
-        optimizer: Callable[[nn.Module], Optimizer] = adamw,
-        scheduler: Callable[[Optimizer, int], LRScheduler] = make_scheduler,
-        mlm: MaskedLM | None = None,
-        memory: Memory | None = None,
+        self, encoder: Encoder, loss: nn.Module | None = None, optimizer: MakeOptimizer = adamw,
+        scheduler: MakeScheduler = make_scheduler, mlm: MaskedLM | None = None, memory: Memory | None = None,
         view: Views | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(encoder, loss, optimizer, scheduler, mlm, memory)
         self.view = Views((), (), 0) if view is None else view
         if not self.view.identical:
@@ -131,15 +124,11 @@ class Pretraining(EvaluationHooks, pl.LightningModule):
 
     columns: ClassVar[tuple[int, int]] = (1, 3)
     positives: ClassVar[str] = "none"
-    makes_views: ClassVar[bool] = False
 
     def __init__(
-        self,
-        encoder: Encoder,
-        optimizer: Callable[[nn.Module], Optimizer] = adamw,
-        scheduler: Callable[[Optimizer, int], LRScheduler] = make_scheduler,
+        self, encoder: Encoder, optimizer: MakeOptimizer = adamw, scheduler: MakeScheduler = make_scheduler,
         mlm: MaskedLM | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         mlm = mlm or MaskedLM(weight=1.0)
         head = mlm.build(encoder)
@@ -155,15 +144,6 @@ class Pretraining(EvaluationHooks, pl.LightningModule):
         for unused in (encoder.head, getattr(encoder.backbone, "pooler", None)):
             if unused is not None:
                 unused.requires_grad_(False)  # DDP would wait for gradients that the loss does not reach
-
-    @classmethod
-    def needs(cls, num_columns: int) -> frozenset[str]:
-        """Nothing."""
-        return frozenset()
-
-    def views(self, batch: Batch) -> Batch:
-        """All columns."""
-        return batch
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross entropy of the chosen tokens, averaged over those of the global batch."""

@@ -13,6 +13,9 @@ from transformers import get_scheduler
 from tercet.errors import InputError
 from tercet.training.lightning_compat import let_scaler_unscale
 
+MakeOptimizer = Callable[[nn.Module], Optimizer]  # of a module
+MakeScheduler = Callable[[Optimizer, int], LRScheduler]  # of an optimizer and the number of steps
+
 
 def parameter_groups(module: nn.Module, lr: float, weight_decay: float, layer_decay: float) -> list[dict[str, object]]:
     """Trained parameters by learning rate and weight decay.
@@ -66,13 +69,9 @@ def _check_rate(lr: float) -> None:
 
 
 def adamw(
-    module: nn.Module,
-    lr: float = 3e-5,
-    weight_decay: float = 0.0,
-    layer_decay: float = 1.0,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-) -> AdamW:
+    module: nn.Module, lr: float = 3e-5, weight_decay: float = 0.0, layer_decay: float = 1.0,
+    betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+) -> AdamW:  # fmt: skip
     """AdamW over ``parameter_groups``, fused where torch can: on a CPU that takes an eighth of the time.
 
     >>> optimizer = adamw(nn.Linear(2, 3), lr=1e-3)
@@ -106,9 +105,7 @@ def make_scheduler(optimizer: Optimizer, steps: int, shape: str = "linear", warm
 
 
 def optimizer_with_schedule(
-    module: pl.LightningModule,
-    optimizer: Callable[[nn.Module], Optimizer],
-    scheduler: Callable[[Optimizer, int], LRScheduler],
+    module: pl.LightningModule, optimizer: MakeOptimizer, scheduler: MakeScheduler
 ) -> OptimizerLRScheduler:
     """What Lightning's ``configure_optimizers`` returns; the schedule advances every step and is logged as ``train/lr``."""
     made = optimizer(module)

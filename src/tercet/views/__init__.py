@@ -1,4 +1,4 @@
-"""Two views of one text."""
+"""Views: edits that make two different inputs of one text."""
 
 from tercet.views.text_views import (
     Crop,

@@ -1,4 +1,4 @@
-"""Two views of one text: chains of edits drawn from (seed, step, row)."""
+"""Two views of one text: chains of edits whose random draws depend on (seed, step, row)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,261 +13,307 @@ from tercet.types import RATE_SCALE, TokenBatch
 
 
 class TokenInfo(NamedTuple):
-    """What is known of a tokenizer's V pieces: ``begins (V,)`` a word, is ``special (V,)``; ``limit`` tokens fit in a row."""
+    """What edits need to know about a vocabulary of V tokens.
+
+    ``word_start (V,)`` is true for tokens that begin a word, ``special (V,)`` for special tokens; ``mask_id`` is the mask
+    token, if there is one; a row has at most ``max_length`` tokens.
+
+    >>> info = TokenInfo(word_start=torch.ones(16, dtype=torch.bool), special=torch.arange(16) < 2)
+    >>> info.max_length
+    512
+    """
 
     word_start: Tensor
     special: Tensor
-    mask_id: int | None
-    max_length: int
+    mask_id: int | None = None
+    max_length: int = 512
 
 
 class View(Protocol):
-    """``(N rows, seed (N,), pieces) -> N rows``: what it draws depends on a row's seed and the place in the row alone."""
+    """An edit of N rows of tokens.
 
-    def __call__(self, inputs: TokenBatch, seed: Tensor, pieces: TokenInfo) -> TokenBatch:
-        """What is left of each row: special tokens, and one token besides at least."""
+    ``view(inputs, seed (N,), info)`` keeps special tokens and at least one other token of each row. What it draws depends only
+    on the row's seed and on positions in the row, so that a row gets the same edit in any batch.
+    """
+
+    def __call__(self, inputs: TokenBatch, seed: Tensor, info: TokenInfo) -> TokenBatch:
+        """The edited rows."""
         ...
 
 
 @dataclass(frozen=True)
 class Views:
-    """What is done to the ``first`` look and to the ``second``, each in order; dropout comes on top in the encoder.
+    """The edits that make the ``first`` and the ``second`` view of a text, each applied in order; the encoder adds dropout.
 
-    Draws are a function of (``seed``, step, row): the same for any number of processes and any chunks.
+    Draws depend on (``seed``, step, example): they are the same for any number of processes and any chunks.
+
+    >>> text = TokenBatch.from_lists([[0, 5, 6, 7, 8, 1]])
+    >>> info = TokenInfo(torch.arange(16) >= 0, torch.arange(16) < 2)
+    >>> first, second = Views(second=[Crop(0.5)])(text, torch.tensor([7]), step=0, info=info)
+    >>> first.ids.tolist(), second.ids.tolist()
+    ([0, 5, 6, 7, 8, 1], [0, 5, 6, 1])
     """
 
-    first: Sequence[View]
-    second: Sequence[View]
-    seed: int
+    first: Sequence[View] = ()
+    second: Sequence[View] = ()
+    seed: int = 0
 
     @property
     def identical(self) -> bool:
-        """Whether both looks are the text as it is."""
+        """Whether both views are the unchanged text."""
         return not self.first and not self.second
 
-    def __call__(self, inputs: TokenBatch, uid: Tensor, step: int, pieces: TokenInfo) -> tuple[TokenBatch, TokenBatch]:
-        """Both looks at N rows whose examples are ``uid (N,)``."""
-        seed = derive_seed(derive_seed(torch.full_like(uid, self.seed), step), uid)
-        looks = []
-        for side, chain in enumerate((self.first, self.second)):
-            look = inputs
-            for place, view in enumerate(chain):
-                look = view(look, derive_seed(derive_seed(seed, side), place), pieces)
-            looks.append(look)
-        return looks[0], looks[1]
+    def __call__(self, inputs: TokenBatch, example_id: Tensor, step: int, info: TokenInfo) -> tuple[TokenBatch, TokenBatch]:
+        """Both views of N rows of the examples ``example_id (N,)``."""
+        seed = derive_seed(derive_seed(torch.full_like(example_id, self.seed), step), example_id)
+        first = second = inputs
+        for number, view in enumerate(self.first):
+            first = view(first, derive_seed(derive_seed(seed, 0), number), info)
+        for number, view in enumerate(self.second):
+            second = view(second, derive_seed(derive_seed(seed, 1), number), info)
+        return first, second
 
 
 class TokenLayout(NamedTuple):
-    """Where T tokens of N rows stand.
+    """Where the T tokens of N rows are.
 
-    ``row (T,)``; ``place (T,)`` in the row; ``content (T,)``, not special; ``word (T,)``, the number of the token's word
-    in its row, from 0; ``size (N,)`` content tokens and ``words (N,)`` words of each row.
+    ``row (T,)``; ``index (T,)`` in the row; ``content (T,)`` is false for special tokens; ``word (T,)`` numbers the words of
+    the row from 0. ``num_content (N,)`` and ``num_words (N,)`` count a row's content tokens and words.
     """
 
     row: Tensor
-    place: Tensor
+    index: Tensor
     content: Tensor
     word: Tensor
-    size: Tensor
-    words: Tensor
+    num_content: Tensor
+    num_words: Tensor
 
 
-def token_layout(inputs: TokenBatch, pieces: TokenInfo) -> TokenLayout:
-    """Of all rows at once."""
+def token_layout(inputs: TokenBatch, info: TokenInfo) -> TokenLayout:
+    """Compute the layout of all rows at once."""
     ids = inputs.ids
     length = inputs.lengths.to(ids.device)
     row = torch.repeat_interleave(torch.arange(len(length), device=ids.device), length)
-    place = torch.arange(len(ids), device=ids.device) - (length.cumsum(0) - length)[row]
-    content = ~pieces.special.to(ids.device)[ids]
-    first = content & (_per_row_before(content, row, len(length)) == 0)
-    begins = (pieces.word_start.to(ids.device)[ids] & content) | first  # RoBERTa marks no beginning there
-    words = _per_row(begins, row, len(length))
-    word = begins.cumsum(0) - (words.cumsum(0) - words)[row] - 1
-    return TokenLayout(row, place, content, word.clamp_min(0), _per_row(content, row, len(length)), words)
+    index = torch.arange(len(ids), device=ids.device) - (length.cumsum(0) - length)[row]
+    content = ~info.special.to(ids.device)[ids]
+    num_content = _count(content, row, len(length))
+    before = content.cumsum(0) - content.long() - (num_content.cumsum(0) - num_content)[row]
+    # The first content token of a row begins a word even where RoBERTa's vocabulary does not mark it.
+    starts = content & (info.word_start.to(ids.device)[ids] | (before == 0))
+    num_words = _count(starts, row, len(length))
+    word = starts.cumsum(0) - (num_words.cumsum(0) - num_words)[row] - 1
+    return TokenLayout(row, index, content, word.clamp_min(0), num_content, num_words)
 
 
-def _per_row_before(flag: Tensor, row: Tensor, rows: int) -> Tensor:
-    """``(T,)`` how many tokens of the same row before this one have the flag."""
-    count = _per_row(flag, row, rows)
-    return flag.long().cumsum(0) - flag.long() - (count.cumsum(0) - count)[row]
-
-
-def _per_row(flag: Tensor, row: Tensor, rows: int) -> Tensor:
-    return torch.zeros(rows, dtype=torch.long, device=row.device).index_add(0, row, flag.long())
+def _count(number: Tensor, row: Tensor, rows: int) -> Tensor:
+    """``(T,)`` numbers or flags to their sums ``(N,)`` by row."""
+    return torch.zeros(rows, dtype=torch.long, device=row.device).index_add(0, row, number.long())
 
 
 def order_in_row(value: Tensor, row: Tensor) -> Tensor:
-    """``(T,)`` tokens' indices, by row and then by ``value``."""
+    """``(T,)`` indices that sort tokens by row and then by ``value``."""
     by_value = value.argsort(stable=True)
     return by_value[row[by_value].argsort(stable=True)]
 
 
 def repeat_tokens(inputs: TokenBatch, repeats: Tensor, row: Tensor) -> TokenBatch:
-    """Each token as often as ``repeats (T,)`` says, 0 or more; what travels with it too."""
-    count = torch.zeros(len(inputs), dtype=torch.long, device=row.device).index_add(0, row, repeats.long())
-    return TokenBatch(
-        inputs.ids.repeat_interleave(repeats), count.cpu(), inputs.state.map(lambda x: x.repeat_interleave(repeats, 0))
-    )
+    """Repeat each token ``repeats (T,)`` times, 0 or more, with its state."""
+    state = inputs.state.map(lambda x: x.repeat_interleave(repeats, 0))
+    return TokenBatch(inputs.ids.repeat_interleave(repeats), _count(repeats, row, len(inputs)).cpu(), state)
 
 
-def is_row_maximum(value: Tensor, chosen: Tensor, row: Tensor, rows: int) -> Tensor:
-    """``(T,)`` whether a token has the largest value of the chosen ones in its row."""
-    top = torch.full((rows,), -1.0, device=value.device).scatter_reduce(0, row[chosen], value[chosen], "amax")
-    return chosen & (value == top[row])
-
-
-def check_rate(name: str, rate: float) -> None:
-    """Raise ``InputError`` for what is no share."""
-    if not 0 <= rate < 1:
-        raise InputError(f"view {name} with rate={rate}: a rate from 0 to below 1; a rate of 1 would leave nothing.")
+def is_row_maximum(value: Tensor, content: Tensor, row: Tensor, rows: int) -> Tensor:
+    """``(T,)`` whether a token has the largest value of the content tokens of its row."""
+    top = torch.full((rows,), -1.0, device=value.device).scatter_reduce(0, row[content], value[content], "amax")
+    return content & (value == top[row])
 
 
 @dataclass(frozen=True)
-class Deletion:
-    """Each word with probability ``rate``; never all of a row. Word deletion of SimCSE's Table 1 (arXiv:2104.08821)."""
+class RatedView:
+    """The base of edits of a share ``rate`` of each row, from 0 to below 1."""
 
     rate: float
 
     def __post_init__(self) -> None:
-        check_rate("Deletion", self.rate)
-
-    def __call__(self, inputs: TokenBatch, seed: Tensor, pieces: TokenInfo) -> TokenBatch:
-        """The rows without those words."""
-        where = token_layout(inputs, pieces)
-        draw = uniform(seed[where.row], where.word)
-        kept = (draw >= self.rate) | is_row_maximum(draw, where.content, where.row, len(inputs)) | ~where.content
-        return repeat_tokens(inputs, kept.long(), where.row)
+        if not 0 <= self.rate < 1:
+            name = type(self).__name__
+            raise InputError(f"{name} with `rate`={self.rate}: a rate from 0 to below 1; a rate of 1 would leave nothing.")
 
 
 @dataclass(frozen=True)
-class Crop:
-    """A share ``1 - rate`` of a row's words that stand side by side, one at least. SimCSE's Table 1 (arXiv:2104.08821)."""
+class Deletion(RatedView):
+    """Delete each word with probability ``rate``, but never all of a row (SimCSE, arXiv:2104.08821, Table 1).
 
-    rate: float
+    >>> text = TokenBatch.from_lists([[0, 5, 6, 7, 8, 1]])
+    >>> info = TokenInfo(torch.arange(16) >= 0, torch.arange(16) < 2)
+    >>> Deletion(0.5)(text, torch.tensor([7]), info).ids.tolist()
+    [0, 7, 8, 1]
+    """
 
-    def __post_init__(self) -> None:
-        check_rate("Crop", self.rate)
+    rate: float = 0.1
 
-    def __call__(self, inputs: TokenBatch, seed: Tensor, pieces: TokenInfo) -> TokenBatch:
-        """What is left of the rows, special tokens included."""
-        where = token_layout(inputs, pieces)
-        left = ((1 - self.rate) * where.words).round().long().clamp_min(1)
-        start = (uniform(seed, 0) * (where.words - left + 1).clamp_min(1)).long()
-        inside = (where.word >= start[where.row]) & (where.word < (start + left)[where.row])
-        return repeat_tokens(inputs, (inside | ~where.content).long(), where.row)
+    def __call__(self, inputs: TokenBatch, seed: Tensor, info: TokenInfo) -> TokenBatch:
+        """The rows without the deleted words."""
+        at = token_layout(inputs, info)
+        draw = uniform(seed[at.row], at.word)
+        keep = (draw >= self.rate) | is_row_maximum(draw, at.content, at.row, len(inputs)) | ~at.content
+        return repeat_tokens(inputs, keep.long(), at.row)
 
 
 @dataclass(frozen=True)
-class Repetition:
-    """Some pieces twice: up to a share ``rate`` of a row, or 2 (ESimCSE, Wu et al. 2021, arXiv:2109.04380, section 3.1)."""
+class Crop(RatedView):
+    """Keep a share ``1 - rate`` of consecutive words of a row, at least one (SimCSE, arXiv:2104.08821, Table 1).
 
-    rate: float
+    >>> text = TokenBatch.from_lists([[0, 5, 6, 7, 8, 1]])
+    >>> info = TokenInfo(torch.arange(16) >= 0, torch.arange(16) < 2)
+    >>> Crop(0.5)(text, torch.tensor([7]), info).ids.tolist()
+    [0, 6, 7, 1]
+    """
 
-    def __post_init__(self) -> None:
-        check_rate("Repetition", self.rate)
+    rate: float = 0.1
 
-    def __call__(self, inputs: TokenBatch, seed: Tensor, pieces: TokenInfo) -> TokenBatch:
-        """Longer rows, never longer than the backbone takes."""
-        where = token_layout(inputs, pieces)
-        most = (self.rate * where.size).long().clamp_min(2)
+    def __call__(self, inputs: TokenBatch, seed: Tensor, info: TokenInfo) -> TokenBatch:
+        """The words that are kept, and the special tokens."""
+        at = token_layout(inputs, info)
+        size = ((1 - self.rate) * at.num_words).round().long().clamp_min(1)
+        start = (uniform(seed, 0) * (at.num_words - size + 1).clamp_min(1)).long()
+        inside = (at.word >= start[at.row]) & (at.word < (start + size)[at.row])
+        return repeat_tokens(inputs, (inside | ~at.content).long(), at.row)
+
+
+@dataclass(frozen=True)
+class Repetition(RatedView):
+    """Repeat random tokens: up to a share ``rate`` of a row, or 2 (ESimCSE, Wu et al. 2021, arXiv:2109.04380, section 3.1).
+
+    >>> text = TokenBatch.from_lists([[0, 5, 6, 7, 8, 1]])
+    >>> info = TokenInfo(torch.arange(16) >= 0, torch.arange(16) < 2)
+    >>> Repetition()(text, torch.tensor([7]), info).ids.tolist()
+    [0, 5, 6, 7, 8, 8, 1]
+    """
+
+    rate: float = 0.32
+
+    def __call__(self, inputs: TokenBatch, seed: Tensor, info: TokenInfo) -> TokenBatch:
+        """Longer rows, of at most ``info.max_length`` tokens."""
+        at = token_layout(inputs, info)
+        most = (self.rate * at.num_content).long().clamp_min(2)
         count = (uniform(seed, 0) * (most + 1)).long()
-        room = (pieces.max_length - inputs.lengths.to(count.device)).clamp_min(0)
-        count = torch.minimum(torch.minimum(count, room), where.size)
-        draw = uniform(seed[where.row], where.place + 1).masked_fill(~where.content, 2.0)  # special ones come last
-        order = order_in_row(draw, where.row)
-        twice = torch.zeros_like(where.row)
-        twice[order] = (where.place < count[where.row]).long()
-        return repeat_tokens(inputs, 1 + twice, where.row)
+        room = (info.max_length - inputs.lengths.to(count.device)).clamp_min(0)
+        count = torch.minimum(torch.minimum(count, room), at.num_content)
+        draw = uniform(seed[at.row], at.index + 1).masked_fill(~at.content, 2.0)  # special tokens come last
+        twice = torch.zeros_like(at.row)
+        twice[order_in_row(draw, at.row)] = (at.index < count[at.row]).long()
+        return repeat_tokens(inputs, 1 + twice, at.row)
 
 
 @dataclass(frozen=True)
-class Masking:
-    """Each piece becomes the mask token with probability ``rate``."""
+class Masking(RatedView):
+    """Replace each token by the mask token with probability ``rate``.
 
-    rate: float
+    >>> text = TokenBatch.from_lists([[0, 5, 6, 7, 8, 1]])
+    >>> info = TokenInfo(torch.arange(16) >= 0, torch.arange(16) < 2, mask_id=2)
+    >>> Masking(0.5)(text, torch.tensor([7]), info).ids.tolist()
+    [0, 2, 6, 7, 2, 1]
+    """
 
-    def __post_init__(self) -> None:
-        check_rate("Masking", self.rate)
+    rate: float = 0.15
 
-    def __call__(self, inputs: TokenBatch, seed: Tensor, pieces: TokenInfo) -> TokenBatch:
-        """As many tokens as before."""
-        if pieces.mask_id is None:
-            raise InputError("view=masking: the tokenizer has no mask token. Use view=token_cutoff.")
-        where = token_layout(inputs, pieces)
-        chosen = where.content & (uniform(seed[where.row], where.place) < self.rate)
-        return replace(inputs, ids=inputs.ids.masked_fill(chosen, pieces.mask_id))
+    def __call__(self, inputs: TokenBatch, seed: Tensor, info: TokenInfo) -> TokenBatch:
+        """Rows of the same lengths."""
+        if info.mask_id is None:
+            raise InputError("Masking: the tokenizer has no mask token. Use TokenCutoff.")
+        at = token_layout(inputs, info)
+        chosen = at.content & (uniform(seed[at.row], at.index) < self.rate)
+        return replace(inputs, ids=inputs.ids.masked_fill(chosen, info.mask_id))
 
 
 @dataclass(frozen=True)
 class Shuffle:
-    """The row's tokens exchange their positions; special ones keep theirs (ConSERT's token shuffling, arXiv:2105.11741)."""
+    """Exchange the positions of a row's content tokens at random (token shuffling of ConSERT, arXiv:2105.11741).
 
-    def __call__(self, inputs: TokenBatch, seed: Tensor, pieces: TokenInfo) -> TokenBatch:
-        """The same tokens at other places."""
-        where = token_layout(inputs, pieces)
-        before = where.place if inputs.state.position is None else inputs.state.position
-        which = where.content.nonzero()[:, 0]
-        order = which[order_in_row(uniform(seed[where.row[which]], where.place[which]), where.row[which])]
-        place = before.clone()
-        place[order] = before[which]
-        return replace(inputs, state=replace(inputs.state, position=place))
+    >>> text = TokenBatch.from_lists([[0, 5, 6, 7, 8, 1]])
+    >>> info = TokenInfo(torch.arange(16) >= 0, torch.arange(16) < 2)
+    >>> Shuffle()(text, torch.tensor([7]), info).state.position.tolist()
+    [0, 1, 4, 3, 2, 5]
+    """
+
+    def __call__(self, inputs: TokenBatch, seed: Tensor, info: TokenInfo) -> TokenBatch:
+        """The same tokens at other positions."""
+        at = token_layout(inputs, info)
+        before = at.index if inputs.state.position is None else inputs.state.position
+        which = at.content.nonzero()[:, 0]
+        order = which[order_in_row(uniform(seed[at.row[which]], at.index[which]), at.row[which])]
+        position = before.clone()
+        position[order] = before[which]
+        return replace(inputs, state=replace(inputs.state, position=position))
 
 
-def _cut(inputs: TokenBatch, gone: Tensor) -> TokenBatch:
-    before = torch.ones_like(gone) if inputs.state.keep is None else inputs.state.keep
-    return replace(inputs, state=replace(inputs.state, keep=before & ~gone))
-
-
-@dataclass(frozen=True)
-class TokenCutoff:
-    """Each token with probability ``rate``; never all of a row, never special ones."""
-
-    rate: float
-
-    def __post_init__(self) -> None:
-        check_rate("TokenCutoff", self.rate)
-
-    def __call__(self, inputs: TokenBatch, seed: Tensor, pieces: TokenInfo) -> TokenBatch:
-        """The same tokens, some without their vector."""
-        where = token_layout(inputs, pieces)
-        draw = uniform(seed[where.row], where.place)
-        spared = is_row_maximum(draw, where.content, where.row, len(inputs))
-        return _cut(inputs, where.content & (draw < self.rate) & ~spared)
+def _cut(inputs: TokenBatch, cut: Tensor) -> TokenBatch:
+    before = torch.ones_like(cut) if inputs.state.keep is None else inputs.state.keep
+    return replace(inputs, state=replace(inputs.state, keep=before & ~cut))
 
 
 @dataclass(frozen=True)
-class SpanCutoff:
-    """A share ``rate`` of a row's tokens that stand side by side; never all, never special ones."""
+class TokenCutoff(RatedView):
+    """Set the word vector of each token to zero with probability ``rate``, but never of all in a row (ConSERT).
 
-    rate: float
+    >>> text = TokenBatch.from_lists([[0, 5, 6, 7, 8, 1]])
+    >>> info = TokenInfo(torch.arange(16) >= 0, torch.arange(16) < 2)
+    >>> TokenCutoff(0.5)(text, torch.tensor([7]), info).state.keep.long().tolist()
+    [1, 0, 1, 1, 0, 1]
+    """
 
-    def __post_init__(self) -> None:
-        check_rate("SpanCutoff", self.rate)
+    rate: float = 0.15
 
-    def __call__(self, inputs: TokenBatch, seed: Tensor, pieces: TokenInfo) -> TokenBatch:
-        """The same tokens, a span of them without their vectors."""
-        where = token_layout(inputs, pieces)
-        size = where.size
+    def __call__(self, inputs: TokenBatch, seed: Tensor, info: TokenInfo) -> TokenBatch:
+        """The same tokens, ``state.keep`` false for some."""
+        at = token_layout(inputs, info)
+        draw = uniform(seed[at.row], at.index)
+        spared = is_row_maximum(draw, at.content, at.row, len(inputs))
+        return _cut(inputs, at.content & (draw < self.rate) & ~spared)
+
+
+@dataclass(frozen=True)
+class SpanCutoff(RatedView):
+    """Set the word vectors of a share ``rate`` of consecutive tokens to zero, never of all (Shen et al., arXiv:2009.13818).
+
+    >>> text = TokenBatch.from_lists([[0, 5, 6, 7, 8, 1]])
+    >>> info = TokenInfo(torch.arange(16) >= 0, torch.arange(16) < 2)
+    >>> SpanCutoff(0.5)(text, torch.tensor([7]), info).state.keep.long().tolist()
+    [1, 1, 0, 0, 1, 1]
+    """
+
+    rate: float = 0.15
+
+    def __call__(self, inputs: TokenBatch, seed: Tensor, info: TokenInfo) -> TokenBatch:
+        """The same tokens, ``state.keep`` false for a span."""
+        at = token_layout(inputs, info)
+        size = at.num_content
         span = torch.minimum((self.rate * size).round().long(), (size - 1).clamp_min(0))
         start = (uniform(seed, 0) * (size - span + 1)).long()
-        number = where.content.long().cumsum(0) - 1 - (size.cumsum(0) - size)[where.row]
-        inside = (number >= start[where.row]) & (number < (start + span)[where.row])
-        return _cut(inputs, where.content & inside)
+        number = at.content.long().cumsum(0) - 1 - (size.cumsum(0) - size)[at.row]
+        inside = (number >= start[at.row]) & (number < (start + span)[at.row])
+        return _cut(inputs, at.content & inside)
 
 
 @dataclass(frozen=True)
-class FeatureCutoff:
-    """Each column of the word vectors with probability ``rate``, the same ones for all tokens of a row."""
+class FeatureCutoff(RatedView):
+    """Set each column of the word vectors to zero with probability ``rate``, the same columns for all tokens of a row.
 
-    rate: float
+    The columns are drawn in the encoder, which knows their number (ConSERT, arXiv:2105.11741, section 3.2).
 
-    def __post_init__(self) -> None:
-        check_rate("FeatureCutoff", self.rate)
+    >>> text = TokenBatch.from_lists([[0, 5, 6, 7, 8, 1]])
+    >>> info = TokenInfo(torch.arange(16) >= 0, torch.arange(16) < 2)
+    >>> FeatureCutoff(0.5)(text, torch.tensor([7]), info).state.feature_cutoff.shape
+    torch.Size([6, 2])
+    """
 
-    def __call__(self, inputs: TokenBatch, seed: Tensor, pieces: TokenInfo) -> TokenBatch:
-        """The same tokens; which columns go is drawn from what travels with them, once their number is known."""
+    rate: float = 0.15
+
+    def __call__(self, inputs: TokenBatch, seed: Tensor, info: TokenInfo) -> TokenBatch:
+        """The same tokens, with a seed and the rate as ``state.feature_cutoff``."""
         if inputs.state.feature_cutoff is not None:
-            raise InputError("view: a look takes one FeatureCutoff. Give it the larger rate of the two.")
-        row = token_layout(inputs, pieces).row
+            raise InputError("A view takes one FeatureCutoff. Give it the larger `rate` of the two.")
+        row = token_layout(inputs, info).row
         marks = torch.stack([derive_seed(seed, 0), torch.full_like(seed, round(self.rate * RATE_SCALE))], 1)
         return replace(inputs, state=replace(inputs.state, feature_cutoff=marks[row]))

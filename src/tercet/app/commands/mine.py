@@ -55,7 +55,7 @@ def run(cfg: DictConfig, output: Path) -> None:
     encoder = open_model(cfg.model.path, cfg.model.pooling, cfg.device, cfg.seed)
     if not isinstance(encoder, TextEncoder):
         raise InputError(f"model={cfg.model.path} reads images; mine writes texts. Images: callback=hard_labels.")
-    table = mine(pairs, CachedEncoder(encoder, progress="embedding"), guard, cfg.negatives, cfg.skip)
+    table = mine_negatives(pairs, CachedEncoder(encoder, progress="embedding"), guard, cfg.negatives, cfg.skip)
     if len(table) == 0:
         raise InputError(
             f"No negative is left of {len(pairs.keys)} texts: guard.max_similarity={guard.max_similarity} and "
@@ -123,7 +123,7 @@ def of_labels(texts: list[str], label: "np.ndarray[tuple[int], np.dtype[np.int64
     return MiningPairs(anchors, positives, keys, lambda rows, at: (codes[at] != own[rows, None]) & (codes[at] != -2))
 
 
-def mine(pairs: MiningPairs, encode: CachedEncoder, guard: FalseNegativeFilter, count: int, skip: int) -> pa.Table:
+def mine_negatives(pairs: MiningPairs, encode: CachedEncoder, guard: FalseNegativeFilter, count: int, skip: int) -> pa.Table:
     """Rows by anchor, its nearest negative first."""
     x, y, keys = (F.normalize(encode(texts), dim=-1) for texts in (pairs.anchors, pairs.positives, pairs.keys))
     own = (x * y).sum(1)

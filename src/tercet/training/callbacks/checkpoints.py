@@ -181,9 +181,7 @@ class RNGState(pl.Callback):
             self._restore()
         self._record(trainer, batch_idx % trainer.accumulate_grad_batches)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Record the state after each optimizer step."""
         self._record(trainer, 0 if trainer.is_last_batch else (batch_idx + 1) % trainer.accumulate_grad_batches)
 

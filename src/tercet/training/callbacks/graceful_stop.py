@@ -42,9 +42,7 @@ class GracefulStop(pl.Callback):
         """A step begins."""
         self.stepping = True
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop where any process has received a signal."""
         self.stepping = False
         number = self.received

@@ -27,13 +27,9 @@ class HardLabels(pl.Callback):
     """
 
     def __init__(
-        self,
-        every: int = 1,
-        rows: int = 20_000,
-        labels: int = 5,
-        max_similarity: float = 0.95,
+        self, every: int = 1, rows: int = 20_000, labels: int = 5, max_similarity: float = 0.95,
         relative_margin: float | None = 0.05,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if every < 1 or rows < 2 or labels < 1:
             raise InputError(f"`every`={every}, `rows`={rows}, `labels`={labels}: at least 1, 2 and 1 are needed.")
         self.every, self.rows, self.labels = every, rows, labels

@@ -85,9 +85,7 @@ class CollapseWarning(pl.Callback):
         self.patience = patience
         self.in_a_row = 0
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Check what the step has logged."""
         if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
             return

@@ -21,9 +21,7 @@ class Progress(TQDMProgressBar):
         """No bar: it would count the one dummy batch of an evaluation."""
         return Tqdm(disable=True)
 
-    def init_validation_tqdm(self) -> Tqdm:
-        """No bar, as for tests."""
-        return Tqdm(disable=True)
+    init_validation_tqdm = init_test_tqdm
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         """The values beside the bar."""
@@ -68,7 +66,8 @@ class Throughput(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         """Count the inputs of the step and log its cost."""
-        inputs = concat_inputs(pl_module.views(batch).views)
+        views = pl_module.views(batch) if hasattr(pl_module, "views") else batch
+        inputs = concat_inputs(views.views)
         now = time.perf_counter()
         seconds = now - (self.start or now)
         self.start = now
