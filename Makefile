@@ -10,7 +10,8 @@ export TOKENIZERS_PARALLELISM ?= false
 PEERS := .venv-peers/bin
 # Two processes of one thread each use two cores better than one process of two threads.
 WORKERS ?= 2
-PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --doctest-modules -n $(WORKERS) --dist worksteal
+# A file of tests stays in one process, which makes its fixtures once.
+PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: train test test-all benchmark lint fix clean
 train: .venv/quickstart
@@ -19,10 +20,10 @@ train: .venv/quickstart
 
 test: lint
 	@echo "Testing$(if $(TERCET_DATA), with the data in TERCET_DATA=$(TERCET_DATA),; tests that need TERCET_DATA are skipped)."
-	$(PYTEST) -m "not slow and not gpu" tests src/tercet
+	$(PYTEST) -m "not slow and not gpu"
 
 test-all: lint
-	$(PYTEST) tests src/tercet
+	$(PYTEST)
 
 benchmark: .venv-peers/ready
 	@echo "Benchmarks against other libraries: a quarter of an hour, outputs/benchmarks/."

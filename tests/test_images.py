@@ -11,7 +11,7 @@ from PIL import Image, ImageCms
 from tercet.errors import InputError
 from tercet.images import PixelFormat, UnreadableImage, read_image_cell, to_array
 
-GREY, COLOUR = PixelFormat(16, 1, (0.5,), (0.5,)), PixelFormat(16, 3, (0.5,) * 3, (0.5,) * 3)
+GRAY, COLOR = PixelFormat(16, 1, (0.5,), (0.5,)), PixelFormat(16, 3, (0.5,) * 3, (0.5,) * 3)
 SHADES = np.linspace(0, 255, 24 * 24).reshape(24, 24)
 
 
@@ -25,7 +25,7 @@ def picture(mode="RGB"):
     return Image.fromarray(SHADES.astype(np.uint8)).convert("RGB").convert(mode)
 
 
-@pytest.mark.parametrize("pixels", [GREY, COLOUR])
+@pytest.mark.parametrize("pixels", [GRAY, COLOR])
 @pytest.mark.parametrize(
     ("mode", "kind"),
     [
@@ -42,15 +42,15 @@ def test_every_mode_is_the_same_picture(pixels, mode, kind):
 
 @pytest.mark.parametrize("kind", ["png", "tiff"])
 def test_16_bits_keep_their_range(kind):
-    got = GREY.read(encoded(Image.fromarray((SHADES * 257).astype(np.uint16)), kind)).astype(int)
-    assert np.abs(got - GREY.read(encoded(picture("L")))).max() <= 2
+    got = GRAY.read(encoded(Image.fromarray((SHADES * 257).astype(np.uint16)), kind)).astype(int)
+    assert np.abs(got - GRAY.read(encoded(picture("L")))).max() <= 2
 
 
 def test_what_is_transparent_is_white():
     clear = Image.new("RGBA", (20, 20), (0, 0, 0, 0))
-    assert (COLOUR.read(encoded(clear)) == 255).all()
+    assert (COLOR.read(encoded(clear)) == 255).all()
     palette = Image.new("P", (20, 20), 0)
-    assert (GREY.read(encoded(palette, transparency=0)) == 255).all()
+    assert (GRAY.read(encoded(palette, transparency=0)) == 255).all()
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -71,7 +71,7 @@ def test_pictures_stand_upright(orientation):
         lying = lying.transpose(Image.Transpose(turn))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    assert (GREY.read(encoded(lying, exif=exif)) == GREY.read(encoded(shown))).all()
+    assert (GRAY.read(encoded(lying, exif=exif)) == GRAY.read(encoded(shown))).all()
 
 
 BAD = {
@@ -86,17 +86,17 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-@pytest.mark.parametrize("pixels", [GREY, COLOUR])
+@pytest.mark.parametrize("pixels", [GRAY, COLOR])
 def test_what_cannot_be_used_says_why(pixels, name):
     data, why = BAD[name]
     with pytest.raises(UnreadableImage, match=why):
         pixels.read(data)
 
 
-def test_lab_becomes_grey():
+def test_lab_becomes_gray():
     profiles = [ImageCms.createProfile(space) for space in ("sRGB", "LAB")]
     lab = ImageCms.profileToProfile(picture(), *profiles, outputMode="LAB")
-    assert GREY.read(encoded(lab, "tiff")).shape == (1, 16, 16)
+    assert GRAY.read(encoded(lab, "tiff")).shape == (1, 16, 16)
 
 
 @given(width=st.integers(8, 90), height=st.integers(8, 90), size=st.integers(8, 40), data=st.data())
@@ -110,7 +110,7 @@ def test_any_shape_becomes_a_square(width, height, size, data):
 
 def test_a_picture_of_the_right_size_is_left_alone():
     values = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    assert (COLOUR.read(encoded(Image.fromarray(values))) == values.transpose(2, 0, 1)).all()
+    assert (COLOR.read(encoded(Image.fromarray(values))) == values.transpose(2, 0, 1)).all()
     assert to_array(Image.fromarray(values[..., 0])).shape == (1, 16, 16)
 
 

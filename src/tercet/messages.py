@@ -10,42 +10,42 @@ from typing import Any
 
 from tercet.distributed.gather import rank
 
-_failed: set[str] = set()
+_reported: set[str] = set()
 
 
 @cache
 def warn_once(message: str) -> None:
-    """Log a warning; rows are read and evaluators run many times, the same message is not repeated."""
+    """Log a warning; the same message is logged once in a process."""
     logging.getLogger("tercet").warning(message)
 
 
 def describe_logger(logger: Any) -> str:
-    """What is said of a logger: which it is, and where it writes."""
+    """Name a logger and the folder it writes to."""
     return f"{type(logger).__name__} in {logger.save_dir}"
 
 
 @contextmanager
 def log_errors(what: str, kind: type[Exception] = OSError) -> Iterator[None]:
-    """An error of this kind in here ends no run: the first of ``what`` is said, and it goes on."""
+    """Log an error of this kind instead of raising it, so that the run goes on; once for each ``what``."""
     try:
         yield
     except kind as error:
-        if what not in _failed:
-            _failed.add(what)
+        if what not in _reported:
+            _reported.add(what)
             logging.getLogger("tercet").warning(f"{what}: {type(error).__name__}: {error}; the run goes on without it.")
 
 
 def print_status(line: str) -> None:
-    """One line for the user, from the first process only."""
+    """Print one line to stderr, from the first process only."""
     if rank() == 0:
         print(line, file=sys.stderr, flush=True)
 
 
 def silence_libraries() -> None:
-    """Silence what libraries say about choices that are made here on purpose, and their tips."""
+    """Silence tips of libraries, and their warnings about choices that are made on purpose here."""
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.basicConfig(format="%(message)s")  # the counts of dropped rows
+    logging.basicConfig(format="%(message)s")  # counts of dropped rows
     for text in (
         ".*does not have many workers.*",
         ".*Checkpoint directory .* exists and is not empty.*",

@@ -8,7 +8,7 @@ import signal
 import pytest
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from tercet.models.checkpoint import read_checkpoint
+from tercet.models.loading import read_checkpoint
 from tercet.training import SimCSEUnsup
 from tests.end_to_end.conftest import assert_same_weights
 
@@ -49,7 +49,7 @@ def test_weights_are_bit_identical(run, whole, monkeypatch, stop, objective, mor
 
 def test_resume_without_a_checkpoint_is_a_start(run):
     result = run("resume=true")
-    assert result.code == 0 and "going on" not in result.terminal
+    assert result.code == 0 and "resuming" not in result.terminal
 
 
 def test_ctrl_c_in_the_middle_of_a_step_changes_nothing(run, whole, monkeypatch):
@@ -66,7 +66,7 @@ def test_ctrl_c_in_the_middle_of_a_step_changes_nothing(run, whole, monkeypatch)
     assert run("save_every=null").code == 130
     monkeypatch.setattr(SimCSEUnsup, "training_step", original)
     resumed = run("resume=true")
-    assert "going on from" in resumed.terminal and "step 5" in resumed.terminal
+    assert "resuming from" in resumed.terminal and "step 5" in resumed.terminal
     assert_same_weights(resumed.output, before)
 
 
@@ -193,7 +193,7 @@ def test_other_settings_are_not_mixed_in(run):
     assert run("trainer.max_epochs=1").code == 0
     result = run("resume=true", "optimizer.lr=0.5")
     assert result.code == 1
-    assert re.search(r"was begun with optimizer.lr=0.0001, not 0.5. Set it as it was", result.terminal)
+    assert re.search(r"was started with optimizer.lr=0.0001, not 0.5. Set it as it was", result.terminal)
 
 
 def test_sigterm_saves_the_step_it_was_at(run, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tercet.errors import InputError
-from tercet.models.checkpoint import read_checkpoint
+from tercet.models.loading import read_checkpoint
 from tercet.training import SimCSEUnsup
 from tercet.training.callbacks import SkipNonFinite
 from tests.conftest import tiny
@@ -43,7 +43,7 @@ def test_one_step_is_skipped_and_its_rows_are_named(run, broken, caplog):
     result = run()
     assert result.code == 0, result.terminal
     assert caplog.text.count("step 3: the gradient is not finite") == 1
-    ((step, process, rows),) = csv.transform((result.output / "skipped.csv").open())
+    ((step, process, rows),) = csv.reader((result.output / "skipped.csv").open())
     assert (step, process) == ("3", "0") and len(rows.split()) == 4
     state = read_checkpoint(result.output / "checkpoints" / "last.ckpt")
     assert all(torch.isfinite(value).all() for value in state["state_dict"].values() if value.is_floating_point())

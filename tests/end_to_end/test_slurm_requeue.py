@@ -59,7 +59,7 @@ def test_of_a_jobs_array_the_task_is_queued_again_and_a_refusal_is_said(run, mon
     warned(monkeypatch, 1)
     result = run()
     assert result.code == 143
-    assert "scontrol requeue 40_2: no such job: 40_2. The same command with resume=true goes on." in result.terminal
+    assert "scontrol requeue 40_2: no such job: 40_2. The same command with resume=true continues the run." in result.terminal
 
 
 def test_a_warning_while_nothing_trains_queues_again(run, monkeypatch, slurm):

@@ -111,7 +111,7 @@ def test_a_stage_may_be_left_out_and_all_may_not(staged):
     assert result.code == 0, result.terminal
     assert not (result.output / "1_words").exists() and (result.output / "1_looks" / "metrics.json").is_file()
     assert "before/retrieval/text/mrr" in result.metrics()
-    assert "no stage is left" in staged("stages.runs.words=null", "stages.runs.looks=null").terminal
+    assert "every stage is null" in staged("stages.runs.words=null", "stages.runs.looks=null").terminal
 
 
 def test_seeds_of_stages_end_in_one_table(command, tmp_path, monkeypatch):

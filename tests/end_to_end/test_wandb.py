@@ -1,4 +1,4 @@
-"""Weights & Biases without an account: what is written is read back as records."""
+"""Runs logged to Weights & Biases offline, read back from the records on disk."""
 
 import errno
 import json
@@ -25,7 +25,7 @@ SWEEP = CONF.parent / "docs" / "wandb_sweep.yaml"
 
 @pytest.fixture(autouse=True)
 def _nobody(monkeypatch):
-    """No account, and nothing of another run's environment."""
+    """Without an account, and without the environment variables of another run."""
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_DATA_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", "/dev/null")
@@ -36,7 +36,7 @@ def _nobody(monkeypatch):
     teardown()
 
 
-def full(*_, **__):
+def raise_disk_full(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -61,7 +61,7 @@ def test_a_run_is_whole_in_its_folder(small):
     assert "last.ckpt" in seen.artifacts["checkpoints"]
     assert seen.media("tables/pairs") and seen.media("figures/embeddings")
     for file in (file for files in seen.artifacts.values() for file in files.values()):
-        assert file.is_file() and result.output in file.parents, "what `wandb sync` will send is with the run"
+        assert file.is_file() and result.output in file.parents, "files that `wandb sync` uploads are in the run's folder"
 
 
 def test_tables_of_images_have_pictures(command, people):  # noqa: F811
@@ -89,7 +89,7 @@ def test_a_job_of_a_sweep_says_so(command, tmp_path):
     assert [run.run_group for run in runs] == 2 * ["quickstart/sweep"] and "sweep" in runs[0].tags
     assert [run.display_name for run in runs] == ["quickstart-1-0", "quickstart-2-1"]
     assert runs[0].run_id != runs[1].run_id
-    assert "wandb:" not in done.terminal, "it is silent"
+    assert "wandb:" not in done.terminal, "W&B prints nothing"
     for job in ("0", "1"):
         files = written(tmp_path / "sweep" / job).artifacts["record"]
         assert all(tmp_path / "sweep" / job in file.parents for file in files.values())
@@ -115,7 +115,7 @@ def test_a_run_that_goes_on_is_the_same_in_wandb(small):
 
 
 def test_a_full_disk_is_said_once_and_training_goes_on(small, monkeypatch, caplog):
-    monkeypatch.setattr("pytorch_lightning.loggers.csv_logs.ExperimentWriter.save", full)
+    monkeypatch.setattr("pytorch_lightning.loggers.csv_logs.ExperimentWriter.save", raise_disk_full)
     usage, calls = shutil.disk_usage, count()
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage(path) if next(calls) < 9 else usage(path)._replace(free=0))
     result = small("logger=default", "trainer.max_steps=60", "trainer.max_epochs=-1", "trainer.log_every_n_steps=1")
@@ -137,7 +137,7 @@ def test_without_a_place_for_wandb_training_goes_on(small, tmp_path, monkeypatch
 
 @pytest.fixture
 def agent(monkeypatch, tmp_path):
-    """W&B's own agent; what its server would answer is made up. Returns the commands that it starts."""
+    """The commands that W&B's sweep agent starts, with a fake server."""
     import wandb
     import wandb.apis.public.sweeps as server
     from wandb import wandb_agent
@@ -148,7 +148,7 @@ def agent(monkeypatch, tmp_path):
     commands = []
 
     class Process:
-        """Its place; it is finished at once."""
+        """A process that has finished at once."""
 
         def __init__(self, command, **_):
             commands.append(command)

@@ -191,7 +191,7 @@ def test_whole_labels_are_left_out_where_there_are_too_many_items(caplog):
     with caplog.at_level(logging.WARNING, "tercet"):
         found = measure(clouds(6, 4), max_items=11, threshold=0.5, name="many")
     assert found["labels"] == 2
-    assert "8 of 24 items are used, 2 whole labels." in caplog.text
+    assert "8 of 24 items are used, 2 whole labels (max_items)." in caplog.text
 
 
 @pytest.mark.parametrize("encode", [collapsed, noise, lambda items: torch.zeros(len(items), 3)])

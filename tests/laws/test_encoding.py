@@ -1,4 +1,4 @@
-"""Laws 5 and 6: how rows run through the network is nobody's business but the network's."""
+"""Laws 5 and 6: embeddings and gradients do not depend on how rows run through the network."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from tercet.app.components import build
 from tercet.models import Execution
 from tercet.models.engine.deterministic_dropout import with_dropout_seeds
-from tercet.models.pooling import OF_WORDS, POOLINGS
+from tercet.models.pooling import POOLINGS, WORD_ONLY_POOLINGS
 from tercet.types import Batch, TokenBatch
 from tests.conftest import MINILM, TEXTS, choices, composed, tiny
 
@@ -77,7 +77,7 @@ def test_recomputed_gradients_are_the_plain_ones_with_dropout_on(name, layout, d
 @pytest.mark.parametrize("name", choices("objective"))
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_chunks_and_padding_do_not_change_the_gradient(name, dropout):
-    """With dropout on too: what is dropped is a function of the row, not of where it is computed."""
+    """With dropout on too: masks are a function of the row, not of the chunk."""
     mlm = float(name == "mlm")  # which tokens it masks is drawn from torch's numbers
     given = {"dropout_rate": dropout, "dropout": "deterministic", "mlm": mlm}
     whole = objective(name, False, None, layout="padded", **given)
@@ -99,14 +99,14 @@ def encoder_of(family, *overrides):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("pooling", sorted(set(POOLINGS) - {"cls_pooler"} - OF_WORDS))
+@pytest.mark.parametrize("pooling", sorted(set(POOLINGS) - {"cls_pooler"} - WORD_ONLY_POOLINGS))
 def test_rows_embed_together_as_they_do_alone(family, pooling):
     encoder = encoder_of(family, f"model.pooling={pooling}").eval()
     assert (encoder.execution.layout == "packed") == (family in PACKS)
     inputs = encoder.prepare(TEXTS)
     alone = torch.cat([encoder.run(inputs.select(torch.tensor([i])), padded()) for i in range(len(inputs))])
     expected = slopes(encoder, alone)
-    plans = [padded(), Execution("sorted", "torch", None, None, False), Execution("sorted", "torch", 30, None, False),
+    plans = [padded(), Execution("sorted", "torch"), Execution("sorted", "torch", 30, None, False),
              Execution("padded", "torch", None, 2, False)]  # fmt: skip
     if family in PACKS:
         plans += [Execution("packed", "auto", tokens, rows, False) for tokens, rows in ((None, None), (30, None), (1, None))]
@@ -118,18 +118,18 @@ def test_rows_embed_together_as_they_do_alone(family, pooling):
 
 
 def padded():
-    return Execution("padded", "torch", None, None, False)
+    return Execution("padded", "torch")
 
 
 def slopes(encoder, z):
-    """The gradient of a sum that no row and no column can leave unnoticed."""
+    """The gradient of a sum in which every row and column has its own weight."""
     encoder.zero_grad()
     (z * torch.linspace(-1, 1, z.numel()).view_as(z)).sum().backward(retain_graph=True)
     return {name: p.grad.clone() for name, p in encoder.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("family", sorted(PACKS))
-def test_a_packed_row_does_not_see_its_neighbours(family):
+def test_a_packed_row_does_not_see_its_neighbors(family):
     encoder = encoder_of(family).eval()
     inputs = encoder.prepare(TEXTS)
     z = encoder(inputs)
@@ -157,7 +157,7 @@ def test_the_last_layer_computes_first_tokens_only_where_no_others_are_read(fami
 
 @pytest.mark.parametrize("family", sorted(PACKS))
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
-def test_keyed_dropout_is_a_function_of_the_row(family, pooling):
+def test_deterministic_dropout_is_a_function_of_the_row(family, pooling):
     """The same for any layout, any chunks and any order of the rows; another for another seed, step, view and place."""
     encoder = encoder_of(family, f"model.pooling={pooling}", "model.execution.dropout=deterministic").train()
     batch = with_dropout_seeds(one_column(encoder), seed=1, step=7)
@@ -181,5 +181,5 @@ def one_column(encoder):
 
 def test_what_cannot_be_packed_is_said():
     for key in ("layout=packed", "dropout=deterministic"):
-        with pytest.raises(Exception, match=f"model.execution.{key}: MPNetModel .* model.execution.{key[:6]}.*=auto"):
+        with pytest.raises(Exception, match=f"execution.{key}: MPNetModel .* execution.{key[:6]}.*=auto"):
             encoder_of("mpnet", f"model.execution.{key}")

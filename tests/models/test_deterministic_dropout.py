@@ -1,4 +1,4 @@
-"""Our dropout has torch's law."""
+"""Seeded dropout has the distribution of torch's dropout."""
 
 import math
 
@@ -11,15 +11,15 @@ from tercet.errors import InputError
 from tercet.models.engine.deterministic_dropout import DropoutSeeds, SeededDropout, apply_dropout, replace_dropouts
 
 
-def masks(p, keyed, rows=400, columns=384):
-    seed = torch.randint(-(1 << 62), 1 << 62, (1, rows)) if keyed else None
+def masks(p, seeded, rows=400, columns=384):
+    seed = torch.randint(-(1 << 62), 1 << 62, (1, rows)) if seeded else None
     return apply_dropout(torch.ones(1, rows, columns), p, seed)[0]
 
 
-@pytest.mark.parametrize("keyed", [False, True])
+@pytest.mark.parametrize("seeded", [False, True])
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_elements_are_kept_with_the_right_probability_and_scale(p, keyed):
-    z = masks(p, keyed)
+def test_elements_are_kept_with_the_right_probability_and_scale(p, seeded):
+    z = masks(p, seeded)
     kept = z != 0
     assert torch.equal(z[kept], torch.full_like(z[kept], float(z.max())))
     assert float(z.max()) == pytest.approx(1 / (1 - p), rel=1e-4)
@@ -31,9 +31,9 @@ def test_elements_are_kept_with_the_right_probability_and_scale(p, keyed):
         assert stats.chi2.sf(chi, len(counts)) > 1e-4
 
 
-@pytest.mark.parametrize("keyed", [False, True])
-def test_elements_are_independent_of_their_neighbours(keyed):
-    kept = (masks(0.5, keyed) != 0).double() - 0.5
+@pytest.mark.parametrize("seeded", [False, True])
+def test_elements_are_independent_of_their_neighbors(seeded):
+    kept = (masks(0.5, seeded) != 0).double() - 0.5
     for a, b in ((kept[:, 1:], kept[:, :-1]), (kept[1:], kept[:-1]), (kept[:, 4:], kept[:, :-4])):
         assert abs(float((a * b).mean())) * 4 * math.sqrt(a.numel()) < 4.5
 
@@ -48,33 +48,33 @@ def test_the_gradient_is_that_of_a_product_with_the_mask():
 
 
 def test_a_mask_is_a_function_of_seed_and_layer():
-    noise = DropoutSeeds()
-    first, second = SeededDropout(0.5, 1, noise), SeededDropout(0.5, 2, noise)
-    noise.seed = torch.arange(3)[None]
+    seeds = DropoutSeeds()
+    first, second = SeededDropout(0.5, 1, seeds), SeededDropout(0.5, 2, seeds)
+    seeds.seed = torch.arange(3)[None]
     x = torch.ones(1, 3, 64)
     assert torch.equal(first(x), first(x))
     assert not torch.equal(first(x), second(x))
-    noise.seed = noise.seed + 3
+    seeds.seed = seeds.seed + 3
     assert not torch.equal(first(x), second(x))
-    noise.seed = None
+    seeds.seed = None
     assert not torch.equal(first(x), first(x))
 
 
 def test_evaluation_and_rates_of_0_and_1():
-    noise, x = DropoutSeeds(), torch.randn(1, 3, 8)
-    assert torch.equal(SeededDropout(0.5, 0, noise).eval()(x), x)
-    assert torch.equal(SeededDropout(0.0, 0, noise)(x), x)
-    assert not SeededDropout(1.0, 0, noise)(x).any()
+    seeds, x = DropoutSeeds(), torch.randn(1, 3, 8)
+    assert torch.equal(SeededDropout(0.5, 0, seeds).eval()(x), x)
+    assert torch.equal(SeededDropout(0.0, 0, seeds)(x), x)
+    assert not SeededDropout(1.0, 0, seeds)(x).any()
 
 
 def test_all_dropouts_are_replaced_and_a_wrong_shape_is_refused():
     net = torch.nn.Sequential(torch.nn.Dropout(0.1), torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.2)))
-    noise = replace_dropouts(net)
+    seeds = replace_dropouts(net)
     found = [m for m in net.modules() if isinstance(m, torch.nn.Dropout)]
     assert [(type(m), m.p) for m in found] == [(SeededDropout, 0.1), (SeededDropout, 0.2)]
     assert len({m.number for m in found}) == 2
-    noise.seed = torch.zeros(1, 3, dtype=torch.long)
-    with pytest.raises(InputError, match=r"model\.execution\.dropout=torch"):
+    seeds.seed = torch.zeros(1, 3, dtype=torch.long)
+    with pytest.raises(InputError, match=r"execution\.dropout=torch"):
         net(torch.ones(1, 4, 2))
 
 

@@ -1,16 +1,15 @@
-"""Text in, vectors out."""
+"""Encoding of texts: modes, caching, pooling, folders, and agreement with sentence-transformers."""
 
 import pytest
 import torch
 
 from tercet.app.components import build
 from tercet.errors import InputError
-from tercet.models import CachedEncoder, Head, TextEncoder, load_backbone, load_tokenizer
-from tercet.models.engine.chunking import PLAIN
+from tercet.models import CachedEncoder, Head, TextEncoder, load_backbone, load_tokenizer, make_tokenizer, random_backbone
 from tercet.models.folder import load_folder, save_model
-from tercet.models.pooling import OF_WORDS, POOLINGS
+from tercet.models.pooling import POOLINGS, WORD_ONLY_POOLINGS
 from tercet.types import TokenBatch
-from tests.conftest import MINILM, TEXTS, composed, tiny
+from tests.conftest import MINILM, TEXTS, TINY, composed, tiny
 
 
 @pytest.fixture(scope="module")
@@ -47,14 +46,14 @@ def test_the_vectors_are_those_of_sentence_transformers(minilm):
 
     from tercet.models.pretrained import resolve_source
 
-    theirs = torch.tensor(SentenceTransformer(resolve_source(MINILM, "model"), device="cpu").encode(TEXTS))
+    theirs = torch.tensor(SentenceTransformer(resolve_source(MINILM), device="cpu").encode(TEXTS))
     torch.testing.assert_close(CachedEncoder(minilm)(TEXTS), theirs, rtol=0, atol=1e-5)
 
 
 HEADS = [("none", None, False), ("linear", 8, False), ("mlp", None, False), ("mlp", 8, True)]
 
 
-@pytest.mark.parametrize("pooling", sorted(set(POOLINGS) - OF_WORDS))
+@pytest.mark.parametrize("pooling", sorted(set(POOLINGS) - WORD_ONLY_POOLINGS))
 @pytest.mark.parametrize("head", HEADS, ids=str)
 def test_the_folder_opens_elsewhere_with_the_same_vectors(tmp_path, pooling, head):
     from sentence_transformers import SentenceTransformer
@@ -72,8 +71,8 @@ def test_the_folder_opens_elsewhere_with_the_same_vectors(tmp_path, pooling, hea
     assert again.pooling == pooling
 
 
-def brute(pooling, states, mask):
-    """One row at a time, as the names say."""
+def pool_by_row(pooling, states, mask):
+    """The pooling of one row at a time, written out."""
     out = []
     for i, row in enumerate(mask.bool()):
         layer = {"first_last": 1, "static_last": 0, "top_two": -2}.get(pooling, -1)
@@ -83,14 +82,14 @@ def brute(pooling, states, mask):
     return torch.stack(out)
 
 
-@pytest.mark.parametrize("pooling", sorted(set(POOLINGS) - {"cls_pooler"} - OF_WORDS))
+@pytest.mark.parametrize("pooling", sorted(set(POOLINGS) - {"cls_pooler"} - WORD_ONLY_POOLINGS))
 def test_poolings_are_what_their_names_say(encoder, pooling):
     encoder.eval()
     rows = encoder.prepare(TEXTS).rows()
     ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
     mask = (torch.arange(ids.shape[1]) < torch.tensor([len(r) for r in rows])[:, None]).long()
     output = encoder.backbone(input_ids=ids, attention_mask=mask, output_hidden_states=True)
-    torch.testing.assert_close(POOLINGS[pooling](output, mask), brute(pooling, output.hidden_states, mask))
+    torch.testing.assert_close(POOLINGS[pooling](output, mask), pool_by_row(pooling, output.hidden_states, mask))
 
 
 def test_dropout_replaces_every_rate():
@@ -115,9 +114,34 @@ def test_a_folder_without_a_pooling_is_read_with_the_mean_and_says_so(tmp_path):
     assert load_folder(str(tmp_path), "cls")[0].pooling == "cls"
 
 
-@pytest.mark.parametrize(("pooling", "message"), [("nope", "model.pooling=nope"), ("cls_pooler", "has no pooler")])
+@pytest.mark.parametrize(("pooling", "message"), [("nope", "pooling=nope"), ("cls_pooler", "has no pooler")])
 def test_poolings_that_cannot_be(pooling, message):
     backbone = load_backbone(MINILM, None)
     backbone.pooler = None
     with pytest.raises(InputError, match=message):
-        TextEncoder(backbone, load_tokenizer(MINILM), pooling, Head("none", None, False), False, None, PLAIN)
+        TextEncoder(backbone, load_tokenizer(MINILM), pooling)
+
+
+def test_encode_needs_no_wrapper(encoder):
+    encoder.train()
+    z = encoder.encode([*TEXTS, TEXTS[0]], batch_size=5)
+    torch.testing.assert_close(z, CachedEncoder(encoder)([*TEXTS, TEXTS[0]]), rtol=1e-5, atol=1e-6)
+    assert encoder.training and not z.requires_grad and z.dtype == torch.float32
+    unit = encoder.encode(TEXTS, normalize=True)
+    torch.testing.assert_close(unit.norm(dim=1), torch.ones(len(TEXTS)))
+    encoder.normalize = True
+    torch.testing.assert_close(encoder.encode(TEXTS, normalize=False), z[:-1], rtol=1e-5, atol=1e-6)
+    assert encoder.normalize
+    assert encoder.encode([]).shape == (0, encoder.dim)
+
+
+@pytest.mark.parametrize("item", ["A text.", b"image"])
+def test_a_single_item_is_not_encoded_letter_by_letter(encoder, item):
+    with pytest.raises(InputError, match="pass a list"):
+        encoder.encode(item)
+
+
+def test_a_backbone_with_a_vocabulary_of_a_few_words_can_pack():
+    tokenizer = make_tokenizer(["a", "man"])
+    backbone = random_backbone({"model_type": "bert", "vocab_size": 4, **TINY})
+    assert TextEncoder(backbone, tokenizer).execution.layout == "packed"

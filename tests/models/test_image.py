@@ -1,4 +1,4 @@
-"""Images in, vectors out, by whatever transformers has."""
+"""Encoding of images with the backbones of transformers."""
 
 import io
 
@@ -10,9 +10,8 @@ from PIL import Image
 from tercet.app.components import build
 from tercet.errors import InputError
 from tercet.models import CachedEncoder, Execution
-from tercet.models.checkpoint import KEY, encoder_spec, load_encoder
-from tercet.models.engine.chunking import PLAIN
 from tercet.models.folder import load_folder, save_model
+from tercet.models.loading import KEY, encoder_spec, load_checkpoint_encoder
 from tercet.types import Images
 from tests.conftest import TEXTS, composed
 
@@ -75,7 +74,7 @@ def test_chunks_and_recomputation_change_nothing(family):
 
 
 @pytest.mark.parametrize(("norm", "mixes"), [("keep", True), ("group", False), ("frozen", False)])
-def test_only_batch_normalisation_mixes_rows(norm, mixes):
+def test_only_batch_normalization_mixes_rows(norm, mixes):
     made = encoder("resnet", f"model.norm={norm}").train()
     assert made.mixes_rows() is mixes
     alone, together = made(Images(images().pixels[:2])), made(images())[:2]
@@ -94,10 +93,10 @@ def test_pooling(pooling):
 def test_files_and_pixels_are_the_same_images():
     made = encoder().eval()
     data = list(files())
-    torch.testing.assert_close(CachedEncoder(made)(data), made.run(images(), PLAIN))
+    torch.testing.assert_close(CachedEncoder(made)(data), made.run(images(), Execution()))
     calls, inputs = [], made.prepare
     made.prepare = lambda items: calls.extend(items) or inputs(items)
-    encode = CachedEncoder(made, images=4)
+    encode = CachedEncoder(made, batch_size=4)
     torch.testing.assert_close(encode([*data, data[0]])[-1], encode(data[:1])[0])
     assert sorted(calls) == sorted(set(data))
 
@@ -116,19 +115,19 @@ def test_a_folder_and_a_checkpoint_give_the_same_vectors(tmp_path, family, norm)
     assert opened.settings() == made.settings()
     state = {f"encoder.{name}": x for name, x in made.state_dict().items()}
     torch.save({"state_dict": state, KEY: encoder_spec(made), "pytorch-lightning_version": "2"}, tmp_path / "last.ckpt")
-    torch.testing.assert_close(load_encoder(tmp_path / "last.ckpt").eval()(images()), expected)
+    torch.testing.assert_close(load_checkpoint_encoder(tmp_path / "last.ckpt").eval()(images()), expected)
 
 
 @pytest.mark.parametrize(
     ("family", "override", "message"),
     [
         ("resnet", "model.pixels.channels=3 model.pixels.mean=[0,0,0] model.pixels.std=[1,1,1]", "of 3 channels and 32 x 32"),
-        ("vit", "model.pixels.size=40", r"does not take images.*40 x 40.*model.pixels.size"),
-        ("resnet", "model.pooling=cls", "model.pooling=cls.*no such token.*model.pooling=mean"),
-        ("convnext", "model.pooling=last", "model.pooling=last.*choose one of mean"),
-        ("resnet", "model.norm=batch", "model.norm=batch.*keep, group, frozen"),
-        ("resnet", "model.pixels.std=[0]", r"model.pixels.std=\[0\].*above 0"),
-        ("resnet", "model.pixels.size=4", "model.pixels.size=4: at least 8"),
+        ("vit", "model.pixels.size=40", r"does not take images.*40 x 40.*pixels.size"),
+        ("resnet", "model.pooling=cls", "pooling=cls.*no such token.*pooling=mean"),
+        ("convnext", "model.pooling=last", "pooling=last.*choose one of mean"),
+        ("resnet", "model.norm=batch", "norm=batch.*keep, group, frozen"),
+        ("resnet", "model.pixels.std=[0]", r"std=\[0\].*above 0"),
+        ("resnet", "model.pixels.size=4", "size=4: at least 8"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_explained(family, override, message):

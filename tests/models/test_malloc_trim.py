@@ -1,4 +1,4 @@
-"""What was freed is given back, and not more often than it pays."""
+"""Freed memory is returned to the system, and not more often than it pays."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def test_what_is_free_is_given_back():
 def test_it_is_given_back_only_where_the_process_has_grown(monkeypatch):
     asked = []
     monkeypatch.setattr(autochunk, "_trim", asked.append)
-    monkeypatch.setattr(autochunk, "_left", 0)
+    monkeypatch.setattr(autochunk, "_trimmed_size", 0)
     sizes = iter([100, 100, 149, 151, 120, 170, 181, 90])
     monkeypatch.setattr(autochunk, "resident_bytes", lambda: next(sizes))
     autochunk.trim_heap()  # 100, and 100 is left
@@ -47,7 +47,7 @@ def test_chunks_that_are_computed_again_ask_for_it_each_time(monkeypatch):
     monkeypatch.setattr(chunking, "trim_heap", lambda: asked.append(1))
     encoder = encoder_of()
     rows = encoder.prepare(TEXTS)
-    plan = Execution("packed", "auto", 20, None, True)
+    plan = Execution("packed", chunk_tokens=20, recompute=True)
     chunks = plan.num_passes(rows)
     encoder.run(rows, plan).sum().backward()
     assert chunks > 1 and len(asked) == 2 * chunks

@@ -1,4 +1,4 @@
-"""Attention that stays in its row: by length on a CPU, by row and nested on a GPU. All of it runs on a CPU too."""
+"""Attention within rows: by length on a CPU, padded or nested on a GPU. All implementations run on a CPU too."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tercet.models.engine.packing import Packing, attend_by_length, attend_neste
 from tests.conftest import TEXTS, composed, tiny
 
 LENGTHS = [5, 5, 2, 9, 1, 9]
-WAYS = {"by_length": attend_by_length, "by_row": attend_padded, "nested": attend_nested}
+FUNCTIONS = {"by_length": attend_by_length, "padded": attend_padded, "nested": attend_nested}
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
 # Where there is no kernel for them, nested tensors go through torch's older kind, which warns.
@@ -23,7 +23,7 @@ def tokens(lengths, device="cpu", dtype=torch.float32):
 
 
 def row_by_row(query, key, value, lengths, window=None):
-    """What attention of each row alone is, token by token: no kernel."""
+    """Attention of each row alone, written out."""
     outs, start = [], 0
     for n in lengths:
         q, k, v = (x[0, :, start : start + n] for x in (query, key, value))
@@ -36,14 +36,14 @@ def row_by_row(query, key, value, lengths, window=None):
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
 @pytest.mark.parametrize("first", [False, True])
-@pytest.mark.parametrize(("way", "window"), [*((w, None) for w in WAYS), ("by_length", 4), ("by_row", 4)])
-def test_every_way_is_each_row_alone_in_value_and_gradient(way, window, first, device):
+@pytest.mark.parametrize(("name", "window"), [*((f, None) for f in FUNCTIONS), ("by_length", 4), ("padded", 4)])
+def test_every_way_is_each_row_alone_in_value_and_gradient(name, window, first, device):
     qkv = tokens(LENGTHS, device)
-    rows = Packing(torch.tensor(LENGTHS), True, first, None)
+    rows = Packing(torch.tensor(LENGTHS), first_token_only=first)
     want = row_by_row(*qkv, LENGTHS, window)
     starts = rows.starts.to(device)
     query = qkv[0][:, :, starts] if first else qkv[0]
-    got = WAYS[way](query, *qkv[1:], rows, 0.0, None, window, None)
+    got = FUNCTIONS[name](query, *qkv[1:], rows, 0.0, None, window, None)
     want = want[:, starts] if first else want
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     weight = torch.linspace(-1, 1, want.numel(), device=device).view_as(want)
@@ -53,37 +53,37 @@ def test_every_way_is_each_row_alone_in_value_and_gradient(way, window, first, d
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])
-@pytest.mark.parametrize("way", WAYS)
-def test_every_way_drops_attention_and_keeps_its_mean(way, device):
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_way_drops_attention_and_keeps_its_mean(name, device):
     query, key, value = (x.detach() for x in tokens(LENGTHS, device))
-    rows = Packing(torch.tensor(LENGTHS), True, False, None)
-    want = WAYS[way](query, key, value, rows, 0.0, None, None, None)
-    drawn = torch.stack([WAYS[way](query, key, value, rows, 0.3, None, None, None) for _ in range(600)])
+    rows = Packing(torch.tensor(LENGTHS))
+    want = FUNCTIONS[name](query, key, value, rows, 0.0, None, None, None)
+    drawn = torch.stack([FUNCTIONS[name](query, key, value, rows, 0.3, None, None, None) for _ in range(600)])
     sure = 6 * drawn.std(0) / 600**0.5 + 1e-4
     assert ((drawn.mean(0) - want).abs() < sure).all()
     assert drawn.std(0).min() > 0
 
 
-@pytest.mark.parametrize("way", ["by_length", "by_row"])
-def test_what_is_dropped_by_seed_is_the_same_however_rows_are_kept_apart(way):
+@pytest.mark.parametrize("name", ["by_length", "padded"])
+def test_what_is_dropped_by_seed_is_the_same_however_rows_are_kept_apart(name):
     query, key, value = tokens(LENGTHS)
-    rows = Packing(torch.tensor(LENGTHS), True, False, None)
+    rows = Packing(torch.tensor(LENGTHS))
     seed = torch.arange(sum(LENGTHS))[None] + 77
-    got = WAYS[way](query, key, value, rows, 0.3, None, None, seed)
+    got = FUNCTIONS[name](query, key, value, rows, 0.3, None, None, seed)
     alone, start = [], 0
     for n in LENGTHS:
         own = slice(start, start + n)
-        one = Packing(torch.tensor([n]), True, False, None)
+        one = Packing(torch.tensor([n]))
         alone.append(attend_padded(*(x[:, :, own] for x in (query, key, value)), one, 0.3, None, None, seed[:, own]))
         start += n
     torch.testing.assert_close(got, torch.cat(alone, 1), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(got, row_by_row(query, key, value, LENGTHS), atol=1e-2)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
-def test_an_encoder_is_the_same_however_its_rows_are_kept_apart(way, pooling, monkeypatch):
-    monkeypatch.setattr(packing, "choose_attention", lambda *_: WAYS[way])
+def test_an_encoder_is_the_same_however_its_rows_are_kept_apart(name, pooling, monkeypatch):
+    monkeypatch.setattr(packing, "choose_attention", lambda *_: FUNCTIONS[name])
     torch.manual_seed(0)
     encoder = build(composed(*tiny(f"model.pooling={pooling}")).model).eval()
     rows = encoder.prepare(TEXTS)
@@ -92,14 +92,14 @@ def test_an_encoder_is_the_same_however_its_rows_are_kept_apart(way, pooling, mo
 
 
 def test_nested_rows_know_neither_windows_nor_seeds():
-    rows = Packing(torch.tensor(LENGTHS), True, False, None)
+    rows = Packing(torch.tensor(LENGTHS))
     for window, seed in ((4, None), (None, torch.zeros(1, sum(LENGTHS), dtype=torch.long))):
         with pytest.raises(ValueError, match="nested attention"):
             attend_nested(*tokens(LENGTHS), rows, 0.1, None, window, seed)
 
 
 @pytest.mark.parametrize(
-    ("lengths", "uneven"),
+    ("lengths", "wasteful"),
     [
         ([], False),
         ([9, 9, 500], True),
@@ -110,22 +110,22 @@ def test_nested_rows_know_neither_windows_nor_seeds():
         ([500, 400], False),
     ],
 )
-def test_rows_are_nested_where_padding_would_cost(lengths, uneven):
-    assert Packing(torch.tensor(lengths, dtype=torch.long), True, False, None).uneven == uneven
+def test_rows_are_nested_where_padding_would_cost(lengths, wasteful):
+    assert Packing(torch.tensor(lengths, dtype=torch.long)).padding_is_wasteful == wasteful
 
 
-def test_what_nested_tensors_can_is_tried_and_not_believed(monkeypatch, caplog):
-    ask = packing._nests.__wrapped__
+def test_nested_attention_is_verified_by_a_run(monkeypatch, caplog):
+    works = packing._nested_attention_works.__wrapped__
     given = (torch.device("cpu"), torch.float32, 8)
     before = torch.get_rng_state()
-    assert ask(*given)
+    assert works(*given)
     assert torch.equal(torch.get_rng_state(), before)
     real = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *a, **k: real(q, *a, **k) * (1 + q.is_nested))
-    assert not ask(*given)
+    assert not works(*given)
     still = lambda q, *a, **k: real(q, *a, **({**k, "dropout_p": 0.0} if q.is_nested else k))  # noqa: E731
     monkeypatch.setattr(F, "scaled_dot_product_attention", still)
-    assert not ask(*given), "a kernel without dropout"
+    assert not works(*given), "a kernel without dropout"
 
     def none(q, *a, **k):
         if q.is_nested:
@@ -133,13 +133,13 @@ def test_what_nested_tensors_can_is_tried_and_not_believed(monkeypatch, caplog):
         return real(q, *a, **k)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", none)
-    assert not ask(*given)
+    assert not works(*given)
     assert "no kernel for this" in caplog.text
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gpu_has_a_kernel_for_nested_rows(dtype):
-    assert packing._nests(torch.device("cuda", 0), dtype, 64)
-    rows = Packing(torch.tensor([300, 9, 9]), True, False, None)
+    assert packing._nested_attention_works(torch.device("cuda", 0), dtype, 64)
+    rows = Packing(torch.tensor([300, 9, 9]))
     assert packing.choose_attention(torch.zeros(1, 2, 318, 64, device="cuda", dtype=dtype), rows, None, None) is attend_nested

@@ -1,4 +1,4 @@
-"""Vocabulary expansion: words that training has not seen."""
+"""Vocabulary expansion with words that training has not seen."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Encoders of words: vocabulary, vectors, recurrence, two towers."""
+"""Word-level encoders: vocabulary, vectors, recurrence, two encoders side by side."""
 
 import pytest
 import torch
@@ -7,8 +7,8 @@ from safetensors.torch import save_file
 from tercet.app.components import build
 from tercet.data import TextFiles
 from tercet.errors import InputError
-from tercet.models.checkpoint import KEY, encoder_spec, load_encoder
 from tercet.models.folder import load_folder, save_model
+from tercet.models.loading import KEY, encoder_spec, load_checkpoint_encoder
 from tercet.models.vocabulary import word_tokenizer
 from tercet.models.words import read_vectors, word_backbone
 from tests.conftest import TEXTS, composed, tiny
@@ -43,7 +43,7 @@ def towers(source):
 
 
 def test_words_are_counted_and_cut_as_treebank_does(source):
-    tokenizer = word_tokenizer(source, 10, 2, False, None)
+    tokenizer = word_tokenizer(source, 10, 2)
     assert len(tokenizer) == 12
     assert tokenizer.get_vocab()["."] == 2, "the most frequent word comes first"
 
@@ -59,21 +59,21 @@ def test_words_are_counted_and_cut_as_treebank_does(source):
 
 
 def test_glove_is_read_and_words_may_hold_spaces(glove):
-    known = read_vectors(glove, "key")
+    known = read_vectors(glove)
     assert known.words == ["the", "harp", "zebra", "a b", "."]
     assert known.matrix[2].tolist() == [3.0, 3.5, -3.0]
 
 
 def test_word2vecs_header_and_a_folder_are_read(tmp_path):
     (tmp_path / "w2v.txt").write_text("2 3\nx 1 2 3\ny 4 5 6\n")
-    assert read_vectors(str(tmp_path / "w2v.txt"), "key").matrix.tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert read_vectors(str(tmp_path / "w2v.txt")).matrix.tolist() == [[1, 2, 3], [4, 5, 6]]
     save_file({"embeddings": torch.eye(2).half()}, tmp_path / "embeddings.safetensors")
     (tmp_path / "vocab.txt").write_text("x\ny\n")
-    assert read_vectors(str(tmp_path), "key").words == ["x", "y"]
+    assert read_vectors(str(tmp_path)).words == ["x", "y"]
 
 
 def test_the_shared_glove_is_read(shared):
-    assert read_vectors("../models/glove-6b-50d", "key").matrix.shape == (150_000, 50)
+    assert read_vectors("../models/glove-6b-50d").matrix.shape == (150_000, 50)
 
 
 @pytest.mark.parametrize(
@@ -93,20 +93,20 @@ def test_broken_vectors_are_named(tmp_path, text, message):
     if text is not None:
         path.write_text(text)
     with pytest.raises(InputError, match=message):
-        read_vectors(str(path), "model.backbone.vectors")
+        read_vectors(str(path), "vectors")
 
 
 def test_a_folder_of_unequal_sizes_is_named(tmp_path):
     save_file({"embeddings": torch.eye(3)}, tmp_path / "embeddings.safetensors")
     (tmp_path / "vocab.txt").write_text("x\ny\n")
     with pytest.raises(InputError, match=r"2 words, embeddings.safetensors holds embeddings \(3, 3\)"):
-        read_vectors(str(tmp_path), "key")
+        read_vectors(str(tmp_path))
 
 
 def test_a_word_that_comes_again_is_said(tmp_path, caplog):
     (tmp_path / "v.txt").write_text("x 1\ny 2\nx 3\n")
-    assert read_vectors(str(tmp_path / "v.txt"), "key").matrix.tolist() == [[1], [2]]
-    assert "1 words come again" in caplog.text
+    assert read_vectors(str(tmp_path / "v.txt")).matrix.tolist() == [[1], [2]]
+    assert "1 words occur more than once" in caplog.text
 
 
 @pytest.mark.parametrize("cell", ["gru", "lstm"])
@@ -159,11 +159,11 @@ def test_a_folder_and_a_checkpoint_give_the_same_vectors(source, tmp_path, make)
     assert (again.num_outputs, again.dim) == (encoder.num_outputs, encoder.dim)
     state = {f"encoder.{name}": value for name, value in encoder.state_dict().items()}
     torch.save({KEY: encoder_spec(encoder), "state_dict": state}, tmp_path / "x.ckpt")
-    again = load_encoder(tmp_path / "x.ckpt").eval()
+    again = load_checkpoint_encoder(tmp_path / "x.ckpt").eval()
     torch.testing.assert_close(again(again.prepare(TEXTS)), z)
 
 
-def test_each_side_is_normalised_alone():
+def test_each_output_is_normalized_alone():
     encoder = build(composed(*tiny("model.head.kind=two_linear", "model.head.dim=5", "model.normalize=true")).model)
     z = encoder(encoder.prepare(TEXTS)).unflatten(1, (2, 5))
     torch.testing.assert_close(z.norm(dim=2), torch.ones(len(TEXTS), 2))
@@ -182,14 +182,14 @@ def test_towers_share_nothing_but_pretrained_words(source, glove):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.backbone.cell=rnn"], "model.backbone.cell=rnn: choose one of gru, lstm, bag"),
-        (["model.backbone.hidden_size=7"], "model.backbone.hidden_size=7: an even number"),
-        (["model.backbone.cell=bag"], "model.backbone.cell=bag has no state"),
-        (["model.backbone.trained_dim=0"], "model.backbone.trained_dim=0: above 0, or"),
-        (["model.backbone.dropout=1.0"], "model.backbone.dropout=1.0: a rate"),
-        (["model.pooling=cls"], "model.pooling=cls: for an encoder of words choose one of final"),
-        (["model.tokenizer.source=null"], "model.tokenizer: with source=null"),
-        (["model.tokenizer.minimum=99"], "model.tokenizer.minimum=99: no word occurs so often"),
+        (["model.backbone.cell=rnn"], "cell=rnn: choose one of gru, lstm, bag"),
+        (["model.backbone.hidden_size=7"], "hidden_size=7: an even number"),
+        (["model.backbone.cell=bag"], "cell=bag has no state"),
+        (["model.backbone.trained_dim=0"], "trained_dim=0: above 0, or"),
+        (["model.backbone.dropout=1.0"], "dropout=1.0: a rate"),
+        (["model.pooling=cls"], "pooling=cls: for a word-level encoder choose one of final"),
+        (["model.tokenizer.source=null"], "source is null: then the words come from vectors"),
+        (["model.tokenizer.minimum=99"], "minimum=99: no word occurs so often"),
     ],
 )
 def test_what_cannot_be_is_explained(source, overrides, message):
@@ -200,11 +200,11 @@ def test_what_cannot_be_is_explained(source, overrides, message):
 def test_vectors_that_share_no_word_are_named(source, tmp_path):
     (tmp_path / "v.txt").write_text("qqq 1 2\n")
     with pytest.raises(InputError, match="none of its words is in the vocabulary"):
-        word_backbone(word_tokenizer(source, 10, 1, False, None), "bag", None, False, 3, str(tmp_path / "v.txt"), 0.0)
+        word_backbone(word_tokenizer(source, 10, 1, False, None), "bag", None, False, 3, str(tmp_path / "v.txt"))
 
 
 def test_final_needs_recurrence():
-    with pytest.raises(Exception, match=r"model.pooling=final: BertModel is not recurrent"):
+    with pytest.raises(Exception, match=r"pooling=final: BertModel is not recurrent"):
         build(composed(*tiny("model.pooling=final")).model)
 
 

@@ -6,7 +6,7 @@ from hydra.errors import InstantiationException
 
 from tercet.app.components import build
 from tercet.models import Execution
-from tercet.models.text import token_info, word_starts
+from tercet.models.text import word_starts
 from tercet.rng import derive_seed
 from tercet.types import TokenBatch, TokenState
 from tercet.views import FeatureCutoff, Shuffle, TokenCutoff, TokenInfo
@@ -25,7 +25,7 @@ def encoder(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_cut_token_is_not_seen(family):
     model = encoder(family)
-    pieces = TokenInfo(*token_info(model))
+    pieces = TokenInfo(*model.token_info())
     rows = model.prepare(TEXTS)
     out = TokenCutoff(0.5)(rows, derive_seed(torch.zeros(12, dtype=torch.long), torch.arange(12)), pieces)
     keep = out.state.keep
@@ -41,7 +41,7 @@ def test_places_as_they_are_change_nothing_and_others_do(family):
     rows = model.prepare(TEXTS)
     same = TokenBatch(rows.ids, rows.lengths, TokenState(position=rows.default("position")))
     torch.testing.assert_close(model(same), model(rows))
-    out = Shuffle()(rows, torch.arange(12), TokenInfo(*token_info(model)))
+    out = Shuffle()(rows, torch.arange(12), TokenInfo(*model.token_info()))
     assert not torch.allclose(model(out), model(rows), atol=1e-3)
 
 
@@ -53,7 +53,7 @@ def test_feature_cutoff_zeroes_columns_of_the_whole_row():
         lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"]), with_kwargs=True
     )
     model.execution = Execution("padded", "torch", None, None, False)
-    model(FeatureCutoff(0.5)(rows, torch.arange(12), TokenInfo(*token_info(model))))
+    model(FeatureCutoff(0.5)(rows, torch.arange(12), TokenInfo(*model.token_info())))
     x = seen[0]
     for row, n in enumerate(rows.lengths.tolist()):
         zero = (x[row, :n] == 0).all(0)
@@ -71,7 +71,7 @@ def test_what_travels_with_tokens_survives_any_chunks(name, family):
         pytest.skip("a recurrent encoder takes no positions")
     model = build(composed(*overrides).model).eval()
     views = build(composed(f"view={name}", "objective=simcse_unsup").view)
-    looks = views(model.prepare(TEXTS), torch.arange(12), 3, TokenInfo(*token_info(model)))
+    looks = views(model.prepare(TEXTS), torch.arange(12), 3, TokenInfo(*model.token_info()))
     both = TokenBatch.concat(looks)
     model.execution = Execution("padded", "torch", None, None, False)
     expected = torch.cat([model(look) for look in looks])

@@ -15,7 +15,6 @@ from tercet.app.hydra_compat import config_folders
 from tercet.app.launch import num_processes, started_by_launcher
 from tercet.app.record import ARTIFACTS
 from tercet.errors import InputError
-from tercet.models import ImageEncoder, TextEncoder
 from tercet.models.text import max_row_length
 
 NEEDS = {  # what a component can declare that it needs, and how a user provides it
@@ -209,11 +208,11 @@ def _many(devices: Any) -> bool:
 def check_model(objective: Any, data: Any, several: bool) -> None:
     """Raise ``InputError`` for what only the loaded model shows: its length, its dropout, its batch normalization."""
     encoder = objective.encoder
-    for part in (part for part in encoder.modules() if isinstance(part, TextEncoder)):
+    for part in encoder.text_parts():
         longest = max_row_length(part.backbone, part.tokenizer)
         if data.transform.max_length > longest:
             raise InputError(f"data.max_length={data.transform.max_length}, but the backbone takes {longest} tokens at most.")
-    if isinstance(encoder, ImageEncoder) and encoder.mixes_rows():
+    if encoder.mixes_rows():
         _batch_norm(encoder.execution, several)
     if objective.makes_views and objective.view.identical and not objective.encoder.has_dropout():
         raise InputError(

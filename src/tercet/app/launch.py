@@ -1,4 +1,4 @@
-"""Run ids, one process per device, and SLURM's requeue signal."""
+"""Run ids, one process per device, and SLURM's signal to requeue a job."""
 
 import contextlib
 import logging
@@ -49,7 +49,7 @@ Worker = Callable[[dict[str, Any], str], float | None]
 
 
 def started_by_launcher() -> bool:
-    """Whether somebody else started this process as one of several."""
+    """Whether torchrun or srun started this process as one of several."""
     return "LOCAL_RANK" in os.environ or ("SLURM_LOCALID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1)
 
 
@@ -59,7 +59,7 @@ def is_first_on_node() -> bool:
 
 
 def num_processes(cfg: DictConfig) -> int:
-    """How many processes the trainer asks for on this machine."""
+    """The number of processes on this machine, from the trainer's strategy and devices."""
     trainer = cfg.trainer
     if trainer.num_nodes > 1:
         raise InputError(
@@ -76,7 +76,7 @@ def num_processes(cfg: DictConfig) -> int:
 
 
 def launch_processes(worker: Worker, cfg: DictConfig, output: Path) -> float | None:
-    """Run ``worker`` in every process; when one dies the others are ended, and its message is the run's."""
+    """Run ``worker`` in every process; when one fails the others are ended, and its message is raised."""
     count = num_processes(cfg)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     plan = LaunchConfig(
@@ -90,7 +90,7 @@ def launch_processes(worker: Worker, cfg: DictConfig, output: Path) -> float | N
         start_method="spawn",
     )
     print_status(f"{count} processes on this machine")
-    if not os.environ.get("TERCET_DEBUG"):  # the launcher logs the traceback of a failure that is told below
+    if not os.environ.get("TERCET_DEBUG"):  # the launcher logs the traceback of a failure, which is raised below
         for name in ("", ".agent.server.api", ".multiprocessing.api"):
             logging.getLogger(f"torch.distributed.elastic{name}").setLevel(logging.CRITICAL)
     config = OmegaConf.to_container(cfg)
@@ -98,7 +98,7 @@ def launch_processes(worker: Worker, cfg: DictConfig, output: Path) -> float | N
     try:
         raw = OmegaConf.to_container(components.raw_config(), resolve=False)
         results = elastic_launch(plan, _reported)(worker, config, str(output), raw)
-    except SignalException as error:  # the processes have had it too, and saved where they were
+    except SignalException as error:  # the processes have received it, too, and have saved
         raise (KeyboardInterrupt if error.sigval == signal.SIGINT else SIGTERMException) from None
     except ChildFailedError as error:
         for rank, failure in sorted(error.failures.items()):
@@ -135,9 +135,9 @@ def _reported(worker: Worker, config: dict[str, Any], output: str, raw: Any) -> 
 
 @contextmanager
 def requeue_on_signal() -> Iterator[None]:
-    """SIGUSR1 stops the run inside as SIGTERM does; once it is saved, SLURM queues the job again.
+    """Stop the run inside at SIGUSR1, as SIGTERM does, and requeue the SLURM job once it is saved.
 
-    SLURM sends it where the job asks for it: ``sbatch --requeue --signal=USR1@120``. Elsewhere nothing is changed.
+    SLURM sends the signal with ``sbatch --requeue --signal=USR1@120``. Outside SLURM nothing changes.
     """
     if "SLURM_JOB_ID" not in os.environ or threading.current_thread() is not threading.main_thread():
         yield
@@ -169,7 +169,7 @@ def _queue_again() -> None:
         job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     try:
         subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True)
-        print_status(f"SLURM has been asked to queue job {job} again; it will go on.")
+        print_status(f"SLURM queues job {job} again; it will be resumed.")
     except (OSError, subprocess.CalledProcessError) as error:
         why = str(getattr(error, "stderr", "") or error).strip()
-        print_status(f"scontrol requeue {job}: {why}. The same command with resume=true goes on.")
+        print_status(f"scontrol requeue {job}: {why}. The same command with resume=true continues the run.")

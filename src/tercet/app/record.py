@@ -1,4 +1,4 @@
-"""What a run leaves behind: config.yaml, revision.txt, metrics.json, and the same in every logger."""
+"""The record of a run: config.yaml, revision.txt and metrics.json in its folder, and the same in every logger."""
 
 import importlib.metadata
 import json
@@ -13,20 +13,21 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
+from tercet import __version__
 from tercet.distributed.gather import rank
 from tercet.messages import describe_logger, log_errors
 
 ARTIFACTS = ("record", "model", "checkpoints")
 RECORD = (".yaml", ".txt", ".json", ".html", ".csv", ".png", ".md", ".patch")
-KEYS_WITHOUT_EFFECT = (  # keys, or how they begin, that change no result
-    "output_dir", "name", "resume", "check", "num_threads", "logger", "keep_last", "save_every", "measure_before", "optimized_metric",
-    "artifacts", "callback.progress", "callback.summary", "callback.embeddings", "callback.figures",
+KEYS_WITHOUT_EFFECT = (  # keys, or their beginnings, that change no result
+    "output_dir", "name", "resume", "check", "num_threads", "logger", "keep_last", "save_every", "measure_before",
+    "optimized_metric", "artifacts", "callback.progress", "callback.summary", "callback.embeddings", "callback.figures",
 )  # fmt: skip
-PACKAGES = ("tercet", "torch", "pytorch-lightning", "transformers", "datasets", "hydra-core", "torchmetrics", "wandb")
+PACKAGES = ("torch", "pytorch-lightning", "transformers", "datasets", "hydra-core", "torchmetrics", "wandb")
 
 
 def write_start(cfg: DictConfig, output: Path, data: Any, loggers: Sequence[Logger]) -> dict[str, Any]:
-    """Write the configuration and the state of code (what is not committed is ``changes.patch``) and data; tell the loggers."""
+    """Write the configuration and the versions of code and data, also to the loggers; uncommitted code is changes.patch."""
     data_notes = {"name": data.name, "fingerprint": data.fingerprint()}
     notes = {"revision": revision(), "data": data_notes, "versions": versions()}
     config = _plain(cfg)
@@ -39,13 +40,13 @@ def write_start(cfg: DictConfig, output: Path, data: Any, loggers: Sequence[Logg
             (output / "changes.patch").write_text(changes, encoding="utf-8")
     for logger in loggers:
         logger.log_hyperparams(config)
-        if isinstance(logger, TensorBoardLogger):  # its hyper-parameters stay in a file beside the events
+        if isinstance(logger, TensorBoardLogger):  # which writes hyperparameters to a file beside the events only
             logger.experiment.add_text("config", f"```yaml\n{OmegaConf.to_yaml(config)}```")
     return notes
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that writes."""
+    """Whether this is the process that writes files."""
     return rank() == 0 and int(os.environ.get("RANK", 0)) == 0
 
 
@@ -56,7 +57,7 @@ def _plain(cfg: DictConfig) -> dict[str, Any]:
 
 
 def close_loggers(loggers: Sequence[Logger], status: str) -> None:
-    """``finished`` or ``failed``. W&B keeps one run open per process; the next job of a sweep needs its own."""
+    """Finalize the loggers with a status, ``finished`` or ``failed``, and end the W&B run: the next job needs its own."""
     for logger in loggers:
         logger.finalize(status)
         if isinstance(logger, WandbLogger) and is_main_process():
@@ -67,7 +68,7 @@ def close_loggers(loggers: Sequence[Logger], status: str) -> None:
 def log_artifacts(
     loggers: Sequence[Logger], output: Path, cfg: DictConfig, metrics: dict[str, float], notes: dict[str, Any]
 ) -> None:
-    """W&B gets the metrics as its summary, as artifacts the run's ``record``, with it the ``model``, or ``checkpoints`` too."""
+    """Log the metrics as W&B's summary, and up to ``cfg.artifacts`` the artifacts record, model and checkpoints."""
     kind = cfg.artifacts
     metadata = {"revision": notes["revision"], "data": notes["data"]["fingerprint"], **metrics}
     for logger in loggers:
@@ -85,23 +86,23 @@ def _artifact(output: Path, name: str, what: str, metadata: dict[str, Any]) -> A
     named = re.sub(r"[^\w.-]", "_", f"{name}-{output.name}-{what}", flags=re.ASCII)[-128:]
     made = wandb.Artifact(named, type=what, metadata=metadata)
     if what != "record" and (output / what).is_dir():
-        made.add_dir(str(output / what), policy="immutable")  # no copy: the run's folder has it
+        made.add_dir(str(output / what), policy="immutable")  # not copied to W&B's cache
     for file in sorted(p for p in output.iterdir() if what == "record" and p.suffix in RECORD):
         made.add_file(str(file))
     return made
 
 
 def versions() -> dict[str, str]:
-    """The versions that decide a result."""
-    found = {"python": platform.python_version()}
+    """The versions of the packages that a result depends on."""
+    found = {"python": platform.python_version(), "tercet": __version__}
     installed = {d.name.lower(): d.version for d in importlib.metadata.distributions()}
     return found | {package: installed[package] for package in PACKAGES if package in installed}
 
 
 def revision() -> str:
     """The commit of the code, marked where files differ from it; the version where there is no repository."""
-    said = _git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
-    return said.strip() if said else f"no repository, tercet {importlib.metadata.version('tercet')}"
+    described = _git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    return described.strip() if described else f"no repository, tercet {__version__}"
 
 
 def _git(*arguments: str) -> str:
@@ -119,7 +120,7 @@ def _text(notes: dict[str, Any]) -> str:
 
 
 def write_metrics(output: Path, values: dict[str, float], name: str = "metrics.json") -> None:
-    """Write the metrics, all or none: a reader never sees half a file."""
+    """Write the metrics to a file that is replaced as a whole: a reader never sees half of it."""
     path = output / name
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(json.dumps(dict(sorted(values.items())), indent=2) + "\n", encoding="utf-8")
@@ -127,10 +128,10 @@ def write_metrics(output: Path, values: dict[str, float], name: str = "metrics.j
 
 
 def first_difference(run: Path, cfg: DictConfig, counts: Callable[[str], bool]) -> str | None:
-    """The first of the settings that ``counts`` in which ``cfg`` differs from what the run was made with, told to a user."""
+    """The first setting, of those that ``counts`` accepts, in which ``cfg`` differs from a run's: ``a=1, not 2``."""
     before, now = (dict(_flat(_plain(c))) for c in (OmegaConf.load(run / "config.yaml"), cfg))  # type: ignore[arg-type]
     other = [key for key in {**before, **now} if counts(key) and before.get(key) != now.get(key)]
-    key = min(other, key=lambda name: name.count("."), default=None)  # the one that others are taken from
+    key = min(other, key=lambda name: name.count("."), default=None)  # the one that others interpolate
     return key and f"{key}={before.get(key)}, not {now.get(key)}"
 
 

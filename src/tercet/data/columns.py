@@ -52,6 +52,8 @@ def text_columns(path: str, available: Sequence[str], columns: Sequence[str]) ->
     """The named columns; none: a pair or triplet under its usual names, the only column, ``text`` or ``sentence``."""
     if len(set(columns)) < len(columns):
         raise InputError(f"`columns`=[{', '.join(columns)}]: name one column or more, none of them twice.")
+    if not available:
+        raise InputError(f"`path`={path} has no rows.")
     if columns:
         return tuple(check_column(f"`path`={path}", available, name, "columns") for name in columns)
     for names in TUPLES:

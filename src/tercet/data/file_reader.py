@@ -20,6 +20,7 @@ from tercet.errors import InputError
 ROWS = 65_536  # rows of a chunk of Parquet or of the hub
 BLOCK = 1 << 22  # characters of a chunk of lines, and bytes of a file that are checked before it is read
 CSV_BLOCK = 1 << 24  # bytes of a chunk of CSV; a row may not be longer
+CR = b"\r"  # ends a line where no line feed follows
 DELIMITERS = {"csv": ",", "tsv": "\t"}
 MAGIC = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PAR1": "parquet", b"%PDF": "PDF"}
 
@@ -92,13 +93,17 @@ def _open_table(file: Path, kind: str, columns: Sequence[str] = ()) -> tuple[lis
 
 
 def _read_table(file: Path, name: str, kind: str, columns: list[str]) -> Iterator[pa.Table]:
-    row = 0
-    try:
-        for batch in _open_table(file, kind, columns)[1]:
-            yield pa.Table.from_batches([batch])
-            row += len(batch)
-    except (pa.ArrowException, OSError) as error:
-        raise _diagnose(file, name, kind, error, row) from error
+    row, batches = 0, None
+    while True:
+        try:
+            batches = batches or iter(_open_table(file, kind, columns)[1])
+            batch = next(batches, None)
+        except (pa.ArrowException, OSError) as error:
+            raise _diagnose(file, name, kind, error, row) from error
+        if batch is None:
+            return
+        yield pa.Table.from_batches([batch])
+        row += len(batch)
 
 
 def read_lines(file: Path, name: str) -> Iterator[tuple[int, list[str]]]:
@@ -170,25 +175,24 @@ def _json_object(line: str, number: int, name: str) -> dict[str, Any]:
 
 def check_text(file: Path, name: str, size: int | None = None) -> None:
     """Raise ``InputError`` for the first line, of the first ``size`` bytes, that is not plain UTF-8 text."""
-    offset = 0
+    number, offset = 1, 0
     with file.open("rb") as stream:
-        for number, line in enumerate(stream, 1):
-            if number == 1 and (found := [what for magic, what in MAGIC.items() if line.startswith(magic)]):
-                raise unreadable(
-                    name, f"byte 0: this is {found[0]} data under another name. Unpack or convert it to UTF-8 text."
-                )
-            if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        for line in stream:
+            if offset == 0 and (found := [what for magic, what in MAGIC.items() if line.startswith(magic)]):
+                advice = "Unpack or convert it to UTF-8 text."
+                raise unreadable(name, f"byte 0: this is {found[0]} data under another name. {advice}")
+            if offset == 0 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                 raise unreadable(name, "line 1, byte 0: the file is UTF-16, not UTF-8. Save it as UTF-8.")
             try:
-                nul = "\0" in line.decode()
+                line.decode()
             except UnicodeDecodeError as error:
-                place = f"line {number}, byte {offset + error.start} (0x{line[error.start]:02x})"
+                place = f"line {number + line.count(CR, 0, error.start)}, byte {offset + error.start}"
                 advice = "Save the file as UTF-8 (for example: iconv -f latin1 -t utf-8)."
-                raise unreadable(name, f"{place} is not UTF-8. {advice}") from None
-            if nul:
+                raise unreadable(name, f"{place} (0x{line[error.start]:02x}) is not UTF-8. {advice}") from None
+            if (nul := line.find(b"\0")) >= 0:
                 advice = "Maybe the file is UTF-16 or binary: save it as UTF-8 text."
-                raise unreadable(name, f"line {number} has a NUL byte. {advice}")
-            offset += len(line)
+                raise unreadable(name, f"line {number + line.count(CR, 0, nul)} has a NUL byte. {advice}")
+            number, offset = number + 1 + line[:-2].count(CR), offset + len(line)
             if size and offset >= size:
                 return
 

@@ -24,11 +24,9 @@ def shard(encoder: "Encoder", mesh: DeviceMesh) -> None:
     Under recomputation the layers are gathered once a step and stay gathered: FSDP2 does not gather them again for the
     second chunk that is recomputed in the backward pass, and the gradient would be wrong without an error.
     """
-    from tercet.models.engine.packing import layer_stack
-
     if is_sharded(encoder):
         return
-    stack = layer_stack(encoder.backbone) if encoder.kind == "text" else None
+    stack = encoder.layer_stack()
     if stack is None:
         raise InputError("FSDP2 shards a text encoder's stack of layers, and this model has none. Use DDP instead.")
     once = encoder.execution.recompute
@@ -67,7 +65,7 @@ def equalized_forward(encoder: "Encoder", inputs: Inputs) -> Tensor:
 
 def gather_weights(encoder: "Encoder") -> "Encoder":
     """The encoder itself, or a copy of it with whole weights in eval mode where it is sharded; every process must call it."""
-    from tercet.models.checkpoint import encoder_from_spec, encoder_spec
+    from tercet.models.loading import encoder_from_spec, encoder_spec
 
     if not is_sharded(encoder):
         return encoder

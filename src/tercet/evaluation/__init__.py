@@ -11,16 +11,6 @@ from tercet.evaluation.transfer import Transfer
 from tercet.evaluation.verification import Verification
 
 __all__ = [
-    "STS",
-    "AdjacentSentences",
-    "AlignmentUniformity",
-    "Clustering",
-    "EvaluatorGroup",
-    "NearestNeighbor",
-    "Retrieval",
-    "Transfer",
-    "Verification",
-    "alignment",
-    "sts_table",
-    "uniformity",
-]
+    "STS", "AdjacentSentences", "AlignmentUniformity", "Clustering", "EvaluatorGroup", "NearestNeighbor", "Retrieval",
+    "Transfer", "Verification", "alignment", "sts_table", "uniformity",
+]  # fmt: skip

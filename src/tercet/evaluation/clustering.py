@@ -127,7 +127,7 @@ class Clustering:
         if self.max_items < 2:
             raise InputError(f"`max_items`={self.max_items}: 2 items or more are needed.")
         if self.threshold is not None and not 0 <= self.threshold <= 4:
-            raise InputError(f"`threshold`={self.threshold}: a squared distance of unit vectors, from 0 to 4.")
+            raise InputError(f"`threshold`={self.threshold}: a squared distance from 0 to 4; by default one is chosen.")
 
     def __call__(self, encode: EncodeFunction) -> dict[str, float]:
         """Measure, with one call of ``encode``."""
@@ -158,7 +158,7 @@ class Clustering:
                 "which one has several items. Use other labels, or raise `max_items`."
             )
         if len(chosen) < sum(sizes):
-            warn_once(f"{suite}: {len(chosen)} of {sum(sizes)} items are used, {len(labels)} whole labels.")
+            warn_once(f"{suite}: {len(chosen)} of {sum(sizes)} items are used, {len(labels)} whole labels (max_items).")
         if unlabeled := len(items) - sum(sizes):
             warn_once(f"{suite}: {unlabeled} of {len(items)} items have no label and are left out.")
         return chosen

@@ -49,9 +49,7 @@ def find_pairs_file(path: str | Path) -> Path:
 def read_face_pairs(path: str | Path, folds: Sequence[int] | None) -> FacePairs:
     """Read the pairs of the given folds, all of them where ``folds`` is None.
 
-    Raises:
-        InputError: the file cannot be read or contradicts itself, a fold is not there or lacks same or different pairs,
-            or there is only one fold.
+    ``InputError`` where the file cannot be read or contradicts itself, a fold is missing or lacks same or different pairs.
     """
     cells = _lfw_cells(path) if find_pairs_file(path).suffix.lower() == ".txt" else _table_cells(path)
     rows = [_row(row, f"`pairs`={path}, pair {number}") for number, row in enumerate(cells, start=1)]
@@ -130,9 +128,7 @@ def find_faces(path: str | Path) -> Path:
 def read_faces(path: str | Path, pairs: FacePairs) -> list[bytes]:
     """Read the content of every image of the pairs, in the order of ``pairs.faces``.
 
-    Raises:
-        InputError: an image is missing, there twice, or unreadable: it is named with its fold. No pair is left out, for the
-            folds would no longer be the official ones.
+    ``InputError`` where one is missing, there twice, or unreadable: without its pairs the folds would not be the official ones.
     """
     place = find_faces(path)
     found = _read_folder(place, pairs.faces) if place.is_dir() else _read_images(place, path, pairs.faces)

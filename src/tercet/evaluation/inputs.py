@@ -24,11 +24,8 @@ if TYPE_CHECKING:
 def as_embeddings(encode: EncodeFunction, items: Sequence[Item], suite: str | None = None) -> Tensor:
     """Encode ``items``: ``(N, D)`` on the CPU, in float64 where ``encode`` returns float64, else in float32.
 
-    ``encode`` may return a torch tensor on any device or a numpy array, of any type of numbers. Where ``suite`` is given, which
-    opens messages, the embeddings must be finite.
-
-    Raises:
-        InputError: the result is no array of N rows, or not finite.
+    ``encode`` may return a torch tensor on any device or a numpy array, of any type of numbers. ``InputError`` where it does
+    not, or where an embedding is not finite and ``suite``, which opens that message, is given.
     """
     found: Any = encode(items)
     try:
@@ -146,15 +143,15 @@ def item_hash(item: Item) -> bytes:
 def read_labeled_items(source: Rows, suite: str) -> LabeledItems:
     """Read the first column of the source; equal contents are one item, for a copy of the query is found by any model.
 
-    A content with several labels counts as having none. ``suite`` opens messages, as "clustering of trec".
-
-    Raises:
-        InputError: there are no labels, or an image cannot be read.
+    A content with several labels counts as having none. ``suite`` opens messages, as "clustering of trec". ``InputError`` where
+    there are no labels, or an image cannot be read.
     """
     (column, *_), rows = read_rows(source)
     if "label" not in rows.column_names:
-        columns = ", ".join(rows.column_names)
-        raise InputError(f"{suite} needs labels, but the source has only the columns {columns}. Set `source.label`.")
+        has = ", ".join(rows.column_names)
+        raise InputError(
+            f"{suite} needs labels, but the source has only the columns {has}. Set `source.label`, or use Retrieval."
+        )
     items = [_item(cell, suite, number) for number, cell in enumerate(rows[column], start=1)]
     labels: dict[bytes, set[int]] = {}
     first: dict[bytes, Item] = {}

@@ -99,10 +99,7 @@ def match_labels(label: Tensor, names: Sequence[str] | None, reference: LabeledI
     """Convert labels ``(N,)`` to the numbering of ``reference``; -2 for one that it lacks.
 
     Each source numbers its labels independently. They are matched by name where both have names; else both must hold the same
-    numbers, for only then were they made from as many values.
-
-    Raises:
-        InputError: the numbers differ.
+    numbers, for only then were they made from as many values: ``InputError`` where they do not.
     """
     if names is not None and reference.names is not None:
         number = {name: i for i, name in enumerate(reference.names)}

@@ -19,9 +19,6 @@ def nearest(queries: Tensor, keys: Tensor, k: int, *, own: Tensor | None = None,
     rank. Among equal scores the key of the smaller index comes first, on every device. Where fewer than k keys are left
     the rest is -inf and -1; a score of NaN or -inf is never found. Memory: ``block`` x M scores at a time, on the device and in
     the type of the inputs.
-
-    >>> nearest(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0], [2.0, 0.0], [1.0, 0.0]]), k=2)
-    (tensor([[2., 1.]]), tensor([[1, 2]]))
     """
     if k < 1 or block < 1:
         raise ValueError(f"k={k} and block={block} must be at least 1")

@@ -36,11 +36,7 @@ def find_file(path: str | Path, parameter: str, accepted: str, suffixes: Iterabl
 
 
 def read_table(path: str | Path, parameter: str, columns: Sequence[str], accepted: str) -> Any:
-    """Read a pyarrow table that has ``columns``, once each; cells of a text format are text.
-
-    Raises:
-        InputError: there is no such file, it cannot be read, or a column is missing.
-    """
+    """Read a pyarrow table that has ``columns``, once each, or raise ``InputError``; cells of a text format are text."""
     file = find_file(path, parameter, accepted, READERS)
     try:
         table = READERS[file.suffix.lower()](file)
@@ -138,9 +134,7 @@ def read_sts(path: str | Path, tasks: Sequence[str], split: str) -> dict[str, ST
     """Read the pairs of each task that is there; ``path`` is a table's, or "hub".
 
     Pairs without a gold score are left out with a warning, as SentEval leaves them out; so are tasks that a table lacks.
-
-    Raises:
-        InputError: the data cannot be read, has a bad row in these tasks, or none of the tasks.
+    ``InputError`` where the data cannot be read, has a bad row in these tasks, or none of the tasks.
     """
     if path == "hub":
         return {task: _sts_pairs(path, task, *_load_hub(task, split)) for task in tasks}
@@ -231,11 +225,7 @@ class LabeledSentences:
 
 
 def read_transfer(path: str | Path, tasks: Sequence[str]) -> dict[str, LabeledSentences]:
-    """Read the rows of each task that the table has; tasks that it lacks are left out with a warning.
-
-    Raises:
-        InputError: the table cannot be read, has a bad row in these tasks, or none of the tasks.
-    """
+    """Read the rows of each task that the table has, as ``read_sts`` does."""
     rows = _rows_by_task(path, TRANSFER_COLUMNS, tasks, None)
     return {task: _labeled_sentences(path, task, *part) for task, part in rows.items()}
 

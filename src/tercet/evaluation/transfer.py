@@ -119,11 +119,7 @@ class Transfer:
 
 
 def stratified_folds(label: Tensor, folds: int, seed: int, where: str) -> Tensor:
-    """Draw the fold of each row ``(N,)``, so that every label ``(N,)`` has its share in each.
-
-    Raises:
-        InputError: a label has fewer rows than there are folds; ``where`` names the data.
-    """
+    """Draw the fold of each row ``(N,)``, so that every label ``(N,)`` has its share in each; ``where`` names the data."""
     counts = torch.bincount(label)
     if few := [i for i, n in enumerate(counts.tolist()) if 0 < n < folds]:
         raise InputError(

@@ -1,26 +1,215 @@
-"""The encoder interface, and encoding outside training."""
+"""The base class of encoders, and encoding outside training."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from tercet.distributed.gather import gather_rows, rank, world_size
-from tercet.models.text import Encoder
+from tercet.errors import InputError
+from tercet.models.engine.chunking import AutoChunks, Execution
+from tercet.models.pooling import POOLINGS, Head
 from tercet.types import Inputs, Item, TokenBatch
+
+if TYPE_CHECKING:
+    from tercet.models.text import TextEncoder
+    from tercet.views import TokenInfo
+
+
+class Encoder(nn.Module):
+    """Base class of encoders: N rows of texts (``TokenBatch``) or images (``Images``) to embeddings ``(N, D)``.
+
+    A subclass sets ``kind`` and implements ``run``, ``prepare``, ``settings``, ``dim`` and ``num_outputs``; the other
+    methods have defaults. ``execution`` says how rows run through the network and is never changed by a forward pass.
+    """
+
+    kind: ClassVar[str]  # in saved models
+    unit: ClassVar[str] = "sentences"  # of the progress bar
+
+    def __init__(self, execution: Execution) -> None:
+        super().__init__()
+        self.execution = execution
+        self.auto_chunks = AutoChunks()
+
+    @abstractmethod
+    def run(self, inputs: Inputs, execution: Execution) -> Tensor:
+        """``(N, D)``, in the order of the rows, computed as ``execution`` says."""
+
+    @abstractmethod
+    def prepare(self, items: Sequence[Item]) -> Inputs:
+        """Texts, or the bytes of image files, as the input of ``forward``."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """How embeddings are made, as plain values that are saved with the model."""
+
+    @property
+    @abstractmethod
+    def dim(self) -> int:
+        """The number of columns D of an embedding in the current mode (training or not)."""
+
+    @property
+    @abstractmethod
+    def num_outputs(self) -> int:
+        """How many embeddings are side by side in a row: 2 for an encoder with Quick-Thoughts' f and g, else 1."""
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        """``(N, D)``, in the order of the rows."""
+        return self.run(inputs, self.execution_for(inputs))
+
+    def execution_for(self, inputs: Inputs) -> Execution:
+        """``execution``, with a number for ``chunk_tokens="auto"`` that is measured on the first batch."""
+        if not isinstance(inputs, TokenBatch):
+            return self.execution
+        return self.auto_chunks.resolve(self.execution, self, lambda x: self.run(x, self.execution.unchunked()), inputs)
+
+    def encode(
+        self,
+        items: Sequence[Item],
+        batch_size: int | None = None,
+        normalize: bool | None = None,
+        progress: bool = False,
+        tokens: int | None = None,
+    ) -> Tensor:
+        """Encode texts, or the bytes of image files: ``(N, D)`` float32 on the CPU, without dropout and gradient.
+
+        Equal items are encoded once. ``batch_size`` and ``tokens`` limit the rows and tokens of one forward pass;
+        ``normalize`` scales embeddings to length 1 or not, None does what the model was saved with; ``progress`` shows a
+        bar. Raises ``InputError`` for a single string and for items of the wrong kind.
+        """
+        label = "encoding" if progress else None
+        encode = CachedEncoder(self, tokens=tokens, batch_size=batch_size, progress=label, distributed=False)
+        with _normalization(self, normalize):
+            return encode(items)
+
+    def encoding_chunks(
+        self, items: list[Item], tokens: int | None, batch_size: int | None
+    ) -> tuple[list[Tensor], Callable[[Tensor], Inputs]]:
+        """Index tensors that together name each item once, and a function that makes the inputs of one of them."""
+        inputs = self.prepare(items)
+        assert isinstance(inputs, TokenBatch)
+        # Small chunks are fastest on a CPU: they stay in its cache.
+        tokens = tokens or (2048 if self.device.type == "cpu" else 65536)
+        return replace(self.execution, chunk_tokens=tokens, chunk_rows=batch_size).chunks(inputs.lengths), inputs.select
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return next(self.parameters()).device
+
+    @property
+    def deterministic_dropout(self) -> bool:
+        """Whether dropout draws from seeds that come with the tokens."""
+        return False
+
+    def describe_execution(self) -> str:
+        """One line on how rows are run; empty if there is no choice."""
+        return ""
+
+    def has_dropout(self) -> bool:
+        """Whether training applies any dropout, which makes two views of one text differ."""
+        return any(isinstance(m, nn.Dropout) and m.p > 0 for m in self.modules())
+
+    def mixes_rows(self) -> bool:
+        """Whether an embedding depends on the other rows of its chunk in the current mode (batch normalization)."""
+        return False
+
+    def text_parts(self) -> "list[TextEncoder]":
+        """The text encoders that this encoder consists of."""
+        return []
+
+    def token_info(self) -> "TokenInfo | None":
+        """What views of texts need to know of the tokenizer; None for images."""
+        return None
+
+    def layer_stack(self) -> nn.ModuleList | None:
+        """The backbone's stack of layers; None if there is not exactly one."""
+        return None
+
+
+class PoolingMixin:
+    """What ``TextEncoder`` and ``ImageEncoder`` share: a backbone of width H, pooling, a head and normalization."""
+
+    kind: ClassVar[str]
+    backbone: PreTrainedModel
+    hidden: int
+    pooling: str
+    head: Head
+    normalize: bool
+
+    def _set_parts(self, backbone: PreTrainedModel, hidden: int, pooling: str, head: Head | None, normalize: bool) -> None:
+        head = Head() if head is None else head
+        head.build(hidden, getattr(backbone.config, "initializer_range", 0.02))
+        # transformers returns pretrained models in evaluation mode, and Lightning keeps the mode: without this line a
+        # pretrained encoder would train without dropout, and two dropout views would be equal.
+        self.backbone = backbone.train()
+        self.hidden = hidden
+        self.pooling = pooling
+        self.head = head
+        self.normalize = normalize
+
+    @property
+    def dim(self) -> int:
+        """The number of columns D of an embedding in the current mode."""
+        return self.head.width(self.hidden) if self.head.active() else self.hidden
+
+    @property
+    def num_outputs(self) -> int:
+        """2 for a head with Quick-Thoughts' f and g, else 1."""
+        return self.head.num_outputs
+
+    def pool(self, output: Any, mask: Tensor) -> Tensor:
+        """Hidden states ``(n, L, H)`` and ``mask (n, L)`` to ``(n, D)``."""
+        z: Tensor = self.head(POOLINGS[self.pooling](output, mask))
+        return normalize_outputs(z, self.num_outputs) if self.normalize else z
+
+    def shared_settings(self) -> dict[str, Any]:
+        """The settings of both kinds."""
+        return {"kind": self.kind, "pooling": self.pooling, "head": self.head.settings(), "normalize": self.normalize}
+
+
+def normalize_outputs(z: Tensor, num_outputs: int) -> Tensor:
+    """Scale each of the ``num_outputs`` embeddings of a row to length 1."""
+    return nn.functional.normalize(z.unflatten(-1, (num_outputs, -1)), dim=-1).flatten(-2)
+
+
+@contextmanager
+def _normalization(encoder: Encoder, normalize: bool | None) -> Iterator[None]:
+    """Normalize, or do not, within the context; None changes nothing."""
+    parts = [part for part in encoder.modules() if isinstance(part, PoolingMixin)]
+    before = [part.normalize for part in parts]
+    if normalize is not None and not parts:
+        raise InputError(f"`normalize`={normalize}: this model's normalization is fixed. Leave `normalize` out.")
+    try:
+        for part, own in zip(parts, before, strict=True):
+            part.normalize = own if normalize is None else normalize
+        yield
+    finally:
+        for part, own in zip(parts, before, strict=True):
+            part.normalize = own
 
 
 class CachedEncoder:
-    """``texts or images -> (N, D)`` float32 on the CPU, the same in every process.
+    """Encode function that remembers what it has encoded: texts or images to ``(N, D)`` float32 on the CPU.
 
-    Each item is encoded once in the life of this object: make a new one when the weights have changed. ``precision``
-    makes the context of a forward pass, so that a model is measured in the precision that it is trained in.
-    ``tokens`` is the budget of tokens in one pass, ``images`` that of images: small ones are best on a CPU (they
-    stay in its cache).
+    Make a new one when the weights have changed. ``precision`` makes the context of a forward pass, so that a model is
+    measured in the precision that it is trained in. ``tokens`` and ``batch_size`` limit the tokens and rows of one forward
+    pass; None chooses for the device. With ``distributed`` all processes have to call with the same items: each encodes a
+    share, and all get the whole result.
+
+    >>> from tercet.models import TextEncoder, random_backbone
+    >>> from tercet.models.vocabulary import make_tokenizer
+    >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    >>> backbone = random_backbone({"model_type": "bert", "vocab_size": 8, **sizes})
+    >>> encode = CachedEncoder(TextEncoder(backbone, make_tokenizer(["a", "man", "plays"])))
+    >>> encode(["a man plays", "a man", "a man"]).shape, len(encode.cache)
+    (torch.Size([3, 8]), 2)
     """
 
     def __init__(
@@ -28,69 +217,71 @@ class CachedEncoder:
         encoder: Encoder,
         precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
         tokens: int | None = None,
-        images: int | None = None,
+        batch_size: int | None = None,
         progress: str | None = None,
+        distributed: bool = True,
     ) -> None:
-        on_cpu = encoder.device.type == "cpu"
         self.encoder = encoder
         self.precision = precision
-        self.tokens = tokens or (2048 if on_cpu else 65536)
-        self.images = images or (32 if on_cpu else 256)
+        self.tokens = tokens
+        self.batch_size = batch_size
         self.progress = progress
+        self.distributed = distributed
         self.cache: dict[Item, Tensor] = {}
 
     @torch.no_grad()
     def __call__(self, items: Sequence[Item]) -> Tensor:
-        """Dropout off; the encoder's mode is put back afterwards."""
+        """Encode items, in order, in evaluation mode; the encoder's mode is restored afterwards."""
+        if isinstance(items, str | bytes):
+            raise InputError("`items` is a single text or image: pass a list of them, as encode([item]).")
         new = sorted(set(items) - self.cache.keys(), key=lambda item: (len(item), item))
         training = self.encoder.training
         self.encoder.eval()
         try:
             if new:
-                self.cache.update(zip(new, self._rows(new), strict=True))
+                self.cache.update(zip(new, self._encode(new), strict=True))
+            rows = [self.cache[item] for item in items]
+            return torch.stack(rows) if rows else torch.zeros(0, self.encoder.dim)
         finally:
             self.encoder.train(training)
-        return torch.stack([self.cache[item] for item in items])
 
     @property
     def num_outputs(self) -> int:
-        """How many vectors stand side by side in a row: 2 where the encoder has Quick-Thoughts' f and g."""
+        """How many embeddings are side by side in a row: 2 for an encoder with Quick-Thoughts' f and g, else 1."""
         training = self.encoder.training
-        sides = self.encoder.eval().num_outputs  # a head may be for training only
+        num_outputs = self.encoder.eval().num_outputs  # a head may be for training only
         self.encoder.train(training)
-        return sides
+        return num_outputs
 
-    def _rows(self, items: list[Item]) -> Tensor:
-        chunks, load = self._images(items) if self.encoder.kind == "image" else self._texts(items)
-        world = world_size()
-        z = [torch.zeros(0, self.encoder.dim, device=self.encoder.device)]  # a process may have no chunk
-        hidden = not self.progress or rank() > 0
-        unit = " images" if self.encoder.kind == "image" else " sentences"
+    def _encode(self, items: list[Item]) -> Tensor:
+        encoder = self.encoder
+        chunks, load = encoder.encoding_chunks(items, self.tokens, self.batch_size)
+        first, world = (rank(), world_size()) if self.distributed else (0, 1)
+        z = [torch.zeros(0, encoder.dim, device=encoder.device)]  # a process may have no chunk
+        hidden, unit = not self.progress or rank() > 0, f" {encoder.unit}"
         with tqdm(total=len(items), desc=self.progress, unit=unit, disable=hidden, leave=False, mininterval=0.5) as bar:
-            for rows in chunks[rank() :: world]:
-                inputs = load(rows).to(self.encoder.device)
+            for rows in chunks[first::world]:
+                inputs = load(rows).to(encoder.device)
                 with self.precision():
-                    z.append(self.encoder.run(inputs, self.encoder.execution.unchunked()).float())
+                    z.append(encoder.run(inputs, encoder.execution.unchunked()).float())
                 bar.update(min(len(rows) * world, len(items) - bar.n))
         order = torch.cat([rows for r in range(world) for rows in chunks[r::world]])
-        return gather_rows(torch.cat(z)).cpu()[torch.argsort(order)]
-
-    def _texts(self, items: list[Item]) -> tuple[list[Tensor], Callable[[Tensor], Inputs]]:
-        inputs = self.encoder.prepare(items)
-        assert isinstance(inputs, TokenBatch)
-        plan = replace(self.encoder.execution, chunk_tokens=self.tokens, chunk_rows=None)
-        return plan.chunks(inputs.lengths), inputs.select
-
-    def _images(self, items: list[Item]) -> tuple[list[Tensor], Callable[[Tensor], Inputs]]:
-        # Decoded as they are needed: all pixels at once would not fit.
-        chunks = list(torch.arange(len(items)).split(self.images))
-        return chunks, lambda rows: self.encoder.prepare([items[i] for i in rows.tolist()])
+        found = gather_rows(torch.cat(z)) if self.distributed else torch.cat(z)
+        return found.cpu()[torch.argsort(order)]
 
 
 class ConcatEncoder:
-    """Several models' vectors as one, ``(N, sum of D)``: Quick-Thoughts' combined and multi-channel models, at test time.
+    """Concatenate the embeddings of several models: Quick-Thoughts' combined and multi-channel models, at test time.
 
-    Where all have two sides, those stay apart: [f1; f2; g1; g2].
+    ``(N, sum of D)``. If all have two outputs, those stay apart: [f1; f2; g1; g2].
+
+    >>> from tercet.models import TextEncoder, random_backbone
+    >>> from tercet.models.vocabulary import make_tokenizer
+    >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    >>> backbone = random_backbone({"model_type": "bert", "vocab_size": 8, **sizes})
+    >>> member = CachedEncoder(TextEncoder(backbone, make_tokenizer(["a", "man", "plays"])))
+    >>> ConcatEncoder([member, member])(["a man plays"]).shape
+    torch.Size([1, 16])
     """
 
     def __init__(self, members: Sequence[CachedEncoder]) -> None:
@@ -98,12 +289,12 @@ class ConcatEncoder:
 
     @property
     def num_outputs(self) -> int:
-        """That of all members, 1 where they differ."""
-        sides = {member.num_outputs for member in self.members}
-        return sides.pop() if len(sides) == 1 else 1
+        """The ``num_outputs`` of all members, 1 if they differ."""
+        found = {member.num_outputs for member in self.members}
+        return found.pop() if len(found) == 1 else 1
 
     def __call__(self, items: Sequence[Item]) -> Tensor:
-        """Each member encodes an item once."""
-        sides = self.num_outputs
-        parts = [member(items).chunk(sides, 1) for member in self.members]
-        return torch.cat([part[side] for side in range(sides) for part in parts], 1)
+        """Encode items, in order, with every member."""
+        num_outputs = self.num_outputs
+        parts = [member(items).chunk(num_outputs, 1) for member in self.members]
+        return torch.cat([part[i] for i in range(num_outputs) for part in parts], 1)

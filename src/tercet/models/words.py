@@ -10,106 +10,97 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    initialization,
-)
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tercet.errors import InputError
 from tercet.messages import warn_once
+from tercet.models.engine.transformers_compat import initialize_uniform
 from tercet.paths import locate
 
 ACCEPTED = "a text file with a word and its numbers on each line, or a folder with embeddings.safetensors and vocab.txt"
 
 
 class WordVectors(NamedTuple):
-    """``matrix (V, E)`` float32; row i belongs to ``words[i]``. No word is there twice."""
+    """``matrix (vocabulary, E)`` float32; row i belongs to ``words[i]``, and words are distinct."""
 
     words: list[str]
     matrix: Tensor
 
 
-def read_vectors(path: str, key: str) -> WordVectors:
-    """The vectors at ``path``, which may start under ``TERCET_DATA``.
+def read_vectors(path: str, parameter: str = "path") -> WordVectors:
+    """Read pretrained word vectors: GloVe's or word2vec's text format, or a folder. A relative path may be below TERCET_DATA.
 
     Raises:
-        InputError: naming ``key``: there is no such file, or a line that is no word with E numbers.
+        InputError: naming ``parameter``: there is no such file, or a line that is not a word with E numbers.
     """
     try:
         return _read(path)
     except InputError as error:
-        raise InputError(f"{key}={error}") from error
+        raise InputError(f"`{parameter}`={error}") from error
 
 
-@lru_cache(maxsize=1)  # vocabulary and backbone ask for the same file
+@lru_cache(maxsize=1)  # the tokenizer and the backbone read the same file
 def _read(path: str) -> WordVectors:
     file = locate(path)
     if not file.exists():
         raise InputError(f"{path} does not exist. It takes {ACCEPTED}.")
     try:
-        words, matrix = _folder(file, path) if file.is_dir() else _text(file, path)
+        words, matrix = _read_folder(file, path) if file.is_dir() else _read_text(file, path)
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text ({error}). It takes {ACCEPTED}.") from error
     first = {word: row for row, word in reversed(list(enumerate(words)))}
     if len(first) < len(words):
-        warn_once(f"{path}: {len(words) - len(first)} words come again; their first vector is kept.")
+        warn_once(f"{path}: {len(words) - len(first)} words occur more than once; their first vector is used.")
         rows = sorted(first.values())
         words, matrix = [words[row] for row in rows], matrix[rows]
     return WordVectors(words, matrix)
 
 
-def _folder(folder: Path, place: str) -> tuple[list[str], Tensor]:
-    for name in ("embeddings.safetensors", "vocab.txt"):
-        if not (folder / name).is_file():
-            raise InputError(f"{place} has no {name}. It takes {ACCEPTED}.")
+def _read_folder(folder: Path, name: str) -> tuple[list[str], Tensor]:
+    for file in ("embeddings.safetensors", "vocab.txt"):
+        if not (folder / file).is_file():
+            raise InputError(f"{name} has no {file}. It takes {ACCEPTED}.")
     words = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
     words = words[:-1] if words[-1] == "" else words
     tensors = load_file(folder / "embeddings.safetensors")
     matrix = next(iter(tensors.values())).float()
     if len(tensors) != 1 or matrix.ndim != 2 or len(matrix) != len(words):
-        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in tensors.items())
+        shapes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in tensors.items())
         raise InputError(
-            f"{place}: vocab.txt has {len(words)} words, embeddings.safetensors holds {shapes}; a row each is needed."
+            f"{name}: vocab.txt has {len(words)} words, embeddings.safetensors holds {shapes}; a row each is needed."
         )
     return words, matrix
 
 
-def _text(file: Path, place: str) -> tuple[list[str], Tensor]:
+def _read_text(file: Path, name: str) -> tuple[list[str], Tensor]:
     words: list[str] = []
     rows: list[np.ndarray] = []
     with file.open(encoding="utf-8", newline="\n") as lines:
         first = next(lines, "")
         if not first.strip():
-            raise InputError(f"{place} is empty. It takes {ACCEPTED}.")
+            raise InputError(f"{name} is empty. It takes {ACCEPTED}.")
         head = first.split()
-        header = len(head) == 2 and all(part.isdigit() for part in head)  # word2vec's: number of words and E
-        size = int(head[1]) if header else len(head) - 1
-        for number, line in enumerate(lines if header else chain([first], lines), start=2 if header else 1):
-            parts = line.rstrip().rsplit(" ", size)  # from the right: a few of GloVe's words contain spaces
-            values = _numbers(parts[1:])
-            if len(parts) != size + 1 or size < 1 or values is None or not parts[0] or _goes_on(parts[0]):
+        has_header = len(head) == 2 and all(part.isdigit() for part in head)  # word2vec's: number of words and E
+        size = int(head[1]) if has_header else len(head) - 1
+        for number, line in enumerate(lines if has_header else chain([first], lines), start=2 if has_header else 1):
+            word, *parts = line.rstrip().rsplit(" ", size)  # from the right: a few of GloVe's words contain spaces
+            values = _parse_numbers(parts)
+            too_many = " " in word and _parse_numbers(word.rsplit(" ", 1)[1:]) is not None  # a number at the word's end
+            if len(parts) != size or size < 1 or values is None or not word or too_many:
                 raise InputError(
-                    f"{place}, line {number}: a word and {max(size, 1)} numbers are needed, as in the first line; "
-                    f"it begins with {line.strip()[:30]!r}. Mend or delete the line."
+                    f"{name}, line {number}: a word and {max(size, 1)} numbers are needed, as in the first line; "
+                    f"it begins with {line.strip()[:30]!r}. Correct or delete the line."
                 )
-            words.append(parts[0])
+            words.append(word)
             rows.append(values)
     if not rows:
-        raise InputError(f"{place} has a header and no vectors. It takes {ACCEPTED}.")
+        raise InputError(f"{name} has a header and no vectors. It takes {ACCEPTED}.")
     return words, torch.from_numpy(np.stack(rows))
 
 
-def _goes_on(word: str) -> bool:
-    """Whether a number was taken for the end of the word: there are too many on the line."""
-    return " " in word and _numbers(word.rsplit(" ", 1)[1:]) is not None
-
-
-def _numbers(parts: list[str]) -> np.ndarray | None:
+def _parse_numbers(parts: list[str]) -> np.ndarray | None:
+    """The numbers as float32; None if one is not a finite number."""
     try:
         values = np.array(parts, dtype=np.float32)
     except ValueError:
@@ -121,7 +112,10 @@ CELLS: dict[str, type[nn.GRU] | type[nn.LSTM] | None] = {"gru": nn.GRU, "lstm": 
 
 
 class WordConfig(PreTrainedConfig):
-    """``trained_words`` ids have rows of ``trained_dim`` that are learned; ``fixed_dim`` is that of pretrained rows."""
+    """Configuration of ``WordModel``.
+
+    The first ``trained_words`` ids have learned vectors of ``trained_dim`` columns; all have ``fixed_dim`` pretrained ones.
+    """
 
     model_type = "tercet_words"
 
@@ -148,17 +142,17 @@ class WordConfig(PreTrainedConfig):
         super().__init__(**others)
 
 
-class Channels(nn.Module):
-    """``ids (n, L) -> (n, L, E)``: learned rows, pretrained rows, or both side by side (multi-channel).
+class WordEmbeddings(nn.Module):
+    """``ids (n, L) -> (n, L, E)``: learned vectors, pretrained ones, or both concatenated (multi-channel).
 
-    A word beyond ``trained_words`` has no learned row and takes that of the unknown word.
+    A word beyond ``trained_words`` has no learned vector and gets that of the unknown word.
     """
 
     def __init__(self, config: WordConfig) -> None:
         super().__init__()
         self.words = config.trained_words
         self.trained = nn.Embedding(config.trained_words, config.trained_dim) if config.trained_dim else None
-        # A parameter and no buffer: DDP sends buffers to every process at every step.
+        # A parameter, not a buffer: DDP sends buffers to every process at every step.
         self.fixed = nn.Embedding(config.vocab_size, config.fixed_dim) if config.fixed_dim else None
         if self.fixed is not None:
             self.fixed.weight.requires_grad_(False)
@@ -169,12 +163,24 @@ class Channels(nn.Module):
         parts += [] if self.fixed is None else [self.fixed(ids)]
         return torch.cat(parts, -1)
 
+    @torch.no_grad()
+    def set_fixed(self, tokenizer: PreTrainedTokenizerBase, vectors: WordVectors) -> None:
+        """Copy pretrained vectors; words without one get zeros."""
+        assert self.fixed is not None
+        ids = tokenizer.get_vocab()
+        pairs = [(ids[word], row) for row, word in enumerate(vectors.words) if word in ids]
+        if not pairs:
+            raise InputError("`vectors`: none of its words is in the vocabulary. Does its case agree with the `tokenizer`?")
+        targets, rows = (torch.tensor(column) for column in zip(*pairs, strict=True))
+        self.fixed.weight.zero_()
+        self.fixed.weight[targets] = vectors.matrix[rows]
+
 
 class WordModel(PreTrainedModel):
-    """Words, then a GRU or LSTM of one layer, or nothing (``bag``).
+    """Word vectors, then a GRU or LSTM of one layer, or nothing (``bag``): Quick-Thoughts' encoders.
 
-    ``last_hidden_state (n, L, H)``; ``pooler_output (n, H)`` is the final state, of both directions side by side (H/2
-    each), none for a bag. Quick-Thoughts' encoders (Logeswaran and Lee 2018, arXiv:1803.02893).
+    ``last_hidden_state (n, L, H)``; ``pooler_output (n, H)`` is the final state, of both directions concatenated (H/2
+    each), None for a bag (Logeswaran and Lee 2018, arXiv:1803.02893).
     """
 
     config_class = WordConfig
@@ -183,20 +189,20 @@ class WordModel(PreTrainedModel):
 
     def __init__(self, config: WordConfig) -> None:
         super().__init__(config)
-        self.embeddings = Channels(config)
+        self.embeddings = WordEmbeddings(config)
         self.dropout = nn.Dropout(config.dropout)
-        kind = CELLS[config.cell]
+        cell = CELLS[config.cell]
         width = config.trained_dim + config.fixed_dim
         size = config.hidden_size // (2 if config.bidirectional else 1)
-        self.recurrent = kind(width, size, batch_first=True, bidirectional=config.bidirectional) if kind else None
+        self.recurrent = cell(width, size, batch_first=True, bidirectional=config.bidirectional) if cell else None
         self.post_init()  # type: ignore[no-untyped-call]
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Embedding):  # transformers visits modules that hold weights themselves, no others
-            initialization.uniform_(module.weight, -0.1, 0.1)  # the authors'
+        if isinstance(module, nn.Embedding):  # transformers calls this for modules that hold weights themselves
+            initialize_uniform(module.weight, -0.1, 0.1)  # as in the authors' code
 
     def get_input_embeddings(self) -> nn.Module:
-        """Both channels."""
+        """The word vectors."""
         return self.embeddings
 
     def forward(
@@ -206,7 +212,7 @@ class WordModel(PreTrainedModel):
         inputs_embeds: Tensor | None = None,
         output_hidden_states: bool = False,
     ) -> BaseModelOutputWithPooling:
-        """``ids (n, L)`` (or their embeddings) and ``mask (n, L)``, padded on the right; rows never see the padding."""
+        """``ids (n, L)`` (or their embeddings) and ``mask (n, L)``, padded on the right; padding has no influence."""
         x = self.dropout(self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds)
         if self.recurrent is None:
             return BaseModelOutputWithPooling(last_hidden_state=x)
@@ -224,35 +230,38 @@ AutoModel.register(WordConfig, WordModel)
 
 def word_backbone(
     tokenizer: PreTrainedTokenizerBase,
-    cell: str,
-    hidden_size: int | None,
-    bidirectional: bool,
-    trained_dim: int,
-    vectors: str | None,
-    dropout: float,
+    cell: str = "gru",
+    hidden_size: int | None = 1200,
+    bidirectional: bool = False,
+    trained_dim: int = 620,
+    vectors: str | None = None,
+    dropout: float = 0.0,
 ) -> WordModel:
-    """A backbone over the words of ``tokenizer``.
+    """Make a word-level backbone for the words of ``tokenizer``; the defaults are Quick-Thoughts' (arXiv:1803.02893).
 
-    ``trained_dim`` columns are learned (0: none), those of the file ``vectors`` stay as they are (null: none; a word
-    that it lacks is 0). ``hidden_size`` is the width of the state, both directions together; null for a bag.
+    ``cell`` is gru, lstm or bag (no recurrence). Word vectors have ``trained_dim`` learned columns (0 is none) and those of
+    the file ``vectors``, which stay fixed (None is none; zeros for a word that it lacks). ``hidden_size`` is the width of
+    the state, both directions together; None for a bag.
+
+    >>> from tercet.models.vocabulary import make_tokenizer
+    >>> word_backbone(make_tokenizer(["a", "man"]), hidden_size=8, trained_dim=4).config.trained_words
+    4
 
     Raises:
         InputError: a size that cannot be.
     """
     if cell not in CELLS:
-        raise InputError(f"model.backbone.cell={cell}: choose one of {', '.join(CELLS)}.")
+        raise InputError(f"`cell`={cell}: choose one of {', '.join(CELLS)}.")
     if not 0 <= dropout < 1:
-        raise InputError(f"model.backbone.dropout={dropout}: a rate from 0 to below 1.")
+        raise InputError(f"`dropout`={dropout}: a rate from 0 to below 1.")
     if trained_dim < 0 or (trained_dim == 0 and vectors is None):
-        raise InputError(
-            f"model.backbone.trained_dim={trained_dim}: above 0, or 0 with pretrained vectors (model.backbone.vectors)."
-        )
+        raise InputError(f"`trained_dim`={trained_dim}: above 0, or 0 with pretrained vectors (`vectors`).")
     if cell == "bag" and (hidden_size is not None or bidirectional):
-        raise InputError("model.backbone.cell=bag has no state: use hidden_size=null bidirectional=false.")
+        raise InputError("`cell`=bag has no state: use `hidden_size`=null `bidirectional`=false.")
     if cell != "bag" and (not hidden_size or hidden_size < 1 or (bidirectional and hidden_size % 2)):
-        even = "an even number, half for each direction" if bidirectional else "a whole number above 0"
-        raise InputError(f"model.backbone.hidden_size={hidden_size}: {even}.")
-    fixed = read_vectors(vectors, "model.backbone.vectors") if vectors else None
+        accepted = "an even number, half for each direction" if bidirectional else "a whole number above 0"
+        raise InputError(f"`hidden_size`={hidden_size}: {accepted}.")
+    fixed = read_vectors(vectors, "vectors") if vectors else None
     fixed_dim = fixed.matrix.shape[1] if fixed else 0
     counted = tokenizer.init_kwargs.get("counted") or 0
     config = WordConfig(
@@ -262,18 +271,5 @@ def word_backbone(
     )  # fmt: skip
     model = WordModel(config)
     if fixed is not None:
-        fill(model.embeddings, tokenizer, fixed.words, fixed.matrix)
+        model.embeddings.set_fixed(tokenizer, fixed)
     return model
-
-
-@torch.no_grad()
-def fill(channels: Channels, tokenizer: PreTrainedTokenizerBase, known: list[str], matrix: Tensor) -> None:
-    """Write pretrained rows into the fixed channel."""
-    assert channels.fixed is not None
-    place = tokenizer.get_vocab()
-    pairs = [(place[word], row) for row, word in enumerate(known) if word in place]
-    if not pairs:
-        raise InputError("model.backbone.vectors: none of its words is in the vocabulary. Is model.tokenizer.lowercase right?")
-    ids, rows = (torch.tensor(side) for side in zip(*pairs, strict=True))
-    channels.fixed.weight.zero_()
-    channels.fixed.weight[ids] = matrix[rows]

@@ -15,8 +15,8 @@ from tercet.distributed.sharding import equalized_forward, reshard, shard
 from tercet.errors import InputError
 from tercet.losses import InfoNCE
 from tercet.models import CachedEncoder, Encoder
-from tercet.models.checkpoint import KEY, encoder_spec
 from tercet.models.engine.deterministic_dropout import with_dropout_seeds
+from tercet.models.loading import KEY, encoder_spec
 from tercet.training.lightning_compat import EvaluationHooks, FSDP2Strategy
 from tercet.training.masked_lm import MaskedLM
 from tercet.training.memory import Memory

@@ -39,21 +39,11 @@ class EvaluationHooks:
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Do nothing."""
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Do nothing."""
-
     def val_dataloader(self) -> "DataLoader[int]":
-        """One dummy batch."""
-        return _single_batch()
+        """One dummy batch; without its own generator the loader would draw from torch's, which training uses."""
+        return DataLoader([0], batch_size=None, generator=torch.Generator())  # type: ignore[arg-type]
 
-    def test_dataloader(self) -> "DataLoader[int]":
-        """One dummy batch."""
-        return _single_batch()
-
-
-def _single_batch() -> "DataLoader[int]":
-    # A loader without its own generator would draw from torch's, which training uses.
-    return DataLoader([0], batch_size=None, generator=torch.Generator())  # type: ignore[arg-type]
+    test_step, test_dataloader = validation_step, val_dataloader
 
 
 def num_processed_batches(trainer: pl.Trainer | None) -> int:

@@ -10,7 +10,9 @@ from transformers import AutoModelForMaskedLM
 from transformers.modeling_outputs import BaseModelOutput
 
 from tercet.errors import InputError
-from tercet.models import DualEncoder, Encoder, Execution, TextEncoder
+from tercet.models import Encoder, TextEncoder
+from tercet.models.engine.chunking import AutoChunks
+from tercet.models.engine.transformers_compat import pretrained_source
 from tercet.models.pretrained import load_pretrained
 from tercet.models.text import special_tokens, word_starts
 from tercet.rng import derive_seed
@@ -45,10 +47,10 @@ class MaskedLM:
         """The head on that encoder, or None where the weight is 0."""
         if self.weight == 0:
             return None
-        if not isinstance(encoder, TextEncoder):
-            kind = "two encoders" if isinstance(encoder, DualEncoder) else "a model of images"
-            raise InputError(_unsupported(f"{kind} has none"))
-        return MaskedLMHead(self, encoder)
+        parts = encoder.text_parts()
+        if len(parts) != 1:
+            raise InputError(_unsupported(f"{'two encoders have' if parts else 'a model of images has'} none"))
+        return MaskedLMHead(self, parts[0])
 
 
 def _unsupported(why: str) -> str:
@@ -72,9 +74,9 @@ class MaskedLMHead(nn.Module):
         backbone, tokenizer = encoder.backbone, encoder.tokenizer
         if tokenizer.mask_token_id is None:
             raise InputError(_unsupported("this tokenizer has no mask token"))
-        source = backbone.config._name_or_path
+        source = pretrained_source(backbone)
         try:
-            lm = load_pretrained(AutoModelForMaskedLM, source, "model.backbone.name") if source else None
+            lm = load_pretrained(AutoModelForMaskedLM, source) if source else None
             lm = lm or AutoModelForMaskedLM.from_config(backbone.config)
         except InputError:
             raise
@@ -86,8 +88,8 @@ class MaskedLMHead(nn.Module):
         self.lm = lm.train()
         self.settings = settings
         self.execution = encoder.execution
-        self._measured: Execution | None = None
-        self._run_backbone = encoder.reading  # not a module: the backbone is not registered a second time
+        self.auto_chunks = AutoChunks()
+        self._run_backbone = encoder.runner  # not a module: the backbone is not registered a second time
         self.mask_id = int(tokenizer.mask_token_id)
         self.num_tokens = len(tokenizer)
         self.register_buffer("special", special_tokens(tokenizer), persistent=False)
@@ -113,21 +115,13 @@ class MaskedLMHead(nn.Module):
         seed = inputs.state.dropout_seed
         state = TokenState(dropout_seed=None if seed is None else derive_seed(seed, MLM_PASS))
         paired = TokenBatch(torch.stack([corrupted, targets], 1), inputs.lengths, state)
-        sums = self._plan(paired).run(self._rows, paired)
+        sums = self.auto_chunks.resolve(self.execution, self, self._rows, paired).run(self._rows, paired)
         return LossOutput(sums[:, 0].sum(), sums[:, 1].detach().sum())
-
-    def _plan(self, paired: TokenBatch) -> Execution:
-        """The execution with a number of tokens for a chunk, which is measured on the first batch where it is automatic."""
-        if self.execution.chunk_tokens != "auto":
-            return self.execution
-        if self._measured is None:
-            self._measured = self.execution.resolve_auto_chunks(self, self._rows, paired)
-        return self._measured
 
     def _rows(self, paired: TokenBatch) -> Tensor:
         """``n`` rows of ``ids (T, 2)`` to ``(n, 2)``: each row's summed cross entropy and number of targets."""
         ids, targets_only = (replace(paired, ids=ids) for ids in paired.ids.unbind(-1))
-        output, _ = self._run_backbone(ids, self.execution.layout == "packed", first=False, layers=False)
+        output, _ = self._run_backbone(ids, self.execution.layout == "packed")
         hidden, targets = output.last_hidden_state, targets_only.pad(-100)[0]
         assert hidden is not None
         chosen = targets >= 0

@@ -13,16 +13,15 @@ from tercet.distributed import reduce_loss
 from tercet.errors import InputError
 from tercet.losses import ContextLoss, TripletLoss
 from tercet.models import Encoder
-from tercet.models.checkpoint import KEY, encoder_spec
 from tercet.models.engine.deterministic_dropout import with_dropout_seeds
-from tercet.models.text import token_info
+from tercet.models.loading import KEY, encoder_spec
 from tercet.training.contrastive import Contrastive, shared_seed
 from tercet.training.lightning_compat import EvaluationHooks
 from tercet.training.masked_lm import MaskedLM
 from tercet.training.memory import Memory
 from tercet.training.optimizers import MakeOptimizer, MakeScheduler, adamw, make_scheduler, optimizer_with_schedule
 from tercet.types import Batch, Embeddings, TokenBatch
-from tercet.views import TokenInfo, Views
+from tercet.views import Views
 
 
 class SimCSEUnsup(Contrastive):
@@ -49,10 +48,10 @@ class SimCSEUnsup(Contrastive):
 
     def _try_views(self, encoder: Encoder) -> None:
         """Edit and embed two texts: a backbone or tokenizer that the views cannot be used with raises its error now."""
-        info = token_info(encoder)
+        info = encoder.token_info()
         if info is None:
             raise InputError("These views edit texts, but the model reads images. Leave out `view`.")
-        self.token_info = TokenInfo(*info)
+        self.token_info = info
         inputs, ids = encoder.prepare(["One text.", "And another one."]), torch.arange(2)
         with torch.no_grad():
             self.embed(self.views(Batch((inputs,), ids, ids, ids, ids[None])))
@@ -124,6 +123,7 @@ class Pretraining(EvaluationHooks, pl.LightningModule):
 
     columns: ClassVar[tuple[int, int]] = (1, 3)
     positives: ClassVar[str] = "none"
+    makes_views: ClassVar[bool] = False
 
     def __init__(
         self, encoder: Encoder, optimizer: MakeOptimizer = adamw, scheduler: MakeScheduler = make_scheduler,

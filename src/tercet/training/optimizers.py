@@ -111,6 +111,6 @@ def optimizer_with_schedule(
     made = optimizer(module)
     steps = module.trainer.estimated_stepping_batches
     if not 1 <= steps < float("inf"):  # a stream has no length, and a time limit is no number of steps
-        raise InputError("The number of steps is not known, which the schedule needs. Set max_steps of the Trainer.")
+        raise InputError("The number of steps is not known, which the schedule needs. Set `trainer.max_steps`.")
     schedule = scheduler(made, int(steps))
     return {"optimizer": made, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "train/lr"}}

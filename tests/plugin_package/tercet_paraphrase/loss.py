@@ -4,9 +4,10 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from tercet.errors import InputError
 from tercet.types import Embeddings, LossOutput
-from torch import Tensor, nn
 
 
 class SigmoidLoss(nn.Module):

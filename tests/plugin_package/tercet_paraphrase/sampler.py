@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
+
 from tercet.data.samplers import BatchSampler
 from tercet.errors import InputError
 from tercet.types import BatchDataset, BatchIndices

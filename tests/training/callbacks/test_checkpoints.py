@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tercet.errors import InputError
-from tercet.models.checkpoint import KEY, read_checkpoint
+from tercet.models.loading import KEY, read_checkpoint
 from tercet.training import Memory
 from tercet.training.callbacks import RNGState, SkipNonFinite
 from tercet.training.callbacks.checkpoints import LAST, AtomicCheckpointIO, interval, newest_checkpoint

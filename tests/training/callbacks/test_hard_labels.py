@@ -54,7 +54,7 @@ def test_every_other_epoch_the_current_model_is_asked(tmp_path):
     assert module.encoder.training
 
 
-def test_a_run_that_goes_on_has_its_neighbours(tmp_path):
+def test_a_run_that_goes_on_has_its_neighbors(tmp_path):
     callback = HardLabels(3, 100, 2, 1.0, None)
     callback.load_state_dict({"neighbors": {0: [1]}})
     _, _, data = fit(tmp_path, callback, 1)
@@ -71,18 +71,18 @@ def test_wrong_numbers_are_named():
         HardLabels(0, 100, 2, 1.0, None)
 
 
-def test_mislabelled_rows_are_guarded_against():
+def test_mislabeled_rows_are_guarded_against():
     # Two labels in two directions; row 4 has label 2, but lies on top of label 0.
     z = F.normalize(torch.tensor([[1.0, 0], [0.8, 0.6], [0, 1.0], [0.6, 0.8], [1.0, 0.01]]), dim=-1)
     label = torch.tensor([0, 0, 1, 1, 2])
 
-    def neighbours(guard):
+    def neighbors(guard):
         limit = guard.limit(nearest_positive(z, label))
         scores, at = hard_negatives(z, z, lambda rows, keys: label[keys] != label[rows, None], limit, 1)
         return confusable_labels(label, scores, at, 1)
 
-    assert neighbours(FalseNegativeFilter(1.0, None))[0] == [2]
-    assert neighbours(FalseNegativeFilter(0.97, None))[0] == [1]
-    assert neighbours(FalseNegativeFilter(1.0, 0.01)).get(0) in ([2], [1], None)
+    assert neighbors(FalseNegativeFilter(1.0, None))[0] == [2]
+    assert neighbors(FalseNegativeFilter(0.97, None))[0] == [1]
+    assert neighbors(FalseNegativeFilter(1.0, 0.01)).get(0) in ([2], [1], None)
     assert nearest_positive(z, label)[:4].tolist() == pytest.approx([0.8, 0.8, 0.8, 0.8])
     assert nearest_positive(z, label)[4].isnan()

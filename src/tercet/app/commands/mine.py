@@ -1,4 +1,4 @@
-"""The job of ``python -m tercet mine``: hard negatives for pairs or labelled texts, as a file to train on."""
+"""The command ``mine``: hard negatives for pairs or labeled texts, as a file to train on."""
 
 import os
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from tercet.app.model_loading import open_model
 from tercet.errors import InputError
 from tercet.evaluation.search import FalseNegativeFilter, hard_negatives
 from tercet.messages import print_status, silence_libraries
-from tercet.models import CachedEncoder, TextEncoder
+from tercet.models import CachedEncoder
 from tercet.paths import check_writable
 from tercet.types import Source
 
@@ -28,9 +28,9 @@ KINDS = (".parquet", ".csv", ".tsv", ".jsonl")
 
 @dataclass(frozen=True)
 class MiningPairs:
-    """A anchors with a positive each, and the M ``keys`` that negatives come from.
+    """A anchors with one positive each, and the M ``keys`` that negatives are chosen from.
 
-    ``allowed`` takes anchors ``(a,)`` and keys of each ``(a, m)``: which of them are nobody's known positive.
+    ``allowed`` takes anchors ``(a,)`` and keys of each ``(a, m)``: True where the key is no known positive of the anchor.
     """
 
     anchors: list[str]
@@ -53,13 +53,13 @@ def run(cfg: DictConfig, output: Path) -> None:
     guard: FalseNegativeFilter = build(cfg.guard)
     pairs = read_mining_pairs(build(cfg.data.train), cfg.seed)
     encoder = open_model(cfg.model.path, cfg.model.pooling, cfg.device, cfg.seed)
-    if not isinstance(encoder, TextEncoder):
-        raise InputError(f"model={cfg.model.path} reads images; mine writes texts. Images: callback=hard_labels.")
+    if not encoder.text_parts():
+        raise InputError(f"model={cfg.model.path} is no encoder of texts that mine can use. For images use callback=hard_labels in training.")
     table = mine_negatives(pairs, CachedEncoder(encoder, progress="embedding"), guard, cfg.negatives, cfg.skip)
     if len(table) == 0:
         raise InputError(
             f"No negative is left of {len(pairs.keys)} texts: guard.max_similarity={guard.max_similarity} and "
-            f"guard.relative_margin={guard.relative_margin} shut all out. Loosen them."
+            f"guard.relative_margin={guard.relative_margin} exclude all of them. Relax them."
         )
     write_table(table, target)
     got = len(set(zip(table["anchor"].to_pylist(), table["positive"].to_pylist(), strict=True)))
@@ -75,22 +75,22 @@ def run(cfg: DictConfig, output: Path) -> None:
 
 
 def read_mining_pairs(source: Source, seed: int) -> MiningPairs:
-    """The pairs of a source of two columns or more; or those that equal labels make of one column."""
+    """The pairs of a source with two columns or more; of one column, the pairs of texts with equal labels."""
     rows = source.rows()
     first = list(rows[source.columns[0]])
     if not first or not isinstance(first[0], str):
         raise InputError("mine reads texts; this data holds images. For images use callback=hard_labels in training.")
     if len(source.columns) > 1:
-        return of_columns(first, list(rows[source.columns[1]]))
+        return pairs_of_columns(first, list(rows[source.columns[1]]))
     if "label" not in rows.column_names:
         raise InputError(
             "mine needs pairs: two columns, as data.columns=[question,answer], or one with a label, as data.label=intent."
         )
-    return of_labels(first, np.array(rows["label"]), seed)
+    return pairs_of_labels(first, np.array(rows["label"]), seed)
 
 
-def of_columns(first: list[str], second: list[str]) -> MiningPairs:
-    """Negatives are other rows' documents, but none that stands beside the same anchor anywhere, nor the anchor itself."""
+def pairs_of_columns(first: list[str], second: list[str]) -> MiningPairs:
+    """Pairs of two columns; a negative is never a document of the same anchor in any row, nor the anchor itself."""
     keys = list(dict.fromkeys(second))
     place = {text: i for i, text in enumerate(keys)}
     number = {text: i for i, text in enumerate(dict.fromkeys(first))}
@@ -101,8 +101,8 @@ def of_columns(first: list[str], second: list[str]) -> MiningPairs:
     return MiningPairs(first, second, keys, lambda rows, at: ~torch.isin(anchor[rows, None] * len(keys) + at, known))
 
 
-def of_labels(texts: list[str], label: "np.ndarray[tuple[int], np.dtype[np.int64]]", seed: int) -> MiningPairs:
-    """Each labelled text with another one of its label, drawn at random; negatives have another label, or none."""
+def pairs_of_labels(texts: list[str], label: "np.ndarray[tuple[int], np.dtype[np.int64]]", seed: int) -> MiningPairs:
+    """Pair each labeled text with a random one of its label; negatives have another label, or none."""
     rng, anchors, positives = np.random.default_rng(seed), [], []
     for name in np.unique(label[label >= 0]):
         members = list(dict.fromkeys(texts[i] for i in np.flatnonzero(label == name)))
@@ -111,7 +111,7 @@ def of_labels(texts: list[str], label: "np.ndarray[tuple[int], np.dtype[np.int64
             anchors += [members[i] for i in order]
             positives += [members[i] for i in np.roll(order, -1)]
     if not anchors:
-        raise InputError("data.label: no label has two different texts, so that there is no positive.")
+        raise InputError("data.label: no label has two different texts, so there are no positives.")
     groups: dict[str, set[int]] = {}
     for text, name in zip(texts, label.tolist(), strict=True):
         groups.setdefault(text, set()).add(name)
@@ -124,7 +124,7 @@ def of_labels(texts: list[str], label: "np.ndarray[tuple[int], np.dtype[np.int64
 
 
 def mine_negatives(pairs: MiningPairs, encode: CachedEncoder, guard: FalseNegativeFilter, count: int, skip: int) -> pa.Table:
-    """Rows by anchor, its nearest negative first."""
+    """Mine a table with one row per anchor and negative, the nearest negative first."""
     x, y, keys = (F.normalize(encode(texts), dim=-1) for texts in (pairs.anchors, pairs.positives, pairs.keys))
     own = (x * y).sum(1)
     scores, at = hard_negatives(x, keys, pairs.allowed, guard.limit(own), count + skip)
@@ -142,7 +142,7 @@ def mine_negatives(pairs: MiningPairs, encode: CachedEncoder, guard: FalseNegati
 
 
 def write_table(table: pa.Table, target: Path) -> None:
-    """All or nothing, in the format that the name says."""
+    """Write a table in the format of the file's ending; the file is replaced as a whole."""
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     if target.suffix == ".parquet":
         pq.write_table(table, partial)

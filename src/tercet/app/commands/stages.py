@@ -1,4 +1,4 @@
-"""Several runs as one: each starts from the model that the last one left."""
+"""The command ``train`` with stages: several runs as one, each from the model of the one before."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ from tercet.messages import print_status
 from tercet.paths import check_writable
 
 OWN = ("experiment", "stages", "init_from", "output_dir", "resume", "optimized_metric", "name", "measure_before")
-COUNTS = (*train.RESULT_GROUPS, "trainer", "test")  # what a finished stage must agree in
+COUNTS = (*train.RESULT_GROUPS, "trainer", "test")  # a finished stage is kept where these are the same
 START = "before"
 
 
@@ -27,13 +27,13 @@ def run(cfg: DictConfig, output: Path) -> float | None:
     """
     runs = {str(name): stage for name, stage in cfg.stages.runs.items() if stage is not None}
     if not runs:
-        raise InputError("stages.runs: no stage is left. Set one of them, or use another experiment.")
+        raise InputError("stages.runs: every stage is null. Set one of them, or use another experiment.")
     if taken := {START, "test", "train", "val"} & runs.keys():
         raise InputError(f"stages.runs: a stage may not be called {taken.pop()}. Rename it.")
     check_writable(output, "output_dir")
     folders = {name: output / f"{number}_{name}" for number, name in enumerate(runs, 1)}
     _check_folder(output, list(folders.values()), cfg.resume)
-    for name, stage in runs.items():  # a mistake in the last stage is told before the first one trains
+    for name, stage in runs.items():  # an error in the last stage is found before the first one trains
         train.prepare(compose_stage(stage, None, folders[name]), output)
     columns: dict[str, dict[str, float]] = {}
     start, measured = cfg.init_from, None
@@ -42,13 +42,13 @@ def run(cfg: DictConfig, output: Path) -> float | None:
         test = OmegaConf.to_container(config.test, resolve=True)
         config.measure_before = bool(cfg.measure_before and test != measured)  # else the last stage has just done so
         config.resume = cfg.resume
-        metrics = _kept(config, folder) if cfg.resume else None
+        metrics = _finished_metrics(config, folder) if cfg.resume else None
         if metrics is None:
             print_status(f"\n{number} of {len(runs)}: {name}")
             train.run(config, folder)
             metrics = record.read_metrics(folder)
         if not columns:
-            _say_missing(cfg.stages, record.stage_metrics(metrics, "test"))
+            _report_missing(cfg.stages, record.stage_metrics(metrics, "test"))
         if START not in columns and config.measure_before:
             columns[START] = record.stage_metrics(metrics, START)
         columns[name] = record.stage_metrics(metrics, "test")
@@ -61,7 +61,7 @@ def _check_folder(output: Path, folders: list[Path], resume: bool) -> None:
     if not record.is_main_process() or not found:
         return
     if not resume:
-        raise InputError(f"output_dir={output} holds stages already: resume=true goes on with them.")
+        raise InputError(f"output_dir={output} holds stages already: resume=true continues them.")
     if other := [path.name for path in found if path not in folders]:
         raise InputError(
             f"resume=true: {output} holds {', '.join(other)}; the stages are {', '.join(p.name for p in folders)} now. Use "
@@ -69,25 +69,25 @@ def _check_folder(output: Path, folders: list[Path], resume: bool) -> None:
         )
 
 
-def _say_missing(settings: DictConfig, metrics: Mapping[str, float]) -> None:
+def _report_missing(settings: DictConfig, metrics: Mapping[str, float]) -> None:
     for key in ("in_domain", "out_of_domain"):
         if settings[key] and settings[key] not in metrics:
             print_status(f"stages.{key}={settings[key]} is not measured; the figure lacks it. There are: {', '.join(metrics)}.")
 
 
 def compose_stage(stage: DictConfig, start: str | None, folder: Path) -> DictConfig:
-    """A stage's configuration: its own keys, then those of the command line; no experiment but the one it names."""
+    """Compose a stage's configuration: its own keys, then those of the command line, on the experiment that it names."""
     hydra: Any = HydraConfig.get()  # what ${hydra:...} looks into
     with read_write(hydra):
         hydra.runtime.output_dir = str(folder)
     given = {o.lstrip("+~").split("=")[0]: o for o in HydraConfig.get().overrides.task}
     given = {key: o for key, o in given.items() if key.split(".")[0] not in OWN}
-    own = {key: f"{key}={_quoted(value)}" for key, value in _set(OmegaConf.to_container(stage, resolve=True))}
+    own = {key: f"{key}={_quoted(value)}" for key, value in _overrides(OmegaConf.to_container(stage, resolve=True))}
     own.setdefault("experiment", "~experiment")
     return compose("train", [*(own | given).values(), f"init_from={_quoted(start)}", f"output_dir={_quoted(str(folder))}"])
 
 
-def _set(stage: Any) -> Iterator[tuple[str, Any]]:
+def _overrides(stage: Any) -> Iterator[tuple[str, Any]]:
     """``{objective: mlm, data: {where: {a: 1}}}`` as ``objective``, mlm and ``data.where``, {a: 1}: groups are words."""
     for key, value in stage.items():
         if isinstance(value, dict):
@@ -97,7 +97,7 @@ def _set(stage: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _quoted(value: Any) -> str:
-    """As Hydra's command line reads it."""
+    """A value in the grammar of Hydra's command line."""
     if isinstance(value, str):
         return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
     if isinstance(value, list):
@@ -107,7 +107,7 @@ def _quoted(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
-def _kept(config: DictConfig, folder: Path) -> dict[str, float] | None:
+def _finished_metrics(config: DictConfig, folder: Path) -> dict[str, float] | None:
     """The metrics of a stage that was finished with the same settings, or None."""
     if not (folder / "metrics.json").is_file():
         return None
@@ -120,7 +120,7 @@ def _kept(config: DictConfig, folder: Path) -> dict[str, float] | None:
 
 
 def _finish(cfg: DictConfig, output: Path, columns: dict[str, dict[str, float]], model: str) -> float | None:
-    """Table, figure and metrics of all stages; the last one's model is the run's."""
+    """Write the table, figure and metrics of all stages; the last stage's model is the run's."""
     metrics = {f"{stage}/{name}": x for stage, column in columns.items() for name, x in column.items()}
     metrics |= {f"test/{name}": x for name, x in list(columns.values())[-1].items()}
     if record.is_main_process():
@@ -138,7 +138,7 @@ def _finish(cfg: DictConfig, output: Path, columns: dict[str, dict[str, float]],
 
 
 def stage_table(columns: Mapping[str, Mapping[str, float]], inside: str, outside: str) -> str:
-    """A row each metric, a column each stage; what of ``outside`` was lost since the start and since its best."""
+    """One row per metric, one column per stage, and the decrease of ``outside`` since the start and since its best value."""
     names = list(dict.fromkeys(name for column in columns.values() for name in column))
     rows = [(name, [column.get(name) for column in columns.values()]) for name in names]
     kept = [x for x in dict(rows).get(outside, []) if x is not None]
@@ -154,7 +154,7 @@ def stage_table(columns: Mapping[str, Mapping[str, float]], inside: str, outside
 
 
 def draw_stages(columns: Mapping[str, Mapping[str, tuple[float, float]]], settings: DictConfig) -> Figure:
-    """Both metrics over the stages; each value with its standard deviation."""
+    """Plot both metrics over the stages, each value with its standard deviation."""
     shown = [(settings.in_domain, "in the domain", "#1b7f79"), (settings.out_of_domain, "outside it", "#8a5a9e")]
     shown = [part for part in shown if all(part[0] in column for column in columns.values())]
     figure = Figure(figsize=(4.2 * max(1, len(shown)), 3.2), layout="constrained")

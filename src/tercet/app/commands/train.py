@@ -1,4 +1,4 @@
-"""The job of ``train.py``: build, check, measure, train, measure again, write down."""
+"""The command ``train``: build and check the components, evaluate, train, evaluate again, record."""
 
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from tercet.app.report import before_after_table
 from tercet.distributed.sharding import gather_weights, load_state
 from tercet.errors import InputError
 from tercet.messages import print_status, silence_libraries
-from tercet.models.checkpoint import read_checkpoint
 from tercet.models.engine.autochunk import trim_heap
 from tercet.models.folder import save_model
+from tercet.models.loading import read_checkpoint
 from tercet.paths import check_writable
 from tercet.training.callbacks.checkpoints import AtomicCheckpointIO, newest_checkpoint
 from tercet.training.callbacks.evaluation import Evaluation, evaluate_stage
@@ -42,14 +42,14 @@ def run(cfg: DictConfig, output: Path) -> float | None:
     check_resume(config, output)
     with requeue_on_signal():
         if not launch.started_by_launcher():
-            data.prepare_data()  # mistakes in the data are found, and tokens cached, before any process is started
+            data.prepare_data()  # errors in the data are found, and tokens cached, before any process is started
             if launch.num_processes(config) > 1:
                 return launch.launch_processes(worker, config, output)
         return train(config, output, data)
 
 
 def prepare(cfg: DictConfig, output: Path) -> tuple[DictConfig, DataModule]:
-    """The resolved configuration and its data, after all that can be checked without reading the data."""
+    """Resolve the configuration and build its data; run every check that needs no data."""
     start_record(cfg)
     config = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     assert isinstance(config, DictConfig)
@@ -64,14 +64,14 @@ def prepare(cfg: DictConfig, output: Path) -> tuple[DictConfig, DataModule]:
 
 
 def worker(config: dict[str, Any], output: str) -> float | None:
-    """What each of several processes runs."""
+    """Run one of several processes: ``config`` and ``output`` are plain, so that they can be sent to it."""
     silence_libraries()
     cfg = OmegaConf.create(config)
     return train(cfg, Path(output), build(cfg.data.module))
 
 
 def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
-    """One process's part of the run."""
+    """Train in this process, one of those of the run; returns the optimized metric."""
     pl.seed_everything(cfg.seed, workers=True, verbose=False)
     if cfg.num_threads:
         torch.set_num_threads(cfg.num_threads)
@@ -96,10 +96,10 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
     try:
         notes = record.write_start(cfg, output, data, loggers)
         metrics = evaluate_stage(trainer, objective, "before") if cfg.measure_before else {}
-        if metrics and str(cfg.optimized_metric).startswith("test/"):  # better said now than after training
+        if metrics and str(cfg.optimized_metric).startswith("test/"):  # fails now rather than after training
             optimized_value(cfg, {name.replace("before/", "test/", 1): value for name, value in metrics.items()})
-        # The draws of the evaluation must not decide what training draws.
-        # Processes draw differently: rows of two of them must not share their dropout.
+        # Training must not depend on the random numbers that the evaluation drew.
+        # Processes get different seeds: rows of two of them must not share their dropout.
         pl.seed_everything(cfg.seed + trainer.global_rank, workers=True, verbose=False)
         trainer.fit(objective, datamodule=data, ckpt_path=resume_checkpoint(cfg, output))
         metrics |= stage_values(trainer, "train/") | restore_best(trainer, objective)
@@ -116,7 +116,7 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
 
 
 def finished_metrics(cfg: DictConfig, output: Path) -> dict[str, float] | None:
-    """The metrics of a run that has been made to its end with these very settings."""
+    """The metrics of a run that has finished with the same settings, or None."""
     if not (output / "metrics.json").is_file():
         return None
     if record.first_difference(output, cfg, lambda key: key.split(".")[0] not in ("resume", "output_dir", "command", "check")):
@@ -125,49 +125,54 @@ def finished_metrics(cfg: DictConfig, output: Path) -> dict[str, float] | None:
 
 
 def check_resume(cfg: DictConfig, output: Path) -> None:
-    """Raise ``InputError`` where ``resume`` would mix two settings: the steps to make may differ, what is learned not."""
+    """Raise ``InputError`` where ``resume`` would mix two settings; the number of steps may differ."""
     there = any((output / "checkpoints").glob("last*.ckpt"))
     if there and not cfg.resume:
-        print_status(f"{output} holds a run, which is written over; resume=true would have gone on with it.")
+        print_status(f"{output} holds a run, which is overwritten; resume=true would have continued it.")
     if cfg.resume and not there:
-        print_status(f"resume=true: {output} holds no checkpoint; this is the start.")
+        print_status(f"resume=true: {output} holds no checkpoint; training starts anew.")
     if not cfg.resume or not there:
         return
+    if "batches" in OmegaConf.load(output / "config.yaml"):  # a key of version 0.1
+        raise InputError(
+            f"resume=true: {output} is a run of Tercet 0.1, whose settings had other names, and cannot be resumed. "
+            f"init_from={output} starts from its weights; use another output_dir."
+        )
     if other := record.first_difference(output, cfg, lambda key: key.split(".")[0] in RESULT_GROUPS):
-        raise InputError(f"resume=true: {output} was begun with {other}. Set it as it was, or use another output_dir.")
+        raise InputError(f"resume=true: {output} was started with {other}. Set it as it was, or use another output_dir.")
 
 
 def resume_checkpoint(cfg: DictConfig, output: Path) -> str | None:
-    """The checkpoint that a run with ``resume`` goes on from, if there is one."""
+    """The checkpoint that a run with ``resume`` continues from, or None."""
     path = newest_checkpoint(output / "checkpoints", read_checkpoint) if cfg.resume else None
     if path is None:
         return None
-    print_status(f"going on from {path}, step {read_checkpoint(path)['global_step']}")
+    print_status(f"resuming from {path}, step {read_checkpoint(path)['global_step']}")
     return str(path)
 
 
 def enabled_callbacks(cfg: DictConfig, callback: pl.Callback, loggers: list[Logger]) -> list[pl.Callback]:
-    """The callback, unless the trainer's switch for its kind is off: Lightning takes both at once for a mistake."""
+    """A list with the callback; empty where the trainer's switch for its kind is off, because Lightning refuses both."""
     kinds = {
         ProgressBar: "enable_progress_bar",
         Checkpoint: "enable_checkpointing",
         ModelSummary: "enable_model_summary",
     }
     if isinstance(callback, ModelCheckpoint) and callback.filename == "best" and not cfg.monitor:
-        return []  # nothing selects
+        return []  # no metric selects a checkpoint
     if isinstance(callback, LearningRateMonitor) and not loggers:
         return []
     return [callback] if all(cfg.trainer[key] for kind, key in kinds.items() if isinstance(callback, kind)) else []
 
 
 def stage_values(trainer: pl.Trainer, *prefixes: str) -> dict[str, float]:
-    """The trainer's last values of the metrics whose names start so."""
+    """The trainer's last values of the metrics whose names start with one of the prefixes."""
     seen = trainer.callback_metrics.items()
     return {name: float(value) for name, value in seen if name.startswith(prefixes)}
 
 
 def restore_best(trainer: pl.Trainer, objective: Contrastive) -> dict[str, float]:
-    """Go back to the best checkpoint where a metric selects one; what validation says of the weights that are kept."""
+    """Load the best checkpoint where a metric selects one; returns the validation metrics of the weights that are kept."""
     best = trainer.checkpoint_callback
     path, monitor = getattr(best, "best_model_path", ""), getattr(best, "monitor", None)
     if monitor and getattr(best, "best_model_score", None) is None:
@@ -190,7 +195,7 @@ def write_results(
     notes: dict[str, Any],
     output: Path,
 ) -> None:
-    """Write the model and the metrics; show the table."""
+    """Write the model, the metrics and the report, and print the table."""
     encoder = gather_weights(objective.encoder)
     if not trainer.is_global_zero:
         return
@@ -206,7 +211,7 @@ def write_results(
 
 
 def optimized_value(cfg: DictConfig, metrics: dict[str, float]) -> float | None:
-    """The value that a sweeper gets back."""
+    """The value of the metric that a sweep optimizes, or None."""
     if not cfg.optimized_metric:
         return None
     if cfg.optimized_metric not in metrics:

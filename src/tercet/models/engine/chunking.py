@@ -19,57 +19,54 @@ DROPOUTS = ("auto", "torch", "deterministic")
 
 @dataclass(frozen=True)
 class Execution:
-    """The plan of a forward pass.
+    """Settings of a forward pass. They change speed and memory, not the result.
 
-    ``layout`` of texts: ``packed``, no padded token is computed; ``sorted`` by length, so that a chunk's rows are alike
-    and little is padded; ``padded`` as they come; ``auto`` is packed where the backbone can, else sorted.
-    ``dropout``: ``keyed``, a function of (seed, step, row, view, layer), the same for any number of processes and any
-    chunks; ``torch``'s own; ``auto`` is keyed on a CPU, where it costs less than torch's, if the backbone can pack.
-    ``chunk_tokens``: the tokens, padding among them, that one chunk of texts may have; ``chunk_rows``: its rows, of texts
-    or images; null is no bound. ``chunk_tokens=auto``: as many as free memory has room for, once the first batch is seen.
-    ``recompute``: keep no activations, compute each chunk again in the backward pass with the same dropout. That is
+    ``layout`` of texts: ``packed`` concatenates rows and computes no padding; ``sorted`` orders rows by length, so that
+    little of a chunk is padding; ``padded`` keeps the order; ``auto`` is packed if the backbone can, else sorted.
+    ``dropout``: ``deterministic`` makes masks a function of (seed, step, row, view, layer), the same for any number of
+    processes and any chunks; ``torch`` is torch's own; ``auto`` is deterministic on a CPU, where it costs less than
+    torch's, if the backbone can pack.
+    ``chunk_tokens``: the most tokens of one chunk of texts, padding included; ``chunk_rows``: its most rows, of texts or
+    images; None is no limit. ``chunk_tokens="auto"``: as many as fit into free memory, measured on the first batch.
+    ``recompute``: save no activations and compute each chunk again in the backward pass, with the same dropout. This is
     GradCache (Gao et al. 2021, arXiv:2101.06983): the same gradient in the memory of one chunk.
+
+    >>> execution = Execution(layout="sorted", chunk_tokens=8)
+    >>> [chunk.tolist() for chunk in execution.chunks(torch.tensor([2, 7, 3, 4]))]
+    [[1], [3, 2], [0]]
     """
 
-    layout: str
-    dropout: str
-    chunk_tokens: int | Literal["auto"] | None
-    chunk_rows: int | None
-    recompute: bool
+    layout: str = "auto"
+    dropout: str = "auto"
+    chunk_tokens: int | Literal["auto"] | None = None
+    chunk_rows: int | None = None
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         for name, known in (("layout", LAYOUTS), ("dropout", DROPOUTS)):
             if (value := getattr(self, name)) not in known:
-                raise InputError(f"model.execution.{name}={value}: choose one of {', '.join(known)}.")
+                raise InputError(f"`{name}`={value}: choose one of {', '.join(known)}.")
         for name in ("chunk_tokens", "chunk_rows"):
             value = getattr(self, name)
             if isinstance(value, str) and (name, value) != ("chunk_tokens", "auto"):
-                raise InputError(f"model.execution.{name}={value}: a number, or null. chunk_tokens can be auto.")
+                raise InputError(f"`{name}`={value}: a number, or null. `chunk_tokens` can be auto.")
             if isinstance(value, int) and value < 1:
-                raise InputError(f"model.execution.{name}={value}: a number above 0, or null for no chunks.")
+                raise InputError(f"`{name}`={value}: a number above 0, or null for no chunks.")
 
     def unchunked(self) -> "Execution":
-        """In one piece, for rows that are a chunk already."""
+        """The same in one pass, for rows that are a chunk already."""
         return replace(self, chunk_tokens=None, chunk_rows=None, recompute=False)
 
-    def resolve_auto_chunks(self, module: nn.Module, function: Callable[[TokenBatch], Tensor], rows: TokenBatch) -> "Execution":
-        """With a number for ``chunk_tokens=auto``: what ``function`` of ``module`` can keep of these ``rows``."""
-        if self.chunk_tokens != "auto":
-            return self
-        tokens = max_chunk_tokens(module, function, rows)
-        warn_once(f"model.execution.chunk_tokens=auto is {tokens:,} here.")
-        return replace(self, chunk_tokens=tokens)
-
-    def chunks(self, length: Tensor) -> list[Tensor]:
-        """``length (N,)`` to index tensors that together name each row once; a row too long for the budget runs alone."""
-        order = torch.arange(len(length))
+    def chunks(self, lengths: Tensor) -> list[Tensor]:
+        """``lengths (N,)`` to tensors of row indices, each row in one; a row above the limit is a chunk of its own."""
+        order = torch.arange(len(lengths))
         if self.layout != "padded":
-            order = torch.argsort(length, descending=True, stable=True)
+            order = torch.argsort(lengths, descending=True, stable=True)
         if isinstance(self.chunk_tokens, str):
-            raise RuntimeError("chunk_tokens=auto is a number once the encoder has seen a batch.")
+            raise RuntimeError("chunk_tokens='auto' has to be resolved first, by Encoder.execution_for.")
         tokens, rows = self.chunk_tokens or float("inf"), self.chunk_rows or float("inf")
         cuts, start, longest, real = [0], 0, 0, 0
-        for i, n in enumerate(length[order].tolist()):
+        for i, n in enumerate(lengths[order].tolist()):
             longest, real = max(longest, n), real + n
             used = real if self.layout == "packed" else longest * (i + 1 - start)
             if i > start and (used > tokens or i - start >= rows):
@@ -77,11 +74,11 @@ class Execution:
                 start, longest, real = i, n, n
         return list(order.tensor_split(cuts[1:]))
 
-    def computed_tokens(self, length: Tensor) -> int:
-        """How many tokens, padding among them, the plan computes."""
+    def computed_tokens(self, lengths: Tensor) -> int:
+        """How many tokens are computed for rows of these lengths, padding included."""
         if self.layout == "packed":
-            return int(length.sum())
-        return sum(len(rows) * int(length[rows].max()) for rows in self.chunks(length) if len(rows))
+            return int(lengths.sum())
+        return sum(len(rows) * int(lengths[rows].max()) for rows in self.chunks(lengths) if len(rows))
 
     def num_passes(self, inputs: Inputs) -> int:
         """How often ``run`` calls its function."""
@@ -104,19 +101,37 @@ class Execution:
 
     def _apply(self, function: Callable[[Any], Tensor], part: TokenBatch | Tensor) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
-            out: Tensor = checkpoint(_tidied(function), part, use_reentrant=False)
+            out: Tensor = checkpoint(_trimming(function), part, use_reentrant=False)
             return out
         return function(part)
 
 
-def _tidied(function: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
-    """Asked twice a chunk: when it is computed, and when it is computed again."""
+def _trimming(function: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+    """``function`` with the heap trimmed before each call: twice a chunk, as it is computed again in the backward pass."""
 
-    def computed(part: Any) -> Tensor:
+    def trim_and_call(part: Any) -> Tensor:
         trim_heap()
         return function(part)
 
-    return computed
+    return trim_and_call
 
 
-PLAIN = Execution(layout="auto", dropout="auto", chunk_tokens=None, chunk_rows=None, recompute=False)
+DEFAULT_EXECUTION = Execution()
+
+
+class AutoChunks:
+    """Resolves ``chunk_tokens="auto"``: the number is measured on the first batch and kept."""
+
+    def __init__(self) -> None:
+        self.tokens: int | None = None
+
+    def resolve(
+        self, execution: Execution, module: nn.Module, function: Callable[[TokenBatch], Tensor], rows: TokenBatch
+    ) -> Execution:
+        """``execution`` with a number for ``chunk_tokens``: the activations of ``function`` of ``module`` on ``rows`` fit."""
+        if execution.chunk_tokens != "auto":
+            return execution
+        if self.tokens is None:
+            self.tokens = max_chunk_tokens(module, function, rows)
+            warn_once(f"chunk_tokens=auto is {self.tokens:,} here.")
+        return replace(execution, chunk_tokens=self.tokens)

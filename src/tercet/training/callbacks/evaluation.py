@@ -27,9 +27,7 @@ class Evaluation(pl.Callback):
         """Discard cached embeddings: the weights have changed."""
         refresh_encoder(trainer, pl_module)
 
-    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Discard cached embeddings: the weights have changed."""
-        refresh_encoder(trainer, pl_module)
+    on_test_epoch_start = on_validation_epoch_start
 
     # In the hooks of the one dummy batch: Lightning's progress then shows whether a validation was interrupted.
     def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:

@@ -75,7 +75,7 @@ class Throughput(pl.Callback):
             self._log_rates(pl_module, inputs, seconds)
             pl_module.log("train/waiting", self.waited / seconds, batch_size=1)
         if isinstance(inputs, TokenBatch):
-            computed = pl_module.encoder.execution.computed_tokens(inputs.lengths)
+            computed = pl_module.encoder.execution_for(inputs).computed_tokens(inputs.lengths)
             pl_module.log("train/padding", 1 - len(inputs.ids) / max(computed, 1), batch_size=len(batch))
         pl_module.log("train/memory_gb", peak_memory_gb(), batch_size=len(batch))
 

