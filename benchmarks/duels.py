@@ -9,23 +9,14 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tercet.losses import TripletLoss
-from tercet.types import Embeddings
 
 D, K, MARGIN = 128, 40, 0.2  # FaceNet: 128 dimensions, about 40 faces of an identity, margin on squared distance
 OURS = "tercet"
-Value = Callable[[Tensor, Tensor], Tensor]  # embeddings (N, D), not normalised; labels (N,)
+Value = Callable[[Tensor, Tensor], Tensor]  # embeddings (N, D), not normalized; labels (N,)
 
 
 def _ours(mining: str, fallback: bool, divide_by: str) -> Value:
-    loss = TripletLoss(MARGIN, mining, fallback, "hinge", divide_by, None)
-
-    def value(x: Tensor, label: Tensor) -> Tensor:
-        n = torch.arange(len(x))
-        batch = Embeddings(x[None], n, label, n, n[None])
-        terms = loss(batch, batch)
-        return terms.total / terms.count.clamp(min=1)
-
-    return value
+    return TripletLoss(MARGIN, mining, fallback, divide_by=divide_by)
 
 
 def _metric_learning() -> Value:

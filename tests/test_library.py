@@ -57,7 +57,7 @@ def test_the_loop_runs_in_two_processes(tmp_path):
 def test_models_and_evaluators(encoder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     save_model(encoder, "model")
-    n, tasks = len(TEXTS), ["sts12", "sts13", "sts14", "sts15", "sts16", "stsb", "sickr"]
+    n, tasks = len(TEXTS), ["STS12", "STS13", "STS14", "STS15", "STS16", "STS-B", "SICK-R"]
     row = {
         "subset": "a",
         "split": "test",

@@ -1,6 +1,7 @@
 """The error for input that cannot be used."""
 
 import re
+from collections.abc import Sequence
 
 _PARAMETER = re.compile(r"`([A-Za-z_][\w.]*)`")
 
@@ -27,3 +28,9 @@ class InputError(ValueError):
     def parameters(self) -> list[str]:
         """The parameters that the message names, in order."""
         return _PARAMETER.findall(self.message)
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise ``InputError`` unless ``value``, of the parameter ``name``, is one of ``choices``."""
+    if value not in choices:
+        raise InputError(f"`{name}`={value}: choose one of {', '.join(choices)}.")

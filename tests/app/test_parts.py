@@ -7,8 +7,9 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+import tercet
 from tercet.app import error_formatting, record
-from tercet.app.cli import config_folder
+from tercet.app.cli import config_folder, main
 from tercet.app.components import takes
 from tercet.app.launch import num_processes
 from tercet.app.report import before_after_table
@@ -23,7 +24,7 @@ from tests.laws.distributed_runs import Listed
 
 
 def test_help_does_not_load_torch():
-    code = "import sys; sys.argv=['x','--help']\nfrom tercet.main import main\ntry: main('train')\nexcept SystemExit: pass\n"
+    code = "import sys; sys.argv=['x','--help']\nfrom tercet.app.cli import main\ntry: main('train')\nexcept SystemExit: pass\n"
     done = subprocess.run([sys.executable, "-c", code + "print('torch' in sys.modules)"], capture_output=True, text=True)
     assert done.stdout.strip().endswith("False"), done.stderr
     assert "trainer" in done.stdout
@@ -114,8 +115,8 @@ def test_known_keys_are_those_of_the_files():
 def test_errors_without_a_message_of_their_own_say_where_to_look():
     assert error_formatting.explain(KeyError("x"), config_folder(), "train") == "KeyError: 'x' (TERCET_DEBUG=1 shows where)"
     wrapped = RuntimeError("outer")
-    wrapped.__cause__ = InputError("inner")
-    assert error_formatting.explain(wrapped, config_folder(), "train") == "inner"
+    wrapped.__cause__ = InputError("inner `size`=3")
+    assert error_formatting.explain(wrapped, config_folder(), "train") == "inner size=3"
 
 
 def test_the_figure_and_the_neighbours_show_the_change():
@@ -143,3 +144,46 @@ def test_accumulation_is_warned_about(recwarn):
 class _Data:
     name = "listed"
     columns = ("a",)
+
+
+def test_a_run_of_version_0_1_is_not_resumed_by_mistake(tmp_path):
+    from tercet.app.commands.train import check_resume
+
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    (tmp_path / "config.yaml").write_text("batches: {_target_: tercet.data.GlobalBatches}\n")
+    with pytest.raises(InputError, match=r"a run of Tercet 0\.1.*init_from="):
+        check_resume(composed("resume=true"), tmp_path)
+
+
+def test_versions_are_recorded_where_the_package_is_not_installed(monkeypatch):
+    monkeypatch.setattr("importlib.metadata.distributions", lambda: [])
+    monkeypatch.setattr(record, "_git", lambda *arguments: "")
+    assert record.versions()["tercet"] == tercet.__version__
+    assert record.revision() == f"no repository, tercet {tercet.__version__}"
+
+
+COMMANDS = {
+    "evaluate": (["model=/a b/c=d", "--cfg=job"], "path: /a b/c=d"),
+    "mine": (["model=[a,b]", "data.path=p.csv", "output=o.csv", "--cfg=job"], "- a\n  - b"),
+    "export": (["--cfg=job", "model=m", "output=o"], "path: m"),
+    "expand": (["model=m", "vectors=v", "--cfg=job", "output=o"], "vectors: v"),
+    "compare": (["a/run", "--cfg=job", "b", "metric=x"], "runs:\n- a/run\n- b\nmetric: x"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_compose_from_their_arguments(command, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tercet", "no=argument"])  # is not read
+    arguments, expected = COMMANDS[command]
+    with pytest.raises(SystemExit) as stopped:
+        main(command, arguments)
+    assert not stopped.value.code
+    assert expected in capsys.readouterr().out
+
+
+def test_choices_that_are_gone_are_explained(capsys):
+    for group, text in (("data=files", "data=table"), ("data=text", "data=table")):
+        with pytest.raises(SystemExit):
+            main("evaluate", [group, "model=x"])
+        assert text in capsys.readouterr().err

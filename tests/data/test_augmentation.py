@@ -1,4 +1,4 @@
-"""Other looks at the same image: each does what it says, and what chance decides comes from the generator alone."""
+"""Augmentation: each change does what it says, and depends on the generator alone."""
 
 import math
 from dataclasses import replace
@@ -84,9 +84,9 @@ def test_parts_come_from_everywhere():
     assert 2500 <= area.min() < 3500 and 8000 < area.max() <= 10_000
 
 
-def test_colours_move_about_what_they_were():
-    grey = Image.new("RGB", (40, 40), (100, 100, 100))
-    means = [np.asarray(look(replace(OFF, color=0.2), grey, seed)).mean() for seed in range(200)]
+def test_colors_move_about_what_they_were():
+    gray = Image.new("RGB", (40, 40), (100, 100, 100))
+    means = [np.asarray(look(replace(OFF, color=0.2), gray, seed)).mean() for seed in range(200)]
     assert 79 <= min(means) < 85 and 115 < max(means) <= 121
 
 

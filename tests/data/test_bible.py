@@ -1,4 +1,4 @@
-"""Bible: the verses are parallel, and the sides share no book."""
+"""Bible: the verses are parallel, and the splits share no book."""
 
 import pickle
 import re
@@ -39,7 +39,7 @@ def words(text):
 
 @pytest.mark.parametrize("name", ["train", "validation", "test"])
 def test_verses_are_parallel(rows, name):
-    """A verse shares more words with its own counterpart than with those of its neighbours."""
+    """A verse shares more words with its own counterpart than with those of its neighbors."""
     left, right = ([words(text) for text in rows[name][column]] for column in ("text", "paraphrase"))
     share = {
         shift: sum(len(a & b) / max(1, len(a | b)) for a, b in zip(left, right[shift:], strict=False)) / len(left)

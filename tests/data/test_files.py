@@ -1,4 +1,4 @@
-"""Files: what is read, however it is written."""
+"""TextFiles: the same rows from every kind of file."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Groups: members of a group as pairs."""
+"""Groups: rows of a group as pairs."""
 
 import os
 import pickle

@@ -1,4 +1,4 @@
-"""The hub: ids, and one quick message when there is none."""
+"""Data sets of the hub: ids, and a quick message when the hub cannot be reached."""
 
 import io
 import time

@@ -1,4 +1,4 @@
-"""Folders, Parquet and the hub give the same images; whole labels are held out; bad images cost a row, not the run."""
+"""Folders, Parquet and the hub give the same images; whole labels are held out; an unreadable image is left out."""
 
 import io
 import logging
@@ -70,7 +70,6 @@ def test_every_form_gives_the_same_images(world, kind):
 
 def test_hub_sets_are_read_as_files_are(world, monkeypatch):
     import datasets
-
 
     rows = datasets.Dataset(pq.read_table(world / "struct.parquet"))
     for module in ("image_files", "file_reader"):

@@ -1,4 +1,4 @@
-"""Batches of labels: the paper's shape, the same for any number of processes, and honest about what cannot be."""
+"""PKBatchSampler: the paper's batch, the same for any number of processes, and messages for what cannot be drawn."""
 
 import logging
 from collections import Counter
@@ -22,10 +22,10 @@ def drawn(sampler, rank=0, world=1):
         return list(sampler)
 
 
-def make(sizes, batch_size, per_label, distractors=0, singles=0, unlabelled=0, seed=1):
+def make(sizes, batch_size, per_label, distractors=0, singles=0, unlabeled=0, seed=1):
     """Rows of ``len(sizes)`` labels, then labels that occur once, then rows without."""
     label = [name for name, size in enumerate(sizes) for _ in range(size)]
-    label += [1000 + i for i in range(singles)] + [-1] * unlabelled
+    label += [1000 + i for i in range(singles)] + [-1] * unlabeled
     return PKBatchSampler(Ids(torch.tensor(label)), batch_size, seed, per_label, distractors)
 
 
@@ -81,7 +81,7 @@ def test_a_labels_rows_all_come_before_one_comes_again():
 
 
 def test_distractors_are_rows_that_have_no_positive():
-    sampler = make([4] * 6, 10, 2, distractors=4, singles=10, unlabelled=10)
+    sampler = make([4] * 6, 10, 2, distractors=4, singles=10, unlabeled=10)
     for draw in drawn(sampler):
         counts = Counter(int(sampler.values[row]) for row in draw.rows)
         assert sum(count for name, count in counts.items() if name in range(6)) == 6
@@ -126,7 +126,7 @@ def test_few_rows_of_each_label_are_said(caplog):
         (dict(sizes=[4, 4], batch_size=4, per_label=1), "per_label=1: 2 or more"),
         (dict(sizes=[4, 4], batch_size=4, per_label=2, distractors=3), "distractors=3: from 0 to .* = 2"),
         (dict(sizes=[], batch_size=4, per_label=2, singles=9), "labels that occur twice or more.*label"),
-        (dict(sizes=[], batch_size=4, per_label=2, unlabelled=9), "no labels. Name the column of labels"),
+        (dict(sizes=[], batch_size=4, per_label=2, unlabeled=9), "no labels. Name the column of labels"),
         (dict(sizes=[9], batch_size=4, per_label=2), "the same label, so that there are no negatives"),
         (
             dict(sizes=[4, 4], batch_size=6, per_label=2),

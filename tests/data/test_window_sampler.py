@@ -1,4 +1,4 @@
-"""Windows of consecutive sentences: in one document, each row once, the same for any number of processes."""
+"""WindowBatchSampler: windows of one document, each row once, the same for any number of processes."""
 
 import logging
 

@@ -154,7 +154,7 @@ def test_a_sweep_ends_with_mean_and_sd(command, tmp_path):
     result = command("train", "-m", "seed=1,2", "data.batch_size=4,400", *tiny(
         "data=text", f"data.path={path}", *FAST[:-1], f"hydra.sweep.dir={root}"))  # fmt: skip
     assert "mean ± sd over 2 runs" in result.terminal
-    assert result.terminal.count("error: data.batch_size=400, but data=text has") == 2
+    assert result.terminal.count("error: data.batch_size=400, but the data (text) has") == 2
     assert result.code == 1, "two jobs failed"
     assert (root / "0" / "metrics.json").is_file()
     assert "data.batch_size=400" in (root / "1" / "error.txt").read_text()

@@ -29,7 +29,7 @@ def _nobody(monkeypatch):
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_DATA_DIR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", "/dev/null")
-    messages._failed.clear()
+    messages._reported.clear()
     teardown = wandb.teardown  # it reads the environment once in a process
     teardown()
     yield

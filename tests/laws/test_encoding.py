@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from tercet.app.components import build
 from tercet.models import Execution
@@ -49,10 +50,11 @@ def gradients(module, batch, seed):
 
 def objective(name, recompute, tokens, dropout_rate=0.1, mlm=0.1, layout="auto", dropout="auto"):
     torch.manual_seed(0)
-    cfg = composed(*tiny(f"objective={name}", f"model.backbone.dropout={dropout_rate}", f"objective.mlm.weight={mlm}",
-                         f"model.execution.layout={layout}", f"model.execution.dropout={dropout}",
-                         f"model.execution.chunk_tokens={tokens or 'null'}",
-                         f"model.execution.recompute={recompute}"))  # fmt: skip
+    cfg = composed(*tiny(f"objective={name}"))  # composed once for all settings, which is faster than to give them as overrides
+    execution = {"layout": layout, "dropout": dropout, "chunk_tokens": tokens, "recompute": recompute}
+    settings = {f"model.execution.{key}": value for key, value in execution.items()}
+    for key, value in {**settings, "model.backbone.dropout": dropout_rate, "objective.mlm.weight": mlm}.items():
+        OmegaConf.update(cfg, key, value)
     return build(cfg.objective)
 
 

@@ -1,4 +1,4 @@
-"""Views in the models that read them: what is cut away is not seen, and what cannot work is named at once."""
+"""Views in models: tokens that are cut do not matter, and views that a model cannot use are refused at once."""
 
 import pytest
 import torch
@@ -83,8 +83,8 @@ def test_what_travels_with_tokens_survives_any_chunks(name, family):
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        ([*GRU, "view=shuffle"], "view=shuffle: WordModel takes no positions"),
-        (["model=resnet_small", "view=token_cutoff"], "the model reads images. Use view=dropout"),
+        ([*GRU, "view=shuffle"], "shuffles tokens: WordModel takes no positions"),
+        (["model=resnet_small", "view=token_cutoff"], "the model reads images. Leave out"),
     ],
 )
 def test_a_view_that_a_model_cannot_have_is_named_before_training(overrides, message):

@@ -1,4 +1,4 @@
-"""What each view does to a row, whatever the row: laws over random rows, and shares over many."""
+"""Views: laws for random rows, and rates over many rows."""
 
 from itertools import groupby
 

@@ -6,7 +6,9 @@ Imports here are light: ``--help`` and a mistyped key are answered before torch 
 import argparse
 import importlib
 import os
+import secrets
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +20,6 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from tercet.app import components, error_formatting, hydra_compat
-from tercet.app.launch import run_id
 from tercet.app.sweeps import summary
 
 COMMANDS = {
@@ -36,6 +37,24 @@ def config_folder() -> str:
     package = Path(__file__).resolve().parents[1]
     inside = package / "conf"
     return str(inside if inside.is_dir() else package.parents[1] / "conf")
+
+
+def run_id() -> str:
+    """``RUN_ID``, else SLURM's job and step, else what the first process of torchrun chose, else the time and four digits."""
+    if value := os.environ.get("RUN_ID"):
+        return value
+    if int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+        return "-".join(os.environ[name] for name in ("SLURM_JOB_ID", "SLURM_STEP_ID") if name in os.environ)
+    fresh = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    if not os.environ.get("TORCHELASTIC_RUN_ID"):
+        return fresh
+    # Started by torchrun: the processes share its store and nothing else yet.
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, _ = next(rendezvous("env://"))
+    if rank == 0:
+        store.set("tercet/run_id", fresh)
+    return str(store.get("tercet/run_id").decode())
 
 
 def main(command: str, arguments: Sequence[str] | None = None) -> NoReturn:

@@ -15,7 +15,6 @@ from tercet.app.hydra_compat import config_folders
 from tercet.app.launch import num_processes, started_by_launcher
 from tercet.app.record import ARTIFACTS
 from tercet.errors import InputError
-from tercet.models.text import max_row_length
 
 NEEDS = {  # what a component can declare that it needs, and how a user provides it
     "label": "labels: data.label=<column>",
@@ -209,7 +208,7 @@ def check_model(objective: Any, data: Any, several: bool) -> None:
     """Raise ``InputError`` for what only the loaded model shows: its length, its dropout, its batch normalization."""
     encoder = objective.encoder
     for part in encoder.text_parts():
-        longest = max_row_length(part.backbone, part.tokenizer)
+        longest = part.token_info().max_length
         if data.transform.max_length > longest:
             raise InputError(f"data.max_length={data.transform.max_length}, but the backbone takes {longest} tokens at most.")
     if encoder.mixes_rows():

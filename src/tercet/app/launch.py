@@ -3,11 +3,9 @@
 import contextlib
 import logging
 import os
-import secrets
 import signal
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,25 +23,6 @@ from tercet.app import components
 from tercet.app.error_formatting import explain
 from tercet.errors import InputError
 from tercet.messages import print_status
-
-
-def run_id() -> str:
-    """``RUN_ID``, else SLURM's job and step, else what the first process of torchrun chose, else the time and four digits."""
-    if value := os.environ.get("RUN_ID"):
-        return value
-    if int(os.environ.get("SLURM_NTASKS", 1)) > 1:
-        return "-".join(os.environ[name] for name in ("SLURM_JOB_ID", "SLURM_STEP_ID") if name in os.environ)
-    fresh = f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-    if not os.environ.get("TORCHELASTIC_RUN_ID"):
-        return fresh
-    # Started by torchrun: the processes share its store and nothing else yet.
-    from torch.distributed.rendezvous import rendezvous
-
-    store, rank, _ = next(rendezvous("env://"))
-    if rank == 0:
-        store.set("tercet/run_id", fresh)
-    return str(store.get("tercet/run_id").decode())
-
 
 Worker = Callable[[dict[str, Any], str], float | None]
 

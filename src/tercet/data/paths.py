@@ -18,15 +18,7 @@ from tercet.paths import locate
 
 PREFIX = "hf://datasets/"
 TIMEOUT = 5.0  # seconds
-KINDS = {
-    ".txt": "txt",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".jsonl": "json",
-    ".ndjson": "json",
-    ".json": "json",
-    ".parquet": "parquet",
-}
+KINDS = {f".{kind}": kind for kind in ("txt", "csv", "tsv", "json", "parquet")} | {".jsonl": "json", ".ndjson": "json"}
 ARCHIVES = {".gz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".tar", ".tgz", ".rar"}
 ACCEPTED = "a .txt, .csv, .tsv, .jsonl, .json or .parquet file, a folder of one of these, or a hub id (owner/name)"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+){0,2}")

@@ -28,7 +28,7 @@ def combine_seeds(*parts: int) -> int:
     return number
 
 
-class BatchSampler(Sampler[BatchIndices]):
+class SeededBatchSampler(Sampler[BatchIndices]):
     """The base of samplers whose epochs are a function of (``seed``, epoch), the same for any number of processes.
 
     ``needs`` is what the source must provide ("label", "position", "all_rows"); ``provides`` is what a batch then has:
@@ -52,7 +52,7 @@ class BatchSampler(Sampler[BatchIndices]):
         return BatchIndices(rows[rank_slice(len(rows))].tolist(), combine_seeds(self.seed, self.epoch, number))
 
 
-class RandomBatchSampler(BatchSampler):
+class RandomBatchSampler(SeededBatchSampler):
     """Batches of ``batch_size`` rows in random order, each row once an epoch.
 
     The rows of the whole batch are the same for any number of processes. The last rows, which do not fill a batch, are left
@@ -97,7 +97,7 @@ class ResumableSampler(Sampler[BatchIndices]):
 Ints = npt.NDArray[np.int64]
 
 
-class PKBatchSampler(BatchSampler):
+class PKBatchSampler(SeededBatchSampler):
     """Batches of labels with ``per_label`` K rows each, and ``distractors``: rows that are used only as negatives.
 
     FaceNet's batch (arXiv:1503.03832, section 3.2) has 1,800 rows, 40 of each label. Labels come in shuffled passes over all
@@ -137,23 +137,20 @@ class PKBatchSampler(BatchSampler):
         self._check()
 
     def _check(self) -> None:
-        advice = "Name the column of labels in the source's label."
         if self.per_label < 2:
             raise InputError(f"`per_label`={self.per_label}: 2 or more, so that a row has a positive.")
         if not 0 <= self.distractors <= self.batch_size - 2:
             raise InputError(f"`distractors`={self.distractors}: from 0 to `batch_size` - 2 = {self.batch_size - 2}.")
+        wrong = ""
         if (self.values < 0).all():
-            raise InputError(
-                "PKBatchSampler: the training rows have no labels. Name the column of labels in the source's label, or use "
-                "RandomBatchSampler (and an objective that needs no labels)."
-            )
-        if not self.rows_by_label:
-            raise InputError(
-                "PKBatchSampler needs labels that occur twice or more, but every one of the training rows has a label of its "
-                f"own, or none. {advice}"
-            )
-        if len(self.rows_by_label) == 1 and len(self.unpaired_rows) == 0:
-            raise InputError(f"PKBatchSampler: all training rows have the same label, so that there are no negatives. {advice}")
+            wrong = ": the training rows have no labels"
+        elif not self.rows_by_label:
+            wrong = " needs labels that occur twice or more, but every one of the training rows has a label of its own, or none"
+        elif len(self.rows_by_label) == 1 and len(self.unpaired_rows) == 0:
+            wrong = ": all training rows have the same label, so that there are no negatives"
+        if wrong:
+            advice = "or use RandomBatchSampler with an objective that needs no labels"
+            raise InputError(f"PKBatchSampler{wrong}. Name the column of labels in the source's label, {advice}.")
         room = self.batch_size - self.distractors
         most = sum(min(self.per_label, len(rows)) for rows in self.rows_by_label.values())
         if most < room:
@@ -240,7 +237,7 @@ class _Queue:
         return taken
 
 
-class WindowBatchSampler(BatchSampler):
+class WindowBatchSampler(SeededBatchSampler):
     """Batches of k windows of ``window`` m consecutive sentences of a document: k · m = ``batch_size``.
 
     The document is a row's ``label``, its place in it ``position``; rows may be stored in any order. k = 1, m = 400 is the

@@ -84,9 +84,9 @@ class TextFiles:
     def rows(self) -> Dataset | IterableDataset:
         """The split's rows: the text columns, then ``label`` and ``position`` if they are named."""
         if self.streaming and self.split == "test":  # few rows; the train split of the stream leaves them out
-            return Dataset.from_list(list(_stream(self)), features=self._features())
+            return Dataset.from_list(list(self._stream()), features=self._features())
         if self.streaming:
-            return IterableDataset.from_generator(_stream, features=self._features(), gen_kwargs={"files": self})
+            return IterableDataset.from_generator(self._stream, features=self._features())
         tables = list(self._tables())
         try:
             table = pa.concat_tables(tables, promote_options="permissive")
@@ -124,6 +124,14 @@ class TextFiles:
         if count == dropped.total():
             raise InputError(f"`path`={self.path}: all {count} rows were bad and dropped. Is it the right file?")
 
+    def _stream(self) -> Iterator[dict[str, Any]]:
+        rows = (row for table in self._tables() for row in self._cells(table)[0].to_pylist())
+        for number, row in enumerate(rows):
+            if self.split == "all" or (number < self.held_out) == (self.split == "test"):
+                yield row
+            elif self.split == "test":
+                return
+
     def _cells(self, table: pa.Table) -> tuple[pa.Table, list[str]]:
         """The columns of ``rows``, and the names of the labels; a stream's labels must be numbers, as it cannot be sorted."""
         cells, names = {name: table[name] for name in self.columns}, list[str]()
@@ -142,15 +150,6 @@ class TextFiles:
         numbers = {name: Value("int64") for name in ("label", "position") if getattr(self, name) is not None}
         labels = {"label": ClassLabel(names=list(names))} if names else {}
         return Features({name: Value("string") for name in self.columns} | numbers | labels)
-
-
-def _stream(files: TextFiles) -> Iterator[dict[str, Any]]:
-    rows = (row for table in files._tables() for row in files._cells(table)[0].to_pylist())
-    for number, row in enumerate(rows):
-        if files.split == "all" or (number < files.held_out) == (files.split == "test"):
-            yield row
-        elif files.split == "test":
-            return
 
 
 def as_list(value: Any) -> list[Any]:

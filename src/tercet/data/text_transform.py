@@ -148,6 +148,7 @@ def _tensor(column: Any) -> Tensor:
     return torch.from_numpy(np.array(np.asarray(column), dtype=np.int64, copy=True))
 
 
+@dataclass(eq=False)
 class StreamingBatches(IterableDataset[Batch]):
     """Batches in the order of a stream, shuffled in a buffer of ``buffer_size`` rows by (``seed``, epoch).
 
@@ -157,21 +158,12 @@ class StreamingBatches(IterableDataset[Batch]):
     but not tokenized.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        transform: TextTransform,
-        batch_size: int,
-        seed: int,
-        buffer_size: int,
-        start: Callable[[], tuple[int, int]],
-    ) -> None:
-        self.source = source
-        self.transform = transform
-        self.batch_size = batch_size
-        self.seed = seed
-        self.buffer_size = buffer_size
-        self.start = start
+    source: Source
+    transform: TextTransform
+    batch_size: int
+    seed: int
+    buffer_size: int
+    start: Callable[[], tuple[int, int]]
 
     def __iter__(self) -> Iterator[Batch]:
         rows = self.source.rows().shuffle(seed=self.seed, buffer_size=self.buffer_size)

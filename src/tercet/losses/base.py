@@ -46,12 +46,6 @@ def make_embeddings(
     return Embeddings(z, row if ids is None else check_integers("ids", ids, z, (n,)), label, position, hashes)
 
 
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Raise ``InputError`` unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise InputError(f"`{name}`={value}: choose one of {', '.join(choices)}.")
-
-
 def check_embeddings(name: str, z: object, views: bool = False, like: Tensor | None = None) -> Tensor:
     """Return ``z`` if it is a float tensor ``(N, D)``, with ``views`` also ``(V, N, D)``, of the shape of ``like`` if given."""
     usable = isinstance(z, Tensor) and z.is_floating_point() and z.dim() in (2, 2 + views) and z.numel() > 0

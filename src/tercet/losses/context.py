@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from tercet.errors import InputError
+from tercet.errors import InputError, check_choice
 from tercet.losses import base
 from tercet.losses.info_nce import SIMILARITIES, prepare_for_similarity
 from tercet.types import Embeddings, LossOutput
@@ -42,8 +42,8 @@ class ContextLoss(nn.Module):
         self, context: int = 1, similarity: str = "dot", temperature: float = 1.0, self_logit: str = "excluded"
     ) -> None:
         super().__init__()
-        base.check_choice("similarity", similarity, SIMILARITIES)
-        base.check_choice("self_logit", self_logit, SELF_LOGITS)
+        check_choice("similarity", similarity, SIMILARITIES)
+        check_choice("self_logit", self_logit, SELF_LOGITS)
         if context < 1:
             raise InputError(f"`context`={context}: 1 (the sentence before and the one after) or more.")
         if not temperature > 0:

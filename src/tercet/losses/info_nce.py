@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tercet.errors import InputError
+from tercet.errors import InputError, check_choice
 from tercet.losses import base
 from tercet.types import Embeddings, LossOutput
 
@@ -62,9 +62,9 @@ class InfoNCE(nn.Module):
         super().__init__()
         if not temperature > 0:
             raise InputError(f"`temperature`={temperature}: a number above 0 is needed, 0.05 in the paper.")
-        base.check_choice("similarity", similarity, SIMILARITIES)
-        base.check_choice("direction", direction, DIRECTIONS)
-        base.check_choice("key_exchange", key_exchange, KEY_EXCHANGES)
+        check_choice("similarity", similarity, SIMILARITIES)
+        check_choice("direction", direction, DIRECTIONS)
+        check_choice("key_exchange", key_exchange, KEY_EXCHANGES)
         if not 0 <= label_smoothing < 1:
             raise InputError(f"`label_smoothing`={label_smoothing}: 0 or more and below 1.")
         scale = torch.tensor(-math.log(temperature))

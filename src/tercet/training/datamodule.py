@@ -65,11 +65,6 @@ class DataModule(EvaluationHooks, pl.LightningDataModule):
         self.sampler: Sampler[BatchIndices] | None = None
         self.epoch, self.num_skipped = 0, 0  # where a stream starts
 
-    @property
-    def provides(self) -> frozenset[str]:
-        """What the source declares to provide: a subset of {"label", "position", "all_rows"}."""
-        return frozenset(getattr(self.source, "provides", ()))
-
     def prepare_data(self) -> None:
         """Read, check and transform the rows, once: Lightning calls this again, and ``setup`` in every process."""
         if self.streaming or self.dataset is not None:

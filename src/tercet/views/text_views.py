@@ -29,6 +29,14 @@ class TokenInfo(NamedTuple):
     max_length: int = 512
 
 
+# The arguments of an edit in the examples below: one row of four words between two special tokens, a seed, a vocabulary of 16.
+EXAMPLE = (
+    TokenBatch.from_lists([[0, 5, 6, 7, 8, 1]]),
+    torch.tensor([7]),
+    TokenInfo(torch.arange(16) >= 0, torch.arange(16) < 2, mask_id=2),
+)
+
+
 class View(Protocol):
     """An edit of N rows of tokens.
 
@@ -47,9 +55,8 @@ class Views:
 
     Draws depend on (``seed``, step, example): they are the same for any number of processes and any chunks.
 
-    >>> text = TokenBatch.from_lists([[0, 5, 6, 7, 8, 1]])
-    >>> info = TokenInfo(torch.arange(16) >= 0, torch.arange(16) < 2)
-    >>> first, second = Views(second=[Crop(0.5)])(text, torch.tensor([7]), step=0, info=info)
+    >>> text, example_id, info = EXAMPLE
+    >>> first, second = Views(second=[Crop(0.5)])(text, example_id, step=0, info=info)
     >>> first.ids.tolist(), second.ids.tolist()
     ([0, 5, 6, 7, 8, 1], [0, 5, 6, 1])
     """
@@ -77,12 +84,12 @@ class Views:
 class TokenLayout(NamedTuple):
     """Where the T tokens of N rows are.
 
-    ``row (T,)``; ``index (T,)`` in the row; ``content (T,)`` is false for special tokens; ``word (T,)`` numbers the words of
-    the row from 0. ``num_content (N,)`` and ``num_words (N,)`` count a row's content tokens and words.
+    ``row (T,)``; ``offset (T,)`` from the start of the row; ``content (T,)`` is false for special tokens; ``word (T,)``
+    numbers the words of the row from 0. ``num_content (N,)`` and ``num_words (N,)`` count a row's content tokens and words.
     """
 
     row: Tensor
-    index: Tensor
+    offset: Tensor
     content: Tensor
     word: Tensor
     num_content: Tensor
@@ -94,7 +101,7 @@ def token_layout(inputs: TokenBatch, info: TokenInfo) -> TokenLayout:
     ids = inputs.ids
     length = inputs.lengths.to(ids.device)
     row = torch.repeat_interleave(torch.arange(len(length), device=ids.device), length)
-    index = torch.arange(len(ids), device=ids.device) - (length.cumsum(0) - length)[row]
+    offset = torch.arange(len(ids), device=ids.device) - (length.cumsum(0) - length)[row]
     content = ~info.special.to(ids.device)[ids]
     num_content = _count(content, row, len(length))
     before = content.cumsum(0) - content.long() - (num_content.cumsum(0) - num_content)[row]
@@ -102,7 +109,7 @@ def token_layout(inputs: TokenBatch, info: TokenInfo) -> TokenLayout:
     starts = content & (info.word_start.to(ids.device)[ids] | (before == 0))
     num_words = _count(starts, row, len(length))
     word = starts.cumsum(0) - (num_words.cumsum(0) - num_words)[row] - 1
-    return TokenLayout(row, index, content, word.clamp_min(0), num_content, num_words)
+    return TokenLayout(row, offset, content, word.clamp_min(0), num_content, num_words)
 
 
 def _count(number: Tensor, row: Tensor, rows: int) -> Tensor:
@@ -144,9 +151,7 @@ class RatedView:
 class Deletion(RatedView):
     """Delete each word with probability ``rate``, but never all of a row (SimCSE, arXiv:2104.08821, Table 1).
 
-    >>> text = TokenBatch.from_lists([[0, 5, 6, 7, 8, 1]])
-    >>> info = TokenInfo(torch.arange(16) >= 0, torch.arange(16) < 2)
-    >>> Deletion(0.5)(text, torch.tensor([7]), info).ids.tolist()
+    >>> Deletion(0.5)(*EXAMPLE).ids.tolist()
     [0, 7, 8, 1]
     """
 
@@ -164,9 +169,7 @@ class Deletion(RatedView):
 class Crop(RatedView):
     """Keep a share ``1 - rate`` of consecutive words of a row, at least one (SimCSE, arXiv:2104.08821, Table 1).
 
-    >>> text = TokenBatch.from_lists([[0, 5, 6, 7, 8, 1]])
-    >>> info = TokenInfo(torch.arange(16) >= 0, torch.arange(16) < 2)
-    >>> Crop(0.5)(text, torch.tensor([7]), info).ids.tolist()
+    >>> Crop(0.5)(*EXAMPLE).ids.tolist()
     [0, 6, 7, 1]
     """
 
@@ -185,9 +188,7 @@ class Crop(RatedView):
 class Repetition(RatedView):
     """Repeat random tokens: up to a share ``rate`` of a row, or 2 (ESimCSE, Wu et al. 2021, arXiv:2109.04380, section 3.1).
 
-    >>> text = TokenBatch.from_lists([[0, 5, 6, 7, 8, 1]])
-    >>> info = TokenInfo(torch.arange(16) >= 0, torch.arange(16) < 2)
-    >>> Repetition()(text, torch.tensor([7]), info).ids.tolist()
+    >>> Repetition()(*EXAMPLE).ids.tolist()
     [0, 5, 6, 7, 8, 8, 1]
     """
 
@@ -200,9 +201,9 @@ class Repetition(RatedView):
         count = (uniform(seed, 0) * (most + 1)).long()
         room = (info.max_length - inputs.lengths.to(count.device)).clamp_min(0)
         count = torch.minimum(torch.minimum(count, room), at.num_content)
-        draw = uniform(seed[at.row], at.index + 1).masked_fill(~at.content, 2.0)  # special tokens come last
+        draw = uniform(seed[at.row], at.offset + 1).masked_fill(~at.content, 2.0)  # special tokens come last
         twice = torch.zeros_like(at.row)
-        twice[order_in_row(draw, at.row)] = (at.index < count[at.row]).long()
+        twice[order_in_row(draw, at.row)] = (at.offset < count[at.row]).long()
         return repeat_tokens(inputs, 1 + twice, at.row)
 
 
@@ -210,9 +211,7 @@ class Repetition(RatedView):
 class Masking(RatedView):
     """Replace each token by the mask token with probability ``rate``.
 
-    >>> text = TokenBatch.from_lists([[0, 5, 6, 7, 8, 1]])
-    >>> info = TokenInfo(torch.arange(16) >= 0, torch.arange(16) < 2, mask_id=2)
-    >>> Masking(0.5)(text, torch.tensor([7]), info).ids.tolist()
+    >>> Masking(0.5)(*EXAMPLE).ids.tolist()
     [0, 2, 6, 7, 2, 1]
     """
 
@@ -223,7 +222,7 @@ class Masking(RatedView):
         if info.mask_id is None:
             raise InputError("Masking: the tokenizer has no mask token. Use TokenCutoff.")
         at = token_layout(inputs, info)
-        chosen = at.content & (uniform(seed[at.row], at.index) < self.rate)
+        chosen = at.content & (uniform(seed[at.row], at.offset) < self.rate)
         return replace(inputs, ids=inputs.ids.masked_fill(chosen, info.mask_id))
 
 
@@ -231,18 +230,16 @@ class Masking(RatedView):
 class Shuffle:
     """Exchange the positions of a row's content tokens at random (token shuffling of ConSERT, arXiv:2105.11741).
 
-    >>> text = TokenBatch.from_lists([[0, 5, 6, 7, 8, 1]])
-    >>> info = TokenInfo(torch.arange(16) >= 0, torch.arange(16) < 2)
-    >>> Shuffle()(text, torch.tensor([7]), info).state.position.tolist()
+    >>> Shuffle()(*EXAMPLE).state.position.tolist()
     [0, 1, 4, 3, 2, 5]
     """
 
     def __call__(self, inputs: TokenBatch, seed: Tensor, info: TokenInfo) -> TokenBatch:
         """The same tokens at other positions."""
         at = token_layout(inputs, info)
-        before = at.index if inputs.state.position is None else inputs.state.position
+        before = at.offset if inputs.state.position is None else inputs.state.position
         which = at.content.nonzero()[:, 0]
-        order = which[order_in_row(uniform(seed[at.row[which]], at.index[which]), at.row[which])]
+        order = which[order_in_row(uniform(seed[at.row[which]], at.offset[which]), at.row[which])]
         position = before.clone()
         position[order] = before[which]
         return replace(inputs, state=replace(inputs.state, position=position))
@@ -257,9 +254,7 @@ def _cut(inputs: TokenBatch, cut: Tensor) -> TokenBatch:
 class TokenCutoff(RatedView):
     """Set the word vector of each token to zero with probability ``rate``, but never of all in a row (ConSERT).
 
-    >>> text = TokenBatch.from_lists([[0, 5, 6, 7, 8, 1]])
-    >>> info = TokenInfo(torch.arange(16) >= 0, torch.arange(16) < 2)
-    >>> TokenCutoff(0.5)(text, torch.tensor([7]), info).state.keep.long().tolist()
+    >>> TokenCutoff(0.5)(*EXAMPLE).state.keep.long().tolist()
     [1, 0, 1, 1, 0, 1]
     """
 
@@ -268,7 +263,7 @@ class TokenCutoff(RatedView):
     def __call__(self, inputs: TokenBatch, seed: Tensor, info: TokenInfo) -> TokenBatch:
         """The same tokens, ``state.keep`` false for some."""
         at = token_layout(inputs, info)
-        draw = uniform(seed[at.row], at.index)
+        draw = uniform(seed[at.row], at.offset)
         spared = is_row_maximum(draw, at.content, at.row, len(inputs))
         return _cut(inputs, at.content & (draw < self.rate) & ~spared)
 
@@ -277,9 +272,7 @@ class TokenCutoff(RatedView):
 class SpanCutoff(RatedView):
     """Set the word vectors of a share ``rate`` of consecutive tokens to zero, never of all (Shen et al., arXiv:2009.13818).
 
-    >>> text = TokenBatch.from_lists([[0, 5, 6, 7, 8, 1]])
-    >>> info = TokenInfo(torch.arange(16) >= 0, torch.arange(16) < 2)
-    >>> SpanCutoff(0.5)(text, torch.tensor([7]), info).state.keep.long().tolist()
+    >>> SpanCutoff(0.5)(*EXAMPLE).state.keep.long().tolist()
     [1, 1, 0, 0, 1, 1]
     """
 
@@ -302,9 +295,7 @@ class FeatureCutoff(RatedView):
 
     The columns are drawn in the encoder, which knows their number (ConSERT, arXiv:2105.11741, section 3.2).
 
-    >>> text = TokenBatch.from_lists([[0, 5, 6, 7, 8, 1]])
-    >>> info = TokenInfo(torch.arange(16) >= 0, torch.arange(16) < 2)
-    >>> FeatureCutoff(0.5)(text, torch.tensor([7]), info).state.feature_cutoff.shape
+    >>> FeatureCutoff(0.5)(*EXAMPLE).state.feature_cutoff.shape
     torch.Size([6, 2])
     """
 

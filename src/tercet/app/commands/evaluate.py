@@ -55,6 +55,6 @@ def _open_member(cfg: DictConfig, name: str) -> Encoder:
         for part in texts:
             part.max_length = cfg.model.max_length
     if cfg.model.normalize is not None:
-        for part in [encoder, *texts]:
-            part.normalize = cfg.model.normalize
+        for each in [encoder, *texts]:
+            each.normalize = cfg.model.normalize
     return encoder

@@ -54,7 +54,9 @@ def run(cfg: DictConfig, output: Path) -> None:
     pairs = read_mining_pairs(build(cfg.data.train), cfg.seed)
     encoder = open_model(cfg.model.path, cfg.model.pooling, cfg.device, cfg.seed)
     if not encoder.text_parts():
-        raise InputError(f"model={cfg.model.path} is no encoder of texts that mine can use. For images use callback=hard_labels in training.")
+        raise InputError(
+            f"model={cfg.model.path} is no encoder of texts that mine can use. For images use callback=hard_labels in training."
+        )
     table = mine_negatives(pairs, CachedEncoder(encoder, progress="embedding"), guard, cfg.negatives, cfg.skip)
     if len(table) == 0:
         raise InputError(
