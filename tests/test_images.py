@@ -121,10 +121,10 @@ def test_content_is_the_bytes_or_the_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("key", "values"),
+    ("name", "values"),
     [("size", (7, 1, (0,), (1,))), ("channels", (16, 2, (0,), (1,))), ("mean", (16, 3, (0,), (1,) * 3)),
      ("std", (16, 1, (0,), (0,)))],
 )  # fmt: skip
-def test_wrong_settings_name_their_key(key, values):
-    with pytest.raises(InputError, match=rf"model\.pixels\.{key}="):
+def test_wrong_settings_are_named(name, values):
+    with pytest.raises(InputError, match=f"^{name}="):
         PixelFormat(*values)

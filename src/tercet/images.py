@@ -74,7 +74,7 @@ class PixelFormat:
         except Exception as error:  # decoders raise errors of many types
             raise UnreadableImage(f"it cannot be decoded ({type(error).__name__}: {error})") from error
         if min(picture.size) < SMALLEST:
-            raise UnreadableImage(f"it has {picture.width} x {picture.height} pixels; a side needs at least {SMALLEST}")
+            raise UnreadableImage(f"it has {picture.width} x {picture.height} pixels, {SMALLEST} are the least of a side")
         return _to_8_bit(picture).convert(MODES[self.channels])
 
     def fit(self, picture: Image.Image) -> Image.Image:

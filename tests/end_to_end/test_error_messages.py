@@ -65,6 +65,14 @@ CASES = {
     "an unknown kind of artifact": ([*OWN, "artifacts=weights"], ["artifacts=weights", "checkpoints"]),
     "an unknown precision": ([*OWN, "trainer.precision=17"], ["trainer.precision=17", "bf16-mixed"]),
     "devices without a strategy": ([*OWN, "trainer=cpu", "trainer.devices=2"], ["trainer.devices=2", "trainer=ddp_cpu"]),
+    "ranks of an evaluation under another name": ([*OWN, "evaluation@test=retrieval", "test.source.path={folder}/pairs.csv",
+                                                   "test.source.columns=[question,answer]", "test.ks=[0]"], ["test.ks=[0]"]),
+    "a retrieval's own source": ([*OWN, "evaluation@test=retrieval", "test.source.path={folder}/mine.csv"],
+                                 ["test.source.path={folder}/mine.csv", "does not exist"]),
+    "labels for a sampler": ([*OWN, "objective=facenet", "evaluation@test=heldout"],
+                             ["PKBatchSampler", "data.label=<column>", "sampler=random"]),
+    "positives that the loss does not take": ([*OWN, "loss=context"], ["ContextLoss", "loss=infonce"]),
+    "a part of a view": ([*OWN, "view=token_cutoff", "view.second.0.rate=2"], ["view.second.0.rate=2"]),
     "a masked LM without a mask": ([*OWN, "objective.mlm.probability=1.5"], ["objective.mlm.probability=1.5"]),
 }  # fmt: skip
 
@@ -96,7 +104,7 @@ def test_a_mistake_in_training_is_explained(command, folder, case):
     assert len(message) == 1, result.terminal
     assert "Traceback" not in result.terminal
     for phrase in phrases:
-        assert phrase in message[0]
+        assert phrase.replace("{folder}", str(folder)) in message[0]
 
 
 def test_debugging_shows_the_traceback(command, folder, monkeypatch):

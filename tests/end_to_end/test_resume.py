@@ -130,7 +130,8 @@ def test_ctrl_c_lets_the_step_be_made(run, whole, monkeypatch, terminal):
 def test_a_validation_that_was_cut_off_is_made(run, whole, monkeypatch, number, killed):
     """Also where the checkpoint is of the step before it: the best one is chosen among all."""
     validated = ["evaluation@validation=heldout", "trainer.val_check_interval=2", "logger=csv",
-                 "monitor=val/alignment_uniformity/text/uniformity", "optimized_metric=null", "trainer.max_steps=-1"]  # fmt: skip
+                 "monitor=val/alignment_uniformity/text/uniformity", "optimized_metric=null",
+                 "trainer.max_steps=-1"]  # fmt: skip
     before = whole(*validated)
     original, made = SimCSEUnsup.validation_step, []
 

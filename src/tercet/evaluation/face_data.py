@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tercet.errors import InputError
-from tercet.evaluation.task_data import PAIR_COLUMNS, READERS, find_file, read_table
+from tercet.evaluation.task_data import PAIR_COLUMNS, READERS, find_input, read_table
 from tercet.images import PixelFormat, UnreadableImage, read_image_cell
 from tercet.paths import locate
 
@@ -43,7 +43,7 @@ class FacePairs:
 
 def find_pairs_file(path: str | Path) -> Path:
     """Locate the file of pairs; raise ``InputError`` where nothing readable can be there."""
-    return find_file(path, "pairs", PAIRS_ACCEPTED, (".txt", *READERS))
+    return find_input(path, "pairs", PAIRS_ACCEPTED, (".txt", *READERS))
 
 
 def read_face_pairs(path: str | Path, folds: Sequence[int] | None) -> FacePairs:
@@ -122,7 +122,7 @@ PROBE = PixelFormat(size=16, channels=1, mean=(0.0,), std=(1.0,))  # JPEG decode
 
 def find_faces(path: str | Path) -> Path:
     """Locate the faces, a file or a folder; raise ``InputError`` where nothing readable can be there."""
-    return place if (place := locate(str(path))).is_dir() else find_file(path, "path", FACES_ACCEPTED, (".parquet",))
+    return place if (place := locate(str(path))).is_dir() else find_input(path, "path", FACES_ACCEPTED, (".parquet",))
 
 
 def read_faces(path: str | Path, pairs: FacePairs) -> list[bytes]:

@@ -24,7 +24,7 @@ TRANSFER_COLUMNS = ("task", "split", "sentence1", "sentence2", "label")
 PAIR_COLUMNS = ("fold", "same", "identity1", "image1", "identity2", "image2")
 
 
-def find_file(path: str | Path, parameter: str, accepted: str, suffixes: Iterable[str]) -> Path:
+def find_input(path: str | Path, parameter: str, accepted: str, suffixes: Iterable[str]) -> Path:
     """Locate a file with one of the ``suffixes``; raise ``InputError`` about ``parameter`` where there is none."""
     file = locate(str(path))
     if not file.is_file():
@@ -37,7 +37,7 @@ def find_file(path: str | Path, parameter: str, accepted: str, suffixes: Iterabl
 
 def read_table(path: str | Path, parameter: str, columns: Sequence[str], accepted: str) -> Any:
     """Read a pyarrow table that has ``columns``, once each, or raise ``InputError``; cells of a text format are text."""
-    file = find_file(path, parameter, accepted, READERS)
+    file = find_input(path, parameter, accepted, READERS)
     try:
         table = READERS[file.suffix.lower()](file)
     except (pa.ArrowException, OSError) as error:

@@ -5,12 +5,12 @@ from typing import ClassVar
 
 import torch
 
-from tercet.data.samplers import BatchSampler
+from tercet.data.samplers import SeededBatchSampler
 from tercet.errors import InputError
 from tercet.types import BatchDataset, BatchIndices
 
 
-class LabelRunSampler(BatchSampler):
+class LabelRunSampler(SeededBatchSampler):
     """Rows sorted by label, each epoch from another offset: a batch holds runs of rows of one label.
 
     An epoch has ``share`` of the batches that the rows fill.
