@@ -6,7 +6,7 @@
 
 Needs torch, transformers, pytorch-lightning, hydra-core and datasets; the sources may stand on PYTHONPATH, no network is used,
 and weights are random. TERCET_DATA names the folder of the shared data. Each part runs in a process of its own with its own
-time limit and does not end the others. ``gpu.json`` and ``gpu.log`` in ``--output`` hold everything; a table of targets comes last.
+time limit and does not end the others. ``gpu.json`` and ``gpu.log`` in ``--output`` hold everything; targets are printed last.
 """
 
 import argparse
