@@ -59,8 +59,7 @@ class SentEval:
     def __call__(self, pairs: pd.DataFrame) -> float:
         """Spearman's correlation over the pairs of one set."""
         rows = sorted(
-            zip(pairs.sentence1, pairs.sentence2, pairs.score, strict=True),
-            key=lambda row: (len(row[0]), len(row[1]), row[2]),
+            zip(pairs.sentence1, pairs.sentence2, pairs.score, strict=True), key=lambda row: (len(row[0]), len(row[1]), row[2])
         )
         cosines = []
         for i in range(0, len(rows), BATCH):

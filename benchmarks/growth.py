@@ -53,11 +53,7 @@ def arguments() -> argparse.Namespace:
 
 def loss(n: int) -> Work:
     """InfoNCE as ``loss=infonce`` has it, both views with a gradient."""
-    criterion, z, ids = (
-        build(composed.configuration([]).loss),
-        torch.randn(2, n, D, requires_grad=True),
-        torch.arange(n),
-    )
+    criterion, z, ids = (build(composed.configuration([]).loss), torch.randn(2, n, D, requires_grad=True), torch.arange(n))
 
     def work() -> None:
         rows = Embeddings(z, ids, torch.full_like(ids, -1), ids, torch.arange(2 * n).view(2, n))

@@ -65,11 +65,7 @@ def sentence_transformers(task: Task, cached: int | None = None, flash: bool = F
     Attention is SDPA, or ``flash``, without padding.
     """
     import datasets
-    from sentence_transformers import (
-        SentenceTransformer,
-        SentenceTransformerTrainer,
-        SentenceTransformerTrainingArguments,
-    )
+    from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
     from sentence_transformers.losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss
     from sentence_transformers.models import Pooling, Transformer
 

@@ -57,15 +57,7 @@ def test_what_is_transparent_is_white():
 def test_pictures_stand_upright(orientation):
     """The tag says how a camera was held: what is shown is the same, whichever way the bytes lie."""
     shown = picture("L")
-    turns = {
-        2: [0],
-        3: [3],
-        4: [1],
-        5: [5],
-        6: [2],
-        7: [6],
-        8: [4],
-    }  # of Image.Transpose, from what is shown to the bytes
+    turns = {2: [0], 3: [3], 4: [1], 5: [5], 6: [2], 7: [6], 8: [4]}  # of Image.Transpose, from what is shown to the bytes
     lying = shown
     for turn in turns.get(orientation, []):
         lying = lying.transpose(Image.Transpose(turn))

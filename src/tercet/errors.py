@@ -34,3 +34,9 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise ``InputError`` unless ``value``, of the parameter ``name``, is one of ``choices``."""
     if value not in choices:
         raise InputError(f"`{name}`={value}: choose one of {', '.join(choices)}.")
+
+
+def require(condition: object, message: str) -> None:
+    """Raise ``InputError(message)`` unless ``condition`` holds."""
+    if not condition:
+        raise InputError(message)

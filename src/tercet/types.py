@@ -208,11 +208,7 @@ class Embeddings:
     def select(self, which: Tensor | slice) -> "Embeddings":
         """Select examples, in all views."""
         return Embeddings(
-            self.z[:, which],
-            self.example_id[which],
-            self.label[which],
-            self.position[which],
-            self.content_hash[:, which],
+            self.z[:, which], self.example_id[which], self.label[which], self.position[which], self.content_hash[:, which]
         )
 
 

@@ -101,14 +101,7 @@ def test_processes_are_counted():
 
 def test_known_keys_are_those_of_the_files():
     known = error_formatting.known_keys(config_folder(), "train")
-    assert {
-        "trainer.devices",
-        "loss.temperature",
-        "data.train.query",
-        "seed",
-        "objective",
-        "callback.progress",
-    } <= known
+    assert {"trainer.devices", "loss.temperature", "data.train.query", "seed", "objective", "callback.progress"} <= known
     assert "output" not in known
 
 

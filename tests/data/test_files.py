@@ -180,10 +180,7 @@ def test_position_is_given_when_asked(tmp_path):
 
 
 @settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    lines=st.lists(st.sampled_from([f"Line {i}" for i in range(30)]), min_size=4, max_size=80),
-    held_out=st.integers(2, 9),
-)
+@given(lines=st.lists(st.sampled_from([f"Line {i}" for i in range(30)]), min_size=4, max_size=80), held_out=st.integers(2, 9))
 def test_sides_share_nothing(tmp_path, lines, held_out):
     (tmp_path / "a.txt").write_text("\n".join(lines))
     path = str(tmp_path / "a.txt")

@@ -21,11 +21,7 @@ def test_members_are_paired_in_order(tmp_path, caplog):
     source = grouped(tmp_path, ["b", "a", "b", "c", "b", "a", "b", None, "a"])
     rows = source.rows()
     assert rows.column_names == [*source.columns, "label"]
-    assert [(r["anchor"], r["positive"], r["label"]) for r in rows] == [
-        ("t1", "t5", 0),
-        ("t0", "t2", 1),
-        ("t4", "t6", 1),
-    ]
+    assert [(r["anchor"], r["positive"], r["label"]) for r in rows] == [("t1", "t5", 0), ("t0", "t2", 1), ("t4", "t6", 1)]
     source.rows()
     said = "1 groups of one row and 1 rows without 'picture' left out."
     assert [r.message.endswith(said) for r in caplog.records] == [True]

@@ -128,10 +128,7 @@ def test_few_rows_of_each_label_are_said(caplog):
         (dict(sizes=[], batch_size=4, per_label=2, singles=9), "labels that occur twice or more.*label"),
         (dict(sizes=[], batch_size=4, per_label=2, unlabeled=9), "no labels. Name the column of labels"),
         (dict(sizes=[9], batch_size=4, per_label=2), "the same label, so that there are no negatives"),
-        (
-            dict(sizes=[4, 4], batch_size=6, per_label=2),
-            "batch_size=6: 2 labels .* give 4 rows.*batch_size=4",
-        ),
+        (dict(sizes=[4, 4], batch_size=6, per_label=2), "batch_size=6: 2 labels .* give 4 rows.*batch_size=4"),
     ],
 )
 def test_what_cannot_be_is_explained(options, message):

@@ -16,10 +16,7 @@ from tercet.models.loading import read_checkpoint
 from tests.conftest import CONF, tiny
 from tests.end_to_end.conftest import FAST, write_texts
 
-OWN = [f for f in FAST if not f.startswith("trainer.accelerator")] + [
-    "callback.progress=null",
-    "model.backbone.dropout=0",
-]
+OWN = [f for f in FAST if not f.startswith("trainer.accelerator")] + ["callback.progress=null", "model.backbone.dropout=0"]
 PAIRS = ["data=text", "data.path={folder}/pairs.csv", "data.columns=[a,b]", "objective=simcse_sup", "trainer=ddp_cpu"]
 
 

@@ -14,10 +14,7 @@ from tercet.models import CachedEncoder
 from tests.conftest import CONF, TEXTS, tiny
 from tests.end_to_end.conftest import FAST, write_texts
 
-TWO = [
-    "+stages.runs.words={objective:mlm}",
-    "+stages.runs.looks={objective:simcse_unsup,optimizer:{lr:0.01}}",
-]
+TWO = ["+stages.runs.words={objective:mlm}", "+stages.runs.looks={objective:simcse_unsup,optimizer:{lr:0.01}}"]
 SHOWN = ["stages.in_domain=retrieval/text/mrr", "stages.out_of_domain=alignment_uniformity/text/uniformity"]
 
 

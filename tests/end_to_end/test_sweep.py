@@ -40,10 +40,7 @@ def test_a_sweep_begun_again_makes_what_is_missing(command, tmp_path):
     assert (tmp_path / "sweep" / "0" / "metrics.json").stat().st_mtime_ns == kept
     assert (tmp_path / "sweep" / "3" / "metrics.json").is_file()
     table = command(
-        "compare",
-        str(tmp_path / "sweep"),
-        "metric=test/alignment_uniformity/text/alignment",
-        f"output={tmp_path / 'out'}",
+        "compare", str(tmp_path / "sweep"), "metric=test/alignment_uniformity/text/alignment", f"output={tmp_path / 'out'}"
     )
     assert table.code == 0 and "less is better" in table.terminal, table.terminal
     assert (tmp_path / "out" / "comparison.txt").is_file()

@@ -32,11 +32,6 @@ def test_labels_are_measured_on_held_out_texts_and_images(evaluation, data):
 
 
 def test_verification_takes_any_faces_pairs_and_folds():
-    options = (
-        "evaluation=verification",
-        "evaluation.path=lfw",
-        "evaluation.pairs=pairs.txt",
-        "evaluation.folds=[1,2,3]",
-    )
+    options = ("evaluation=verification", "evaluation.path=lfw", "evaluation.pairs=pairs.txt", "evaluation.folds=[1,2,3]")
     found = OmegaConf.to_container(composed(*options, entry="evaluate").evaluation, resolve=True)
     assert (found["path"], found["pairs"], found["folds"]) == ("lfw", "pairs.txt", [1, 2, 3])

@@ -41,10 +41,7 @@ def fails(path, message, tasks=("STS12",)):
 
 def test_no_such_file(tmp_path, monkeypatch):
     monkeypatch.setenv("TERCET_DATA", str(tmp_path))
-    fails(
-        "none.parquet",
-        r"path=none.parquet does not exist \(looked for .*none.parquet\)\. It takes a .parquet",
-    )
+    fails("none.parquet", r"path=none.parquet does not exist \(looked for .*none.parquet\)\. It takes a .parquet")
 
 
 def test_relative_paths_start_in_the_data_folder(tmp_path, monkeypatch):

@@ -87,17 +87,7 @@ def test_every_form_is_the_same(world, path, pairs):
 
 
 def test_names(world):
-    names = (
-        "accuracy",
-        "accuracy_sem",
-        "threshold",
-        "auc",
-        "eer",
-        "val@far1e-3",
-        "val@far1e-3_low",
-        "val@far1e-3_high",
-        "far",
-    )
+    names = ("accuracy", "accuracy_sem", "threshold", "auc", "eer", "val@far1e-3", "val@far1e-3_low", "val@far1e-3_high", "far")
     assert set(make(world)(faces)) == {f"verification/toy/{name}" for name in names}
 
 
@@ -225,11 +215,7 @@ def test_only_the_chosen_folds_are_needed(world):
 def test_a_single_fold(world):
     lines = (world / "pairs.txt").read_text().splitlines()
     (world / "pairs.txt").write_text("\n".join(["2", *lines[1:5]]))
-    fails(
-        r"has the folds \[1\]: a fold's threshold is chosen on the other folds.*folds",
-        world,
-        pairs="pairs.txt",
-    )
+    fails(r"has the folds \[1\]: a fold's threshold is chosen on the other folds.*folds", world, pairs="pairs.txt")
 
 
 @pytest.mark.parametrize(
@@ -239,11 +225,7 @@ def test_a_single_fold(world):
         ("2\t2\n", "", r"the first line is 'Ann_Lee 1 2'"),
         ("Bo\t1\t2\n", "Bo\t1\tCy\t2\n", r"pair 2: 'Bo 1 Cy 2', where a same pair, 'name n1 n2', is expected"),
         ("Ann_Lee\t1\tCy_de_la_Mer\t1", "Ann_Lee\t1\t2", "where a different pair, 'name1 n1 name2 n2', is expected"),
-        (
-            "Ann_Lee\t1\tCy_de_la_Mer\t1",
-            "Ann_Lee\t1\tAnn_Lee\t2",
-            "pair 3: it compares Ann_Lee and Ann_Lee as same=false",
-        ),
+        ("Ann_Lee\t1\tCy_de_la_Mer\t1", "Ann_Lee\t1\tAnn_Lee\t2", "pair 3: it compares Ann_Lee and Ann_Lee as same=false"),
         ("Ann_Lee\t1\t2", "Ann_Lee\t1\t1", "pair 1: it compares an image with itself"),
         ("Ann_Lee\t1\t2", "Ann_Lee\tone\t2", "pair 1: fold=1, .*image1='one'"),
     ],

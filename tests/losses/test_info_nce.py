@@ -107,8 +107,7 @@ def test_keys_that_come_in_blocks_give_the_same(change, cuts):
 
 
 @pytest.mark.parametrize(
-    "wrong",
-    [{"temperature": 0}, {"similarity": "l2"}, {"direction": "back"}, {"label_smoothing": 1}, {"key_exchange": "mail"}],
+    "wrong", [{"temperature": 0}, {"similarity": "l2"}, {"direction": "back"}, {"label_smoothing": 1}, {"key_exchange": "mail"}]
 )
 def test_wrong_settings_name_their_parameter(wrong):
     with pytest.raises(InputError, match=f"^{next(iter(wrong))}="):

@@ -36,12 +36,7 @@ def same(labels, first, second, seed=0):
 @pytest.mark.parametrize("labels", ["three of each", "uneven"])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_fallback_over_pairs_is_tensorflow_addons(labels, seed):
-    same(
-        labels,
-        lambda z, y: ours(z, y, "semihard", "pairs", fallback=True),
-        lambda z, y: addons(z, y, MARGIN),
-        seed=seed,
-    )
+    same(labels, lambda z, y: ours(z, y, "semihard", "pairs", fallback=True), lambda z, y: addons(z, y, MARGIN), seed=seed)
 
 
 def test_without_negatives_tensorflow_addons_pulls_and_ours_does_not():
@@ -64,12 +59,7 @@ def test_the_twin_of_tensorflow_addons_gives_the_number_of_its_documentation():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(3))
 def test_sets_over_active_are_pytorch_metric_learning(labels, kind, seed):
-    same(
-        labels,
-        lambda z, y: ours(z, y, KINDS[kind], "active"),
-        lambda z, y: metric_learning(z, y, MARGIN, kind),
-        seed=seed,
-    )
+    same(labels, lambda z, y: ours(z, y, KINDS[kind], "active"), lambda z, y: metric_learning(z, y, MARGIN, kind), seed=seed)
 
 
 @pytest.mark.parametrize("labels", ["three of each", "uneven"])

@@ -30,11 +30,7 @@ def as_process(monkeypatch, rank, world):
 
 @settings(deadline=None, max_examples=40)
 @given(
-    rows=st.integers(2, 60),
-    size=st.integers(2, 16),
-    world=st.integers(1, 5),
-    seed=st.integers(0, 99),
-    epoch=st.integers(0, 9),
+    rows=st.integers(2, 60), size=st.integers(2, 16), world=st.integers(1, 5), seed=st.integers(0, 99), epoch=st.integers(0, 9)
 )
 def test_the_global_batch_does_not_depend_on_the_number_of_processes(rows, size, world, seed, epoch):
     with pytest.MonkeyPatch.context() as patch:

@@ -41,13 +41,9 @@ def test_1800_images_in_chunks_are_1800_images_at_once():
     again, chunked, _ = step(Execution("padded", "torch", None, 128, True), batch)
     assert 0 < value < 0.3
     assert again == pytest.approx(value, rel=1e-4)
-    assert {
-        "train/active",
-        "train/positive_distance",
-        "train/negative_distance",
-        "train/spread",
-        "train/mean_norm",
-    } <= (logged.keys())
+    assert {"train/active", "train/positive_distance", "train/negative_distance", "train/spread", "train/mean_norm"} <= (
+        logged.keys()
+    )
     for name, gradient in whole.items():
         off = (chunked[name] - gradient).norm() / gradient.norm()
         assert off < 1e-2, name  # rounding makes a few of the 70,200 pairs choose the next negative

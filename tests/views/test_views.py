@@ -11,18 +11,7 @@ from tercet.app.components import build
 from tercet.errors import InputError
 from tercet.rng import derive_seed, uniform
 from tercet.types import RATE_SCALE, TokenBatch, _field_or_default
-from tercet.views import (
-    Crop,
-    Deletion,
-    FeatureCutoff,
-    Masking,
-    Repetition,
-    Shuffle,
-    SpanCutoff,
-    TokenCutoff,
-    TokenInfo,
-    Views,
-)
+from tercet.views import Crop, Deletion, FeatureCutoff, Masking, Repetition, Shuffle, SpanCutoff, TokenCutoff, TokenInfo, Views
 from tests.conftest import choices, composed
 
 # 0, 1 and 2 are special, 2 is the mask; of the others the even ones begin a word.

@@ -91,10 +91,7 @@ def reduce_loss(output: LossOutput) -> tuple[Tensor, dict[str, Tensor]]:
     (2.0, {'loss': 2.0, 'accuracy': 0.25})
     """
     exact = torch.float32 if output.loss_sum.device.type == "mps" else torch.float64  # counts of triplets exceed 2^24
-    pairs = [
-        torch.stack([output.loss_sum.detach().to(exact), output.normalizer.detach().to(exact)]),
-        *output.stats.values(),
-    ]
+    pairs = [torch.stack([output.loss_sum.detach().to(exact), output.normalizer.detach().to(exact)]), *output.stats.values()]
     sums = torch.stack([pair.detach().to(exact) for pair in pairs])
     if world_size() > 1:
         dist.all_reduce(sums)

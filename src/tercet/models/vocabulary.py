@@ -26,11 +26,7 @@ _counted: dict[tuple[Any, ...], tuple[str, ...]] = {}
 
 
 def word_tokenizer(
-    source: Source | None,
-    size: int = 20_000,
-    minimum: int = 5,
-    lowercase: bool = False,
-    vectors: str | None = None,
+    source: Source | None, size: int = 20_000, minimum: int = 5, lowercase: bool = False, vectors: str | None = None
 ) -> PreTrainedTokenizerFast:
     """Make a word-level tokenizer; ids 0 and 1 are the unknown word and padding.
 

@@ -153,11 +153,7 @@ def resume_checkpoint(cfg: DictConfig, output: Path) -> str | None:
 
 def enabled_callbacks(cfg: DictConfig, callback: pl.Callback, loggers: list[Logger]) -> list[pl.Callback]:
     """A list with the callback; empty where the trainer's switch for its kind is off, because Lightning refuses both."""
-    kinds = {
-        ProgressBar: "enable_progress_bar",
-        Checkpoint: "enable_checkpointing",
-        ModelSummary: "enable_model_summary",
-    }
+    kinds = {ProgressBar: "enable_progress_bar", Checkpoint: "enable_checkpointing", ModelSummary: "enable_model_summary"}
     if isinstance(callback, ModelCheckpoint) and callback.filename == "best" and not cfg.monitor:
         return []  # no metric selects a checkpoint
     if isinstance(callback, LearningRateMonitor) and not loggers:
@@ -188,12 +184,7 @@ def restore_best(trainer: pl.Trainer, objective: Contrastive) -> dict[str, float
 
 
 def write_results(
-    cfg: DictConfig,
-    trainer: pl.Trainer,
-    objective: Contrastive,
-    metrics: dict[str, float],
-    notes: dict[str, Any],
-    output: Path,
+    cfg: DictConfig, trainer: pl.Trainer, objective: Contrastive, metrics: dict[str, float], notes: dict[str, Any], output: Path
 ) -> None:
     """Write the model, the metrics and the report, and print the table."""
     encoder = gather_weights(objective.encoder)

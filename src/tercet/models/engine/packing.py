@@ -39,11 +39,7 @@ class Packing:
     """
 
     def __init__(
-        self,
-        lengths: Tensor,
-        packed: bool = True,
-        first_token_only: bool = False,
-        dropout_seeds: DropoutSeeds | None = None,
+        self, lengths: Tensor, packed: bool = True, first_token_only: bool = False, dropout_seeds: DropoutSeeds | None = None
     ) -> None:
         self.lengths, self.packed = lengths, packed
         self.first_token_only, self.dropout_seeds = first_token_only, dropout_seeds
