@@ -19,7 +19,7 @@ from benchmarks.report import write
 from benchmarks.shapes import MODEL
 from benchmarks.texts import sentences, source
 from benchmarks.turns import by_turns, surroundings
-from tercet.app.model_loading import open_model
+from tercet.app.commands.evaluate import open_model
 from tercet.evaluation import STS
 from tercet.models import CachedEncoder, Encoder
 from tercet.models.onnx import ONNXEncoder, export_onnx

@@ -23,7 +23,7 @@ from transformers import AutoModel, AutoTokenizer
 from benchmarks.report import write
 from benchmarks.shapes import MODEL
 from benchmarks.turns import surroundings
-from tercet.app.model_loading import open_model
+from tercet.app.commands.evaluate import open_model
 from tercet.evaluation import STS
 from tercet.models import CachedEncoder
 from tercet.models.pretrained import resolve_source

@@ -54,6 +54,11 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def show(found: dict[str, Any]) -> None:
+    """Print what a part has measured so far: the last line counts, also of a part that is stopped."""
+    print(json.dumps(found), flush=True)
+
+
 def environment(device: str) -> dict[str, Any]:
     """Versions and devices."""
     import torch
@@ -73,12 +78,9 @@ def environment(device: str) -> dict[str, Any]:
 
 def tests(device: str) -> dict[str, Any]:
     """The tests marked gpu; on a CPU they are skipped."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    marked = [str(file) for file in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in file.read_text(encoding="utf-8")]
+    given = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *marked]
+    done = subprocess.run(given, cwd=ROOT, capture_output=True, text=True)
     print(done.stdout[-4000:], done.stderr[-2000:], file=sys.stderr)
     return {"exit_code": done.returncode, "result": (done.stdout.strip().splitlines() or [""])[-1]}
 
@@ -111,7 +113,7 @@ def small(device: str) -> list[str]:
         "trainer.max_steps=20",
         "trainer.max_epochs=-1",
         "logger=csv",
-        "callback.progress=null",
+        "callback.embeddings=null",
         "measure_before=false",
     ]
 
@@ -145,7 +147,7 @@ def experiments(device: str) -> dict[str, Any]:
         if device == "cpu" and ("fp16" in name or "trainer=" in name or number > 2):
             continue
         start, output = time.perf_counter(), folder / str(number)
-        evaluation = [] if any("experiment=" in o or "mlm" in o for o in overrides) else ["evaluation@test=stsb_dev"]
+        evaluation = ["evaluation@test=stsb_dev"] if number == 0 else ["evaluation@test=none", "optimized_metric=null"]
         given = {o.split("=")[0]: o for o in [*small(device), *evaluation, *overrides] if not o.startswith("trainer=")}
         groups = [o for o in overrides if o.startswith("trainer=")]
         code, error = command("train", *groups, *given.values(), f"output_dir={output}")
@@ -153,6 +155,7 @@ def experiments(device: str) -> dict[str, Any]:
         if (metrics := output / "metrics.json").is_file():
             values = json.loads(metrics.read_text())
             found[name] |= {key: values[f"train/{key}"] for key in ("loss", "memory_gb") if f"train/{key}" in values}
+        show(found)
     code, error = command("evaluate", f"model={folder / '0'}", "evaluation=stsb_dev", f"device={device}")
     found["evaluate"] = {"exit_code": code, "error": error}
     return found
@@ -180,6 +183,7 @@ def resume(device: str) -> dict[str, Any]:
         one, other = (torch.load(f / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"] for f in (whole, pieces))
         same = all(torch.equal(value, other[key]) for key, value in one.items())
         found[dropout] = {"exit_codes": codes, "killed_after_step": step, "bit_identical": same}
+        show(found)
     return found
 
 
@@ -225,7 +229,7 @@ def training(device: str) -> dict[str, Any]:
                 found[f"{kind} {batch} {name} ms"] = 1000 * free_running(ALL[name](task), steps)
             except Exception as error:
                 found[f"{kind} {batch} {name}"] = f"{type(error).__name__}: {error}"[:300]
-            print(json.dumps(found), file=sys.stderr, flush=True)
+            show(found)
         for name in names[1:4]:
             ours, theirs = (found.get(f"{kind} {batch} {n} ms") for n in ("tercet", name))
             if ours and theirs:
@@ -246,6 +250,7 @@ def profile(device: str) -> dict[str, Any]:
         calls = {row.key: row.count / STEPS for row in averages}
         kernels = sum(row.self_device_time_total for row in averages) / STEPS / 1000
         found[str(batch)] = {"kernel_ms": kernels, **{name: calls[name] for name in CALLS if name in calls}}
+        show(found)
         print(
             averages.table(sort_by="self_device_time_total" if cuda else "self_cpu_time_total", row_limit=15), file=sys.stderr
         )
@@ -389,16 +394,16 @@ def run_part(name: str, options: argparse.Namespace, seconds: float, log: Any) -
     """A part in a process of its own: its result, or why there is none."""
     start = time.perf_counter()
     given = [sys.executable, "-m", "benchmarks.gpu", "--part", name, "--device", options.device]
-    try:
-        done = subprocess.run(given, cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True, timeout=seconds)
-        result = (
-            json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"failed": f"exit code {done.returncode}"}
-        )
-    except subprocess.TimeoutExpired:
-        result = {"failed": f"stopped after {seconds:.0f} s"}
-    except (ValueError, IndexError) as error:
-        result = {"failed": f"no result: {error}"}
-    return {**result, "seconds": time.perf_counter() - start}
+    lines = options.output / f"{name}.jsonl"
+    with lines.open("w") as stdout:
+        try:
+            code = subprocess.run(given, cwd=ROOT, stdout=stdout, stderr=log, timeout=seconds).returncode
+            failed = {"failed": f"exit code {code}"} if code else {}
+        except subprocess.TimeoutExpired:
+            failed = {"failed": f"stopped after {seconds:.0f} s"}
+    found = [line for line in lines.read_text().splitlines() if line.startswith("{") and line.endswith("}")]
+    lines.unlink()
+    return {**(json.loads(found[-1]) if found else {}), **failed, "seconds": time.perf_counter() - start}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -431,7 +436,7 @@ def main() -> None:
         except Exception:
             traceback.print_exc()
             raise SystemExit(1) from None
-        print(json.dumps(result))
+        show(result)
         return
     options.output.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {}

@@ -16,9 +16,9 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
-from tercet.app.model_loading import open_model
+from tercet.app.commands.evaluate import open_model
 from tercet.evaluation import Transfer, transfer
-from tercet.evaluation.task_data import TRANSFER_TASKS
+from tercet.evaluation.transfer import TRANSFER_TASKS
 from tercet.models import CachedEncoder
 
 

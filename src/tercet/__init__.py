@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tercet import data, distributed, evaluation, losses, models, training, views
-    from tercet.models.loading import load
+    from tercet.models.folder import load
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "data", "distributed", "evaluation", "load", "losses", "models", "training", "views"]
@@ -16,7 +16,7 @@ __all__ = ["__version__", "data", "distributed", "evaluation", "load", "losses",
 
 def __getattr__(name: str) -> Any:
     if name == "load":
-        return import_module("tercet.models.loading").load
+        return import_module("tercet.models.folder").load
     if name in __all__:
         return import_module(f"tercet.{name}")
     raise AttributeError(f"module 'tercet' has no attribute {name!r}")

@@ -10,8 +10,7 @@ class InputError(ValueError):
     """Input that cannot be used: the message says what was got, where, what is accepted, and which parameter to change.
 
     A component names its own parameters, in backticks: ``InputError(f"`margin`={margin}: a number from 0 to 4 is needed.")``.
-    ``str`` drops the backticks; ``message`` keeps them, so that the application can put the full configuration key in their
-    place (``loss.margin``).
+    ``str`` drops the backticks; ``message`` keeps them, for the application to put the full key there (``loss.margin``).
 
     >>> str(InputError("`margin`=9: a number from 0 to 4 is needed."))
     'margin=9: a number from 0 to 4 is needed.'
@@ -21,7 +20,7 @@ class InputError(ValueError):
         super().__init__(_PARAMETER.sub(r"\1", message))
         self.message = message
 
-    def rename(self, key_of: "dict[str, str]") -> str:
+    def rename(self, key_of: dict[str, str]) -> str:
         """The message with each parameter replaced by its key; parameters that are not in ``key_of`` keep their name."""
         return _PARAMETER.sub(lambda found: key_of.get(found[1], found[1]), self.message)
 
@@ -32,8 +31,7 @@ class InputError(ValueError):
 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise ``InputError`` unless ``value``, of the parameter ``name``, is one of ``choices``."""
-    if value not in choices:
-        raise InputError(f"`{name}`={value}: choose one of {', '.join(choices)}.")
+    require(value in choices, f"`{name}`={value}: choose one of {', '.join(choices)}.")
 
 
 def require(condition: object, message: str) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from tercet.errors import InputError
+from tercet.errors import require
 
 MODES = {1: "L", 3: "RGB"}
 SIDE = 112  # pixels of a thumbnail
@@ -23,17 +23,14 @@ class UnreadableImage(ValueError):  # noqa: N818 - the name says more than one t
 
 def read_image_cell(cell: Any) -> bytes:
     """The bytes of a cell of an image column: ``{"bytes": ..., "path": ...}``, of which either may be None."""
-    if cell["bytes"] is not None:
-        return bytes(cell["bytes"])
-    return Path(cell["path"]).read_bytes()
+    return Path(cell["path"]).read_bytes() if cell["bytes"] is None else bytes(cell["bytes"])
 
 
 @dataclass(frozen=True)
 class PixelFormat:
-    """The pixel format that an encoder takes: the short side is resized to ``size`` S and the center is cropped.
+    """The pixel format of an encoder: the short side is resized to ``size`` S and the center cropped; 1 or 3 ``channels`` C.
 
-    ``channels`` C is 1 (gray) or 3. ``mean`` and ``std`` per channel, on the scale 0 to 1, are applied by the encoder on its
-    device: batches hold 8-bit pixels.
+    ``mean`` and ``std`` per channel, on the scale 0 to 1, are applied by the encoder on its device: batches hold 8-bit pixels.
 
     >>> pixels = PixelFormat(size=8, channels=1, mean=[0.5], std=[0.25])
     >>> file = io.BytesIO()
@@ -48,16 +45,12 @@ class PixelFormat:
     std: Sequence[float] = (0.5, 0.5, 0.5)
 
     def __post_init__(self) -> None:
-        if self.size < SMALLEST:
-            raise InputError(f"`size`={self.size}: at least {SMALLEST} pixels.")
-        if self.channels not in MODES:
-            raise InputError(f"`channels`={self.channels}: use 1 (gray) or 3 (red, green, blue).")
-        for name, values in (("mean", self.mean), ("std", self.std)):
-            if len(values) != self.channels or (name == "std" and not all(v > 0 for v in values)):
-                raise InputError(
-                    f"`{name}`={list(values)}: {self.channels} numbers are needed, one for each channel"
-                    f"{', all above 0' if name == 'std' else ''}."
-                )
+        require(self.size >= SMALLEST, f"`size`={self.size}: at least {SMALLEST} pixels.")
+        require(self.channels in MODES, f"`channels`={self.channels}: use 1 (gray) or 3 (red, green, blue).")
+        needed = f"{self.channels} numbers are needed, one for each channel"
+        require(len(self.mean) == self.channels, f"`mean`={list(self.mean)}: {needed}.")
+        positive = all(value > 0 for value in self.std)
+        require(len(self.std) == self.channels and positive, f"`std`={list(self.std)}: {needed}, all above 0.")
 
     def read(self, data: bytes) -> npt.NDArray[np.uint8]:
         """Decode a file's content to pixels ``(C, S, S)``. Raises ``UnreadableImage``."""
@@ -79,9 +72,8 @@ class PixelFormat:
 
     def fit(self, picture: Image.Image) -> Image.Image:
         """Resize the short side to S and crop the center: ``S x S``."""
-        if picture.size == (self.size, self.size):
-            return picture
-        return ImageOps.fit(picture, (self.size, self.size), Image.Resampling.BICUBIC)
+        square = (self.size, self.size)
+        return picture if picture.size == square else ImageOps.fit(picture, square, Image.Resampling.BICUBIC)
 
 
 def _to_8_bit(picture: Image.Image) -> Image.Image:
@@ -93,16 +85,13 @@ def _to_8_bit(picture: Image.Image) -> Image.Image:
         top = values.max() if picture.mode == "F" else 65535.0  # PNG and TIFF of 16 bits
         return Image.fromarray(np.clip(255 * values / max(top, 1e-12), 0, 255).astype(np.uint8))
     if picture.mode in ("P", "PA", "LA", "La", "RGBa", "RGBA") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(white, picture)
+        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
     return picture.convert("RGB") if picture.mode == "LAB" else picture  # Pillow cannot convert LAB to gray
 
 
 def make_thumbnail(data: bytes) -> Image.Image:
     """A file's content as an upright, square RGB image for display."""
-    picture = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
-    return ImageOps.fit(picture, (SIDE, SIDE))
+    return ImageOps.fit(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"), (SIDE, SIDE))
 
 
 def to_array(picture: Image.Image) -> npt.NDArray[np.uint8]:

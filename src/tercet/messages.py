@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-from tercet.distributed.gather import rank
-
 _reported: set[str] = set()
 
 
@@ -37,6 +35,8 @@ def log_errors(what: str, kind: type[Exception] = OSError) -> Iterator[None]:
 
 def print_status(line: str) -> None:
     """Print one line to stderr, from the first process only."""
+    from tercet.distributed.gather import rank  # imports torch, which this module does not need otherwise
+
     if rank() == 0:
         print(line, file=sys.stderr, flush=True)
 
@@ -46,19 +46,10 @@ def silence_libraries() -> None:
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.basicConfig(format="%(message)s")  # counts of dropped rows
-    for text in (
-        ".*does not have many workers.*",
-        ".*Checkpoint directory .* exists and is not empty.*",
-        ".*It is recommended to use `self.log.*sync_dist=True.*",
-        ".*lr_scheduler.step.*",
-        ".*isinstance.treespec, LeafSpec.*",
-        ".*Experiment logs directory .* exists and is not empty.*",
-        ".*Total length of `DataLoader` across ranks is zero.*",
-        ".*Trying to infer the `batch_size`.*",
-        ".*tensorboardX.*",
-        ".*You have overridden `transfer_batch_to_device`.*",
-        ".*is smaller than the logging interval.*",
-        ".*your dataloader is not resumable.*",
-        ".*using `DistributedSampler` with the dataloaders.*",
-    ):
-        warnings.filterwarnings("ignore", message=text)
+    texts = (
+        "does not have many workers|directory .* exists and is not empty|It is recommended to use `self.log.*sync_dist=True|"
+        "lr_scheduler.step|isinstance.treespec, LeafSpec|Total length of `DataLoader` across ranks is zero|tensorboardX|"
+        "Trying to infer the `batch_size`|You have overridden `transfer_batch_to_device`|your dataloader is not resumable|"
+        "is smaller than the logging interval|using `DistributedSampler` with the dataloaders"
+    )
+    warnings.filterwarnings("ignore", message=f".*({texts})")

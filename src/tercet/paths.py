@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from tercet.errors import InputError
+from tercet.errors import InputError, require
 
 
 def locate(path: str) -> Path:
@@ -15,8 +15,8 @@ def locate(path: str) -> Path:
 
 def check_new_folder(folder: Path, parameter: str) -> None:
     """Raise ``InputError`` naming ``parameter`` if the folder has content, which would be overwritten."""
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise InputError(f"`{parameter}`={folder} holds something already. Name a new folder.")
+    in_use = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))
+    require(not in_use, f"`{parameter}`={folder} holds something already. Name a new folder.")
 
 
 def check_writable(folder: Path, parameter: str) -> None:
@@ -27,5 +27,5 @@ def check_writable(folder: Path, parameter: str) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        reason = f"cannot be written ({error.strerror})"
-        raise InputError(f"`{parameter}`={folder} {reason}. Set `{parameter}` to another folder.") from error
+        advice = f"Set `{parameter}` to another folder."
+        raise InputError(f"`{parameter}`={folder} cannot be written ({error.strerror}). {advice}") from error

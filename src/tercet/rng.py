@@ -4,22 +4,19 @@ import torch
 from torch import Tensor
 
 # The constants of SplitMix64, as signed 64-bit numbers: torch has no arithmetic on unsigned ones.
-GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
-FIRST = 0xBF58476D1CE4E5B9 - (1 << 64)
-SECOND = 0x94D049BB133111EB - (1 << 64)
+GOLDEN, FIRST, SECOND = (x - (1 << 64) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
-def logical_shift_right(x: Tensor, bits: int) -> Tensor:
-    """Shift right and fill with zeros, as for unsigned numbers."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits) & ((1 << (64 - bits)) - 1)  # filled with zeros, as for unsigned numbers
 
 
 def derive_seed(seed: Tensor, number: Tensor | int) -> Tensor:
     """Derive a new seed from a seed and a number, elementwise: a step of SplitMix64 (Steele, Lea and Flood 2014)."""
     x = seed + GOLDEN * (torch.as_tensor(number, device=seed.device) + 1)
-    x = (x ^ logical_shift_right(x, 30)) * FIRST
-    x = (x ^ logical_shift_right(x, 27)) * SECOND
-    return x ^ logical_shift_right(x, 31)
+    x.bitwise_xor_(_shift_right(x, 30)).mul_(FIRST)
+    x.bitwise_xor_(_shift_right(x, 27)).mul_(SECOND)
+    return x.bitwise_xor_(_shift_right(x, 31))
 
 
 def uniform(seed: Tensor, number: Tensor | int) -> Tensor:
@@ -28,4 +25,4 @@ def uniform(seed: Tensor, number: Tensor | int) -> Tensor:
     >>> float(uniform(torch.tensor(0), 0)) == float(uniform(torch.tensor(0), 0)) < 1
     True
     """
-    return logical_shift_right(derive_seed(seed, number), 40).float() / (1 << 24)
+    return _shift_right(derive_seed(seed, number), 40).float() / (1 << 24)

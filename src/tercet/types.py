@@ -6,38 +6,31 @@ have C channels and S x S pixels.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
-
-if TYPE_CHECKING:
-    import numpy.typing as npt
 
 RATE_SCALE = 1 << 24  # a cutoff rate is stored as an integer in units of 1 / RATE_SCALE
 
 
 @dataclass  # not frozen, like Batch: Lightning rebuilds batches field by field in true half precision
 class TokenState:
-    """State of T tokens besides their ids; a field that nothing has set is None.
+    """State of T tokens besides their ids; a field that nothing has set is None."""
 
-    ``keep (T,)`` is false where the token's word vector is set to zero; ``position (T,)`` is its position in the row;
-    ``feature_cutoff (T, 2)`` holds a seed and the rate of word-vector columns that are set to zero, in units of
-    1 / ``RATE_SCALE``; ``dropout_seed (T,)`` is the seed of deterministic dropout.
-    """
+    keep: Tensor | None = None  # (T,), false where the token's word vector is set to zero
+    position: Tensor | None = None  # (T,), in the row
+    feature_cutoff: Tensor | None = None  # (T, 2): a seed, and the rate of zeroed word-vector columns in 1 / RATE_SCALE
+    dropout_seed: Tensor | None = None  # (T,), of deterministic dropout
 
-    keep: Tensor | None = None
-    position: Tensor | None = None
-    feature_cutoff: Tensor | None = None
-    dropout_seed: Tensor | None = None
+    def set_fields(self) -> dict[str, Tensor]:
+        """The fields that are not None, by name."""
+        return {f.name: x for f in fields(self) if (x := getattr(self, f.name)) is not None}
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "TokenState":
         """A state with ``function`` applied to every field that is set."""
-        return TokenState(**{f.name: function(x) for f in fields(self) if (x := getattr(self, f.name)) is not None})
-
-    def set_fields(self) -> tuple[str, ...]:
-        """The names of the fields that are not None."""
-        return tuple(f.name for f in fields(self) if getattr(self, f.name) is not None)
+        return TokenState(**{name: function(x) for name, x in self.set_fields().items()})
 
 
 @dataclass
@@ -73,9 +66,8 @@ class TokenBatch:
 
     def pad(self, fill: int) -> tuple[Tensor, Tensor, TokenState]:
         """Pad on the right to the longest row: ``ids (N, L)``, ``mask (N, L)``, and the state as ``(N, L, ...)`` with zeros."""
-        state = self.state.map(lambda x: pad_rows(x, self.lengths))
         mask = pad_rows(torch.ones_like(self.ids), self.lengths)
-        return pad_rows(self.ids, self.lengths, fill), mask, state
+        return pad_rows(self.ids, self.lengths, fill), mask, self.state.map(lambda x: pad_rows(x, self.lengths))
 
     def default(self, name: str) -> Tensor:
         """The value of a ``TokenState`` field that changes nothing; there is none for ``dropout_seed``."""
@@ -99,9 +91,8 @@ class TokenBatch:
     @staticmethod
     def from_lists(rows: Sequence[Sequence[int]]) -> "TokenBatch":
         """Make a batch of lists of token ids."""
-        flat = [token for row in rows for token in row]
-        lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
-        return TokenBatch(torch.tensor(flat, dtype=torch.long), lengths)
+        ids = torch.tensor([token for row in rows for token in row], dtype=torch.long)
+        return TokenBatch(ids, torch.tensor([len(row) for row in rows], dtype=torch.long))
 
 
 def _field_or_default(batch: TokenBatch, name: str) -> Tensor:
@@ -147,12 +138,12 @@ class Images:
 
 Inputs = TokenBatch | Images
 Item = str | bytes  # what is encoded outside training: a text, or the content of an image file
+EncodeFunction = Callable[[Sequence[Item]], Tensor | NDArray[Any]]  # to (N, D), in order: all that an evaluator sees of a model
 
 
 def concat_inputs(parts: Sequence[Inputs]) -> Inputs:
     """Concatenate the rows of all parts, which are of one kind."""
-    kind = type(parts[0])
-    return kind.concat(cast(Any, parts))
+    return type(parts[0]).concat(cast(Any, parts))
 
 
 class BatchIndices(NamedTuple):
@@ -164,19 +155,14 @@ class BatchIndices(NamedTuple):
 
 @dataclass
 class Batch:
-    """V aligned columns (views) of N examples.
-
-    ``example_id (N,)`` identifies the example; ``label (N,)`` is -1 where there is none (such a row is only a negative);
-    ``position (N,)`` is the position in the document, -1 where there is none; ``content_hash (V, N)`` hashes each cell, so
-    that duplicates are never used as negatives. ``num_unreadable`` counts rows that were drawn and could not be read.
-    """
+    """V aligned columns (views) of N examples."""
 
     views: tuple[Inputs, ...]
-    example_id: Tensor
-    label: Tensor
-    position: Tensor
-    content_hash: Tensor
-    num_unreadable: int = 0
+    example_id: Tensor  # (N,), identifies the example
+    label: Tensor  # (N,), -1 where there is none: such a row is only a negative
+    position: Tensor  # (N,), in the document; -1 where there is none
+    content_hash: Tensor  # (V, N), hashes each cell, so that duplicates are never used as negatives
+    num_unreadable: int = 0  # rows that were drawn and could not be read
 
     def __len__(self) -> int:
         return len(self.example_id)
@@ -207,21 +193,17 @@ class Embeddings:
 
     def select(self, which: Tensor | slice) -> "Embeddings":
         """Select examples, in all views."""
-        return Embeddings(
-            self.z[:, which], self.example_id[which], self.label[which], self.position[which], self.content_hash[:, which]
-        )
+        z, content_hash = self.z[:, which], self.content_hash[:, which]
+        return Embeddings(z, self.example_id[which], self.label[which], self.position[which], content_hash)
 
 
 @dataclass(frozen=True)
 class LossOutput:
-    """A loss summed over the anchors of one call: the mean is ``loss_sum`` / ``normalizer``, both scalars.
-
-    ``stats`` are further means to log, each ``(2,)``: a detached sum and its own divisor.
-    """
+    """A loss summed over the anchors of one call: the mean is ``loss_sum`` / ``normalizer``, both scalars."""
 
     loss_sum: Tensor
     normalizer: Tensor
-    stats: dict[str, Tensor] = field(default_factory=dict)
+    stats: dict[str, Tensor] = field(default_factory=dict)  # further means to log, each (2,): a detached sum and its divisor
 
 
 class Loss(Protocol):
@@ -233,7 +215,6 @@ class Loss(Protocol):
 
     def __call__(self, anchors: Embeddings, keys: Embeddings) -> LossOutput:
         """Sum the loss over ``anchors``, scored against ``keys``."""
-        ...
 
 
 class Source(Protocol):
@@ -246,23 +227,12 @@ class Source(Protocol):
     @property
     def columns(self) -> Sequence[str]:
         """The names of the columns that are views, in order."""
-        ...
 
     def rows(self) -> Any:
         """A ``datasets.Dataset`` or ``IterableDataset``: the columns, and ``label`` and ``position`` where known."""
-        ...
 
     def fingerprint(self) -> str:
         """A hash that is equal for equal rows; it names their cache."""
-        ...
-
-
-class EncodeFunction(Protocol):
-    """``texts or images -> (N, D)``, a torch tensor or numpy array: all that an evaluator sees of a model."""
-
-    def __call__(self, items: Sequence[Item]) -> "Tensor | npt.NDArray[Any]":
-        """Encode items, in order."""
-        ...
 
 
 class BatchDataset(Protocol):
@@ -271,12 +241,10 @@ class BatchDataset(Protocol):
     @property
     def label(self) -> Tensor:
         """``(N,)``, -1 where there is none."""
-        ...
 
     @property
     def position(self) -> Tensor:
         """``(N,)``, -1 where there is none."""
-        ...
 
     def __len__(self) -> int: ...
 
@@ -292,4 +260,3 @@ class Evaluator(Protocol):
 
     def __call__(self, encode: EncodeFunction) -> dict[str, float]:
         """Compute metrics by name, ``<suite>/<task>/<metric>``."""
-        ...

@@ -8,16 +8,15 @@ import torch
 from omegaconf import OmegaConf
 
 import tercet
-from tercet.app import error_formatting, record
+from tercet.app import error_formatting, record, sweeps
 from tercet.app.cli import config_folder, main
 from tercet.app.components import takes
 from tercet.app.launch import num_processes
 from tercet.app.report import before_after_table
-from tercet.app.sweeps import summary
 from tercet.distributed.gather import reduce_loss
 from tercet.errors import InputError
 from tercet.paths import locate
-from tercet.training.callbacks.figures import BeforeAfter, PairScores, draw_before_after
+from tercet.training.callbacks.figures import BeforeAfter, draw_before_after, recall_at
 from tercet.types import LossOutput
 from tests.conftest import composed
 from tests.laws.distributed_runs import Listed
@@ -54,17 +53,17 @@ def test_the_mean_divides_the_total_by_the_count_and_each_stat_by_its_own():
 
 def test_a_sweep_is_summed_up():
     runs = [{"test/a": 1.0, "before/a": 0.0, "train/loss": 9.0}, {"test/a": 3.0, "before/a": 0.0}]
-    table = summary.summarize(runs)
+    table = sweeps.summarize(runs)
     assert table["test/a"] == {"mean": 2.0, "sd": pytest.approx(2**0.5), "runs": 2}
     assert "train/loss" not in table
-    assert "0.0000 ± 0.0000  →     2.0000 ± 1.4142" in summary.summary_table(table, 2)
-    stages = summary.summary_table({**table, "first/a": table["before/a"]}, 2, ["first"]).splitlines()
+    assert "0.0000 ± 0.0000  →     2.0000 ± 1.4142" in sweeps.summary_table(table, 2)
+    stages = sweeps.summary_table({**table, "first/a": table["before/a"]}, 2, ["first"]).splitlines()
     assert stages[1].split() == ["before", "→", "first", "→", "after"] and stages[2].count("→") == 2
 
 
 def test_a_setting_is_told_by_what_differs():
     jobs = ["view=crop data=x", "view=dropout data=x"]
-    assert [summary.differing_overrides(job, jobs) for job in jobs] == ["view=crop", "view=dropout"]
+    assert [sweeps.differing_overrides(job, jobs) for job in jobs] == ["view=crop", "view=dropout"]
 
 
 def test_metrics_are_written_whole(tmp_path):
@@ -114,8 +113,8 @@ def test_errors_without_a_message_of_their_own_say_where_to_look():
 
 def test_the_figure_and_the_neighbours_show_the_change():
     torch.manual_seed(0)
-    before, after = PairScores(torch.rand(12, 12)), PairScores(torch.eye(12) * 0.5 + 0.1)
-    assert (after.recall(1), before.recall(12)) == (1.0, 1.0)
+    before, after = torch.rand(12, 12), torch.eye(12) * 0.5 + 0.1
+    assert (recall_at(1, after), recall_at(12, before)) == (1.0, 1.0)
     figure = draw_before_after(before, after)
     assert "100 %" in figure.axes[2].get_title()
     callback = BeforeAfter(Listed(("a", "b")), pairs=12, examples=3)

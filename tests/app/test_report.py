@@ -44,7 +44,7 @@ def folder(tmp_path):
 
 
 def written(folder, cfg):
-    report.write_report(folder, cfg, METRICS, BEFORE, AFTER)
+    report.write_report(folder, cfg, METRICS)
     text = (folder / "report.html").read_text()
     page = Balanced()
     page.feed(text)

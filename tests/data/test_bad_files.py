@@ -127,11 +127,11 @@ def test_broken_csv(told):
 
 def test_broken_json(told):
     good = '{"text": "fine"}\n'
-    has(told("a.jsonl", good + '{"text": "cut'), "line 2 is not JSON", "one whole object")
+    has(told("a.jsonl", good + '{"text": "cut'), "line 2 is cut or not JSON", "one whole object")
     has(told("a.jsonl", good + "[1]\n"), "line 2 is a JSON list")
-    has(told("a.json", '[{"text": "fine"},\n{"te'), "line 2", "cut or not JSON")
+    has(told("a.json", '[{"text": "fine"},\n{"te'), "line 2 is cut or not JSON")
     has(told("a.json", '["fine"]'), "row 1 is a JSON str")
-    has(told("a.json", '{\n"text": "fine"\n}'), "line 1 is not JSON")
+    has(told("a.json", '{\n"text": "fine"\n}'), "line 1 is cut or not JSON")
     has(told("a.jsonl", '{"text": "\\ud800"}\n'), "column 'text' cannot be read")
 
 
@@ -214,7 +214,7 @@ def test_too_few_rows_to_hold_out(tmp_path):
 @pytest.mark.parametrize("option", [{"split": "trian"}, {"bad_rows": "ignore"}])
 def test_options_have_few_values(tmp_path, option):
     (tmp_path / "a.txt").write_text("x\n")
-    with pytest.raises(InputError, match="use one of"):
+    with pytest.raises(InputError, match="choose one of"):
         TextFiles(str(tmp_path / "a.txt"), **option)
 
 
@@ -226,7 +226,7 @@ def test_bad_rows_are_dropped_and_said_once(tmp_path, caplog, streaming):
     files = TextFiles(str(path), bad_rows="drop", max_characters=30, streaming=streaming)
     for _ in range(2):
         assert [row["text"] for row in files.rows()] == ["fine", "good"]
-    said = f"{path}: 4 of 6 rows dropped (1 not text, 2 empty text, 1 longer than 30 characters)."
+    said = f"{path}: 4 of 6 rows dropped (1 not text, 2 empty, 1 longer than 30 characters)."
     assert [r.message for r in caplog.records if r.name == "tercet"] == [said]
 
 

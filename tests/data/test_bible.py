@@ -73,7 +73,7 @@ def test_books_can_be_chosen():
 def test_bad_options():
     with pytest.raises(InputError, match=r"pip install .*pythonbible-xyz"):
         Bible("wyc", "xyz", "test").rows()
-    with pytest.raises(InputError, match="use one of train, validation, test"):
+    with pytest.raises(InputError, match="choose one of train, validation, test"):
         side("dev")
     with pytest.raises(InputError, match=r"books \[8\]"):
         side("test", test_books=[8], validation_books=[8])

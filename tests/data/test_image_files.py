@@ -139,7 +139,7 @@ def test_the_fingerprint_tells_contents_and_options(world):
         (dict(path="bytes.parquet", label="identiti"), "label names 'identiti'.*Did you mean 'identity'"),
         (dict(path="bytes.parquet", image="number"), "holds int64 there; images are bytes"),
         (dict(path="bytes.parquet", split="test"), "held_out=0 leaves no test side"),
-        (dict(path="bytes.parquet", split="dev"), "split=dev: use one of train, test, all"),
+        (dict(path="bytes.parquet", split="dev"), "split=dev: choose one of train, test, all"),
         (dict(path="bytes.parquet", where={"number": 99}), "keeps no row"),
         (dict(path="plain.parquet", held_out=8), "holds out whole labels.*Name that of the labels"),
     ],

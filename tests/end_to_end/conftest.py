@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tercet.app.cli import main
-from tercet.models.loading import read_checkpoint
+from tercet.models.folder import read_checkpoint
 from tests.conftest import TEXTS, tiny
 
 

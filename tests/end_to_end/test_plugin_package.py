@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tests.conftest import CONF, TEXTS, choices, composed, tiny
 from tests.end_to_end.conftest import FAST
@@ -19,6 +18,7 @@ from tests.laws import distributed_runs, test_loss
 PACKAGE = Path(__file__).resolve().parents[1] / "plugin_package"
 PLUGIN_CONF = f"--config-dir={PACKAGE / 'tercet_paraphrase' / 'conf'}"
 OWN = ["objective=labeled_paraphrase", "loss=sigmoid", "sampler=label_runs"]
+QUICK = ["measure_before=false", "callback.before_after=null", "callback.embeddings=null", "evaluation@test=none"]
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_it_trains_from_a_folder_of_its_own(package, command, table):
 
 
 def test_it_trains_where_it_is_installed_and_on_two_processes(installed, command, table):
-    assert command("train", *tiny(*FAST, *table, *OWN, "trainer=ddp_cpu")).code == 0
+    assert command("train", *tiny(*FAST, *QUICK, *table, *OWN, "trainer=ddp_cpu")).code == 0
 
 
 MISTAKES = {
@@ -70,7 +70,7 @@ MISTAKES = {
 @pytest.mark.parametrize("case", MISTAKES)
 def test_its_mistakes_are_explained_as_tercets_own_are(package, command, table, case):
     overrides, phrases = MISTAKES[case]
-    result = command("train", PLUGIN_CONF, *tiny(*FAST, *table, *overrides))
+    result = command("train", PLUGIN_CONF, *tiny(*FAST, *QUICK, *table, *overrides))
     message = next(line for line in result.terminal.replace("\r", "\n").splitlines() if line.startswith("error: "))
     assert result.code == 1
     assert not [phrase for phrase in phrases if phrase not in message], message
@@ -92,15 +92,15 @@ def test_its_loss_keeps_the_laws(package, monkeypatch, law):
         law(**dict(zip(names, arguments, strict=True)))
 
 
-@pytest.mark.parametrize("settings", ["plain", "chunked"])
-def test_two_processes_learn_what_one_does(installed, tmp_path, settings):
-    arguments = ("labeled_paraphrase", settings, str(tmp_path))
-    alone, *_ = distributed_runs.step(*arguments, 1, 7)
-    plan = LaunchConfig(1, 1, 2, run_id="laws", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
-    together, reduced, *_ = elastic_launch(plan, distributed_runs.step)(*arguments, 2, 7)[0]
-    for name, weight in alone.items():
-        torch.testing.assert_close(together[name], weight, rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
-    assert reduced in (1, None)
+def test_two_processes_learn_what_one_does(installed, tmp_path):
+    cases = [("labeled_paraphrase", settings) for settings in ("plain", "chunked")]
+    alone = distributed_runs.everything(str(tmp_path), 1, 7, cases)
+    together = distributed_runs.in_processes(2, str(tmp_path), 2, 7, cases)
+    for case in cases:
+        weights, reduced, *_ = together[case]
+        for name, weight in alone[case][0].items():
+            torch.testing.assert_close(weights[name], weight, rtol=1e-4, atol=2e-6, msg=lambda m, at=(case, name): f"{at}: {m}")
+        assert reduced in (1, None), case
 
 
 def test_an_installed_package_adds_choices_and_none_is_tercets_own(installed):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tercet.models.loading import read_checkpoint
+from tercet.models.folder import read_checkpoint
 from tests.conftest import CONF, tiny
 from tests.end_to_end.conftest import FAST, write_texts
 

@@ -8,7 +8,7 @@ import signal
 import pytest
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from tercet.models.loading import read_checkpoint
+from tercet.models.folder import read_checkpoint
 from tercet.training import SimCSEUnsup
 from tests.end_to_end.conftest import assert_same_weights
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tercet.errors import InputError
-from tercet.models.loading import read_checkpoint
+from tercet.models.folder import read_checkpoint
 from tercet.training import SimCSEUnsup
 from tercet.training.callbacks import SkipNonFinite
 from tests.conftest import tiny

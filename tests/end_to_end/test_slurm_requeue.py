@@ -43,7 +43,7 @@ def test_slurms_warning_saves_queues_again_and_the_job_goes_on(run, whole, monke
     with monkeypatch.context() as patch:
         warned(patch, 4)
         result = run("save_every=null")
-    assert result.code == 143 and "queue job 42 again" in result.terminal, result.terminal
+    assert result.code == 143 and "queues job 42 again" in result.terminal, result.terminal
     assert slurm.read_text().split() == ["requeue", "42", "last.ckpt"], "saved first, then asked"
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     again = run("save_every=null")  # the same command

@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
 
-from tercet.app.model_loading import open_model
+from tercet.app.commands.evaluate import open_model
 from tercet.models import CachedEncoder
 from tests.conftest import CONF, TEXTS, tiny
 from tests.end_to_end.conftest import FAST, write_texts
@@ -175,7 +175,7 @@ def test_a_stage_that_was_stopped_goes_on_from_its_checkpoint(staged, tmp_path, 
 
 
 def test_the_example_of_the_docs(command, tmp_path, monkeypatch):
-    text = (CONF.parent / "docs" / "adaptation.md").read_text().split("```yaml\n")[1].split("```")[0]
+    text = (CONF.parent / "docs" / "howto" / "domain_adaptation.md").read_text().split("```yaml\n")[1].split("```")[0]
     (tmp_path / "my_conf" / "experiment").mkdir(parents=True)
     (tmp_path / "my_conf" / "experiment" / "my_domain.yaml").write_text(text.replace("adaptation", "heldout"))
     monkeypatch.chdir(tmp_path)

@@ -5,8 +5,7 @@ import pytest
 from PIL import Image
 
 from tercet.evaluation import Verification, figures
-from tercet.evaluation.face_data import FacePairs
-from tercet.evaluation.verification import Roc
+from tercet.evaluation.verification import FacePairs, Roc
 from tests.evaluation.test_verification import picture
 
 SAME = np.array([True, False] * 30)

@@ -15,8 +15,14 @@ from sklearn.metrics import roc_auc_score
 
 from tercet.errors import InputError
 from tercet.evaluation import EvaluatorGroup, Verification
-from tercet.evaluation.task_data import PAIR_COLUMNS
-from tercet.evaluation.verification import Roc, accuracy_threshold, fold_thresholds, verification_metrics, wilson_interval
+from tercet.evaluation.verification import (
+    PAIR_COLUMNS,
+    Roc,
+    accuracy_threshold,
+    fold_thresholds,
+    verification_metrics,
+    wilson_interval,
+)
 from tests.evaluation.fakes import Counted
 
 PEOPLE = ("Ann_Lee", "Bo", "Cy_de_la_Mer", "Di", "Ed", "Flo", "Gus", "Hal")

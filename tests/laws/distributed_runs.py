@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tercet.app.components import build
+from tercet.app.launch import restored_signals
 from tercet.data import TextTransform
 from tercet.losses.triplet_mining import MININGS
 from tercet.models import load_tokenizer
@@ -159,13 +160,14 @@ def first_token_masked(ids):
     return ids.masked_fill(chosen, 103), ids.masked_fill(~chosen, -100)
 
 
-def everything(folder, world, batch_size):
-    """All objectives under all settings, in this process."""
+def everything(folder, world, batch_size, cases=CASES):
+    """All objectives under all settings, or the ``cases`` of them, in this process."""
     torch.set_num_threads(1)
-    return {(o, s): step(o, s, folder, world, batch_size) for o, s in CASES}
+    return {(o, s): step(o, s, folder, world, batch_size) for o, s in cases}
 
 
 def in_processes(world, *arguments):
     """``everything`` in ``world`` gloo processes; the results of the first."""
     plan = LaunchConfig(1, 1, world, run_id="laws", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
-    return elastic_launch(plan, everything)(*arguments)[0]
+    with restored_signals():
+        return elastic_launch(plan, everything)(*arguments)[0]

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from tercet.app.launch import restored_signals
 from tercet.errors import InputError
 from tercet.losses import ContextLoss, InfoNCE, TripletLoss, mine, triplet_mining
 from tercet.losses.triplet_mining import MININGS, ONE_NEGATIVE
@@ -94,7 +95,8 @@ def outcomes_of_this_process():
 @pytest.fixture(scope="module")
 def processes():
     config = LaunchConfig(1, 1, 2, run_id="front_door", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
-    results = elastic_launch(config, outcomes_of_this_process)()
+    with restored_signals():
+        results = elastic_launch(config, outcomes_of_this_process)()
     return [results[0], results[1]]
 
 

@@ -6,7 +6,7 @@ import torch
 from tercet.app.components import build
 from tercet.errors import InputError
 from tercet.models import Execution
-from tercet.models.engine import autochunk
+from tercet.models.engine import chunking
 from tests.conftest import TEXTS, composed, tiny
 
 AUTO = ["model.execution.chunk_tokens=auto", "model.execution.recompute=true"]
@@ -22,26 +22,26 @@ def encoder_of(*overrides):
 def test_a_chunk_keeps_no_more_than_there_is_room_for(layout, room, monkeypatch):
     encoder = encoder_of(*AUTO, f"model.execution.layout={layout}")
     weights = sum(p.numel() * p.element_size() for p in encoder.parameters())
-    monkeypatch.setattr(autochunk, "free_memory", lambda device: autochunk.STATES * weights + room)
+    monkeypatch.setattr(chunking, "free_memory", lambda device: chunking.STATES * weights + room)
     rows = encoder.prepare([f"{text} {i}" for i, text in enumerate(TEXTS * 8)])
     encoder(rows)
     assert encoder.execution.chunk_tokens == "auto", "a forward pass never changes the settings"
     plan = encoder.execution_for(rows)
     chunks = plan.chunks(rows.lengths)
     kept = [
-        autochunk.saved_activation_bytes(encoder, lambda some: encoder.run(some, plan.unchunked()), rows.select(chunk))
+        chunking.saved_activation_bytes(encoder, lambda some: encoder.run(some, plan.unchunked()), rows.select(chunk))
         for chunk in chunks
     ]
     assert len(chunks) > 1
-    assert max(kept) < 1.2 * autochunk.SHARE * room
-    assert max(kept) > 0.5 * autochunk.SHARE * room, "more would have fitted"
+    assert max(kept) < 1.2 * chunking.SHARE * room
+    assert max(kept) > 0.5 * chunking.SHARE * room, "more would have fitted"
 
 
 def test_it_changes_no_gradient_and_no_draw(monkeypatch):
     found = []
     for overrides in ([], AUTO):
         encoder = encoder_of(*overrides, "model.execution.dropout=torch", "model.execution.layout=padded")
-        monkeypatch.setattr(autochunk, "free_memory", lambda device: 10**12)  # one chunk: torch's draws are the same
+        monkeypatch.setattr(chunking, "free_memory", lambda device: 10**12)  # one chunk: torch's draws are the same
         torch.manual_seed(1)
         encoder(encoder.prepare(TEXTS)).square().sum().backward()
         found.append({name: p.grad for name, p in encoder.named_parameters() if p.grad is not None})
@@ -51,14 +51,14 @@ def test_it_changes_no_gradient_and_no_draw(monkeypatch):
 
 def test_a_row_that_is_too_long_runs_alone(monkeypatch):
     encoder = encoder_of(*AUTO)
-    monkeypatch.setattr(autochunk, "free_memory", lambda device: 0)
+    monkeypatch.setattr(chunking, "free_memory", lambda device: 0)
     rows = encoder.prepare(TEXTS)
     encoder(rows)
     assert encoder.execution_for(rows).chunk_tokens == rows.lengths.max()
 
 
 def test_free_memory_is_known():
-    assert 2**26 < autochunk.free_memory(torch.device("cpu")) < 2**50
+    assert 2**26 < chunking.free_memory(torch.device("cpu")) < 2**50
 
 
 @pytest.mark.parametrize("key", ["chunk_tokens", "chunk_rows"])

@@ -11,7 +11,7 @@ from tercet.app.components import build
 from tercet.errors import InputError
 from tercet.models import CachedEncoder, Execution
 from tercet.models.folder import load_folder, save_model
-from tercet.models.loading import KEY, encoder_spec, load_checkpoint_encoder
+from tercet.models.folder import KEY, encoder_spec, load_checkpoint_encoder
 from tercet.types import Images
 from tests.conftest import TEXTS, composed
 

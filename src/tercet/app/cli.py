@@ -19,8 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from tercet.app import components, error_formatting, hydra_compat
-from tercet.app.sweeps import summary
+from tercet.app import components, error_formatting, hydra_compat, sweeps
 
 COMMANDS = {
     "compare": "runs as one table: compare <folders> metric=<name> output=<folder>",
@@ -77,7 +76,7 @@ def main(command: str, arguments: Sequence[str] | None = None) -> NoReturn:
             exit_stopped()
         raise
     except Exception as error:
-        report_error(error, config_folder(), command)
+        report_error(error, command)
         raise SystemExit(1) from None
     raise SystemExit(1 if failed else 0)
 
@@ -110,23 +109,21 @@ def _run_composed(command: str, arguments: Sequence[str]) -> None:
             print(OmegaConf.to_yaml(cfg), end="")
             return
         components.start_record(cfg)
-        module = importlib.import_module(f"tercet.app.commands.{'export' if command == 'expand' else command}")
-        (module.expand if command == "expand" else module.run)(cfg, Path.cwd())
+        module, function = ("export", "expand") if command == "expand" else (command, "run")
+        getattr(importlib.import_module(f"tercet.app.commands.{module}"), function)(cfg, Path.cwd())
 
 
 def _model_is_a_path(override: str) -> str:
     # `model` is also a group of conf/, of which Hydra would look for a choice; quotes keep `=` and spaces in the path.
-    name, equals, value = override.partition("=")
-    if name != "model" or not equals:
+    if not override.startswith("model="):
         return override
-    if value.startswith("[") and value.endswith("]"):
-        return f"model.path=[{','.join(map(_quoted, value[1:-1].split(',')))}]"
-    return f"model.path={_quoted(value)}"
+    value = override.removeprefix("model=")
+    several = value.startswith("[") and value.endswith("]")
+    return f"model.path=[{','.join(map(_quoted, value[1:-1].split(',')))}]" if several else f"model.path={_quoted(value)}"
 
 
 def _quoted(value: str) -> str:
-    escaped = value.strip().strip("'\"").replace("'", "\\'")
-    return f"'{escaped}'"
+    return "'" + value.strip().strip("'\"").replace("'", "\\'") + "'"
 
 
 def _job(failed: list[str]) -> Callable[[DictConfig], Any]:
@@ -139,21 +136,20 @@ def _job(failed: list[str]) -> Callable[[DictConfig], Any]:
         try:
             return module.run(cfg, output)
         except Exception as error:
-            text = report_error(error, config_folder(), "train")
-            failed.append(text)
+            failed.append(report_error(error, "train"))
             if HydraConfig.get().mode == RunMode.MULTIRUN:  # the sweep goes on, its summary points here
-                (output / "error.txt").write_text(text + "\n", encoding="utf-8")
+                (output / "error.txt").write_text(failed[-1] + "\n", encoding="utf-8")
             return float("nan")
         except (KeyboardInterrupt, SystemExit):
-            summary.exit_stopped_job()
+            sweeps.exit_stopped_job()
             raise
 
     return job
 
 
-def report_error(error: Exception, conf_dir: str, command: str) -> str:
+def report_error(error: Exception, command: str) -> str:
     """Print what the user can do about the error; ``TERCET_DEBUG=1`` adds the traceback."""
-    text = error_formatting.explain(error, conf_dir, command)
+    text = error_formatting.explain(error, config_folder(), command)
     if os.environ.get("TERCET_DEBUG"):
         traceback.print_exception(error)
     print(f"\nerror: {text}", file=sys.stderr, flush=True)  # a new line: a progress bar may stand on this one

@@ -1,11 +1,12 @@
 """Build components from the configuration, check values against annotations, and name the key that sets a parameter."""
 
+import functools
 import inspect
+import re
 import types
-import typing
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
@@ -17,13 +18,14 @@ from tercet.errors import InputError
 
 SPECIAL = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 SCALARS = (bool, int, float, str, type(None))
+REFERENCE = re.compile(r"\$\{(\.*)([^$:]+)\}")  # one interpolation of a key and nothing more
 
 
 class _Run:
     """The configuration as composed (interpolations unresolved), and the key of each component that was built from it."""
 
-    raw: typing.ClassVar[DictConfig] = OmegaConf.create({})
-    keys: typing.ClassVar[dict[int, tuple[Callable[[], Any], str]]] = {}
+    raw: ClassVar[DictConfig] = OmegaConf.create({})
+    keys: ClassVar[dict[int, tuple[Callable[[], Any], str]]] = {}
 
 
 def start_record(raw: DictConfig) -> None:
@@ -39,11 +41,8 @@ def raw_config() -> DictConfig:
 def build(node: Any, **extra: Any) -> Any:
     """Instantiate a node and the nodes inside it, as ``hydra.utils.instantiate`` does with plain lists and dicts.
 
-    Hydra does not tell which object it built from which node, so each target is instantiated by itself and recorded:
-    ``component_key`` finds the key of an object. ``extra`` replaces keys of the outermost node.
-
-    Raises:
-        InstantiationException: a target raised an exception, which is its cause.
+    Hydra does not tell which object it built from which node, so each target is instantiated by itself and recorded.
+    ``extra`` replaces keys of the outermost node. ``InstantiationException``: a target raised an exception, its cause.
     """
     config = OmegaConf.to_container(node, resolve=True, throw_on_missing=True) if OmegaConf.is_config(node) else node
     return _build(config, full_key(node), extra)
@@ -58,30 +57,21 @@ def _build(node: Any, key: str, extra: Mapping[str, Any]) -> Any:
     if node.get("_recursive_") is not False:
         values = {name: _build(value, _join(key, name), {}) for name, value in values.items()}
     values |= extra
-    return call_target(node, key, values) if "_target_" in node else values
-
-
-def call_target(node: dict[str, Any], key: str, values: dict[str, Any]) -> Any:
-    """Call a node's target; ``error_formatting`` reads ``key`` in the traceback of what is not built yet."""
-    make = instantiate({"_target_": node["_target_"], "_partial_": True})
-    arguments = node.get("_args_", [])
+    if "_target_" not in node:
+        return values
+    target = instantiate({"_target_": node["_target_"], "_partial_": True})
+    make = functools.partial(create, target, key, *node.get("_args_", []), **values)
     if node.get("_partial_"):
-        return record(Partial(make, arguments, values, key), key)
+        return record(make, key)
     try:
-        return record(make(*arguments, **values), key)
+        return make()
     except Exception as error:
         raise InstantiationException(f"{node['_target_']}: {error!r}\nfull_key: {key}") from error
 
 
-class Partial:
-    """A target with some of its arguments; what it makes is recorded under the same key."""
-
-    def __init__(self, make: Callable[..., Any], arguments: list[Any], keywords: dict[str, Any], key: str) -> None:
-        self.make, self.arguments, self.keywords, self.key = make, arguments, keywords, key
-
-    def __call__(self, *more: Any, **extra: Any) -> Any:
-        """Call the target with the rest of its arguments."""
-        return record(self.make(*self.arguments, *more, **{**self.keywords, **extra}), self.key)
+def create(target: Callable[..., Any], key: str, /, *arguments: Any, **values: Any) -> Any:
+    """Call a target and record the result; in the traceback of an error ``error_formatting`` finds the ``key`` here."""
+    return record(target(*arguments, **values), key)
 
 
 def record(component: Any, key: str) -> Any:
@@ -107,69 +97,36 @@ def settable_key(component: str, parameter: str) -> str | None:
     The parameter is looked for in the component's node, then in the nodes inside it, then in those around it.
     Interpolations are followed: ``data.module.batch_size`` holds ``${data.batch_size}``, which is the key to set.
     """
-    config = _plain(_Run.raw, resolve=True)
-    around = component.split(".")
-    places = [*_nodes(config, component), *(".".join(around[:i]) for i in range(len(around) - 1, 0, -1))]
-    for place in places:
-        if _at(config, key := _join(place, parameter)) is not None:
-            return source_key(key)
-    return None
+    known = dict.fromkeys(key for key, _ in walk(_plain(_Run.raw, resolve=True)))
+    inside = sorted((key for key in known if f"{key}.".startswith(f"{component}.")), key=lambda key: key.count("."))
+    parts = component.split(".")
+    around = (".".join(parts[:i]) for i in range(len(parts) - 1, 0, -1))
+    keys = (_join(place, parameter) for place in (*inside, *around))
+    return next((source_key(key) for key in keys if key in known), None)
 
 
-def _nodes(config: Any, key: str) -> Iterator[str]:
-    """The keys of a node and of all nodes inside it, the outer ones first."""
-    level = [key]
-    while level:
-        yield from level
-        found = [(name, _at(config, name)) for name in level]
-        inner = [(name, dict(enumerate(node[0])) if isinstance(node[0], list) else node[0]) for name, node in found if node]
-        level = [_join(name, str(child)) for name, node in inner if isinstance(node, dict) for child in node]
-
-
-def _at(config: Any, key: str) -> tuple[Any] | None:
-    """The value at a key, in a tuple; or None where there is no such key."""
-    for part in key.split("."):
-        if isinstance(config, list) and part.isdigit() and int(part) < len(config):
-            config = config[int(part)]
-        elif isinstance(config, dict) and part in config:
-            config = config[part]
-        else:
-            return None
-    return (config,)
+def walk(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """A node of plain dicts and lists, whose key is ``key``, and all that is inside it, each with its key."""
+    yield key, node
+    inside = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
+    for name, value in inside:
+        yield from walk(value, _join(key, str(name)))
 
 
 def source_key(key: str, raw: DictConfig | None = None) -> str:
     """The key behind an interpolation: ``data.module.batch_size`` holds ``${data.batch_size}``."""
-    config, seen = _plain(_Run.raw if raw is None else raw, resolve=False), {key}
-    parts = key.split(".")
-    i = 1
-    while i <= len(parts):
-        node = _at(config, ".".join(parts[:i]))
-        if node is None:
-            break
-        if (target := _target_of(node[0], parts[:i])) is None:
-            i += 1
-            continue
-        parts, i = [*target, *parts[i:]], 1
-        if ".".join(parts) in seen:
-            break
-        seen.add(".".join(parts))
-    return ".".join(parts)
-
-
-def _target_of(value: Any, place: list[str]) -> list[str] | None:
-    """The parts of the key that a value interpolates, if it is one interpolation of a key and nothing more."""
-    if (
-        not isinstance(value, str)
-        or not value.startswith("${")
-        or not value.endswith("}")
-        or value.count("$") > 1
-        or ":" in value
-    ):
-        return None
-    name = value[2:-1]
-    up = len(name) - len(name.lstrip("."))
-    return [*(place[: len(place) - up] if up else []), *name.lstrip(".").split(".")]
+    config, seen = _plain(_Run.raw if raw is None else raw, resolve=False), set[str]()
+    while key not in seen:
+        seen.add(key)
+        node, parts = config, key.split(".")
+        for i, part in enumerate(parts):
+            children = {str(j): child for j, child in enumerate(node)} if isinstance(node, list) else node
+            node = children.get(part) if isinstance(children, dict) else None
+            if isinstance(node, str) and (found := REFERENCE.fullmatch(node)):
+                around = parts[: i + 1 - len(found[1])] if found[1] else []  # of a relative key: ${..name}
+                key = ".".join([*around, found[2], *parts[i + 1 :]])
+                break
+    return key
 
 
 def _plain(config: DictConfig, resolve: bool) -> Any:
@@ -189,58 +146,44 @@ def check_values(cfg: DictConfig, raw: DictConfig) -> None:
     ``cfg`` is resolved; ``raw`` still holds the interpolations, so that the key which the user can set is named.
     """
     for place, node in find_targets(OmegaConf.to_container(cfg, resolve=True)):
-        _check_keys(raw, place, node)
-        hints = _hints(node["_target_"])
+        target = get_object(node["_target_"])
+        parameters = inspect.signature(target).parameters
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        # An experiment may have set what only another choice of the group has.
+        for name in () if open_ended else node.keys() - parameters.keys() - SPECIAL:
+            key, accepted = source_key(_join(place, name), raw), ", ".join(parameters)
+            raise InputError(
+                f"{key}={node[name]}: {target.__name__} does not take it; it takes {accepted}. Leave it out with '~{key}'."
+            )
+        hints = _hints(target)
         for name, value in node.items():
             if name in hints and isinstance(value, SCALARS) and not takes(hints[name], value):
                 key = source_key(_join(place, name), raw)
                 raise InputError(f"{key}={value}: {_words(hints[name])} is needed here, this is {type(value).__name__}.")
 
 
-def _check_keys(raw: DictConfig, place: str, node: dict[str, Any]) -> None:
-    """An experiment may have set what only another choice of the group has."""
-    parameters = inspect.signature(get_object(node["_target_"])).parameters
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return
-    for name in node.keys() - parameters.keys() - SPECIAL:
-        key = source_key(_join(place, name), raw)
-        raise InputError(
-            f"{key}={node[name]}: {node['_target_'].rsplit('.', 1)[-1]} does not take it; it takes {', '.join(parameters)}. "
-            f"Leave it out with '~{key}'."
-        )
-
-
-def find_targets(node: Any, key: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+def find_targets(node: Any, key: str = "") -> list[tuple[str, dict[str, Any]]]:
     """The nodes that have a target, each with its key, in a plain dict or list; ``key`` is that of the node itself."""
-    if isinstance(node, Mapping):
-        if "_target_" in node:
-            yield key, dict(node)
-        for name, value in node.items():
-            yield from find_targets(value, _join(key, str(name)))
-    elif isinstance(node, list):
-        for i, value in enumerate(node):
-            yield from find_targets(value, _join(key, str(i)))
+    return [(place, part) for place, part in walk(node, key) if isinstance(part, dict) and "_target_" in part]
 
 
-def _hints(target: str) -> dict[str, Any]:
-    called = get_object(target)
-    if isinstance(called, type):
-        called = vars(called).get("__init__", called)
+def _hints(target: Any) -> dict[str, Any]:
+    called = vars(target).get("__init__", target) if isinstance(target, type) else target
     try:
-        return typing.get_type_hints(called)
+        return get_type_hints(called)
     except (NameError, TypeError):  # a library's annotations may name what is only imported for type checkers
         return {k: p.annotation for k, p in inspect.signature(called).parameters.items() if isinstance(p.annotation, type)}
 
 
 def takes(hint: Any, value: Any) -> bool:
     """Whether a scalar may be given where ``hint`` stands; whole numbers may stand for fractions."""
-    origin = typing.get_origin(hint)
+    origin = get_origin(hint)
     if hint is Any:
         return True
-    if origin in (typing.Union, types.UnionType):
-        return any(takes(part, value) for part in typing.get_args(hint))
-    if origin is typing.Literal:
-        return value in typing.get_args(hint) or str(value) in typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(takes(part, value) for part in get_args(hint))
+    if origin is Literal:
+        return value in get_args(hint) or str(value) in get_args(hint)
     if origin is not None or not isinstance(hint, type) or getattr(hint, "_is_protocol", False):
         return False
     if isinstance(value, bool):
@@ -252,9 +195,9 @@ def takes(hint: Any, value: Any) -> bool:
 def _words(hint: Any) -> str:
     """An annotation in words."""
     words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(dict.fromkeys(_words(part) for part in typing.get_args(hint)))
-    if origin is typing.Literal:
-        return f"one of {', '.join(map(str, typing.get_args(hint)))}"
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(map(_words, get_args(hint))))
+    if origin is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
     return words.get(hint) or ("a list" if origin else str(getattr(hint, "__name__", hint)))

@@ -7,18 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-from hydra.errors import (
-    ConfigCompositionException,
-    HydraException,
-    InstantiationException,
-    MissingConfigException,
-    OverrideParseException,
-)
+from hydra import errors
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from tercet.app import components
 from tercet.errors import InputError
+
+NOT_SETTABLE = re.compile(r"(^|\.)(_|\d|defaults\b|hydra\b)")  # keys, or their parts: _target_, an index of a list
 
 
 def explain(error: BaseException, conf: str, command: str) -> str:
@@ -27,26 +23,28 @@ def explain(error: BaseException, conf: str, command: str) -> str:
     for i, cause in enumerate(chain):
         if isinstance(cause, InputError):
             return cause.rename(parameter_keys(cause, chain[: i + 1]))
-    if isinstance(error, OverrideParseException):
-        return f"{error.override}: cannot be read ({' '.join(str(error).split())}). Quote it: 'key=\"value\"'."
-    if isinstance(error, MissingConfigException):
+    text = " ".join(str(error).split())
+    if isinstance(error, errors.OverrideParseException):
+        return f"{error.override}: cannot be read ({text}). Quote it: 'key=\"value\"'."
+    if isinstance(error, errors.MissingConfigException):
         return _missing_choice(error)
-    if isinstance(error, ConfigCompositionException):
+    if isinstance(error, errors.ConfigCompositionException):
         return _mistyped(error, conf, command)
-    if isinstance(error, InstantiationException):
-        return _instantiation(error)
+    if isinstance(error, errors.InstantiationException):
+        where = re.search(r"full_key: (\S+)", str(error))
+        place = f"{components.source_key(where[1])}: " if where else ""
+        return place + " ".join(str(error.__cause__ or error).split())
     if isinstance(error, MissingMandatoryValue) and error.full_key:
         return f"{error.full_key} must be given: {error.full_key}=..."
     if isinstance(error, InterpolationKeyError) and (found := re.search(r"'model\.(tokenizer|pixels)'", str(error))):
-        text = found[1] == "tokenizer"
-        kinds = ("text", "images", "minilm", "images") if text else ("images", "text", "resnet_small", "text")
-        return f"data holds {kinds[0]}, but model reads {kinds[1]}. Use model={kinds[2]}, or data={kinds[3]}."
-    if isinstance(error, (HydraException, OmegaConfBaseException)):
-        return " ".join(str(error).split())
+        if found[1] == "tokenizer":
+            return "data holds text, but model reads images. Use model=minilm, or data=images."
+        return "data holds images, but model reads text. Use model=resnet_small, or data=text."
+    if isinstance(error, (errors.HydraException, OmegaConfBaseException)):
+        return text
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}. output_dir is the folder that a run writes, data.path what it reads."
-    text = " ".join(str(error).split()) or "no message"
-    return f"{type(error).__name__}: {text} (TERCET_DEBUG=1 shows where)"
+    return f"{type(error).__name__}: {text or 'no message'} (TERCET_DEBUG=1 shows where)"
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:
@@ -59,52 +57,47 @@ def _chain(error: BaseException | None) -> list[BaseException]:
 
 
 def parameter_keys(error: InputError, chain: list[BaseException]) -> dict[str, str]:
-    """The configuration key of each parameter that the error names.
+    """The configuration key of each parameter that the error names: of the component whose method or constructor raised it.
 
-    The component is the one whose method raised the error, or whose constructor: the tracebacks are searched from the
-    innermost frame outwards. ``chain`` are the exceptions from the outermost one to ``error``.
+    ``chain`` are the exceptions from the outermost one to ``error``; their tracebacks are searched from the innermost frame.
     """
     frames = [frame for cause in reversed(chain) for frame, _ in reversed(list(traceback.walk_tb(cause.__traceback__)))]
     owners = list(dict.fromkeys(_owners(frames)))
     keys = {}
     for parameter in error.parameters():
-        found = (components.settable_key(owner, parameter) for owner in owners)
-        if key := next((key for key in found if key), None):
+        if key := next(filter(None, (components.settable_key(owner, parameter) for owner in owners)), None):
             keys[parameter] = key
     return keys
 
 
 def _owners(frames: list[FrameType]) -> Iterator[str]:
     for frame in frames:
-        if frame.f_code is components.call_target.__code__:  # a constructor or function: there is no object yet
+        if frame.f_code is components.create.__code__:  # a constructor or function: there is no object yet
             yield frame.f_locals["key"]
         elif key := components.component_key(frame.f_locals.get("self")):
             yield key
 
 
-def _missing_choice(error: MissingConfigException) -> str:
-    name = str(error.missing_cfg_file or "")
-    options = [str(option) for option in error.options or []]
-    group, _, choice = name.rpartition("/")
+def _missing_choice(error: errors.MissingConfigException) -> str:
+    group, _, choice = str(error.missing_cfg_file or "").rpartition("/")
     if group == "data" and choice in ("files", "any", "default"):
         return f"data={choice}: no such choice any more. data=table reads files of texts, data=text trains on them."
+    options = list(map(str, error.options or []))
     near = difflib.get_close_matches(choice, options, 1)
     hint = f" Did you mean {group}={near[0]}?" if near else ""
     return f"{group}={choice}: no such choice.{hint} There are: {', '.join(options)}."
 
 
-def _mistyped(error: ConfigCompositionException, conf: str, command: str) -> str:
+def _mistyped(error: errors.ConfigCompositionException, conf: str, command: str) -> str:
     text = " ".join(f"{error} {error.__cause__ or ''}".split())
     if command != "train" and "In 'data/text'" in text:  # it chooses an objective, too
         return f"data=text is for training. With `{command}` use data=table, and the same data.path and data.columns."
     wrong = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
-    if not wrong:
-        return text
-    key = wrong[1].lstrip("+~").split("@")[0]
+    key = wrong[1].lstrip("+~").split("@")[0] if wrong else ""
     known = sorted(known_keys(conf, command))
-    if key in known:
+    if not wrong or key in known:
         return text
-    near = difflib.get_close_matches(key, known, 1, 0.5) or [k for k in known if k.split(".")[-1] == key.split(".")[-1]][:1]
+    near = difflib.get_close_matches(key, known, 1, 0.5) or [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
     hint = f" Did you mean {near[0]}?" if near else ""
     return f"{key}: there is no such key.{hint} `--cfg job` prints all keys with their values."
 
@@ -114,33 +107,19 @@ def known_keys(conf: str, command: str) -> set[str]:
     found: set[str] = set()
     for path in Path(conf).rglob("*.yaml"):
         group = path.parent.relative_to(conf).as_posix()
-        prefix = "" if group in (".", "experiment", "sweep") else f"{group}."
         if group == "base" or (group == "." and path.stem != command):
             continue
-        found |= ({prefix.rstrip(".")} - {""}) | _file_keys(path, prefix, Path(conf))
-    return found
+        prefix = "" if group in (".", "experiment", "sweep") else f"{group}."
+        found |= {prefix.rstrip(".")} | _file_keys(path, prefix, Path(conf))
+    return found - {""}
 
 
 def _file_keys(path: Path, prefix: str, conf: Path) -> set[str]:
     """The keys of a file and of the base files that it includes: ``/base/execution@execution``, ``/base/rows@_here_``."""
     content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    found = _flat(content, prefix)
+    found = {f"{prefix}{key}" for key, _ in components.walk(content) if key and not NOT_SETTABLE.search(key)}
     for entry in content.get("defaults", []) if isinstance(content, dict) else ():
         name, _, package = str(entry).partition("@")
         if name.startswith("/base/"):
             found |= _file_keys(conf / f"{name[1:]}.yaml", prefix if package == "_here_" else f"{prefix}{package}.", conf)
     return found
-
-
-def _flat(node: object, prefix: str) -> set[str]:
-    if not isinstance(node, dict):
-        return set()
-    names = {str(k) for k in node if str(k) not in ("defaults", "hydra") and not str(k).startswith("_")}
-    inner = (_flat(node[name], f"{prefix}{name}.") for name in names)
-    return {f"{prefix}{name}" for name in names}.union(*inner)
-
-
-def _instantiation(error: InstantiationException) -> str:
-    where = re.search(r"full_key: (\S+)", str(error))
-    place = f"{components.source_key(where[1])}: " if where else ""
-    return place + " ".join(str(error.__cause__ or error).split())

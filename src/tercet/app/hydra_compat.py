@@ -18,15 +18,9 @@ from hydra.core.utils import JobReturn, run_job, setup_globals
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-ENTRY_POINTS = "tercet.conf"
-
 
 def full_key(node: Any) -> str:
-    """The key of a node in the configuration that it is part of; empty for the root, and for what is no configuration.
-
-    >>> full_key(OmegaConf.create({"model": {"head": {"dim": 2}}}).model.head)
-    'model.head'
-    """
+    """The key of a node in its configuration, as ``model.head``; empty for the root, and for what is no configuration."""
     return re.sub(r"\[(\d+)\]", r".\1", node._get_full_key(None)) if OmegaConf.is_config(node) else ""
 
 
@@ -41,10 +35,9 @@ def run_main(job: Callable[[DictConfig], Any], folder: str, name: str, arguments
 def plugin_folders() -> list[Path]:
     """Configuration folders of installed packages: the entry points ``tercet.conf``, each the dotted name of a folder."""
     folders = []
-    for entry in entry_points(group=ENTRY_POINTS):
+    for entry in entry_points(group="tercet.conf"):
         package, *inside = entry.value.split(".")
-        spec = find_spec(package)
-        if spec is not None and spec.submodule_search_locations:
+        if (spec := find_spec(package)) and spec.submodule_search_locations:
             folders.append(Path(next(iter(spec.submodule_search_locations)), *inside))
     return folders
 
@@ -71,7 +64,5 @@ def config_folders() -> list[Path]:
     """The folders that configuration is composed from now: Tercet's, those of plugins, and that of ``--config-dir``."""
     if not GlobalHydra.instance().is_initialized():
         return []
-    elements = GlobalHydra.instance().config_loader().get_search_path().get_path()
-    return [
-        Path(element.path.removeprefix("file://")) for element in elements if not element.path.startswith(("pkg:", "struct"))
-    ]
+    paths = (element.path for element in GlobalHydra.instance().config_loader().get_search_path().get_path())
+    return [Path(path.removeprefix("file://")) for path in paths if not path.startswith(("pkg:", "struct"))]

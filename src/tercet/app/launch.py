@@ -1,13 +1,12 @@
-"""Run ids, one process per device, and SLURM's signal to requeue a job."""
+"""One process per device, and SLURM's signal to requeue a job."""
 
-import contextlib
 import logging
 import os
 import signal
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -21,7 +20,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tercet.app import components
 from tercet.app.error_formatting import explain
-from tercet.errors import InputError
+from tercet.errors import InputError, require
 from tercet.messages import print_status
 
 Worker = Callable[[dict[str, Any], str], float | None]
@@ -39,61 +38,60 @@ def is_first_on_node() -> bool:
 
 def num_processes(cfg: DictConfig) -> int:
     """The number of processes on this machine, from the trainer's strategy and devices."""
-    trainer = cfg.trainer
-    if trainer.num_nodes > 1:
-        raise InputError(
-            f"trainer.num_nodes={trainer.num_nodes}: several nodes need a launcher. Start train.py by torchrun or srun on "
-            "each of them, with the same RUN_ID; conf/trainer/multi_node.yaml shows the command."
-        )
-    if not isinstance(trainer.strategy, str) or not trainer.strategy.startswith(("ddp", "fsdp", "deepspeed")):
-        return 1
-    if isinstance(trainer.devices, int) and trainer.devices > 0:
-        return int(trainer.devices)
-    if OmegaConf.is_list(trainer.devices):
-        return len(trainer.devices)
-    return max(1, torch.cuda.device_count())
+    nodes = cfg.trainer.num_nodes
+    advice = "Start train.py by torchrun or srun on each, with the same RUN_ID; conf/trainer/multi_node.yaml shows the command."
+    require(nodes <= 1, f"trainer.num_nodes={nodes}: several nodes need a launcher. {advice}")
+    return num_devices(cfg) if str(cfg.trainer.strategy).startswith(("ddp", "fsdp", "deepspeed")) else 1
+
+
+def num_devices(cfg: DictConfig) -> int:
+    """The number of devices of this machine that the trainer uses, whatever its strategy."""
+    devices = cfg.trainer.devices
+    if OmegaConf.is_list(devices):
+        return len(devices)
+    return int(devices) if str(devices).isdigit() and int(devices) else max(1, torch.cuda.device_count())
 
 
 def launch_processes(worker: Worker, cfg: DictConfig, output: Path) -> float | None:
     """Run ``worker`` in every process; when one fails the others are ended, and its message is raised."""
     count = num_processes(cfg)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    plan = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=count,
-        run_id=output.name,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        start_method="spawn",
-    )
+    plan = LaunchConfig(1, 1, count, run_id=output.name, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
     print_status(f"{count} processes on this machine")
     if not os.environ.get("TERCET_DEBUG"):  # the launcher logs the traceback of a failure, which is raised below
         for name in ("", ".agent.server.api", ".multiprocessing.api"):
             logging.getLogger(f"torch.distributed.elastic{name}").setLevel(logging.CRITICAL)
-    config = OmegaConf.to_container(cfg)
+    config, raw = OmegaConf.to_container(cfg), OmegaConf.to_container(components.raw_config())
     (output / "error.txt").unlink(missing_ok=True)
     try:
-        raw = OmegaConf.to_container(components.raw_config(), resolve=False)
-        results = elastic_launch(plan, _reported)(worker, config, str(output), raw)
+        with restored_signals():
+            results: dict[int, float | None] = elastic_launch(plan, _reported)(worker, config, str(output), raw)
     except SignalException as error:  # the processes have received it, too, and have saved
         raise (KeyboardInterrupt if error.sigval == signal.SIGINT else SIGTERMException) from None
     except ChildFailedError as error:
         for rank, failure in sorted(error.failures.items()):
             if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:  # SIGTERM is what the others get
-                name, saved = signal.Signals(-failure.exitcode).name, output / "checkpoints"
-                raise InputError(
-                    f"process {rank} of {count} was ended by {name} (SIGKILL: often there was too little memory), and the "
-                    f"others were stopped. {saved} holds what was saved; the same command with resume=true goes on."
-                ) from None
-        message = output / "error.txt"
-        if message.is_file():
-            raise InputError(message.read_text(encoding="utf-8").strip()) from None
+                what = f"process {rank} of {count} was ended by {signal.Signals(-failure.exitcode).name}"
+                why = "SIGKILL: often there was too little memory"
+                saved = f"{output / 'checkpoints'} holds what was saved; the same command with resume=true goes on."
+                raise InputError(f"{what} ({why}), and the others were stopped. {saved}") from None
+        if (output / "error.txt").is_file():
+            raise InputError((output / "error.txt").read_text(encoding="utf-8").strip()) from None
         rank, failure = error.get_first_failure()
         raise InputError(f"process {rank} of {count} ended with exit code {failure.exitcode}: {failure.message}") from error
-    value: float | None = results[0]
-    return value
+    return results[0]
+
+
+@contextmanager
+def restored_signals() -> Iterator[None]:
+    """Put the signal handlers back at the end: torch's launcher leaves its own behind."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _reported(worker: Worker, config: dict[str, Any], output: str, raw: Any) -> float | None:
@@ -105,7 +103,7 @@ def _reported(worker: Worker, config: dict[str, Any], output: str, raw: Any) -> 
         return worker(config, output)
     except Exception as error:
         # The first to fail knows why; the others only miss it.
-        with contextlib.suppress(FileExistsError), (Path(output) / "error.txt").open("x", encoding="utf-8") as file:
+        with suppress(FileExistsError), (Path(output) / "error.txt").open("x", encoding="utf-8") as file:
             file.write(explain(error, "", "train") + "\n")
         if os.environ.get("TERCET_DEBUG"):
             raise
@@ -114,10 +112,7 @@ def _reported(worker: Worker, config: dict[str, Any], output: str, raw: Any) -> 
 
 @contextmanager
 def requeue_on_signal() -> Iterator[None]:
-    """Stop the run inside at SIGUSR1, as SIGTERM does, and requeue the SLURM job once it is saved.
-
-    SLURM sends the signal with ``sbatch --requeue --signal=USR1@120``. Outside SLURM nothing changes.
-    """
+    """Stop the run inside at SLURM's SIGUSR1 (``sbatch --requeue --signal=USR1@120``) as SIGTERM does, then requeue the job."""
     if "SLURM_JOB_ID" not in os.environ or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -143,9 +138,8 @@ def requeue_on_signal() -> Iterator[None]:
 
 
 def _queue_again() -> None:
-    job = os.environ["SLURM_JOB_ID"]
-    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
-        job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
     try:
         subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True)
         print_status(f"SLURM queues job {job} again; it will be resumed.")

@@ -6,7 +6,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from tercet import __version__
+from tercet.app.components import walk
 from tercet.distributed.gather import rank
 from tercet.messages import describe_logger, log_errors
 
@@ -25,16 +26,19 @@ KEYS_WITHOUT_EFFECT = (  # keys, or their beginnings, that change no result
 )  # fmt: skip
 PACKAGES = ("torch", "pytorch-lightning", "transformers", "datasets", "hydra-core", "torchmetrics", "wandb")
 
+Metrics = dict[str, float]
+
 
 def write_start(cfg: DictConfig, output: Path, data: Any, loggers: Sequence[Logger]) -> dict[str, Any]:
     """Write the configuration and the versions of code and data, also to the loggers; uncommitted code is changes.patch."""
     data_notes = {"name": data.name, "fingerprint": data.fingerprint()}
-    notes = {"revision": revision(), "data": data_notes, "versions": versions()}
-    config = _plain(cfg)
-    config |= notes | {"data": config["data"] | data_notes}
+    notes: dict[str, Any] = {"revision": revision(), "data": data_notes, "versions": versions()}
+    values: Any = OmegaConf.to_container(cfg, resolve=True)
+    config = values | notes | {"data": values["data"] | data_notes}
     if is_main_process():
         (output / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
-        (output / "revision.txt").write_text(_text(notes), encoding="utf-8")
+        lines = (("code", notes["revision"]), ("data", " ".join(data_notes.values())), *notes["versions"].items())
+        (output / "revision.txt").write_text("".join(f"{name} {value}\n" for name, value in lines), encoding="utf-8")
         (output / "changes.patch").unlink(missing_ok=True)
         if changes := _git("diff", "HEAD"):
             (output / "changes.patch").write_text(changes, encoding="utf-8")
@@ -50,12 +54,6 @@ def is_main_process() -> bool:
     return rank() == 0 and int(os.environ.get("RANK", 0)) == 0
 
 
-def _plain(cfg: DictConfig) -> dict[str, Any]:
-    values = OmegaConf.to_container(cfg, resolve=True)
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
-
-
 def close_loggers(loggers: Sequence[Logger], status: str) -> None:
     """Finalize the loggers with a status, ``finished`` or ``failed``, and end the W&B run: the next job needs its own."""
     for logger in loggers:
@@ -65,90 +63,73 @@ def close_loggers(loggers: Sequence[Logger], status: str) -> None:
                 logger.experiment.finish(exit_code=0 if status == "finished" else 1)
 
 
-def log_artifacts(
-    loggers: Sequence[Logger], output: Path, cfg: DictConfig, metrics: dict[str, float], notes: dict[str, Any]
-) -> None:
+def log_artifacts(loggers: Sequence[Logger], output: Path, cfg: DictConfig, metrics: Metrics, notes: dict[str, Any]) -> None:
     """Log the metrics as W&B's summary, and up to ``cfg.artifacts`` the artifacts record, model and checkpoints."""
-    kind = cfg.artifacts
+    kinds = ARTIFACTS[: 1 + ARTIFACTS.index(cfg.artifacts)] if cfg.artifacts else ()
     metadata = {"revision": notes["revision"], "data": notes["data"]["fingerprint"], **metrics}
     for logger in loggers:
-        if not isinstance(logger, WandbLogger):
-            continue
-        with log_errors(describe_logger(logger), Exception):
-            logger.experiment.summary.update(metrics)
-            for what in ARTIFACTS[: 1 + ARTIFACTS.index(kind)] if kind else ():
-                logger.experiment.log_artifact(_artifact(output, cfg.name, what, metadata))
+        if isinstance(logger, WandbLogger):
+            with log_errors(describe_logger(logger), Exception):
+                logger.experiment.summary.update(metrics)
+                for kind in kinds:
+                    logger.experiment.log_artifact(_artifact(output, cfg.name, kind, metadata))
 
 
-def _artifact(output: Path, name: str, what: str, metadata: dict[str, Any]) -> Any:
+def _artifact(output: Path, name: str, kind: str, metadata: dict[str, Any]) -> Any:
     import wandb
 
-    named = re.sub(r"[^\w.-]", "_", f"{name}-{output.name}-{what}", flags=re.ASCII)[-128:]
-    made = wandb.Artifact(named, type=what, metadata=metadata)
-    if what != "record" and (output / what).is_dir():
-        made.add_dir(str(output / what), policy="immutable")  # not copied to W&B's cache
-    for file in sorted(p for p in output.iterdir() if what == "record" and p.suffix in RECORD):
-        made.add_file(str(file))
-    return made
+    full_name = re.sub(r"[^\w.-]", "_", f"{name}-{output.name}-{kind}", flags=re.ASCII)[-128:]
+    artifact = wandb.Artifact(full_name, type=kind, metadata=metadata)
+    if kind == "record":
+        for file in sorted(path for path in output.iterdir() if path.suffix in RECORD):
+            artifact.add_file(str(file))
+    elif (output / kind).is_dir():
+        artifact.add_dir(str(output / kind), policy="immutable")  # not copied to W&B's cache
+    return artifact
 
 
 def versions() -> dict[str, str]:
     """The versions of the packages that a result depends on."""
-    found = {"python": platform.python_version(), "tercet": __version__}
     installed = {d.name.lower(): d.version for d in importlib.metadata.distributions()}
-    return found | {package: installed[package] for package in PACKAGES if package in installed}
+    found = {package: installed[package] for package in PACKAGES if package in installed}
+    return {"python": platform.python_version(), "tercet": __version__, **found}
 
 
 def revision() -> str:
     """The commit of the code, marked where files differ from it; the version where there is no repository."""
-    described = _git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
-    return described.strip() if described else f"no repository, tercet {__version__}"
+    described = _git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*").strip()
+    return described or f"no repository, tercet {__version__}"
 
 
 def _git(*arguments: str) -> str:
-    here = Path(__file__).resolve().parent
+    command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
     try:
-        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True, errors="replace")
+        return subprocess.run(command, capture_output=True, text=True, check=True, errors="replace").stdout
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return done.stdout
 
 
-def _text(notes: dict[str, Any]) -> str:
-    lines = [f"code {notes['revision']}", f"data {notes['data']['name']} {notes['data']['fingerprint']}"]
-    return "\n".join([*lines, *(f"{name} {version}" for name, version in notes["versions"].items())]) + "\n"
-
-
-def write_metrics(output: Path, values: dict[str, float], name: str = "metrics.json") -> None:
+def write_metrics(output: Path, values: Metrics, name: str = "metrics.json") -> None:
     """Write the metrics to a file that is replaced as a whole: a reader never sees half of it."""
-    path = output / name
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(dict(sorted(values.items())), indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    partial = output / f".{name}.{os.getpid()}"
+    partial.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    partial.replace(output / name)
 
 
 def first_difference(run: Path, cfg: DictConfig, counts: Callable[[str], bool]) -> str | None:
     """The first setting, of those that ``counts`` accepts, in which ``cfg`` differs from a run's: ``a=1, not 2``."""
-    before, now = (dict(_flat(_plain(c))) for c in (OmegaConf.load(run / "config.yaml"), cfg))  # type: ignore[arg-type]
+    plain = (OmegaConf.to_container(config, resolve=True) for config in (OmegaConf.load(run / "config.yaml"), cfg))
+    before, now = ({key: value for key, value in walk(node) if not isinstance(value, dict)} for node in plain)
     other = [key for key in {**before, **now} if counts(key) and before.get(key) != now.get(key)]
     key = min(other, key=lambda name: name.count("."), default=None)  # the one that others interpolate
     return key and f"{key}={before.get(key)}, not {now.get(key)}"
 
 
-def _flat(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def read_metrics(run: Path) -> dict[str, float]:
+def read_metrics(run: Path) -> Metrics:
     """The metrics that a run has written."""
-    values: dict[str, float] = json.loads((run / "metrics.json").read_text(encoding="utf-8"))
-    return values
+    return dict(json.loads((run / "metrics.json").read_text(encoding="utf-8")))
 
 
-def stage_metrics(values: dict[str, float], name: str) -> dict[str, float]:
+def stage_metrics(values: Metrics, name: str) -> Metrics:
     """The metrics of one stage, without its name."""
     return {key.removeprefix(f"{name}/"): value for key, value in values.items() if key.startswith(f"{name}/")}

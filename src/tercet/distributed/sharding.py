@@ -49,12 +49,11 @@ def is_sharded(module: nn.Module) -> bool:
 def equalized_forward(encoder: "Encoder", inputs: Inputs) -> Tensor:
     """``encoder(inputs)``, with the same number of forward passes in every process where the weights are sharded.
 
-    Each pass gathers the layers from all processes, but the number of chunks depends on the lengths of the rows. Processes
-    with fewer chunks encode one row again, multiplied by zero.
+    Each pass gathers the layers from all processes. Processes with fewer chunks encode one row again, multiplied by zero.
     """
     more = 0
     if isinstance(inputs, TokenBatch) and is_sharded(encoder):
-        most = torch.tensor(own := encoder.execution.num_passes(inputs), device=encoder.device)
+        most = torch.tensor(own := len(encoder.execution.chunks(inputs.lengths)), device=encoder.device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
         more, row = int(most) - own, inputs.select(torch.tensor([0]))
     z: Tensor = encoder(inputs)
@@ -64,8 +63,8 @@ def equalized_forward(encoder: "Encoder", inputs: Inputs) -> Tensor:
 
 
 def gather_weights(encoder: "Encoder") -> "Encoder":
-    """The encoder itself, or a copy of it with whole weights in eval mode where it is sharded; every process must call it."""
-    from tercet.models.loading import encoder_from_spec, encoder_spec
+    """The encoder, or a copy with whole weights in eval mode where it is sharded; every process must call it."""
+    from tercet.models.folder import encoder_from_spec, encoder_spec
 
     if not is_sharded(encoder):
         return encoder

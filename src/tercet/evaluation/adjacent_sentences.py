@@ -1,21 +1,17 @@
 """Adjacent sentences: which sentence is next to this one? The task of Quick-Thoughts, in documents that it has not seen."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tercet.errors import InputError
-from tercet.evaluation.inputs import Rows, as_embeddings, check_source, read_rows
+from tercet.errors import InputError, check_choice, require
+from tercet.evaluation.inputs import Ints, Rows, as_embeddings, check_source, read_rows
 from tercet.messages import warn_once
 from tercet.types import EncodeFunction
-
-SIMILARITIES = ("cosine", "dot")
 
 
 @dataclass(frozen=True)
@@ -24,16 +20,12 @@ class AdjacentSentences:
 
     ``num_outputs`` 2: the vector is [f; g], and f of a sentence is scored against g of the others (Logeswaran and Lee 2018,
     arXiv:1803.02893, section 3); 1: the vector against those of the others; by default the model's own number. A sentence
-    with the same words as the query is no candidate, unless it is its neighbor. Sentences that fill no window are left out.
-
-    ``adjacent_sentences/<name>/...``: ``forward`` and ``backward``, the share of sentences whose guess is the next one or the
-    previous one, of those that have one; ``accuracy``, either of both; ``chance``, the accuracy of a random guess. An encoder
-    that cannot tell which of two neighbors is the next one has at most a half of forward and of backward.
+    with the same words as the query is no candidate, unless it is its neighbor. ``adjacent_sentences/<name>/...``: ``forward``
+    and ``backward``, the share of sentences whose guess is the next one or the previous one, of those that have one;
+    ``accuracy``, either of both; ``chance``, the accuracy of a random guess.
 
     >>> source = {"text": list("abcdef"), "label": [0] * 6, "position": list(range(6))}
-    >>> def encode(texts):  # an angle that grows with the position
-    ...     angle = np.array([ord(text) for text in texts]) / 10
-    ...     return np.stack([np.cos(angle), np.sin(angle)], 1)
+    >>> encode = lambda texts: np.array([[np.cos(ord(x) / 10), np.sin(ord(x) / 10)] for x in texts])  # an angle that grows
     >>> AdjacentSentences(source, window=6)(encode)["adjacent_sentences/documents/accuracy"]
     1.0
     """
@@ -47,15 +39,13 @@ class AdjacentSentences:
 
     def __post_init__(self) -> None:
         check_source("adjacent_sentences", self.name, self.source)
-        if self.window < 3:
-            raise InputError(f"`window`={self.window}: 3 sentences or more.")
+        require(self.window >= 3, f"`window`={self.window}: 3 sentences or more.")
         if self.num_outputs not in (None, 1, 2):
             raise InputError(f"`num_outputs`={self.num_outputs}: 1, or 2 where the vector is [f; g]; by default the model's.")
-        if self.similarity not in SIMILARITIES:
-            raise InputError(f"`similarity`={self.similarity}: choose one of {', '.join(SIMILARITIES)}.")
+        check_choice("similarity", self.similarity, ("cosine", "dot"))
 
     def __call__(self, encode: EncodeFunction) -> dict[str, float]:
-        """Measure, with one call of ``encode`` with each distinct sentence once."""
+        """Measure, with one call of ``encode``."""
         model: Any = getattr(encode, "__self__", encode)  # the model, where this is its method
         available = getattr(model, "num_outputs", None)
         if self.num_outputs == 2 and available == 1:
@@ -64,53 +54,46 @@ class AdjacentSentences:
         unique = sorted({texts[i] for rows in windows for i in rows})
         index = {text: i for i, text in enumerate(unique)}
         z = as_embeddings(encode, unique, f"adjacent_sentences of {self.name}").float()
-        f, g = self._outputs(z, self.num_outputs or available or 1)
+        num_outputs = self.num_outputs or available or 1
+        if z.shape[1] % num_outputs:
+            raise InputError(f"`num_outputs`=2, but the model has {z.shape[1]} columns. Use `num_outputs`=1.")
+        f, g = z.chunk(2, 1) if num_outputs == 2 else (z, z)
+        if self.similarity == "cosine":
+            f, g = F.normalize(f, dim=1), F.normalize(g, dim=1)
         hits = torch.zeros(4, dtype=torch.double)
         for rows in windows:
             which = torch.tensor([index[texts[i]] for i in rows])
             hits += _hits(f[which] @ g[which].T, which)
-        n, m = len(windows), self.window
-        queries = torch.tensor([m - 1, m - 1, m, m], dtype=torch.double) * n  # that have a next, a previous, any
+        m = self.window
+        queries = torch.tensor([m - 1, m - 1, m, m], dtype=torch.double) * len(windows)  # that have a next, a previous, any
         names = ("forward", "backward", "accuracy", "chance")
         return {f"adjacent_sentences/{self.name}/{name}": float(x) for name, x in zip(names, hits / queries, strict=True)}
 
-    def _outputs(self, z: Tensor, num_outputs: int) -> tuple[Tensor, Tensor]:
-        """Split into f and g."""
-        if z.shape[1] % num_outputs:
-            raise InputError(f"`num_outputs`=2, but the model has {z.shape[1]} columns. Use `num_outputs`=1.")
-        f, g = z.chunk(2, 1) if num_outputs == 2 else (z, z)
-        return (f, g) if self.similarity == "dot" else (F.normalize(f, dim=1), F.normalize(g, dim=1))
-
-    def _windows(self) -> tuple[list[str], list[npt.NDArray[np.int64]]]:
+    def _windows(self) -> tuple[list[str], list[Ints]]:
         """All texts, and the rows of each window."""
         (column, *_), rows = read_rows(self.source)
         if missing := {"label", "position"} - set(rows.column_names):
-            raise InputError(
-                f"adjacent_sentences of {self.name} needs documents and positions in them, but the source has no "
-                f"{' and no '.join(sorted(missing))}. Set `source.label` and `source.position`, or use books."
-            )
+            fault = f"needs documents and positions, but the source has no {' and no '.join(sorted(missing))}"
+            advice = "Set `source.label` and `source.position`, or use books."
+            raise InputError(f"adjacent_sentences of {self.name} {fault}. {advice}")
         label, position = (np.asarray(rows[name][:], dtype=np.int64) for name in ("label", "position"))
-        windows = list(_cut_windows(label, position, self.window))
-        if not windows:
-            raise InputError(f"`window`={self.window}: no document of {self.name} has so many sentences in a row. Use fewer.")
+        windows: list[Ints] = []
+        order = np.lexsort((position, label))
+        breaks = (np.diff(label[order]) != 0) | (np.diff(position[order]) != 1)
+        for run in np.split(order, np.flatnonzero(breaks) + 1):  # rows whose positions follow each other without a gap
+            if label[run[0]] >= 0 and position[run[0]] >= 0:
+                starts = range(0, len(run) - self.window + 1, self.window)
+                windows += [run[start : start + self.window] for start in starts]
+        require(windows, f"`window`={self.window}: no document of {self.name} has so many sentences in a row. Use fewer.")
         if left := len(label) - self.window * len(windows):
             warn_once(f"adjacent_sentences of {self.name}: {left} of {len(label)} sentences fill no window of {self.window}.")
         return list(rows[column]), windows
 
 
-def _cut_windows(label: npt.NDArray[np.int64], position: npt.NDArray[np.int64], size: int) -> Iterator[npt.NDArray[np.int64]]:
-    """Windows of rows whose positions follow each other without a gap, document by document."""
-    order = np.lexsort((position, label))
-    breaks = (np.diff(label[order]) != 0) | (np.diff(position[order]) != 1)
-    for run in np.split(order, np.flatnonzero(breaks) + 1):
-        if label[run[0]] >= 0 and position[run[0]] >= 0:
-            yield from (run[start : start + size] for start in range(0, len(run) - size + 1, size))
-
-
 def _hits(scores: Tensor, which: Tensor) -> Tensor:
     """Hits forward, backward, either, by chance, of ``scores (m, m)`` of consecutive sentences with contents ``which (m,)``."""
     m = len(scores)
-    step = torch.arange(m)[None] - torch.arange(m)[:, None]
+    step = torch.arange(m) - torch.arange(m)[:, None]
     adjacent = step.abs() == 1
     excluded = (which[:, None] == which) & ~adjacent
     best = scores.masked_fill(excluded, -torch.inf).argmax(1, keepdim=True)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tercet.errors import InputError
+from tercet.errors import require
 from tercet.evaluation.inputs import Rows, check_source, distinct, encode_once, text_pairs
 from tercet.types import EncodeFunction
 
@@ -24,8 +24,6 @@ def alignment(x: Tensor, y: Tensor) -> float:
 
 def uniformity(x: Tensor, block: int = 512) -> float:
     """Log E exp(-2 ||x - y||^2) over distinct pairs of rows (eq. 2 with t 2), of ``(N, D)``; smaller is more spread.
-
-    Memory: ``block`` x N numbers at a time.
 
     >>> round(uniformity(torch.eye(3)), 6)  # orthogonal vectors: squared distance 2
     -4.0
@@ -48,10 +46,8 @@ class AlignmentUniformity:
     The pairs are its first two columns; of a source of one column the halves of its texts, as for ``Retrieval``.
 
     >>> source = {"question": ["ab", "cd"], "answer": ["aab", "dd"]}
-    >>> def count_letters(texts):
-    ...     return torch.tensor([[text.count(letter) for letter in "abcd"] for text in texts])
-    >>> metrics = AlignmentUniformity(source)(count_letters)
-    >>> {name: round(value, 3) for name, value in metrics.items()}
+    >>> encode = lambda texts: torch.tensor([[text.count(letter) for letter in "abcd"] for text in texts])
+    >>> {name: round(value, 3) for name, value in AlignmentUniformity(source)(encode).items()}
     {'alignment_uniformity/pairs/alignment': 0.344, 'alignment_uniformity/pairs/uniformity': -1.611}
     """
 
@@ -62,12 +58,11 @@ class AlignmentUniformity:
         check_source("alignment_uniformity", self.name, self.source)
 
     def __call__(self, encode: EncodeFunction) -> dict[str, float]:
-        """Measure both, with one call of ``encode`` with each distinct text once."""
+        """Measure, with one call of ``encode``."""
         suite = f"alignment_uniformity of {self.name}"
         first, second, _ = text_pairs(self.source, suite)
         texts, _ = distinct([*first, *second])
-        if len(texts) < 2:
-            raise InputError(f"{suite}: all held-out texts are equal. Set `source.held_out` higher.")
+        require(len(texts) > 1, f"{suite}: all held-out texts are equal. Set `source.held_out` higher.")
         embed = encode_once(encode, texts)
         metrics = {"alignment": alignment(embed(first), embed(second)), "uniformity": uniformity(embed(texts))}
         return {f"alignment_uniformity/{self.name}/{metric}": value for metric, value in metrics.items()}

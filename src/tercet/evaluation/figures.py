@@ -1,20 +1,16 @@
-"""Figures of evaluations; matplotlib is imported when one is drawn, since evaluators also run without it."""
-
-from __future__ import annotations
+"""Figures of evaluations: import when one is drawn, since evaluators also run without matplotlib."""
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from tercet.evaluation.face_data import FacePairs
-    from tercet.evaluation.verification import Floats, Roc
-
+from tercet.evaluation.inputs import Bools, Floats
+from tercet.evaluation.verification import FacePairs, Roc
 
 ACCENT, GRAY, DARK = "#1b7f79", "#888888", "#333333"
 FACE_SIZE = 128  # pixels of a face on the sheet of errors
@@ -40,8 +36,6 @@ def plot_roc(curve: Roc, far: float) -> Figure:
 
 def plot_gold(points: Mapping[str, tuple[Floats, Floats]]) -> Figure:
     """Plot, for each task, the cosine over the gold score, and its mean at each whole score."""
-    from matplotlib.figure import Figure
-
     columns = min(4, len(points))
     rows = -(-len(points) // columns)
     figure = Figure(figsize=(3.2 * columns, 3 * rows), layout="constrained")
@@ -56,7 +50,7 @@ def plot_gold(points: Mapping[str, tuple[Floats, Floats]]) -> Figure:
     return figure
 
 
-def plot_distances(distance: Floats, same: npt.NDArray[np.bool_], threshold: float) -> Figure:
+def plot_distances(distance: Floats, same: Bools, threshold: float) -> Figure:
     """Plot histograms of the distances of same and of different pairs; the threshold is the mean over folds."""
     figure, axis = _axes(5.6, 3.6)
     low, high = float(distance.min()), float(distance.max())
@@ -65,10 +59,8 @@ def plot_distances(distance: Floats, same: npt.NDArray[np.bool_], threshold: flo
         axis.hist(distance[chosen], bins=bins, histtype="stepfilled", fc=(color, 0.25), ec=color, lw=1.5, label=label)
     axis.axvline(threshold, color=DARK, lw=1)
     axis.set_ylim(0, 1.12 * axis.get_ylim()[1])
-    axis.annotate(
-        f"threshold {threshold:.3f}", (threshold, 0.97), (5, 0), xycoords=("data", "axes fraction"),
-        textcoords="offset points", va="top", color=DARK,
-    )  # fmt: skip
+    place: Any = {"xytext": (5, 0), "xycoords": ("data", "axes fraction"), "textcoords": "offset points", "va": "top"}
+    axis.annotate(f"threshold {threshold:.3f}", (threshold, 0.97), color=DARK, **place)
     axis.set(xlabel="squared distance on the unit sphere", ylabel="pairs")
     axis.legend(frameon=False, loc="upper left")
     return figure
@@ -76,8 +68,6 @@ def plot_distances(distance: Floats, same: npt.NDArray[np.bool_], threshold: flo
 
 def plot_errors(pairs: FacePairs, images: Sequence[bytes], distance: Floats, excess: Floats, columns: int = 5) -> Figure:
     """Show the worst false accepts and false rejects; ``excess (P,)`` is how far a distance misses its threshold, or 0."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(2.3 * columns, 4.0), layout="constrained")
     parts: Any = figure.subfigures(2, 1)
     for part, kind, title in zip(parts, (False, True), ("Taken for one person", "Taken for two people"), strict=True):
@@ -91,15 +81,14 @@ def plot_errors(pairs: FacePairs, images: Sequence[bytes], distance: Floats, exc
             both = int(pairs.first[row]), int(pairs.second[row])
             gap = np.full((FACE_SIZE, 4, 3), 255, dtype=np.uint8)
             axis.imshow(np.concatenate([_face(images[both[0]]), gap, _face(images[both[1]])], axis=1))
-            names = [_shorten(pairs.faces[index][0]) for index in (both[:1] if kind else both)]
+            names = [pairs.faces[index][0].replace("_", " ") for index in (both[:1] if kind else both)]
+            names = [name if len(name) <= 22 else f"{name[:21]}…" for name in names]
             axis.set_title("\n".join([*names, f"{distance[row]:.2f}"]), fontsize=8, color=DARK)
     return figure
 
 
 def _axes(width: float, height: float) -> tuple[Figure, Any]:
     """A figure with one axis, made without pyplot: no window, and no global state."""
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(width, height), layout="constrained")
     axis = figure.subplots()
     axis.spines[["top", "right"]].set_visible(False)
@@ -107,12 +96,5 @@ def _axes(width: float, height: float) -> tuple[Figure, Any]:
 
 
 def _face(data: bytes) -> npt.NDArray[np.uint8]:
-    from PIL import Image, ImageOps
-
     picture = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
     return np.asarray(ImageOps.fit(picture, (FACE_SIZE, FACE_SIZE)))
-
-
-def _shorten(name: str) -> str:
-    name = name.replace("_", " ")
-    return name if len(name) <= 22 else f"{name[:21]}…"

@@ -1,31 +1,38 @@
-"""What evaluators share: embeddings from any encode function, pairs and labeled items from sources, groups of evaluators."""
+"""What evaluators share: embeddings from any encode function, rows of sources and of tables, groups of evaluators."""
 
+import difflib
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
+from pyarrow import csv, json, parquet
 from torch import Tensor
 
-from tercet.errors import InputError
+from tercet.errors import InputError, require
 from tercet.images import read_image_cell
 from tercet.messages import warn_once
+from tercet.paths import locate
 from tercet.types import EncodeFunction, Evaluator, Item, Source
 
 Rows = Source | Mapping[str, Sequence[Any]]  # a source, or columns by name
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+Strings = npt.NDArray[np.str_]
+TABLES = (".parquet", ".csv", ".tsv", ".jsonl")
 
 
 def as_embeddings(encode: EncodeFunction, items: Sequence[Item], suite: str | None = None) -> Tensor:
     """Encode ``items``: ``(N, D)`` on the CPU, in float64 where ``encode`` returns float64, else in float32.
 
-    ``encode`` may return a torch tensor on any device or a numpy array, of any type of numbers. ``InputError`` where it does
-    not, or where an embedding is not finite and ``suite``, which opens that message, is given.
+    ``InputError`` where that is no matrix of numbers, or, if ``suite`` is given to open that message, not finite.
     """
     found: Any = encode(items)
     try:
@@ -36,10 +43,8 @@ def as_embeddings(encode: EncodeFunction, items: Sequence[Item], suite: str | No
         raise InputError(f"encode returned shape {tuple(z.shape)} for {len(items)} items: (N, D) is needed.")
     z = z if z.dtype == torch.float64 else z.float()
     if suite is not None and (bad := int((~z.isfinite()).any(1).sum())):
-        raise InputError(
-            f"{suite}: {bad} of {len(z)} embeddings are not finite (NaN or infinite). The model has diverged, or overflows "
-            "in half precision: use another checkpoint or 32-bit precision."
-        )
+        fault = f"{bad} of {len(z)} embeddings are not finite: the model has diverged, or overflows in half precision"
+        raise InputError(f"{suite}: {fault}. Use another checkpoint or 32-bit precision.")
     return z
 
 
@@ -50,8 +55,8 @@ def encode_unit(encode: EncodeFunction, items: Sequence[Item], suite: str) -> Te
 
 def encode_once(encode: EncodeFunction, texts: Sequence[str], suite: str | None = None) -> Callable[[Sequence[str]], Tensor]:
     """Encode each distinct text once; return a function from some of the texts to their embeddings."""
-    unique, _ = distinct(texts)
-    row, z = {text: i for i, text in enumerate(unique)}, as_embeddings(encode, unique, suite)
+    row = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+    z = as_embeddings(encode, list(row), suite)
     return lambda some: z[[row[text] for text in some]]
 
 
@@ -61,20 +66,16 @@ def distinct(texts: Sequence[str]) -> tuple[list[str], list[int]]:
     return list(index), [index[text] for text in texts]
 
 
-def check_name(suite: str, name: str) -> None:
-    """Raise ``InputError`` for a name that metrics cannot carry."""
-    if not name or "/" in name:
-        raise InputError(f"`name`={name!r}: metrics are called {suite}/<name>/..., so a name without '/' is needed.")
+def check_source(suite: str, name: str, source: object) -> None:
+    """Raise ``InputError`` where there is nothing to read, or a name that metrics cannot carry."""
+    require(name and "/" not in name, f"`name`={name!r}: metrics are called {suite}/<name>/..., so use a name without '/'.")
+    fault = f"{suite} of {name} needs held-out rows, but `source` is not set: {name} has none"
+    require(source is not None, f"{fault}. Use other data, or an evaluator with data of its own, such as STS.")
 
 
-def check_source(suite: str, name: str, source: Rows | None) -> None:
-    """Raise ``InputError`` where there is nothing to read, or no usable name for the metrics."""
-    check_name(suite, name)
-    if source is None:
-        raise InputError(
-            f"{suite} of {name} needs held-out rows, but `source` is not set: {name} has none. Use other data, or an evaluator "
-            "with data of its own, such as STS."
-        )
+def check_ranks(ks: Sequence[int]) -> None:
+    """Raise ``InputError`` unless ``ks`` is a list of ranks."""
+    require(ks and all(type(k) is int and k >= 1 for k in ks), f"`ks`={ks}: a list of ranks from 1 on, as [1, 10].")
 
 
 def read_rows(source: Rows) -> tuple[list[str], Any]:
@@ -86,53 +87,33 @@ def read_rows(source: Rows) -> tuple[list[str], Any]:
     return [name for name in source if name not in ("label", "position")], datasets.Dataset.from_dict(dict(source))
 
 
-def check_ranks(ks: Sequence[int]) -> None:
-    """Raise ``InputError`` unless ``ks`` is a list of ranks."""
-    if not ks or any(type(k) is not int or k < 1 for k in ks):
-        raise InputError(f"`ks`={ks}: a list of ranks from 1 on, as [1, 10].")
-
-
 def text_pairs(source: Rows, suite: str) -> tuple[list[str], list[str], list[int]]:
-    """Read queries, documents and labels (-1: none), row by row.
+    """Read queries and documents, the first two columns, and labels (-1: none), row by row.
 
-    They are the first two columns of the source. Of a source of one column each text is cut at its middle word: the first half
-    is the query, the second its document. That needs no label, and a better model finds more of them. Texts of fewer than 4
-    words are left out, with a warning.
+    Of a source of one column each text is cut at its middle word: the first half is the query, the second its document. That
+    needs no label, and a better model finds more of them. Texts of fewer than 4 words are left out, with a warning.
     """
     columns, rows = read_rows(source)
     label = [int(x) for x in rows["label"]] if "label" in rows.column_names else [-1] * len(rows)
     if len(columns) > 1:
         first, second = list(rows[columns[0]]), list(rows[columns[1]])
     else:
-        words = [text.split() for text in rows[columns[0]]]
-        long = [i for i, w in enumerate(words) if len(w) >= 4]
-        if short := len(words) - len(long):
-            warn_once(f"{suite}: {short} of {len(words)} held-out texts have fewer than 4 words and are left out.")
-        first = [" ".join(words[i][: len(words[i]) // 2]) for i in long]
-        second = [" ".join(words[i][len(words[i]) // 2 :]) for i in long]
-        label = [label[i] for i in long]
-    if len(first) < 2:
-        raise InputError(f"{suite}: {len(first)} held-out pairs, but a search needs at least 2. Set `source.held_out` higher.")
+        cut = [(w, len(w) // 2, x) for w, x in zip(map(str.split, rows[columns[0]]), label, strict=True) if len(w) >= 4]
+        if short := len(rows) - len(cut):
+            warn_once(f"{suite}: {short} of {len(rows)} held-out texts have fewer than 4 words and are left out.")
+        first, second = [" ".join(w[:half]) for w, half, _ in cut], [" ".join(w[half:]) for w, half, _ in cut]
+        label = [x for _, _, x in cut]
+    require(len(first) > 1, f"{suite}: {len(first)} held-out pairs, but a search needs 2. Set `source.held_out` higher.")
     return first, second, label
 
 
 @dataclass(frozen=True)
 class LabeledItems:
-    """N different texts or images and ``label (N,)``, -1 where there is none; ``names`` of the labels, if the source has them.
-
-    They are in the order of a hash of their content, so that an order that decides between ties does not depend on labels.
-    """
+    """N different texts or images and ``label (N,)``, -1 where there is none; ``names`` of the labels, if they have some."""
 
     items: Sequence[Item]
     label: Tensor
     names: Sequence[str] | None
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def select(self, which: Tensor) -> "LabeledItems":
-        """Select items by index ``(n,)``."""
-        return LabeledItems([self.items[i] for i in which.tolist()], self.label[which], self.names)
 
 
 def item_hash(item: Item) -> bytes:
@@ -143,38 +124,102 @@ def item_hash(item: Item) -> bytes:
 def read_labeled_items(source: Rows, suite: str) -> LabeledItems:
     """Read the first column of the source; equal contents are one item, for a copy of the query is found by any model.
 
-    A content with several labels counts as having none. ``suite`` opens messages, as "clustering of trec". ``InputError`` where
-    there are no labels, or an image cannot be read.
+    A content with several labels counts as having none. ``suite`` opens messages, as "clustering of trec".
     """
     (column, *_), rows = read_rows(source)
     if "label" not in rows.column_names:
-        has = ", ".join(rows.column_names)
-        raise InputError(
-            f"{suite} needs labels, but the source has only the columns {has}. Set `source.label`, or use Retrieval."
-        )
-    items = [_item(cell, suite, number) for number, cell in enumerate(rows[column], start=1)]
-    labels: dict[bytes, set[int]] = {}
-    first: dict[bytes, Item] = {}
-    for item, label in zip(items, rows["label"], strict=True):
-        key = item_hash(item)
-        first.setdefault(key, item)
-        labels.setdefault(key, set()).update({int(label)} if label is not None and label >= 0 else ())
-    if copies := len(items) - len(first):
-        warn_once(f"{suite}: {copies} of {len(items)} items are copies of others and are left out.")
+        advice = "Set `source.label`, or use Retrieval."
+        raise InputError(f"{suite} needs labels, but the source has only the columns {', '.join(rows.column_names)}. {advice}")
+    labels: dict[Item, set[int]] = {}
+    for number, (cell, label) in enumerate(zip(rows[column], rows["label"], strict=True), start=1):
+        item = cell if isinstance(cell, str) else read_image(cell, f"{suite}: the image of row {number}")
+        labels.setdefault(item, set()).update({int(label)} if label is not None and label >= 0 else ())
+    if copies := len(rows) - len(labels):
+        warn_once(f"{suite}: {copies} of {len(rows)} items are copies of others and are left out.")
     if ambiguous := sum(len(found) > 1 for found in labels.values()):
         warn_once(f"{suite}: {ambiguous} items have several labels; they count as having none.")
-    order = sorted(first)
-    label = torch.tensor([next(iter(labels[key])) if len(labels[key]) == 1 else -1 for key in order], dtype=torch.long)
-    return LabeledItems([first[key] for key in order], label, getattr(rows.features["label"], "names", None))
+    items = sorted(labels, key=item_hash)  # so that the order, which decides between ties, does not depend on labels
+    label = torch.tensor([next(iter(labels[item])) if len(labels[item]) == 1 else -1 for item in items], dtype=torch.long)
+    return LabeledItems(items, label, getattr(rows.features["label"], "names", None))
 
 
-def _item(cell: object, suite: str, number: int) -> Item:
-    if isinstance(cell, str):
-        return cell
+def read_image(cell: Any, image: str) -> bytes:
+    """Read a cell of an image column; ``image`` names it in the ``InputError`` that is raised where that fails."""
     try:
         return read_image_cell(cell)
     except (OSError, TypeError) as error:
-        raise InputError(f"{suite}: the image of row {number} cannot be read: {error}") from error
+        raise InputError(f"{image} cannot be read: {error}") from error
+
+
+def find_input(path: str | Path, parameter: str, accepted: str, suffixes: Iterable[str]) -> Path:
+    """Locate a file with one of the ``suffixes``; raise ``InputError`` about ``parameter`` where there is none."""
+    file = locate(str(path))
+    if not file.is_file():
+        what = "is a folder" if file.is_dir() else f"does not exist (looked for {file})"
+        raise InputError(f"`{parameter}`={path} {what}. It takes {accepted}; relative paths also start in TERCET_DATA.")
+    require(file.suffix.lower() in suffixes, f"`{parameter}`={path} ends in {file.suffix!r}. It takes {accepted}.")
+    return file
+
+
+def read_table(path: str | Path, parameter: str, columns: Sequence[str], accepted: str) -> Any:
+    """Read a pyarrow table that has ``columns``, once each; cells of csv and tsv are text."""
+    file = find_input(path, parameter, accepted, TABLES)
+    suffix = file.suffix.lower()
+    try:
+        if suffix in (".parquet", ".jsonl"):
+            table = parquet.read_table(file) if suffix == ".parquet" else json.read_json(file)
+        else:  # the word "NA" is a sentence like any other
+            parse = csv.ParseOptions(delimiter="," if suffix == ".csv" else "\t", newlines_in_values=True)
+            convert = csv.ConvertOptions(column_types=dict.fromkeys(columns, pa.string()), strings_can_be_null=False)
+            table = csv.read_csv(file, parse_options=parse, convert_options=convert)
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"`{parameter}`={path} cannot be read: {' '.join(str(error).split())}") from error
+    check_columns(table.column_names, path, parameter, columns, accepted)
+    return table
+
+
+def check_columns(names: Sequence[str], path: str | Path, parameter: str, columns: Sequence[str], accepted: str) -> None:
+    """Raise ``InputError`` unless each of ``columns`` is once among the ``names`` of a table's columns."""
+    if lacking := [name for name in columns if names.count(name) != 1]:
+        need = f"{', '.join(lacking)} must be there once. It takes {accepted}."
+        raise InputError(f"`{parameter}`={path} has the columns {', '.join(names)}; {need}")
+
+
+def check_tasks(tasks: Sequence[str], known: Sequence[str]) -> None:
+    """Raise ``InputError`` unless ``tasks`` is a list of known tasks without repetitions."""
+    if isinstance(tasks, str) or not tasks or len(set(tasks)) < len(tasks):
+        raise InputError(f"`tasks`={tasks}: a list without repetitions, of {', '.join(known)}.")
+    simple = {name.replace("-", ""): name for name in known}
+    for task in tasks:
+        near = difflib.get_close_matches(str(task).upper().replace("-", ""), simple, 1)
+        hint = f" Did you mean {simple[near[0]]}?" if near else ""
+        require(task in known, f"`tasks` has {task}: there are {', '.join(known)}.{hint}")
+
+
+def read_tasks(path: str | Path, columns: Sequence[str], tasks: Sequence[str], splits: Sequence[str] = ()) -> dict[str, Any]:
+    """Read the cells of each task's rows, in ``splits`` if given, and ``row``, their numbers from 1; without empty tasks."""
+    accepted = f"a .parquet, .csv, .tsv or .jsonl file with the columns {', '.join(columns)}{', or hub' if splits else ''}"
+    table = read_table(path, "path", columns, accepted)
+    cells = {name: np.array(table[name].to_pylist(), dtype=object) for name in columns}
+    cells["row"] = np.arange(1, len(table) + 1)
+    chosen = np.isin(cells["split"].astype(str), splits) if splits else np.ones(len(table), dtype=np.bool_)
+    rows = {task: np.flatnonzero(chosen & (cells["task"] == task)) for task in tasks}
+    missing, what = ", ".join(task for task in tasks if not len(rows[task])), f"{splits[0]} pairs" if splits else "rows"
+    if not any(map(len, rows.values())):
+        has = sorted({f"{t} {s}" for t, s in zip(cells["task"], cells["split"], strict=True)})
+        advice = f"It holds: {', '.join(has[:12]) or 'no rows'}. Change `tasks`{', `split`' if splits else ''} or `path`."
+        raise InputError(f"`path`={path} has no {what} of {missing}. {advice}")
+    if missing:
+        warn_once(f"{path} has no {what} of {missing}: left out, also of the average.")
+    return {task: {name: cell[r] for name, cell in cells.items()} for task, r in rows.items() if len(r)}
+
+
+def clean_sentence(cell: Any, column: str, where: str) -> str:
+    """White space is normalized; nothing is cut."""
+    if not isinstance(cell, str) or not cell.strip():
+        got = "empty" if cell is None or isinstance(cell, str) else f"{cell!r}"
+        raise InputError(f"{where}: {column} is {got}, a sentence is needed. Correct or remove the row.")
+    return " ".join(cell.split())
 
 
 @dataclass(frozen=True)
@@ -200,12 +245,12 @@ class EvaluatorGroup:
 
     def table(self, metrics: Mapping[str, float]) -> str:
         """Format metrics, named as they were returned: the tables of the members that have one, then the other metrics."""
-        tables = [(name, table(metrics)) for name, e in self.members.items() if (table := getattr(e, "table", None))]
-        suites = tuple(f"{name}/" for name, _ in tables)
+        tables = {name: table(metrics) for name, e in self.members.items() if (table := getattr(e, "table", None))}
+        suites = tuple(f"{name}/" for name in tables)
         rest = [f"{name}  {value:.4f}" for name, value in metrics.items() if not name.startswith(suites)]
-        return "\n\n".join([*(text for _, text in tables), *(["\n".join(rest)] if rest else [])])
+        return "\n\n".join(filter(None, [*tables.values(), "\n".join(rest)]))
 
-    def figures(self, encode: EncodeFunction) -> "dict[str, Figure]":
-        """Draw the figures of the members that have some, named ``<member>_<figure>``."""
+    def figures(self, encode: EncodeFunction) -> dict[str, Any]:
+        """Draw the matplotlib figures of the members that have some, named ``<member>_<figure>``."""
         figures = {name: draw(encode) for name, e in self.members.items() if (draw := getattr(e, "figures", None))}
         return {f"{name}_{key}": figure for name, found in figures.items() for key, figure in found.items()}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tercet.errors import InputError
+from tercet.errors import require
 
 DEPTH = 32  # neighbors searched beyond those wanted, before searching deeper
 
@@ -17,8 +17,7 @@ def nearest(queries: Tensor, keys: Tensor, k: int, *, own: Tensor | None = None,
 
     ``own (Q,)`` is the index of the key that is the query itself, -1 for none: that key is never found, wherever it would
     rank. Among equal scores the key of the smaller index comes first, on every device. Where fewer than k keys are left
-    the rest is -inf and -1; a score of NaN or -inf is never found. Memory: ``block`` x M scores at a time, on the device and in
-    the type of the inputs.
+    the rest is -inf and -1; a score of NaN or -inf is never found. Memory: ``block`` x M scores at a time.
     """
     if k < 1 or block < 1:
         raise ValueError(f"k={k} and block={block} must be at least 1")
@@ -62,18 +61,17 @@ class FalseNegativeFilter:
     relative_margin: float | None = None
 
     def __post_init__(self) -> None:
-        if not -1 <= self.max_similarity <= 1:
-            raise InputError(f"`max_similarity`={self.max_similarity}: a cosine, from -1 to 1 (1: no limit).")
-        if self.relative_margin is not None and not 0 <= self.relative_margin < 1:
-            raise InputError(f"`relative_margin`={self.relative_margin}: from 0 to below 1; by default there is no margin.")
+        top, margin = self.max_similarity, self.relative_margin
+        require(-1 <= top <= 1, f"`max_similarity`={top}: a cosine, from -1 to 1 (1: no limit).")
+        good = margin is None or 0 <= margin < 1
+        require(good, f"`relative_margin`={margin}: from 0 to below 1; by default there is no margin.")
 
     def limit(self, positive: Tensor) -> Tensor:
         """``(A,)`` cosines to the positives, NaN where there is none, to the highest that a negative may have."""
         top = torch.full_like(positive, 2.0 if self.max_similarity == 1 else self.max_similarity)
         if self.relative_margin is None:
             return top
-        # Below the cosine also where that is negative.
-        own = positive - self.relative_margin * positive.abs()
+        own = positive - self.relative_margin * positive.abs()  # below the cosine also where that is negative
         return torch.minimum(top, own.nan_to_num(2.0))
 
 
@@ -82,9 +80,8 @@ def hard_negatives(
 ) -> tuple[Tensor, Tensor]:
     """The k nearest keys that are allowed and whose cosine is at most the anchor's limit, searching as deep as necessary.
 
-    Unit vectors ``(A, D)`` and ``(M, D)``; ``allowed`` takes anchors ``(a,)`` and some keys of each ``(a, m)``, and returns
-    which may be negatives; ``limit (A,)``. Returns cosines ``(A, k)``, falling, and indices ``(A, k)``; -inf and -1 where
-    there are fewer.
+    Unit vectors ``(A, D), (M, D)``; ``allowed`` takes anchors ``(a,)`` and some keys of each ``(a, m)``, and returns which may
+    be negatives; ``limit (A,)``. Returns cosines ``(A, k)``, falling, and indices ``(A, k)``; -inf and -1 for none.
     """
     scores = anchors.new_full((len(anchors), k), -torch.inf)
     indices = torch.full((len(anchors), k), -1, dtype=torch.long)

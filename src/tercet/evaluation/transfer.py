@@ -4,16 +4,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tercet.errors import InputError
-from tercet.evaluation.inputs import encode_once
-from tercet.evaluation.task_data import TRANSFER_TASKS, LabeledSentences, check_tasks, read_transfer
+from tercet.errors import InputError, require
+from tercet.evaluation.inputs import Strings, check_tasks, clean_sentence, encode_once, read_tasks
 from tercet.types import EncodeFunction
 
+# The splits of each task in SentEval's protocol; "all" is split by cross-validation.
+TRANSFER_SPLITS: dict[str, tuple[str, ...]] = dict.fromkeys(("MR", "CR", "SUBJ", "MPQA"), ("all",))
+TRANSFER_SPLITS |= {"SST2": ("train", "dev", "test"), "TREC": ("train", "test"), "MRPC": ("train", "test")}
+TRANSFER_TASKS = tuple(TRANSFER_SPLITS)
 PENALTIES = (1e-5, 1e-4, 1e-3, 1e-2)  # SentEval's grid
 STEPS, HISTORY, HALVINGS = 200, 10, 20  # of L-BFGS
 TOLERANCE = 1e-7  # half the squared length of the gradient where the curvature is about 1
@@ -23,16 +28,24 @@ Objective = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
+class LabeledSentences:
+    """N rows of a task: ``label (N,)`` from 0, ``split (N,)``; ``second`` is None where a row is one sentence."""
+
+    first: Sequence[str]
+    second: Sequence[str] | None
+    label: Tensor
+    split: Strings
+
+
+@dataclass(frozen=True)
 class Transfer:
     r"""Accuracy of logistic regression on embeddings, its L2 penalty chosen without the test rows.
 
-    - MR, CR, SUBJ, MPQA: ``folds``-fold cross-validation, the penalty by cross-validation within each training part;
-    - TREC, MRPC: the penalty by cross-validation of the training rows; a pair of vectors u, v is |u - v| and u v;
-    - SST2: the penalty by the dev rows.
-
-    Folds are stratified and drawn from ``seed``. ``path`` is a table with the columns task, split, sentence1, sentence2
-    and label. ``device`` is where the classifiers are fitted: cpu, cuda, or auto. ``transfer/<task>/accuracy``,
-    ``transfer/mrpc/f1`` of the label that comes last, and ``transfer/avg/accuracy``, the unweighted mean over tasks.
+    MR, CR, SUBJ, MPQA: by ``folds``-fold cross-validation, the penalty by cross-validation within each training part; TREC,
+    MRPC (a pair of vectors u, v is |u - v| and u v): by that of the training rows; SST2: by the dev rows. Folds are stratified
+    and drawn from ``seed``. ``path`` is a table with the columns task, split, sentence1, sentence2 and label. ``device`` is
+    where the classifiers are fitted: cpu, cuda, or auto. ``transfer/<task>/accuracy``, ``transfer/mrpc/f1`` of the label that
+    comes last, and ``transfer/avg/accuracy``, the unweighted mean over tasks.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp(), "transfer.csv")
@@ -49,25 +62,27 @@ class Transfer:
 
     def __post_init__(self) -> None:
         check_tasks(self.tasks, TRANSFER_TASKS)
-        if self.folds < 2:
-            raise InputError(f"`folds`={self.folds}: 2 or more; SentEval has 10.")
-        if self.device not in ("auto", "cpu", "cuda") or (self.device == "cuda" and not torch.cuda.is_available()):
-            raise InputError(f"`device`={self.device}: auto or cpu, or cuda where torch sees a GPU.")
+        require(self.folds >= 2, f"`folds`={self.folds}: 2 or more; SentEval has 10.")
+        usable = ("auto", "cpu", *(["cuda"] if torch.cuda.is_available() else []))
+        require(self.device in usable, f"`device`={self.device}: auto or cpu, or cuda where torch sees a GPU.")
 
     @cached_property
     def data(self) -> dict[str, LabeledSentences]:
         """By task, read at first use."""
-        return read_transfer(self.path, [task for task in TRANSFER_TASKS if task in self.tasks])
+        tasks = [task for task in TRANSFER_TASKS if task in self.tasks]
+        rows = read_tasks(self.path, ("task", "split", "sentence1", "sentence2", "label"), tasks)
+        return {task: _labeled_sentences(self.path, task, cells) for task, cells in rows.items()}
 
     def __call__(self, encode: EncodeFunction) -> dict[str, float]:
-        """Measure, with one call of ``encode`` with each distinct sentence once."""
-        texts = [text for data in self.data.values() for side in (data.first, data.second or ()) for text in side]
-        embed = encode_once(encode, texts, "transfer")
+        """Measure, with one call of ``encode``."""
+        embed = encode_once(encode, [x for data in self.data.values() for x in (*data.first, *(data.second or ()))], "transfer")
         device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
         metrics: dict[str, float] = {}
         for task, data in self.data.items():
-            u, *v = (embed(side) for side in (data.first, data.second) if side is not None)
-            x = torch.cat([(u - v[0]).abs(), u * v[0]], 1) if v else u
+            x = embed(data.first)
+            if data.second is not None:
+                other = embed(data.second)
+                x = torch.cat([(x - other).abs(), x * other], 1)
             metrics |= {f"transfer/{task.lower()}/{k}": n for k, n in self._measure(task, x.to(device), data).items()}
         accuracies = [value for name, value in metrics.items() if name.endswith("/accuracy")]
         if len(accuracies) > 1:
@@ -87,14 +102,17 @@ class Transfer:
             classes = _fit_penalties(x, y, torch.cat([rows["train"] & ~held, rows["train"][None]]))
             guess = classes[-1, _accuracy(classes[:-1], y, held[:, None]).mean(0).argmax()]
         scores = {"accuracy": float(_accuracy(guess, y, rows["test"]))}
-        return scores | ({"f1": _f1(guess, y, rows["test"])} if data.second is not None else {})
+        if data.second is not None:
+            from torchmetrics.functional.classification import binary_f1_score
+
+            scores["f1"] = float(binary_f1_score(*((side[rows["test"]] == y.max()).long() for side in (guess, y))))
+        return scores
 
     def _nested(self, x: Tensor, y: Tensor, where: str) -> float:
         """Mean accuracy over outer folds, each with the penalty that its own training rows choose."""
         outer = self._held_out(y.cpu(), torch.ones(len(y), dtype=torch.bool), self.seed, where)
-        inner = torch.stack(
-            [self._held_out(y.cpu(), ~out, self.seed + 1, f"{where}, the training part of a fold") for out in outer]
-        )  # (K, K, N)
+        where += ", the training part of a fold"
+        inner = torch.stack([self._held_out(y.cpu(), ~out, self.seed + 1, where) for out in outer])  # (K, K, N)
         train = torch.cat([~outer[:, None] & ~inner, ~outer[:, None]], 1).to(x.device)
         classes = _fit_penalties(x, y, train.flatten(0, 1)).unflatten(0, train.shape[:2])  # (K, K + 1, penalties, N)
         best = _accuracy(classes[:, :-1], y, inner[:, :, None].to(x.device)).mean(1).argmax(1)
@@ -118,16 +136,30 @@ class Transfer:
         return "\n".join(lines)
 
 
+def _labeled_sentences(path: str | Path, task: str, cells: Mapping[str, Any]) -> LabeledSentences:
+    where = [f"`path`={path}, row {number} ({task})" for number in cells["row"]]
+    splits = TRANSFER_SPLITS[task]
+    for row, split in zip(where, cells["split"], strict=True):
+        require(split in splits, f"{row}: the split is {split!r}; {task} has {', '.join(splits)}. Correct or remove the row.")
+    if lacking := [split for split in splits if split not in cells["split"]]:
+        raise InputError(f"`path`={path} has no {lacking[0]} rows of {task}. Add them, or leave {task} out of `tasks`.")
+    label = np.array([str(value) if value is not None else "" for value in cells["label"]])
+    if (label == "").any():
+        raise InputError(f"{where[int((label == '').argmax())]}: there is no label. Correct or remove the row.")
+    names, number = np.unique(label, return_inverse=True)
+    require(len(names) > 1, f"`path`={path}, {task}: every label is {names[0]}; there is nothing to tell apart.")
+    sides = ("sentence1", "sentence2") if task == "MRPC" else ("sentence1",)
+    first, *second = ([clean_sentence(cell, side, row) for cell, row in zip(cells[side], where, strict=True)] for side in sides)
+    return LabeledSentences(first, second[0] if second else None, torch.from_numpy(number), cells["split"].astype(str))
+
+
 def stratified_folds(label: Tensor, folds: int, seed: int, where: str) -> Tensor:
     """Draw the fold of each row ``(N,)``, so that every label ``(N,)`` has its share in each; ``where`` names the data."""
-    counts = torch.bincount(label)
-    if few := [i for i, n in enumerate(counts.tolist()) if 0 < n < folds]:
-        raise InputError(
-            f"{where}: the label number {few[0]} (in alphabetical order) has {int(counts[few[0]])} rows, fewer than the "
-            f"{folds} folds. Use `folds`={max(2, int(counts[few[0]]))}, add rows or leave the task out of `tasks`."
-        )
-    draw = torch.rand(len(label), generator=torch.Generator().manual_seed(seed))
-    order = draw.argsort()
+    for number, rows in enumerate(torch.bincount(label).tolist()):
+        fault = f"the label number {number} (in alphabetical order) has {rows} rows, fewer than the {folds} folds"
+        advice = f"Use `folds`={max(2, rows)}, add rows or leave the task out of `tasks`."
+        require(rows == 0 or rows >= folds, f"{where}: {fault}. {advice}")
+    order = torch.rand(len(label), generator=torch.Generator().manual_seed(seed)).argsort()
     order = order[label[order].argsort(stable=True)]  # by label, at random among equals
     fold = torch.empty_like(label)
     fold[order] = torch.arange(len(label)) % folds
@@ -142,53 +174,30 @@ def _fit_penalties(x: Tensor, y: Tensor, train: Tensor) -> Tensor:
 
 
 def _accuracy(guess: Tensor, y: Tensor, rows: Tensor) -> Tensor:
-    """Of classes ``(..., N)`` over the chosen ``rows (..., N)``."""
-    hits: Tensor = (guess == y) & rows
-    share: Tensor = hits.sum(-1) / rows.sum(-1)
-    return share
-
-
-def _f1(guess: Tensor, y: Tensor, rows: Tensor) -> float:
-    """F1 of the last class over the chosen ``rows (N,)``."""
-    from torchmetrics.functional.classification import binary_f1_score
-
-    positive = y.max()
-    return float(binary_f1_score((guess[rows] == positive).long(), (y[rows] == positive).long()))
+    return torch.div(((guess == y) & rows).sum(-1), rows.sum(-1))
 
 
 def fit_predict(x: Tensor, y: Tensor, train: Tensor, penalty: Tensor) -> Tensor:
     """``(J, N)``: the class that each of J classifiers predicts for each of ``x (N, D)``.
 
     Classifier j minimizes the mean cross entropy of ``y (N,)``, classes from 0, over the rows of ``train (J, N)``, plus
-    ``penalty (J,)`` / 2 times the squared length of its weights; the bias is free. Two classes share one column of
-    weights, more have one each, as in scikit-learn, whose ``C`` is 1 / (penalty x rows). The problems share their rows, so a
-    step of all is two products of matrices; a library that fits one at a time takes J times two.
+    ``penalty (J,)`` / 2 times the squared length of its weights; the bias is free. Two classes share one column of weights,
+    as in scikit-learn, whose ``C`` is 1 / (penalty x rows). A step of all J is two products of matrices.
     """
-    columns = int(y.max()) + 1
-    columns = 1 if columns == 2 else columns
-    x, scale = _principal_axes(x.float())
+    columns = 1 if (classes := int(y.max()) + 1) == 2 else classes
+    x = x.float() - x.float().mean(0)  # the same problem, centered, in the axes of its covariance, with a column of ones
+    variance, axes = torch.linalg.eigh((x.T @ x).double() / len(x))
+    scale = F.pad(variance.clamp_min(0).to(x), (0, 1), value=1.0)
     curvature = scale * (0.25 if columns == 1 else 0.5)  # an upper bound of the second derivative (Böhning 1992)
+    x = F.pad(x @ axes.to(x), (0, 1), value=1.0)
     size = max(1, MAX_SCORES // (len(x) * columns))
     parts = zip(train.split(size), penalty.float().split(size), strict=True)
     return torch.cat([_fit_some(x, y, rows, some, curvature, columns) for rows, some in parts])
 
 
-def _principal_axes(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Centered, in the axes of its covariance, and with a column of ones: ``(N, D + 1)``; its variances ``(D + 1,)``.
-
-    It is the same problem: lengths of weights are as before, and the bias, which is free, absorbs the center.
-    """
-    x = x - x.mean(0)
-    variance, axes = torch.linalg.eigh((x.T @ x).double() / len(x))
-    ones = x.new_ones(1)
-    return torch.cat([x @ axes.to(x), x.new_ones(len(x), 1)], 1), torch.cat([variance.clamp_min(0).to(x), ones])
-
-
 def _fit_some(x: Tensor, y: Tensor, train: Tensor, penalty: Tensor, curvature: Tensor, columns: int) -> Tensor:
     jobs, (rows, dim) = len(train), x.shape
-    penalized = torch.ones(dim, device=x.device)
-    penalized[-1] = 0.0
-    ridge = penalty[:, None] * penalized  # (J, D + 1)
+    ridge = F.pad(penalty[:, None].expand(-1, dim - 1), (0, 1))  # (J, D + 1)
     root = (curvature + ridge).clamp_min(1e-12).sqrt()  # weights in units in which all curvatures are about 1
     share = (train / train.sum(1, keepdim=True)).to(x).T  # (N, J)
     target = y.to(x)[:, None] if columns == 1 else F.one_hot(y, columns).to(x)[:, None]
@@ -220,32 +229,31 @@ def minimize(objective: Objective, start: Tensor) -> Tensor:
     best = start.clone()
     which = torch.arange(len(start), device=start.device)
     v, (value, gradient) = start, objective(start, which)
-    steps: list[Tensor] = []
-    changes: list[Tensor] = []
+    history: list[tuple[Tensor, Tensor]] = []  # the last steps, and the changes of gradients in them
     for _ in range(STEPS):
-        direction = -_inverse_curvature(gradient, steps, changes)
+        direction = -_inverse_curvature(gradient, history)
         new, value, change = _line_search(objective, v, which, value, gradient, direction)
-        steps, changes = [*steps[1 - HISTORY :], new - v], [*changes[1 - HISTORY :], change]
-        v, gradient = new, gradient + change
+        step, v, gradient = new - v, new, gradient + change
+        history = [*history[1 - HISTORY :], (step, change)]
         best[which] = v
-        active = (0.5 * gradient.square().sum(1) > TOLERANCE) & (steps[-1] != 0).any(1)
+        active = (0.5 * gradient.square().sum(1) > TOLERANCE) & (step != 0).any(1)
         if not active.any():
             break
         which, v, value, gradient = which[active], v[active], value[active], gradient[active]
-        steps, changes = [x[active] for x in steps], [x[active] for x in changes]
+        history = [(step[active], change[active]) for step, change in history]
     return best
 
 
-def _inverse_curvature(gradient: Tensor, steps: list[Tensor], changes: list[Tensor]) -> Tensor:
-    """The gradient times the inverse curvature, estimated from the last steps and the changes of gradients in them."""
+def _inverse_curvature(gradient: Tensor, history: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """The gradient times the inverse curvature that the history shows."""
     q, alphas = gradient, []
-    rhos = [1 / (s * t).sum(1, keepdim=True).clamp_min(1e-12) for s, t in zip(steps, changes, strict=True)]
-    for s, t, rho in zip(reversed(steps), reversed(changes), reversed(rhos), strict=True):
+    rhos = [1 / (s * t).sum(1, keepdim=True).clamp_min(1e-12) for s, t in history]
+    for (s, t), rho in zip(reversed(history), reversed(rhos), strict=True):
         alphas.append(rho * (s * q).sum(1, keepdim=True))
         q = q - alphas[-1] * t
-    if steps:
-        q = q * ((steps[-1] * changes[-1]).sum(1) / changes[-1].square().sum(1).clamp_min(1e-12))[:, None]
-    for s, t, rho, alpha in zip(steps, changes, rhos, reversed(alphas), strict=True):
+    for s, t in history[-1:]:
+        q = q * ((s * t).sum(1) / t.square().sum(1).clamp_min(1e-12))[:, None]
+    for (s, t), rho, alpha in zip(history, rhos, reversed(alphas), strict=True):
         q = q + s * (alpha - rho * (t * q).sum(1, keepdim=True))
     return q
 

@@ -8,10 +8,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tercet.distributed import contrast, rank, reduce_loss
-from tercet.errors import InputError
+from tercet.errors import InputError, require
 from tercet.types import Embeddings, Loss
 
 Integers = Tensor | Sequence[int]  # or a numpy array
+Statistics = Callable[[Embeddings, Embeddings], Tensor]
 
 DENSE = 1 << 22  # scores that are computed at once and kept for the backward pass: 16 MiB in float32, several times
 TILE = 1 << 22  # scores of a slice where there are more
@@ -19,31 +20,33 @@ MIN_ROWS = 256  # anchors of a slice at least: the backward pass of each slice a
 
 
 def mean_loss(loss: Loss, anchors: Embeddings) -> Tensor:
-    """The mean over the anchors of all processes, a scalar: keys are gathered with gradient where there are several.
-
-    Its gradient, averaged over the processes as DDP does, is the gradient of one process on the global batch.
-    """
+    """The mean over the anchors of all processes, whose gradient, averaged as DDP does, is that of the global batch."""
     return reduce_loss(contrast(loss, anchors)[1])[0]
 
 
 def make_embeddings(
-    z: Tensor, label: Tensor | None = None, position: Tensor | None = None,
-    ids: Integers | None = None, content: Integers | None = None,
+    z: Tensor, ids: Integers | None, content: Integers | None, label: Integers | None, position: Integers | None = None,
+    label_name: str = "labels",
 ) -> Embeddings:  # fmt: skip
-    """Embeddings of ``z (V, N, D)``; what is left out is made: no label and position (-1), ids and contents all distinct.
-
-    ``content`` is ``(N,)``, the same in all views, or ``(V, N)``.
-    """
-    views, n = z.shape[:2]
-    row = torch.arange(n, device=z.device) + (rank() << 40)  # distinct in all processes
+    """Embeddings of ``z (V, N, D)``; what is None is made: no label and position (-1), ids and contents all distinct."""
+    row = torch.arange(z.shape[1], device=z.device) + (rank() << 40)  # distinct in all processes
     none = torch.full_like(row, -1)
-    if content is None:
-        hashes = row * views + torch.arange(views, device=z.device)[:, None]
-    else:
-        per_view = torch.as_tensor(content).dim() == 2
-        hashes = check_integers("content", content, z, (views, n) if per_view else (n,)).expand(views, n)
-    label, position = (none if x is None else x for x in (label, position))
-    return Embeddings(z, row if ids is None else check_integers("ids", ids, z, (n,)), label, position, hashes)
+    cells = row * len(z) + torch.arange(len(z), device=z.device)[:, None]
+    per_view = content is None or torch.as_tensor(content).dim() == 2  # else one for all views
+    hashes = _integers("content", content, cells if per_view else row).expand_as(cells)
+    label, position = _integers(label_name, label, none), _integers("positions", position, none)
+    return Embeddings(z, _integers("ids", ids, row), label, position, hashes)
+
+
+def _integers(name: str, x: Integers | None, default: Tensor) -> Tensor:
+    """``x`` as int64 if it holds integers, as many as ``default`` does; ``default`` in place of None."""
+    if x is None:
+        return default
+    x, shape = torch.as_tensor(x), default.shape
+    whole = not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+    require(whole, f"`{name}`: integers are needed, got {x.dtype}.")
+    require(x.shape == shape, f"`{name}`: shape {tuple(shape)} is needed, one for each row, got {tuple(x.shape)}.")
+    return x.to(default.device, torch.long)
 
 
 def check_embeddings(name: str, z: object, views: bool = False, like: Tensor | None = None) -> Tensor:
@@ -56,32 +59,17 @@ def check_embeddings(name: str, z: object, views: bool = False, like: Tensor | N
     raise InputError(f"`{name}`: a float tensor of shape {wanted} that is not empty is needed, got {got}.")
 
 
-def check_integers(name: str, x: Integers, z: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """``x`` as int64 on the device of ``z``, if it holds integers of this shape."""
-    x = torch.as_tensor(x)
-    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
-        raise InputError(f"`{name}`: integers are needed, got {x.dtype}.")
-    if x.shape != shape:
-        raise InputError(f"`{name}`: shape {tuple(shape)} is needed, one for each row of the embeddings, got {tuple(x.shape)}.")
-    return x.to(z.device, torch.long)
+def apply_in_slices(function: Statistics, anchors: Embeddings, keys: Embeddings, blocks: int) -> Tensor:
+    """``function(anchors, keys)``, ``(n, ...)``, which makes ``blocks`` score matrices ``n x N``, in O(N·D + tile) memory.
 
-
-def apply_in_slices(
-    function: Callable[[Embeddings, Embeddings], Tensor], anchors: Embeddings, keys: Embeddings, blocks: int
-) -> Tensor:
-    """``function(anchors, keys)``, ``(n, ...)`` with a row for each anchor, in O(N·D + tile) memory.
-
-    ``blocks`` is the number of score matrices ``n x N`` that it makes. Up to ``DENSE`` scores it is one call. Beyond, the
-    anchors come in slices of ``TILE`` scores, each computed again in the backward pass: the same values and gradient.
+    Up to ``DENSE`` scores it is one call. Beyond, the anchors come in slices of ``TILE`` scores, each computed again in the
+    backward pass: the same values and gradient.
     """
     columns = max(1, len(keys) * blocks)
     if len(anchors) * columns <= DENSE:
         return function(anchors, keys)
     step = max(MIN_ROWS, TILE // columns)
     # One split: the gradient of a slice taken by itself would be as large as all anchors.
-    parts = anchors.z.split(step, 1)
-    starts = range(0, len(anchors), step)
-    slices = [replace(anchors.select(slice(i, i + step)), z=z) for i, z in zip(starts, parts, strict=True)]
-    if not torch.is_grad_enabled():
-        return torch.cat([function(part, keys) for part in slices])
+    parts = zip(range(0, len(anchors), step), anchors.z.split(step, 1), strict=True)
+    slices = [replace(anchors.select(slice(start, start + step)), z=z) for start, z in parts]
     return torch.cat([checkpoint(function, part, keys, use_reentrant=False, preserve_rng_state=False) for part in slices])

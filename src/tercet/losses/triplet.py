@@ -10,13 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from tercet.errors import InputError, check_choice
+from tercet.errors import check_choice, require
 from tercet.losses import base
-from tercet.losses.triplet_mining import MININGS, ONE_NEGATIVE, MinedTile, Tile, expand_triplets, mine_tile
+from tercet.losses.info_nce import prepare_for_similarity
+from tercet.losses.triplet_mining import MININGS, ONE_NEGATIVE, Tile, expand_triplets, mine_tile
 from tercet.types import Embeddings, LossOutput
 
-FORMS = ("hinge", "softplus")
-DIVISORS = ("active", "pairs")
 # Distances of a tile: few enough for the cache of each CPU thread, enough for all cores of a GPU.
 CPU_THREAD_TILE, GPU_TILE = 1 << 18, 1 << 22
 
@@ -26,32 +25,25 @@ class TripletLoss(nn.Module):
 
         [ ||a - p||^2 - ||a - n||^2 + margin ]_+        on the unit sphere; ``margin`` is on squared distance
 
-    Every pair (a, p) of the batch counts. The positives of a row share its label, or are the other view of the same
-    example; its negatives are all others, but never rows of its own content. Views from the third on are negatives for
-    all rows, including their own example. A row without a positive is used only as a negative; a pair without a negative
-    has no loss.
+    The positives of a row share its label, or are the other view of the same example; its negatives are all others, but
+    never rows of its own content. Views from the third on are negatives for all rows, including their own example.
 
-    ``mining`` is which negatives a pair (a, p) gets; of equally near ones any:
+    ``mining`` is which negatives each pair (a, p) of the batch gets; of equally near ones any:
 
-    - ``semihard``: the closest with d_an > d_ap (eq. 4); with ``fallback`` the farthest where there is none (TensorFlow
-      Addons' ``triplet_semihard_loss`` and sentence-transformers' ``BatchSemiHardTripletLoss``);
+    - ``semihard``: the closest with d_an > d_ap (eq. 4); with ``fallback`` the farthest where there is none;
     - ``all_semihard``: all with d_ap < d_an < d_ap + margin (pytorch-metric-learning's "semihard");
     - ``hard``: all with d_an <= d_ap (its "hard");
     - ``all``: all (its "all"; batch-all, Hermans et al. 2017, arXiv:1703.07737, eq. 6);
     - ``batch_hard``: the nearest, with the farthest positive alone (their eq. 5);
     - ``easy_positive``: as ``semihard``, with the nearest positive alone (Xuan et al. 2020, arXiv:1904.04370).
 
-    ``form`` "softplus" replaces [x]_+ by log(1 + exp(x)); with margin 0 that is the soft margin of Hermans et al. Where
-    a pair gets many negatives it costs O(N^2 K) time, K rows of a label; the "hinge" costs O(N^2 log N).
+    ``form`` "softplus" is log(1 + exp(x)) in place of [x]_+, with margin 0 the soft margin of Hermans et al. Where a pair
+    gets many negatives it costs O(N^2 K) time, K rows of a label; the "hinge" costs O(N^2 log N). ``divide_by`` "active"
+    is the mean over triplets with a loss (pytorch-metric-learning's default), "pairs" over mined pairs (a, p), with a
+    loss or not (TensorFlow Addons and sentence-transformers, with ``fallback``).
 
-    ``divide_by`` "active": the mean over triplets with a loss (Hermans' batch-all, pytorch-metric-learning's default);
-    "pairs": over mined pairs (a, p), with a loss or not (TensorFlow Addons, sentence-transformers). Either counts over
-    all processes. The libraries compute the same where their distance is squared too, as tests/losses shows; in a batch
-    without negatives TensorFlow Addons and sentence-transformers pull positives together, and this does not.
-
-    Value and gradient come from one pass over tiles of ``tile`` anchor rows (None chooses): O(tile · N) memory beside the
-    embeddings, whatever the number of triplets. The gradient is exact; it cannot be differentiated again. An embedding
-    that is not finite makes the loss NaN. Half precision is scored in float32.
+    ``tile`` anchor rows (None chooses) are scored at a time, in O(tile · N) memory. The gradient is exact; it cannot be
+    differentiated again. An embedding that is not finite makes the loss NaN. Half precision is scored in float32.
 
     >>> z = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.6, -0.8]])
     >>> loss = TripletLoss(margin=0.5, mining="semihard")
@@ -68,63 +60,39 @@ class TripletLoss(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         check_choice("mining", mining, MININGS)
-        check_choice("form", form, FORMS)
-        check_choice("divide_by", divide_by, DIVISORS)
-        if not 0 <= margin <= 4:
-            raise InputError(f"`margin`={margin}: a number from 0 to 4, on squared distances; 0.2 in the paper.")
-        beyond = mining in ("semihard", "easy_positive") and form == "hinge" and not fallback
-        if margin == 0 and (beyond or mining == "all_semihard"):  # all their negatives are far enough
-            raise InputError(f"`margin`={margin} leaves `mining`={mining} nothing to learn from. Use 0.2, the paper's.")
-        if fallback and mining not in ("semihard", "easy_positive"):
-            raise InputError(f"`fallback`=true is for `mining`=semihard and easy_positive, not for {mining}.")
-        if tile is not None and tile < 1:
-            raise InputError(f"`tile`={tile}: a number of anchor rows above 0, or null.")
-        self.margin = margin
-        self.mining = mining
-        self.fallback = fallback
-        self.form = form
-        self.divide_by = divide_by
-        self.tile = tile
-
-    @property
-    def collapsed_loss(self) -> float:
-        """The loss of a triplet whose three embeddings are equal: the value at which a collapsed encoder stays."""
-        return self.margin if self.form == "hinge" else float(F.softplus(torch.tensor(self.margin)))
+        check_choice("form", form, ("hinge", "softplus"))
+        check_choice("divide_by", divide_by, ("active", "pairs"))
+        require(0 <= margin <= 4, f"`margin`={margin}: a number from 0 to 4, on squared distances; 0.2 in the paper.")
+        one = mining in ("semihard", "easy_positive")
+        useless = margin == 0 and (mining == "all_semihard" or (one and form == "hinge" and not fallback))
+        require(not useless, f"`margin`={margin} leaves `mining`={mining} nothing to learn from. Use 0.2, the paper's.")
+        require(one or not fallback, f"`fallback`=true is for `mining`=semihard and easy_positive, not for {mining}.")
+        require(tile is None or tile >= 1, f"`tile`={tile}: a number of anchor rows above 0, or null.")
+        self.margin, self.mining, self.fallback = margin, mining, fallback
+        self.form, self.divide_by, self.tile = form, divide_by, tile
+        # The loss of three equal embeddings, at which a collapsed encoder stays.
+        self.collapsed_loss = margin if form == "hinge" else float(F.softplus(torch.tensor(float(margin))))
 
     def forward(
         self, z: Embeddings | Tensor, labels: Embeddings | base.Integers | None = None, *,
         ids: base.Integers | None = None, content: base.Integers | None = None,
     ) -> LossOutput | Tensor:  # fmt: skip
-        """The mean over all processes, of tensors; the sum over anchors, of anchor and key ``Embeddings``.
+        """The mean over all processes, of tensors; the sum over anchors, of anchor and key ``Embeddings (V, n, D)``.
 
         ``z (N, D)`` or, with V views of each example, ``(V, N, D)``; ``labels (N,)``, below 0 for none. ``ids (N,)`` are equal
         for rows of one example, ``content (N,)`` or ``(V, N)`` for equal items, which are no negatives of each other; left
-        out, all are distinct.
-
-        Of ``Embeddings (V, n, D)`` and ``(V, N, D)`` the normalizer is the number of active triplets or of mined pairs.
+        out, all are distinct. The normalizer of a sum is the number of active triplets or of mined pairs.
         """
-        if isinstance(z, Embeddings) and isinstance(labels, Embeddings):
-            return self._sum(z, labels)
-        return base.mean_loss(self, _labeled_embeddings(z, labels, ids, content))
-
-    def _sum(self, anchors: Embeddings, keys: Embeddings) -> LossOutput:
-        with torch.autocast(anchors.z.device.type, enabled=False):  # half precision halves the distance of near rows
-            x, y = _flatten_views(anchors, min(2, len(anchors.z))), _flatten_views(keys, len(keys.z))
+        if not isinstance(z, Embeddings) or not isinstance(labels, Embeddings):
+            return base.mean_loss(self, _labeled_embeddings(z, labels, ids, content))
+        with torch.autocast(z.z.device.type, enabled=False):  # half precision halves the distance of near rows
+            x, y = _flatten_views(z, min(2, len(z.z))), _flatten_views(labels, len(labels.z))
             out: tuple[Tensor, ...] = _TripletSum.apply(x.z, y.z, x, y, self)  # type: ignore[no-untyped-call]
         loss_sum, active, mined, pairs, triplets, near, far, negatives = out
+        possible = mined if self.mining in ONE_NEGATIVE else triplets
+        stats = {"active": (active, possible), "positive_distance": (near, pairs), "negative_distance": (far, negatives)}
         count = active if self.divide_by == "active" else mined
-        one = self.mining in ONE_NEGATIVE
-        stats = {
-            "active": torch.stack([active, mined if one else triplets]),
-            "positive_distance": torch.stack([near, pairs]),
-            "negative_distance": torch.stack([far, negatives]),
-        }
-        return LossOutput(loss_sum, count, stats)
-
-    def tile_rows(self, keys: Tensor) -> int:
-        """The number of anchor rows in a tile against ``keys (M, D)``."""
-        most = CPU_THREAD_TILE * torch.get_num_threads() if keys.device.type == "cpu" else GPU_TILE
-        return self.tile or max(1, most // max(1, len(keys)))
+        return LossOutput(loss_sum, count, {name: torch.stack(pair) for name, pair in stats.items()})
 
 
 def mine(
@@ -134,8 +102,8 @@ def mine(
 ) -> Iterator[Tensor]:  # fmt: skip
     """The triplets that ``TripletLoss`` counts as active, generated lazily as int64 tensors (anchor, positive, negative).
 
-    Each is ``(3, t)``: indices of rows of ``z (N, D)``, or of ``z.flatten(0, 1)`` where z is ``(V, N, D)``. The parameters
-    are those of ``TripletLoss`` and of its call. Triplets are those of this process's rows alone. ``torch.cat`` joins them:
+    Each is ``(3, t)``: indices of rows of ``z (N, D)``, or of ``z.flatten(0, 1)`` where z is ``(V, N, D)``; of this process's
+    rows alone. The parameters are those of ``TripletLoss`` and of its call.
 
     >>> z = torch.nn.functional.normalize(torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.8, 0.2], [0.7, 0.3]]), dim=1)
     >>> anchor, positive, negative = torch.cat(list(mine(z, labels=[0, 0, 1, 1])), dim=1)
@@ -150,33 +118,26 @@ def mine(
 def _triplets(embeddings: Embeddings, loss: TripletLoss) -> Iterator[Tensor]:
     anchors, keys = _flatten_views(embeddings, min(2, len(embeddings.z))), _flatten_views(embeddings, len(embeddings.z))
     order = keys.group.argsort(stable=True)
-    spans, size = _LabelSpans.find(anchors, keys.at(order)), loss.tile_rows(keys.z)
     yield order.new_zeros(3, 0)
-    for start in range(0, len(anchors.z), size):
-        tile = spans.tile(slice(start, start + size))
+    for rows, tile in _tiles(anchors, keys.at(order), loss):
         for row, positive, negative in expand_triplets(tile, loss.mining, loss.fallback, loss.margin, loss.form == "softplus"):
-            yield torch.stack([row + start, order[positive], order[negative]])
+            yield torch.stack([row + rows.start, order[positive], order[negative]])
 
 
-def _labeled_embeddings(z: object, labels: object, ids: base.Integers | None, content: base.Integers | None) -> Embeddings:
+def _labeled_embeddings(z: object, labels: Any, ids: base.Integers | None, content: base.Integers | None) -> Embeddings:
     x = base.check_embeddings("z", z, views=True)
-    if labels is None and x.dim() == 2:
-        raise InputError("`labels`: integers (N,) are needed where `z` is (N, D): rows of one label are positives.")
-    x = x if x.dim() == 3 else x[None]
-    label = None if labels is None else base.check_integers("labels", labels, x, x.shape[1:2])  # type: ignore[arg-type]
-    return base.make_embeddings(x, label, None, ids, content)
+    has_positives = labels is not None or x.dim() == 3
+    require(has_positives, "`labels`: integers (N,) are needed where `z` is (N, D): rows of one label are positives.")
+    return base.make_embeddings(x if x.dim() == 3 else x[None], ids, content, labels)
 
 
 @dataclass(frozen=True)
 class _FlatRows:
-    """The rows of all views, ``z (n, D)`` on the unit sphere; rows of equal ``group`` are no negatives of each other.
-
-    ``view`` tells the two views of an example apart.
-    """
+    """The rows of all views, ``z (n, D)`` on the unit sphere; rows of equal ``group`` are no negatives of each other."""
 
     z: Tensor
     example_id: Tensor
-    view: Tensor
+    view: Tensor  # tells the views of an example apart
     group: Tensor
     content: Tensor
 
@@ -185,8 +146,7 @@ class _FlatRows:
 
 
 def _flatten_views(e: Embeddings, views: int) -> _FlatRows:
-    z = e.z[:views].flatten(0, 1)
-    z = F.normalize(z.float() if z.dtype in (torch.float16, torch.bfloat16) else z, dim=-1, eps=1e-6)
+    z = prepare_for_similarity(e.z[:views].flatten(0, 1), "cosine")
     own = torch.where(e.label >= 0, e.label, -2 - e.example_id)  # without a label, the views of an example are a group
     group = torch.cat([own if v < 2 else torch.full_like(own, -1) for v in range(views)])
     view = torch.arange(views, device=z.device).repeat_interleave(len(e))
@@ -199,19 +159,17 @@ class _TripletSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, anchors: _FlatRows, keys: _FlatRows, loss: TripletLoss) -> tuple[Tensor, ...]:
         keys = keys.at(order := keys.group.argsort(stable=True))  # a label's keys become adjacent
-        anchors = replace(anchors, z=x.detach())
-        spans = _LabelSpans.find(anchors, keys)
         grad_x, grad_y = torch.zeros_like(x), torch.zeros_like(y)
         sums = torch.zeros(8, dtype=torch.float64, device=x.device)
         sums[0] = 0 * (x.sum() + y.sum())  # sorting and searching would hide NaN
-        size = loss.tile_rows(y)
-        for start in range(0, len(x) if len(y) else 0, size):
-            rows = slice(start, start + size)
-            tile = spans.tile(rows)
-            mined = mine_tile(tile, loss.mining, loss.fallback, loss.margin, loss.form == "softplus")
-            sums += _tile_sums(tile, mined)
-            grad_x[rows] = -2 * (mined.weight @ keys.z)  # the distance is 2 - 2 x·y
-            grad_y.addmm_(mined.weight.T, anchors.z[rows], alpha=-2)
+        for rows, tile in _tiles(anchors, keys, loss):
+            counts, weight = mine_tile(tile, loss.mining, loss.fallback, loss.margin, loss.form == "softplus")
+            positives = tile.positive.isfinite().sum(1, keepdim=True)
+            near, far = (d.nan_to_num(posinf=0.0).sum() for d in (tile.positive, tile.negative))
+            pairs, triplets = positives.sum(), (positives * tile.num_negatives).sum()
+            sums += torch.stack([count.double() for count in (*counts, pairs, triplets, near, far, tile.num_negatives.sum())])
+            grad_x[rows] = -2 * (weight @ keys.z)  # the distance is 2 - 2 x·y
+            grad_y.addmm_(weight.T, anchors.z[rows], alpha=-2)
         ctx.save_for_backward(grad_x, torch.empty_like(grad_y).index_copy_(0, order, grad_y))
         loss_sum, *others = sums.unbind()
         ctx.mark_non_differentiable(*others)
@@ -224,46 +182,32 @@ class _TripletSum(torch.autograd.Function):
         return grad * grad_x, grad * grad_y, None, None, None
 
 
-def _tile_sums(tile: Tile, mined: MinedTile) -> Tensor:
-    """Loss, active triplets, mined pairs; all pairs, all triplets; distances of positives and of negatives; negatives."""
-    near, far = (d.nan_to_num(posinf=0.0).sum().double() for d in (tile.positive, tile.negative))
-    pairs = tile.positive.isfinite().sum(1, keepdim=True)
-    triplets = (pairs * tile.num_negatives).sum()
-    counts = (mined.num_active, mined.num_pairs, pairs.sum(), triplets, near, far, tile.num_negatives.sum())
-    return torch.stack([mined.loss_sum, *(count.double() for count in counts)])
+def _tiles(anchors: _FlatRows, keys: _FlatRows, loss: TripletLoss) -> Iterator[tuple[slice, Tile]]:
+    """Which anchor rows, and their tile. ``keys`` are sorted by group: those of an anchor's group are ``[start, end)``."""
+    if not len(anchors.z) or not len(keys.z):
+        return
+    start, end = (torch.searchsorted(keys.group, anchors.group, right=right)[:, None] for right in (False, True))
+    longest = max(1, int((end - start).max()))
+    most = CPU_THREAD_TILE * torch.get_num_threads() if start.device.type == "cpu" else GPU_TILE
+    size = loss.tile or max(1, most // len(keys.z))
+    for first in range(0, len(anchors.z), size):
+        rows = slice(first, first + size)
+        yield rows, _make_tile(anchors.at(rows), keys, start[rows], end[rows], longest)
 
 
-@dataclass(frozen=True)
-class _LabelSpans:
-    """Where the keys of each anchor's group are, ``[start, end)`` of the keys sorted by group, and the longest span, K."""
-
-    anchors: _FlatRows
-    keys: _FlatRows
-    start: Tensor
-    end: Tensor
-    longest: int
-
-    @staticmethod
-    def find(anchors: _FlatRows, keys: _FlatRows) -> "_LabelSpans":
-        start = torch.searchsorted(keys.group, anchors.group)
-        end = torch.searchsorted(keys.group, anchors.group, right=True)
-        longest = max(1, int((end - start).max())) if len(start) else 1
-        return _LabelSpans(anchors, keys, start, end, longest)
-
-    def tile(self, which: slice) -> Tile:
-        anchors, keys, start, end = self.anchors.at(which), self.keys, self.start[which, None], self.end[which, None]
-        distance = torch.mm(anchors.z, keys.z.T).mul_(-2).add_(2).clamp_(min=0)
-        place = start + torch.arange(self.longest, device=start.device)
-        key = place % len(keys.z)  # distinct keys in each row; those beyond the span are masked below
-        own = distance.gather(1, key)
-        same_row = (keys.example_id[key] == anchors.example_id[:, None]) & (keys.view[key] == anchors.view[:, None])
-        positive, order = own.masked_fill((place >= end) | same_row, torch.inf).sort(1)
-        # A hard negative of the anchor's own example is a negative, another copy of the example is not.
-        distance.scatter_(1, key, own.masked_fill(place < end, torch.inf))
-        distance.masked_fill_(anchors.content[:, None] == keys.content, torch.inf)
-        negative, negative_key = _sort(distance)
-        num_negatives = torch.searchsorted(negative, torch.full_like(negative[:, :1], torch.inf))
-        return Tile(positive, key.gather(1, order), negative, negative_key, num_negatives)
+def _make_tile(anchors: _FlatRows, keys: _FlatRows, start: Tensor, end: Tensor, longest: int) -> Tile:
+    distance = torch.mm(anchors.z, keys.z.T).mul_(-2).add_(2).clamp_(min=0)
+    place = start + torch.arange(longest, device=start.device)
+    key = place % len(keys.z)  # distinct keys in each row; those beyond the span are masked below
+    own = distance.gather(1, key)
+    same_row = (keys.example_id[key] == anchors.example_id[:, None]) & (keys.view[key] == anchors.view[:, None])
+    positive, order = own.masked_fill((place >= end) | same_row, torch.inf).sort(1)
+    # A hard negative of the anchor's own example is a negative, another copy of the example is not.
+    distance.scatter_(1, key, own.masked_fill(place < end, torch.inf))
+    distance.masked_fill_(anchors.content[:, None] == keys.content, torch.inf)
+    negative, negative_key = _sort(distance)
+    num_negatives = torch.searchsorted(negative, torch.full_like(negative[:, :1], torch.inf))
+    return Tile(positive, key.gather(1, order), negative, negative_key, num_negatives)
 
 
 def _sort(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 ONE_NEGATIVE = ("semihard", "easy_positive", "batch_hard")  # a mined pair (a, p) gets one negative
-MANY_NEGATIVES = ("all_semihard", "hard", "all")  # it gets every negative of a window of distances
-MININGS = (*ONE_NEGATIVE, *MANY_NEGATIVES)
+MININGS = (*ONE_NEGATIVE, "all_semihard", "hard", "all")  # the last three: every negative of a window of distances
 CHUNK = 1 << 20  # triplets that ``expand_triplets`` makes at once
+Counts = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -27,22 +27,17 @@ class Tile:
     num_negatives: Tensor
 
 
-@dataclass(frozen=True)
-class MinedTile:
-    """Sum of the loss, number of active triplets and of mined pairs, and ``weight (R, M)``, the derivative by distance."""
+def mine_tile(tile: Tile, mining: str, fallback: bool, margin: float, soft: bool) -> tuple[Counts, Tensor]:
+    """Apply a rule of ``MININGS``; the loss of a triplet is f(d_ap - d_an + margin), f the hinge or, ``soft``, softplus.
 
-    loss_sum: Tensor
-    num_active: Tensor
-    num_pairs: Tensor
-    weight: Tensor
-
-
-def mine_tile(tile: Tile, mining: str, fallback: bool, margin: float, soft: bool) -> MinedTile:
-    """Apply a rule of ``MININGS``; the loss of a triplet is f(d_ap - d_an + margin), f the hinge or, ``soft``, softplus."""
+    Returns the loss's sum, the numbers of active triplets and of mined pairs; and the derivative by distance, ``(R, M)``.
+    """
     if mining in ONE_NEGATIVE:
         return _sum_one_negative(tile, mining, fallback, margin, soft)
     low, high = _window(tile, mining, margin, soft)
-    return _sum_soft_windows(tile, low, high, margin) if soft else _sum_windows(tile, low, high, margin)
+    loss_sum, pull, push = (_sum_soft_windows if soft else _sum_windows)(tile, low, high, margin)
+    weight = torch.zeros_like(push).scatter_(1, tile.negative_key, -push).scatter_add_(1, tile.positive_key, pull)
+    return (loss_sum, (high - low).sum(), tile.positive.isfinite().sum()), weight
 
 
 def expand_triplets(tile: Tile, mining: str, fallback: bool, margin: float, soft: bool) -> Iterator[Tensor]:
@@ -66,8 +61,8 @@ def expand_triplets(tile: Tile, mining: str, fallback: bool, margin: float, soft
 def _pick_negative(tile: Tile, mining: str, fallback: bool, margin: float, soft: bool) -> tuple[Tensor, ...]:
     """The closest negative strictly beyond the positive; with ``fallback`` the farthest where there is none.
 
-    Five tensors ``(R, K')``: the key of the positive, whether it is a pair, the place of its negative in the sorted ones,
-    d_ap - d_an + margin, and whether the triplet is active.
+    Each ``(R, K')``: the positive's key, whether it is a pair, its negative's place in the sorted ones, d_ap - d_an + margin,
+    and whether the triplet is active.
     """
     if mining == "batch_hard":
         last = (tile.positive.isfinite().sum(1, keepdim=True) - 1).clamp(min=0)
@@ -86,47 +81,42 @@ def _pick_negative(tile: Tile, mining: str, fallback: bool, margin: float, soft:
     return key, is_pair, place, gap, found if soft else gap > 0
 
 
-def _sum_one_negative(tile: Tile, mining: str, fallback: bool, margin: float, soft: bool) -> MinedTile:
+def _sum_one_negative(tile: Tile, mining: str, fallback: bool, margin: float, soft: bool) -> tuple[Counts, Tensor]:
     key, is_pair, place, gap, active = _pick_negative(tile, mining, fallback, margin, soft)
     loss = torch.nn.functional.softplus(gap) if soft else gap
     slope = torch.where(active, torch.sigmoid(gap) if soft else 1.0, 0.0).to(gap.dtype)
     weight = tile.negative.new_zeros(tile.negative.shape)
     weight.scatter_add_(1, tile.negative_key.gather(1, place), -slope).scatter_add_(1, key, slope)
-    return MinedTile(loss.masked_fill(~active, 0).double().sum(), active.sum(), is_pair.sum(), weight)
+    return (loss.masked_fill(~active, 0).double().sum(), active.sum(), is_pair.sum()), weight
 
 
 def _window(tile: Tile, mining: str, margin: float, soft: bool) -> tuple[Tensor, Tensor]:
     """``[low, high) (R, K)`` of the sorted negatives for every positive; empty where there is no positive."""
     beyond = torch.searchsorted(tile.negative, tile.positive, right=True)  # the first with d_an > d_ap
     inside = torch.searchsorted(tile.negative, tile.positive + margin)  # the first with d_an >= d_ap + margin
-    first = torch.zeros_like(beyond)
-    if mining == "all_semihard":
-        low, high = beyond, inside
-    elif mining == "hard":
-        low, high = first, beyond if soft else torch.minimum(beyond, inside)  # without a margin, a tie has no loss
+    low = beyond if mining == "all_semihard" else torch.zeros_like(beyond)
+    if mining == "hard":
+        high = beyond if soft else torch.minimum(beyond, inside)  # without a margin, a tie has no loss
     else:
-        low, high = first, tile.num_negatives.expand_as(first) if soft else inside
+        high = tile.num_negatives.expand_as(beyond) if mining == "all" and soft else inside
     real = tile.positive.isfinite()
     return low.masked_fill(~real, 0), torch.minimum(high, tile.num_negatives).masked_fill(~real, 0)
 
 
-def _sum_windows(tile: Tile, low: Tensor, high: Tensor, margin: float) -> MinedTile:
-    """Hinge sums over windows: linear in the distances, so that counting is enough."""
+def _sum_windows(tile: Tile, low: Tensor, high: Tensor, margin: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The hinge's sum and its slopes by ``positive`` and, negated, by ``negative``: linear, so that counting is enough."""
     count = (high - low).to(tile.positive.dtype)
     one = tile.positive.isfinite().to(count.dtype)
     edges = count.new_zeros(len(count), tile.negative.shape[1] + 1)
     edges.scatter_add_(1, low, one).scatter_add_(1, high, -one)
     covered = edges[:, :-1].cumsum(1)  # in how many windows each negative is
-    weight = torch.zeros_like(covered).scatter_(1, tile.negative_key, -covered)
-    weight.scatter_add_(1, tile.positive_key, count)
     plus = (count * tile.positive.nan_to_num(posinf=0.0)).sum(1).double()
     minus = (covered * tile.negative.nan_to_num(posinf=0.0)).sum(1).double()
-    active = (high - low).sum()
-    return MinedTile((plus - minus).sum() + margin * active.double(), active, tile.positive.isfinite().sum(), weight)
+    return (plus - minus).sum() + margin * (high - low).sum().double(), count, covered
 
 
-def _sum_soft_windows(tile: Tile, low: Tensor, high: Tensor, margin: float) -> MinedTile:
-    """Softplus is not linear: one pass over the negatives for each of the K positives, in O(R·M) memory."""
+def _sum_soft_windows(tile: Tile, low: Tensor, high: Tensor, margin: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of softplus, not linear: one pass over the negatives for each of the K positives, in O(R·M) memory."""
     place = torch.arange(tile.negative.shape[1], device=low.device)
     negative = tile.negative.nan_to_num(posinf=0.0)
     covered, slopes, total = torch.zeros_like(negative), [], negative.new_zeros((), dtype=torch.float64)
@@ -137,6 +127,4 @@ def _sum_soft_windows(tile: Tile, low: Tensor, high: Tensor, margin: float) -> M
         slope = torch.sigmoid(gap).masked_fill(~chosen, 0)
         covered += slope
         slopes.append(slope.sum(1))
-    weight = torch.zeros_like(covered).scatter_(1, tile.negative_key, -covered)
-    weight.scatter_add_(1, tile.positive_key, torch.stack(slopes, 1))
-    return MinedTile(total, (high - low).sum(), tile.positive.isfinite().sum(), weight)
+    return total, torch.stack(slopes, 1), covered

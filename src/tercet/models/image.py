@@ -1,6 +1,6 @@
 """The image encoder: backbone, pooling and head."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,16 +9,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tercet.errors import InputError
+from tercet.errors import InputError, check_choice, require
 from tercet.images import PixelFormat, UnreadableImage
-from tercet.models.encoder import Encoder, PoolingMixin
+from tercet.models.encoder import Chunks, Encoder, PoolingMixin
 from tercet.models.engine.chunking import DEFAULT_EXECUTION, Execution
 from tercet.models.pooling import Head
 from tercet.models.pretrained import first_line
 from tercet.types import Images, Inputs, Item
 
-POOLINGS = ("mean", "max", "cls", "cls_pooler")
-NORMS = ("keep", "group", "frozen")
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -39,22 +37,15 @@ class ImageEncoder(PoolingMixin, Encoder):
 
     kind = "image"
     unit = "images"
+    mean: Tensor
+    std: Tensor
 
     def __init__(
-        self,
-        backbone: PreTrainedModel,
-        pixels: PixelFormat,
-        pooling: str = "mean",
-        head: Head | None = None,
-        normalize: bool = False,
-        norm: str = "keep",
-        execution: Execution = DEFAULT_EXECUTION,
-        compile: bool = False,
-    ) -> None:
-        if pooling not in POOLINGS:
-            raise InputError(f"`pooling`={pooling}: for images choose one of {', '.join(POOLINGS)}.")
-        if norm not in NORMS:
-            raise InputError(f"`norm`={norm}: choose one of {', '.join(NORMS)}.")
+        self, backbone: PreTrainedModel, pixels: PixelFormat, pooling: str = "mean", head: Head | None = None,
+        normalize: bool = False, norm: str = "keep", execution: Execution = DEFAULT_EXECUTION, compile: bool = False,
+    ) -> None:  # fmt: skip
+        check_choice("pooling", pooling, ("mean", "max", "cls", "cls_pooler"))
+        check_choice("norm", norm, ("keep", "group", "frozen"))
         if norm == "group":
             _replace_batch_norms(backbone)
         hidden = _check_backbone(backbone, pixels, pooling)
@@ -62,14 +53,10 @@ class ImageEncoder(PoolingMixin, Encoder):
             backbone.compile()
         super().__init__(execution)
         self._set_parts(backbone, hidden, pooling, head, normalize)
-        self.pixels = pixels
-        self.norm = norm
+        self.pixels, self.norm = pixels, norm
         self.register_buffer("mean", torch.tensor(list(pixels.mean)).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(list(pixels.std)).view(1, -1, 1, 1), persistent=False)
         self.train()
-
-    mean: Tensor
-    std: Tensor
 
     def train(self, mode: bool = True) -> "ImageEncoder":
         """Set the mode; frozen batch normalization stays in evaluation mode."""
@@ -100,13 +87,10 @@ class ImageEncoder(PoolingMixin, Encoder):
                 raise InputError(f"An image of {len(item)} bytes cannot be used: {error}.") from error
         return Images(torch.from_numpy(np.stack(arrays)))
 
-    def encoding_chunks(
-        self, items: list[Item], tokens: int | None, batch_size: int | None
-    ) -> tuple[list[Tensor], Callable[[Tensor], Inputs]]:
+    def encoding_chunks(self, items: list[Item], tokens: int | None, batch_size: int | None) -> Chunks:
         """Chunks of ``batch_size`` images, decoded when they are needed: all pixels at once would not fit into memory."""
-        batch_size = batch_size or (32 if self.device.type == "cpu" else 256)
-        chunks = list(torch.arange(len(items)).split(batch_size))
-        return chunks, lambda rows: self.prepare([items[i] for i in rows.tolist()])
+        chunks = torch.arange(len(items)).split(batch_size or (32 if self.device.type == "cpu" else 256))
+        return list(chunks), lambda rows: self.prepare([items[i] for i in rows.tolist()])
 
     def mixes_rows(self) -> bool:
         """Whether an embedding depends on the other rows of its chunk while training."""
@@ -114,9 +98,8 @@ class ImageEncoder(PoolingMixin, Encoder):
 
     def settings(self) -> dict[str, Any]:
         """How embeddings are made, as plain values."""
-        p = self.pixels
-        pixels = {"size": p.size, "channels": p.channels, "mean": list(p.mean), "std": list(p.std)}
-        return {**self.shared_settings(), "norm": self.norm, "pixels": pixels}
+        pixels = {**vars(self.pixels), "mean": list(self.pixels.mean), "std": list(self.pixels.std)}
+        return {"kind": self.kind, **self.shared_settings(), "norm": self.norm, "pixels": pixels}
 
 
 def _as_tokens(output: Any) -> tuple[Any, Tensor]:
@@ -135,7 +118,7 @@ def _check_backbone(backbone: PreTrainedModel, pixels: PixelFormat, pooling: str
     Weights that get no gradient (a pooler, a mask token) are frozen: DDP would wait for them.
     """
     name = type(backbone).__name__
-    if pooling != "cls_pooler" and any(True for _ in (getattr(backbone, "pooler", None) or nn.Identity()).parameters()):
+    if pooling != "cls_pooler" and list((getattr(backbone, "pooler", None) or nn.Identity()).parameters()):
         backbone.pooler = None  # type: ignore[assignment]
     training = backbone.training
     x = torch.randn(1, pixels.channels, pixels.size, pixels.size, generator=torch.Generator().manual_seed(0))
@@ -143,16 +126,13 @@ def _check_backbone(backbone: PreTrainedModel, pixels: PixelFormat, pooling: str
         output = backbone.eval()(pixel_values=x)
         hidden = output.last_hidden_state
     except Exception as error:  # models raise errors of many types
-        raise InputError(
-            f"`backbone`: {name} does not take images of {pixels.channels} channels and {pixels.size} x {pixels.size} pixels "
-            f"({first_line(error)}). Change `pixels.size`, `pixels.channels` or the `backbone`."
-        ) from error
-    if pooling == "cls" and hidden.ndim == 4:
-        raise InputError(f"`pooling`=cls: {name} has no such token. Use `pooling`=mean.")
-    if pooling == "cls_pooler" and getattr(output, "pooler_output", None) is None:
-        raise InputError(f"`pooling`=cls_pooler: {name} has no pooler. Use `pooling`=mean.")
+        given = f"images of {pixels.channels} channels and {pixels.size} x {pixels.size} pixels ({first_line(error)})"
+        advice = "Change `pixels.size`, `pixels.channels` or the `backbone`."
+        raise InputError(f"`backbone`: {name} does not take {given}. {advice}") from error
+    require(pooling != "cls" or hidden.ndim != 4, f"`pooling`=cls: {name} has no such token. Use `pooling`=mean.")
     tokens, _ = _as_tokens(output)
     used = tokens.pooler_output if pooling == "cls_pooler" else tokens.last_hidden_state
+    require(used is not None, f"`pooling`=cls_pooler: {name} has no pooler. Use `pooling`=mean.")
     used.sum().backward()
     for p in backbone.parameters():
         p.requires_grad_(p.grad is not None and p.requires_grad)
@@ -167,12 +147,10 @@ def _batch_norms(module: nn.Module) -> list[nn.Module]:
 
 def _replace_batch_norms(module: nn.Module) -> None:
     """Replace batch normalization by group normalization of up to 32 groups, with the same scale and shift."""
-    for name, child in module.named_children():
+    for name, child in list(module.named_modules()):
         if isinstance(child, nn.BatchNorm2d):
             size = child.num_features
             groups = next(g for g in (32, 16, 8, 4, 2, 1) if (size % g == 0 and size >= 4 * g) or g == 1)
             norm = nn.GroupNorm(groups, size, child.eps)
             norm.load_state_dict({"weight": child.weight, "bias": child.bias})
-            setattr(module, name, norm)
-        else:
-            _replace_batch_norms(child)
+            module.set_submodule(name, norm)

@@ -7,6 +7,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from tercet.errors import InputError
+from tercet.errors import InputError, check_choice
 from tercet.models.encoder import Encoder
 from tercet.models.engine.chunking import Execution
 from tercet.models.engine.packing import KEY_VALUE
@@ -24,7 +25,6 @@ from tercet.types import Inputs, Item, TokenBatch
 
 FILE = "model.onnx"
 SETTINGS = "onnx.json"
-PRECISIONS = ("float32", "int8")
 
 
 def export_onnx(encoder: Encoder, folder: Path, precision: str = "float32") -> None:
@@ -32,27 +32,22 @@ def export_onnx(encoder: Encoder, folder: Path, precision: str = "float32") -> N
 
     ``int8``: linear layers in 8 bits, with a scale for each output column of the weights and one for the activations of a
     chunk, found at run time. The values of attention stay in float32: rounding them costs most (docs/lab/benchmarks.md). A CPU
-    without VNNI adds two products in 16 bits, which may saturate.
-
-    Raises:
-        InputError: not an encoder of texts by a transformer, an unknown precision, or onnx is not installed.
+    without VNNI adds two products in 16 bits, which may saturate. ``InputError`` if the encoder is not a text transformer.
     """
-    if precision not in PRECISIONS:
-        raise InputError(f"`precision`={precision}: choose one of {', '.join(PRECISIONS)}.")
+    check_choice("precision", precision, ("float32", "int8"))
     if not isinstance(encoder, TextEncoder) or isinstance(encoder.backbone, WordModel):
         raise InputError("export is for texts through one transformer; this model is of another kind.")
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / FILE
-    with _explain_missing_package():
-        import onnx
-        from onnxruntime.quantization import QuantType, quantize_dynamic
+    onnx, quantization = _import("onnx"), _import("onnxruntime.quantization")
     _write_float32(encoder, target)
     if precision == "int8":
         full = target.rename(folder / "float32.onnx")
         excluded = [node.name for node in onnx.load(full).graph.node if _makes_values(node)]
-        options = {"per_channel": True, "weight_type": QuantType.QInt8, "op_types_to_quantize": ["MatMul", "Gemm"]}
+        kind = quantization.QuantType.QInt8
+        options = {"per_channel": True, "weight_type": kind, "op_types_to_quantize": ["MatMul", "Gemm"]}
         with _silence_exporter():
-            quantize_dynamic(full, target, nodes_to_exclude=excluded, **options)
+            quantization.quantize_dynamic(full, target, nodes_to_exclude=excluded, **options)
         full.unlink()
     encoder.tokenizer.save_pretrained(folder)
     # "sides" is num_outputs in the files of all versions.
@@ -64,24 +59,24 @@ class ONNXEncoder(Encoder):
     """An exported encoder: ``TokenBatch -> (N, D)`` by ONNX Runtime on the CPU. It has no weights and cannot be trained."""
 
     kind = "text"
+    device = torch.device("cpu")
+    dim, num_outputs = 0, 1  # replaced by those that are saved
 
     def __init__(self, folder: Path) -> None:
         super().__init__(Execution(layout="sorted", dropout="torch"))
-        with _explain_missing_package():
-            import onnxruntime
+        onnxruntime = _import("onnxruntime")
         self.saved: dict[str, Any] = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        self.max_length, self.dim, self.num_outputs = (int(self.saved[key]) for key in ("max_length", "dim", "sides"))
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         self.session = onnxruntime.InferenceSession(str(folder / FILE), options, providers=["CPUExecutionProvider"])
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-        self.max_length: int = self.saved["max_length"]
 
     def run(self, inputs: Inputs, execution: Execution) -> Tensor:
         """``TokenBatch -> (N, D)``."""
-        return execution.run(self.embed, inputs)
+        return execution.run(self._embed, inputs)
 
-    def embed(self, rows: TokenBatch) -> Tensor:
-        """``n`` rows to ``(n, D)`` in one pass."""
+    def _embed(self, rows: TokenBatch) -> Tensor:
         ids, mask, _ = rows.pad(int(self.tokenizer.pad_token_id or 0))
         (z,) = self.session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
         return torch.from_numpy(z)
@@ -93,21 +88,6 @@ class ONNXEncoder(Encoder):
     def settings(self) -> dict[str, Any]:
         """The content of ``onnx.json``."""
         return dict(self.saved)
-
-    @property
-    def dim(self) -> int:
-        """D."""
-        return int(self.saved["dim"])
-
-    @property
-    def num_outputs(self) -> int:
-        """That of the encoder that was exported."""
-        return int(self.saved["sides"])
-
-    @property
-    def device(self) -> torch.device:
-        """The CPU."""
-        return torch.device("cpu")
 
 
 def _makes_values(node: Any) -> bool:
@@ -125,9 +105,8 @@ class _PaddedEncoder(nn.Module):
         self.encoder.backbone.set_attn_implementation("eager")
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        output = self.encoder.backbone(
-            input_ids=input_ids, attention_mask=attention_mask, output_hidden_states=True, return_dict=True
-        )
+        arguments = {"input_ids": input_ids, "attention_mask": attention_mask}
+        output = self.encoder.backbone(**arguments, output_hidden_states=True, return_dict=True)
         return self.encoder.pool(output, attention_mask)
 
 
@@ -144,10 +123,9 @@ def _write_float32(encoder: TextEncoder, path: Path) -> None:
         program.save(path)
 
 
-@contextlib.contextmanager
-def _explain_missing_package() -> Iterator[None]:
+def _import(name: str) -> Any:
     try:
-        yield
+        return import_module(name)
     except ImportError as error:
         raise InputError(f"{error.name} is not installed: pip install 'tercet[export]'.") from error
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tercet.errors import InputError
+from tercet.errors import check_choice, require
 
 Pooling = Callable[[Any, Tensor], Tensor]  # a backbone's output and mask (n, L) to (n, H)
 
@@ -14,10 +14,6 @@ Pooling = Callable[[Any, Tensor], Tensor]  # a backbone's output and mask (n, L)
 def _mean(hidden: Tensor, mask: Tensor) -> Tensor:
     weight = mask[..., None].to(hidden.dtype)
     return (hidden * weight).sum(1) / weight.sum(1)
-
-
-def _sum(hidden: Tensor, mask: Tensor) -> Tensor:
-    return (hidden * mask[..., None].to(hidden.dtype)).sum(1)
 
 
 def _max(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -33,7 +29,8 @@ POOLINGS: dict[str, Pooling] = {
     "cls": lambda out, mask: out.last_hidden_state[:, 0],  # the first token of the last layer
     "cls_pooler": lambda out, mask: out.pooler_output,  # the first token through the model's pooler (BERT: linear and tanh)
     "mean": lambda out, mask: _mean(out.last_hidden_state, mask),  # over all tokens, special ones included as usual
-    "sum": lambda out, mask: _sum(out.last_hidden_state, mask),  # Quick-Thoughts' bag of words
+    # Quick-Thoughts' bag of words
+    "sum": lambda out, mask: (out.last_hidden_state * mask[..., None].to(out.last_hidden_state.dtype)).sum(1),
     "max": lambda out, mask: _max(out.last_hidden_state, mask),  # in each dimension
     "final": lambda out, mask: out.pooler_output,  # the final state of a recurrent backbone, of both directions
     "last": lambda out, mask: out.last_hidden_state[torch.arange(len(mask), device=mask.device), mask.sum(1) - 1],  # causal
@@ -45,18 +42,15 @@ WORD_ONLY_POOLINGS = frozenset({"final", "sum"})  # for word-level encoders only
 WORD_POOLINGS = ("final", "mean", "sum", "max")  # all that a word-level encoder can have
 NEEDS_FIRST = frozenset({"cls", "cls_pooler"})  # poolings that read first tokens only
 NEEDS_ALL_LAYERS = frozenset({"first_last", "static_last", "top_two"})
-
-
 KINDS = ("none", "linear", "mlp", "two_linear", "two_mlp")
 
 
 class Head(nn.Module):
-    """Projection head: ``none``, ``linear`` (H to D) or ``mlp`` (H to D, then tanh: SimCSE's).
+    """Projection head: ``none``, ``linear`` (H to D) or ``mlp`` (H to D, then tanh: SimCSE's); ``dim`` None means D = H.
 
     ``two_linear`` and ``two_mlp`` are two heads on one backbone, side by side: Quick-Thoughts' f and g, of D columns each.
-
     With ``train_only`` the head is skipped outside training (SimCSE's ``mlp_only_train``: unsupervised models are better
-    without, arXiv:2104.08821 Table 6). ``dim`` None means D = H.
+    without, arXiv:2104.08821 Table 6).
 
     >>> head = Head(kind="mlp", dim=2)
     >>> head.build(hidden=4, std=0.02)
@@ -66,18 +60,13 @@ class Head(nn.Module):
 
     def __init__(self, kind: str = "none", dim: int | None = None, train_only: bool = False) -> None:
         super().__init__()
-        if kind not in KINDS:
-            raise InputError(f"`kind`={kind}: choose one of {', '.join(KINDS)}.")
-        if kind == "none" and (dim is not None or train_only):
-            raise InputError(
-                f"`kind`=none has neither dim ({dim}) nor train_only ({train_only}). "
-                "Use `kind`=linear or mlp, or `dim`=null `train_only`=false."
-            )
-        if dim is not None and dim < 1:
-            raise InputError(f"`dim`={dim}: a whole number above 0, or null for the backbone's width.")
-        self.kind = kind
-        self.dim = dim
-        self.train_only = train_only
+        check_choice("kind", kind, KINDS)
+        unused = f"`kind`=none has neither dim ({dim}) nor train_only ({train_only})"
+        plain = dim is None and not train_only
+        require(kind != "none" or plain, f"{unused}. Use `kind`=linear or mlp, or `dim`=null `train_only`=false.")
+        require(dim is None or dim >= 1, f"`dim`={dim}: a whole number above 0, or null for the backbone's width.")
+        self.kind, self.dim, self.train_only = kind, dim, train_only
+        self.tanh, self.two = kind.endswith("mlp"), kind.startswith("two_")
         self.layer: nn.Module = nn.Identity()
 
     def build(self, hidden: int, std: float) -> None:
@@ -96,16 +85,11 @@ class Head(nn.Module):
     @property
     def num_outputs(self) -> int:
         """How many embeddings are side by side in a row now: 1 or 2."""
-        return 2 if self.kind.startswith("two_") and self.active() else 1
-
-    @property
-    def tanh(self) -> bool:
-        """Whether tanh follows the linear layer."""
-        return self.kind.endswith("mlp")
+        return 2 if self.two and self.active() else 1
 
     def width(self, hidden: int) -> int:
         """The number of output columns for H input columns."""
-        return (self.dim or hidden) * (2 if self.kind.startswith("two_") else 1)
+        return (self.dim or hidden) * (2 if self.two else 1)
 
     def active(self) -> bool:
         """Whether the layer is applied now."""

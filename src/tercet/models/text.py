@@ -1,20 +1,20 @@
-"""The text encoder: backbone, pooling and head."""
+"""Text encoders: backbone, pooling and head; two of them side by side."""
 
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tercet.errors import InputError
+from tercet.errors import require
 from tercet.models.encoder import Encoder, PoolingMixin
 from tercet.models.engine.backbone_runner import BackboneRunner, first_position
 from tercet.models.engine.chunking import DEFAULT_EXECUTION, Execution
-from tercet.models.engine.packing import layer_stack
 from tercet.models.pooling import NEEDS_ALL_LAYERS, NEEDS_FIRST, POOLINGS, WORD_POOLINGS, Head
 from tercet.models.words import WordModel
+from tercet.rng import derive_seed
 from tercet.types import Inputs, Item, TokenBatch
 from tercet.views import TokenInfo
 
@@ -22,12 +22,10 @@ from tercet.views import TokenInfo
 class TextEncoder(PoolingMixin, Encoder):
     """Encoder of texts by any text backbone of transformers, or a word-level one: ``TokenBatch -> (N, D)``.
 
-    ``normalize`` scales embeddings to length 1. ``max_length`` is where texts are cut, special tokens included; None is
-    the backbone's limit. ``compile`` runs the backbone through torch.compile with dynamic shapes. Padding and its removal
-    happen inside, as ``execution`` says.
+    ``normalize`` scales embeddings to length 1. Texts are cut at ``max_length`` tokens, special ones included; None is the
+    backbone's limit. ``compile`` runs the backbone through torch.compile with dynamic shapes.
 
-    >>> from tercet.models import random_backbone
-    >>> from tercet.models.vocabulary import make_tokenizer
+    >>> from tercet.models import make_tokenizer, random_backbone
     >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     >>> backbone = random_backbone({"model_type": "bert", "vocab_size": 8, **sizes})
     >>> encoder = TextEncoder(backbone, make_tokenizer(["a", "man", "plays"]), pooling="cls", head=Head("linear", 3))
@@ -38,23 +36,13 @@ class TextEncoder(PoolingMixin, Encoder):
     kind = "text"
 
     def __init__(
-        self,
-        backbone: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        pooling: str = "mean",
-        head: Head | None = None,
-        normalize: bool = False,
-        max_length: int | None = None,
-        execution: Execution = DEFAULT_EXECUTION,
-        compile: bool = False,
-    ) -> None:
-        words = backbone.config.vocab_size
+        self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pooling: str = "mean", head: Head | None = None,
+        normalize: bool = False, max_length: int | None = None, execution: Execution = DEFAULT_EXECUTION, compile: bool = False,
+    ) -> None:  # fmt: skip
         _check_pooling(backbone, pooling)
-        if len(tokenizer) > words:
-            raise InputError(
-                f"The tokenizer has {len(tokenizer)} pieces, the backbone's vocabulary only {words}. "
-                "Use the model's own `tokenizer.name`, or a larger `backbone.config.vocab_size`."
-            )
+        pieces, words = len(tokenizer), backbone.config.vocab_size
+        advice = "Use the model's own `tokenizer.name`, or a larger `backbone.config.vocab_size`."
+        require(pieces <= words, f"The tokenizer has {pieces} pieces, the backbone's vocabulary only {words}. {advice}")
         if pooling != "cls_pooler" and hasattr(backbone, "pooler"):
             backbone.pooler = None  # type: ignore[assignment]  # gets no gradient, for which DDP would wait
         super().__init__(execution)
@@ -66,11 +54,8 @@ class TextEncoder(PoolingMixin, Encoder):
 
     def run(self, inputs: Inputs, execution: Execution) -> Tensor:
         """``TokenBatch -> (N, D)``."""
-        return execution.run(partial(self.embed, packed=execution.layout == "packed"), inputs)
-
-    def embed(self, rows: TokenBatch, packed: bool) -> Tensor:
-        """``n`` rows to ``(n, D)`` in one pass."""
-        return self.pool(*self.runner(rows, packed, self.pooling in NEEDS_FIRST, self.pooling in NEEDS_ALL_LAYERS))
+        options = (execution.layout == "packed", self.pooling in NEEDS_FIRST, self.pooling in NEEDS_ALL_LAYERS)
+        return execution.run(lambda rows: self.pool(*self.runner(rows, *options)), inputs)
 
     def prepare(self, items: Sequence[Item]) -> TokenBatch:
         """Token ids with special tokens, cut at ``max_length``."""
@@ -78,12 +63,12 @@ class TextEncoder(PoolingMixin, Encoder):
 
     def settings(self) -> dict[str, Any]:
         """How embeddings are made, as plain values."""
-        return {**self.shared_settings(), "max_length": self.max_length}
+        return {"kind": self.kind, **self.shared_settings(), "max_length": self.max_length}
 
     @property
     def deterministic_dropout(self) -> bool:
         """Whether dropout draws from seeds: where it is chosen, and by default on a CPU, where it costs less than torch's."""
-        chosen = self.execution.dropout == "deterministic" or (self.execution.dropout == "auto" and self.device.type == "cpu")
+        chosen = {"deterministic": True, "auto": self.device.type == "cpu", "torch": False}[self.execution.dropout]
         return chosen and self.runner.dropout_seeds is not None
 
     def describe_execution(self) -> str:
@@ -104,15 +89,66 @@ class TextEncoder(PoolingMixin, Encoder):
         longest = max_row_length(self.backbone, self.tokenizer)
         return TokenInfo(word_starts(self.tokenizer), special, self.tokenizer.mask_token_id, longest)
 
-    def layer_stack(self) -> nn.ModuleList | None:
-        """The backbone's stack of layers."""
-        return layer_stack(self.backbone)
+
+class DualEncoder(Encoder):
+    """Two encoders without shared weights: ``TokenBatch -> (N, 2 D)``, the embeddings of ``f`` and ``g`` concatenated.
+
+    Each has length 1 if its own ``normalize`` says so. ``tokenizer`` serves both; None is that of ``f``.
+
+    >>> from tercet.models import make_tokenizer, word_backbone
+    >>> tokenizer = make_tokenizer(["a", "man", "plays"])
+    >>> f, g = (TextEncoder(word_backbone(tokenizer, hidden_size=8), tokenizer, pooling="final") for _ in "fg")
+    >>> DualEncoder(f, g).encode(["a man plays"]).shape
+    torch.Size([1, 16])
+    """
+
+    kind = "towers"
+    num_outputs = 2
+
+    def __init__(self, f: TextEncoder, g: TextEncoder, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        tokenizer = f.tokenizer if tokenizer is None else tokenizer
+        for name, part in (("f", f), ("g", g)):
+            same_tokens, kind = part.tokenizer.get_vocab() == tokenizer.get_vocab(), part.head.kind
+            require(same_tokens, f"`{name}.tokenizer` is not `tokenizer`: both encoders read the same tokens.")
+            require(part.num_outputs == 1, f"`{name}.head.kind`={kind}: each encoder has one output. Use linear, mlp or none.")
+        require(f.dim == g.dim, f"`f` has {f.dim} columns, `g` {g.dim}: their product needs equally many.")
+        super().__init__(f.execution)
+        # One copy of equal pretrained word vectors, as in the authors' code: they are large and are not trained.
+        first, second = (getattr(getattr(part.backbone, "embeddings", None), "fixed", None) for part in (f, g))
+        if first is not None and second is not None and torch.equal(first.weight, second.weight):
+            second.weight = first.weight
+        self.f, self.g, self.tokenizer = f, g, tokenizer
+
+    def run(self, inputs: Inputs, execution: Execution) -> Tensor:
+        """``TokenBatch -> (N, 2 D)``; deterministic dropout has other masks in ``g``."""
+        assert isinstance(inputs, TokenBatch)
+        z, seed = self.f.run(inputs, execution), inputs.state.dropout_seed
+        if seed is not None:
+            inputs = replace(inputs, state=replace(inputs.state, dropout_seed=derive_seed(seed, 1)))
+        return torch.cat([z, self.g.run(inputs, execution)], -1)
+
+    def prepare(self, items: Sequence[Item]) -> TokenBatch:
+        """Token ids, cut at the ``max_length`` of ``f``."""
+        return self.f.prepare(items)
+
+    def settings(self) -> dict[str, Any]:
+        """The settings of both."""
+        return {"kind": self.kind, "f": self.f.settings(), "g": self.g.settings()}
+
+    @property
+    def dim(self) -> int:
+        """2 D."""
+        return self.f.dim + self.g.dim
+
+    def text_parts(self) -> list[TextEncoder]:
+        """Both encoders."""
+        return [self.f, self.g]
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], max_length: int) -> TokenBatch:
     """Texts to ids with special tokens."""
-    if any(isinstance(item, bytes) for item in items):
-        raise InputError("This model reads text, but was given images. Use a model of images, or texts.")
+    images = any(isinstance(item, bytes) for item in items)
+    require(not images, "This model reads text, but was given images. Use a model of images, or texts.")
     ids = tokenizer(list(items), truncation=True, max_length=max_length, return_attention_mask=False)
     unknown = [tokenizer.unk_token_id or 0]  # for an empty text without special tokens
     return TokenBatch.from_lists([row or unknown for row in ids["input_ids"]])
@@ -120,23 +156,18 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], max_leng
 
 def _check_pooling(backbone: PreTrainedModel, pooling: str) -> None:
     name, word_level = type(backbone).__name__, isinstance(backbone, WordModel)
-    if pooling not in POOLINGS:
-        raise InputError(f"`pooling`={pooling}: choose one of {', '.join(POOLINGS)}.")
-    if pooling == "cls_pooler" and getattr(backbone, "pooler", None) is None:
-        raise InputError(f"`pooling`=cls_pooler: {name} has no pooler. Use `pooling`=cls.")
-    if pooling == "final" and getattr(backbone, "recurrent", None) is None:
-        raise InputError(f"`pooling`=final: {name} is not recurrent. Use `pooling`=mean.")
-    if pooling == "sum" and not word_level:
-        raise InputError("`pooling`=sum is for word-level encoders. Use `pooling`=mean.")
-    if word_level and pooling not in WORD_POOLINGS:
-        raise InputError(f"`pooling`={pooling}: for a word-level encoder choose one of {', '.join(WORD_POOLINGS)}.")
+    choose, choices = ("for a word-level encoder choose", WORD_POOLINGS) if word_level else ("choose", tuple(POOLINGS))
+    require(pooling in choices, f"`pooling`={pooling}: {choose} one of {', '.join(choices)}.")
+    has_pooler, is_recurrent = (getattr(backbone, part, None) is not None for part in ("pooler", "recurrent"))
+    require(pooling != "cls_pooler" or has_pooler, f"`pooling`=cls_pooler: {name} has no pooler. Use `pooling`=cls.")
+    require(pooling != "final" or is_recurrent, f"`pooling`=final: {name} is not recurrent. Use `pooling`=mean.")
+    require(pooling != "sum" or word_level, "`pooling`=sum is for word-level encoders. Use `pooling`=mean.")
 
 
 def max_row_length(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """The most tokens of a row that the backbone takes."""
     positions = getattr(backbone.config, "max_position_embeddings", None) or 10**9
-    positions -= first_position(backbone)
-    return int(min(positions, tokenizer.model_max_length))
+    return int(min(positions - first_position(backbone), tokenizer.model_max_length))
 
 
 CONTINUES = "##"  # marks a continuation in WordPiece

@@ -1,19 +1,19 @@
 """Word vocabularies, and their expansion with pretrained vectors."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from tercet.errors import InputError
+from tercet.errors import InputError, require
 from tercet.models.encoder import Encoder
-from tercet.models.folder import build_encoder, dual_encoder
-from tercet.models.text import TextEncoder
+from tercet.models.folder import build_encoder
+from tercet.models.text import DualEncoder, TextEncoder
 from tercet.models.words import WordModel, WordVectors, read_vectors
 from tercet.types import Source
 
@@ -21,7 +21,6 @@ UNKNOWN, PAD = "[UNK]", "[PAD]"
 # Clitics are split as in the Penn Treebank ("do n't", "it 's"), which GloVe and SentEval's texts follow; otherwise a word is
 # a run of letters or digits, or any other single character.
 WORD = r"\w+?(?=n['’]t\b)|n['’]t\b|['’](?:s|S|m|d|ll|re|ve)\b|\w+|[^\w\s]"
-
 _counted: dict[tuple[Any, ...], tuple[str, ...]] = {}
 
 
@@ -41,18 +40,12 @@ def word_tokenizer(
     >>> tokenizer = word_tokenizer(Texts(), minimum=2)
     >>> tokenizer.convert_ids_to_tokens(tokenizer("A man eats.")["input_ids"])
     ['A', 'man', '[UNK]', '.']
-
-    Raises:
-        InputError: there is neither source nor vectors, or no word is left.
     """
-    if source is None and vectors is None:
-        raise InputError("`source` is null: then the words come from `vectors`; name a file.")
-    if size < 1 or minimum < 1:
-        raise InputError(f"`size`={size}, `minimum`={minimum}: 1 or more.")
+    require(source is not None or vectors is not None, "`source` is null: then the words come from `vectors`; name a file.")
+    require(size >= 1 and minimum >= 1, f"`size`={size}, `minimum`={minimum}: 1 or more.")
     words = list(_frequent_words(source, size, minimum, lowercase)) if source is not None else []
-    if source is not None and not words:
-        raise InputError(f"`minimum`={minimum}: no word occurs so often. Use a smaller number.")
     counted = len(words)
+    require(counted or source is None, f"`minimum`={minimum}: no word occurs so often. Use a smaller number.")
     if vectors is not None:
         words += read_vectors(vectors, "vectors").words
     tokenizer = make_tokenizer(words, lowercase)
@@ -68,8 +61,7 @@ def make_tokenizer(words: list[str], lowercase: bool = False) -> PreTrainedToken
     """
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys([UNKNOWN, PAD, *words]))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
-    steps: list[Any] = [normalizers.NFC(), *([normalizers.Lowercase()] if lowercase else [])]
-    tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), *([normalizers.Lowercase()] if lowercase else [])])
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(WORD), "removed", invert=True)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=UNKNOWN, pad_token=PAD)
 
@@ -80,17 +72,11 @@ def _frequent_words(source: Source, size: int, minimum: int, lowercase: bool) ->
     if key not in _counted:
         tokenizer = make_tokenizer([], lowercase).backend_tokenizer
         trainer = trainers.WordLevelTrainer(vocab_size=size, min_frequency=minimum, special_tokens=[], show_progress=False)
-        tokenizer.train_from_iterator(_texts(source), trainer)
+        batches = source.rows().iter(batch_size=1000)
+        tokenizer.train_from_iterator((batch[column] for batch in batches for column in source.columns), trainer)
         ids = tokenizer.get_vocab(with_added_tokens=False)
         _counted[key] = tuple(sorted((word for word in ids if word not in (UNKNOWN, PAD)), key=ids.__getitem__))
     return _counted[key]
-
-
-def _texts(source: Source) -> Iterator[list[str]]:
-    rows = source.rows()
-    for batch in rows.iter(batch_size=1000):
-        for column in source.columns:
-            yield batch[column]
 
 
 @dataclass(frozen=True)
@@ -107,16 +93,14 @@ def expand_vocabulary(encoder: Encoder, vectors: WordVectors) -> tuple[Encoder, 
 
     For each table E of learned vectors the map is argmin over A, b of sum over shared words of ||A v + b - E[w]||^2,
     without a penalty (Quick-Thoughts, section 4.1 and the authors' code; Kiros et al. 2015, arXiv:1506.06726, section
-    2.2). Words of the training vocabulary keep their vectors; words with "_" (phrases) are left out.
-
-    Raises:
-        InputError: the encoder learns no word vectors, or shares fewer words with ``vectors`` than a map needs.
+    2.2). Words of the training vocabulary keep their vectors; words with "_" (phrases) are left out. ``InputError`` if the
+    encoder learns no word vectors, or shares fewer words with ``vectors`` than a map needs.
     """
     parts = encoder.text_parts()
-    if not parts or not all(isinstance(part.backbone, WordModel) for part in parts):
-        raise InputError("This model learns no word vectors: only a word-level one does (GRU, LSTM, bag of words).")
+    learns = parts and all(isinstance(part.backbone, WordModel) for part in parts)
+    require(learns, "This model learns no word vectors: only a word-level one does (GRU, LSTM, bag of words).")
     made, shared, new, fits = zip(*(_expand(part, vectors) for part in parts), strict=True)
-    return dual_encoder(*made) if len(made) == 2 else made[0], Expansion(shared[-1], new[-1], fits)
+    return DualEncoder(*made) if len(made) == 2 else made[0], Expansion(shared[-1], new[-1], fits)
 
 
 def _expand(part: TextEncoder, vectors: WordVectors) -> tuple[TextEncoder, int, int, float]:
@@ -126,69 +110,47 @@ def _expand(part: TextEncoder, vectors: WordVectors) -> tuple[TextEncoder, int, 
     table = backbone.embeddings.trained
     if table is None:
         raise InputError("This model's word vectors are all pretrained; there is nothing to map to.")
-    words = backbone.config.trained_words
-    usable = _keeps_whole(part.tokenizer, vectors.words)
-    row = {word: i for i, word in enumerate(vectors.words) if usable[i]}
+    words, size = backbone.config.trained_words, vectors.matrix.shape[1]
+    row = {word: i for i, word in enumerate(vectors.words) if _keeps_whole(part.tokenizer, word)}
     shared = [word for word in row if 2 <= ids.get(word, words) < words]
-    size = vectors.matrix.shape[1]
-    if len(shared) <= size:
-        raise InputError(
-            f"`vectors`: {len(shared)} of their words are in the model's vocabulary; a map of {size} columns needs more "
-            "than that. Is it the right file, and does its case agree with the model's tokenizer?"
-        )
+    few = f"`vectors`: {len(shared)} of their words are in the model's vocabulary; a map of {size} columns needs more."
+    require(len(shared) > size, f"{few} Is it the right file, and does its case agree with the model's tokenizer?")
     source, target = vectors.matrix[[row[w] for w in shared]], table.weight.detach()[[ids[w] for w in shared]].cpu()
     weight, fit = _fit_linear_map(source, target)
     ordered = sorted(ids, key=ids.__getitem__)
-    learned = ordered[:words]
-    has_vector = set(learned)
-    new = [word for word in row if word not in has_vector]
+    new = [word for word in row if ids.get(word, words) >= words]
     rest = [word for word in ordered[words:] if word not in row]
-    mapped = _append_ones(vectors.matrix[[row[w] for w in new]]) @ weight
-    tokenizer = _with_words(part.tokenizer, [*learned, *new, *rest])
-    expanded = _with_table(part, tokenizer, torch.cat([table.weight.detach().cpu(), mapped]), ids)
+    mapped = pad(vectors.matrix[[row[w] for w in new]], (0, 1), value=1) @ weight
+    expanded = _with_words(part, [*ordered[:words], *new, *rest], torch.cat([table.weight.detach().cpu(), mapped]))
     return expanded, len(shared), len(new), fit
-
-
-def _append_ones(x: Tensor) -> Tensor:
-    return torch.cat([x, x.new_ones(len(x), 1)], 1)
 
 
 def _fit_linear_map(source: Tensor, target: Tensor) -> tuple[Tensor, float]:
     """``(E + 1, D)`` weights, of which the last row is the constant, and R² on the same data."""
-    x = _append_ones(source.double())
+    x = pad(source.double(), (0, 1), value=1)
     weight = torch.linalg.lstsq(x, target.double()).solution
     residual = (x @ weight - target).square().sum()
     return weight.float(), float(1 - residual / (target - target.mean(0)).square().sum())
 
 
-def _keeps_whole(tokenizer: PreTrainedTokenizerBase, words: list[str]) -> list[bool]:
-    """Which words the tokenizer leaves unchanged: in one piece, with the same case."""
+def _keeps_whole(tokenizer: PreTrainedTokenizerBase, word: str) -> bool:
+    """Whether the tokenizer leaves the word unchanged: in one piece, with the same case."""
     backend = tokenizer.backend_tokenizer
-
-    def keeps(word: str) -> bool:
-        if "_" in word or word in (UNKNOWN, PAD) or backend.normalizer.normalize_str(word) != word:
-            return False
-        return [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(word)] == [word]
-
-    return [keeps(word) for word in words]
+    if "_" in word or word in (UNKNOWN, PAD) or backend.normalizer.normalize_str(word) != word:
+        return False
+    return [piece for piece, _ in backend.pre_tokenizer.pre_tokenize_str(word)] == [word]
 
 
-def _with_words(tokenizer: PreTrainedTokenizerBase, words: list[str]) -> PreTrainedTokenizerFast:
-    """The same tokenizer with another vocabulary; the first two words stay."""
-    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+def _with_words(part: TextEncoder, words: list[str], table: Tensor) -> TextEncoder:
+    """The same encoder with other words, of which the first two stay, and another table of learned vectors."""
+    before, spec = part.tokenizer.get_vocab(), json.loads(part.tokenizer.backend_tokenizer.to_str())
     spec["model"]["vocab"] = {word: i for i, word in enumerate(words)}
-    made = Tokenizer.from_str(json.dumps(spec))
-    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token=UNKNOWN, pad_token=PAD)
-
-
-def _with_table(part: TextEncoder, tokenizer: PreTrainedTokenizerFast, table: Tensor, before: dict[str, int]) -> TextEncoder:
-    """The same encoder with another tokenizer and table of learned vectors; ``before`` are the ids of the old tokenizer."""
-    backbone = part.backbone
-    assert isinstance(backbone, WordModel)
+    replaced = Tokenizer.from_str(json.dumps(spec))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=replaced, unk_token=UNKNOWN, pad_token=PAD)
+    backbone: Any = part.backbone  # a WordModel
     values = {**backbone.config.to_dict(), "vocab_size": len(tokenizer), "trained_words": len(table)}
     new = WordModel(type(backbone.config).from_dict(values))
-    weights = backbone.state_dict()
-    weights["embeddings.trained.weight"] = table
+    weights = {**backbone.state_dict(), "embeddings.trained.weight": table}
     if backbone.embeddings.fixed is not None:  # zero for a word without a pretrained vector, as before
         fixed = torch.zeros(len(tokenizer), new.config.fixed_dim)
         pairs = [(i, before[word]) for word, i in tokenizer.get_vocab().items() if word in before]

@@ -3,7 +3,7 @@
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from tercet.errors import InputError
+from tercet.errors import InputError, check_choice, require
 from tercet.messages import warn_once
 from tercet.models.engine.transformers_compat import initialize_uniform
 from tercet.paths import locate
@@ -28,27 +28,15 @@ class WordVectors(NamedTuple):
     matrix: Tensor
 
 
-def read_vectors(path: str, parameter: str = "path") -> WordVectors:
-    """Read pretrained word vectors: GloVe's or word2vec's text format, or a folder. A relative path may be below TERCET_DATA.
-
-    Raises:
-        InputError: naming ``parameter``: there is no such file, or a line that is not a word with E numbers.
-    """
-    try:
-        return _read(path)
-    except InputError as error:
-        raise InputError(f"`{parameter}`={error}") from error
-
-
 @lru_cache(maxsize=1)  # the tokenizer and the backbone read the same file
-def _read(path: str) -> WordVectors:
-    file = locate(path)
-    if not file.exists():
-        raise InputError(f"{path} does not exist. It takes {ACCEPTED}.")
+def read_vectors(path: str, parameter: str = "path") -> WordVectors:
+    """Read pretrained word vectors: GloVe's or word2vec's text format, or a folder. ``InputError`` names ``parameter``."""
+    file, name = locate(path), f"`{parameter}`={path}"
+    require(file.exists(), f"{name} does not exist. It takes {ACCEPTED}.")
     try:
-        words, matrix = _read_folder(file, path) if file.is_dir() else _read_text(file, path)
+        words, matrix = _read_folder(file, name) if file.is_dir() else _read_text(file, name)
     except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text ({error}). It takes {ACCEPTED}.") from error
+        raise InputError(f"{name} is not UTF-8 text ({error}). It takes {ACCEPTED}.") from error
     first = {word: row for row, word in reversed(list(enumerate(words)))}
     if len(first) < len(words):
         warn_once(f"{path}: {len(words) - len(first)} words occur more than once; their first vector is used.")
@@ -59,17 +47,14 @@ def _read(path: str) -> WordVectors:
 
 def _read_folder(folder: Path, name: str) -> tuple[list[str], Tensor]:
     for file in ("embeddings.safetensors", "vocab.txt"):
-        if not (folder / file).is_file():
-            raise InputError(f"{name} has no {file}. It takes {ACCEPTED}.")
+        require((folder / file).is_file(), f"{name} has no {file}. It takes {ACCEPTED}.")
     words = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
     words = words[:-1] if words[-1] == "" else words
     tensors = load_file(folder / "embeddings.safetensors")
     matrix = next(iter(tensors.values())).float()
-    if len(tensors) != 1 or matrix.ndim != 2 or len(matrix) != len(words):
-        shapes = ", ".join(f"{key} {tuple(value.shape)}" for key, value in tensors.items())
-        raise InputError(
-            f"{name}: vocab.txt has {len(words)} words, embeddings.safetensors holds {shapes}; a row each is needed."
-        )
+    fits = len(tensors) == 1 and matrix.ndim == 2 and len(matrix) == len(words)
+    held = ", ".join(f"{key} {tuple(value.shape)}" for key, value in tensors.items())
+    require(fits, f"{name}: vocab.txt has {len(words)} words, embeddings.safetensors holds {held}; a row each is needed.")
     return words, matrix
 
 
@@ -78,9 +63,8 @@ def _read_text(file: Path, name: str) -> tuple[list[str], Tensor]:
     rows: list[np.ndarray] = []
     with file.open(encoding="utf-8", newline="\n") as lines:
         first = next(lines, "")
-        if not first.strip():
-            raise InputError(f"{name} is empty. It takes {ACCEPTED}.")
         head = first.split()
+        require(head, f"{name} is empty. It takes {ACCEPTED}.")
         has_header = len(head) == 2 and all(part.isdigit() for part in head)  # word2vec's: number of words and E
         size = int(head[1]) if has_header else len(head) - 1
         for number, line in enumerate(lines if has_header else chain([first], lines), start=2 if has_header else 1):
@@ -88,14 +72,11 @@ def _read_text(file: Path, name: str) -> tuple[list[str], Tensor]:
             values = _parse_numbers(parts)
             too_many = " " in word and _parse_numbers(word.rsplit(" ", 1)[1:]) is not None  # a number at the word's end
             if len(parts) != size or size < 1 or values is None or not word or too_many:
-                raise InputError(
-                    f"{name}, line {number}: a word and {max(size, 1)} numbers are needed, as in the first line; "
-                    f"it begins with {line.strip()[:30]!r}. Correct or delete the line."
-                )
+                needed = f"a word and {max(size, 1)} numbers are needed, as in the first line"
+                raise InputError(f"{name}, line {number}: {needed}; correct or delete it: {line.strip()[:30]!r}")
             words.append(word)
             rows.append(values)
-    if not rows:
-        raise InputError(f"{name} has a header and no vectors. It takes {ACCEPTED}.")
+    require(rows, f"{name} has a header and no vectors. It takes {ACCEPTED}.")
     return words, torch.from_numpy(np.stack(rows))
 
 
@@ -112,34 +93,17 @@ CELLS: dict[str, type[nn.GRU] | type[nn.LSTM] | None] = {"gru": nn.GRU, "lstm": 
 
 
 class WordConfig(PreTrainedConfig):
-    """Configuration of ``WordModel``.
-
-    The first ``trained_words`` ids have learned vectors of ``trained_dim`` columns; all have ``fixed_dim`` pretrained ones.
-    """
+    """The first ``trained_words`` ids have learned vectors of ``trained_dim`` columns; all have ``fixed_dim`` fixed ones."""
 
     model_type = "tercet_words"
-
-    def __init__(
-        self,
-        vocab_size: int = 2,
-        cell: str = "gru",
-        hidden_size: int = 2,
-        bidirectional: bool = False,
-        trained_words: int = 2,
-        trained_dim: int = 2,
-        fixed_dim: int = 0,
-        dropout: float = 0.0,
-        **others: Any,
-    ) -> None:
-        self.vocab_size = vocab_size
-        self.cell = cell
-        self.hidden_size = hidden_size
-        self.bidirectional = bidirectional
-        self.trained_words = trained_words
-        self.trained_dim = trained_dim
-        self.fixed_dim = fixed_dim
-        self.dropout = dropout
-        super().__init__(**others)
+    vocab_size: int = 2
+    cell: str = "gru"
+    hidden_size: int = 2
+    bidirectional: bool = False
+    trained_words: int = 2
+    trained_dim: int = 2
+    fixed_dim: int = 0
+    dropout: float = 0.0
 
 
 class WordEmbeddings(nn.Module):
@@ -169,18 +133,17 @@ class WordEmbeddings(nn.Module):
         assert self.fixed is not None
         ids = tokenizer.get_vocab()
         pairs = [(ids[word], row) for row, word in enumerate(vectors.words) if word in ids]
-        if not pairs:
-            raise InputError("`vectors`: none of its words is in the vocabulary. Does its case agree with the `tokenizer`?")
+        require(pairs, "`vectors`: none of its words is in the vocabulary. Does its case agree with the `tokenizer`?")
         targets, rows = (torch.tensor(column) for column in zip(*pairs, strict=True))
         self.fixed.weight.zero_()
         self.fixed.weight[targets] = vectors.matrix[rows]
 
 
 class WordModel(PreTrainedModel):
-    """Word vectors, then a GRU or LSTM of one layer, or nothing (``bag``): Quick-Thoughts' encoders.
+    """Word vectors, then a GRU or LSTM of one layer, or nothing (``bag``): Quick-Thoughts' encoders (arXiv:1803.02893).
 
     ``last_hidden_state (n, L, H)``; ``pooler_output (n, H)`` is the final state, of both directions concatenated (H/2
-    each), None for a bag (Logeswaran and Lee 2018, arXiv:1803.02893).
+    each), None for a bag.
     """
 
     config_class = WordConfig
@@ -191,8 +154,7 @@ class WordModel(PreTrainedModel):
         super().__init__(config)
         self.embeddings = WordEmbeddings(config)
         self.dropout = nn.Dropout(config.dropout)
-        cell = CELLS[config.cell]
-        width = config.trained_dim + config.fixed_dim
+        cell, width = CELLS[config.cell], config.trained_dim + config.fixed_dim
         size = config.hidden_size // (2 if config.bidirectional else 1)
         self.recurrent = cell(width, size, batch_first=True, bidirectional=config.bidirectional) if cell else None
         self.post_init()  # type: ignore[no-untyped-call]
@@ -206,12 +168,9 @@ class WordModel(PreTrainedModel):
         return self.embeddings
 
     def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
+        self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, inputs_embeds: Tensor | None = None,
         output_hidden_states: bool = False,
-    ) -> BaseModelOutputWithPooling:
+    ) -> BaseModelOutputWithPooling:  # fmt: skip
         """``ids (n, L)`` (or their embeddings) and ``mask (n, L)``, padded on the right; padding has no influence."""
         x = self.dropout(self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds)
         if self.recurrent is None:
@@ -229,38 +188,28 @@ AutoModel.register(WordConfig, WordModel)
 
 
 def word_backbone(
-    tokenizer: PreTrainedTokenizerBase,
-    cell: str = "gru",
-    hidden_size: int | None = 1200,
-    bidirectional: bool = False,
-    trained_dim: int = 620,
-    vectors: str | None = None,
-    dropout: float = 0.0,
-) -> WordModel:
+    tokenizer: PreTrainedTokenizerBase, cell: str = "gru", hidden_size: int | None = 1200, bidirectional: bool = False,
+    trained_dim: int = 620, vectors: str | None = None, dropout: float = 0.0,
+) -> WordModel:  # fmt: skip
     """Make a word-level backbone for the words of ``tokenizer``; the defaults are Quick-Thoughts' (arXiv:1803.02893).
 
     ``cell`` is gru, lstm or bag (no recurrence). Word vectors have ``trained_dim`` learned columns (0 is none) and those of
     the file ``vectors``, which stay fixed (None is none; zeros for a word that it lacks). ``hidden_size`` is the width of
     the state, both directions together; None for a bag.
 
-    >>> from tercet.models.vocabulary import make_tokenizer
+    >>> from tercet.models import make_tokenizer
     >>> word_backbone(make_tokenizer(["a", "man"]), hidden_size=8, trained_dim=4).config.trained_words
     4
-
-    Raises:
-        InputError: a size that cannot be.
     """
-    if cell not in CELLS:
-        raise InputError(f"`cell`={cell}: choose one of {', '.join(CELLS)}.")
-    if not 0 <= dropout < 1:
-        raise InputError(f"`dropout`={dropout}: a rate from 0 to below 1.")
-    if trained_dim < 0 or (trained_dim == 0 and vectors is None):
-        raise InputError(f"`trained_dim`={trained_dim}: above 0, or 0 with pretrained vectors (`vectors`).")
-    if cell == "bag" and (hidden_size is not None or bidirectional):
-        raise InputError("`cell`=bag has no state: use `hidden_size`=null `bidirectional`=false.")
-    if cell != "bag" and (not hidden_size or hidden_size < 1 or (bidirectional and hidden_size % 2)):
-        accepted = "an even number, half for each direction" if bidirectional else "a whole number above 0"
-        raise InputError(f"`hidden_size`={hidden_size}: {accepted}.")
+    check_choice("cell", cell, list(CELLS))
+    require(0 <= dropout < 1, f"`dropout`={dropout}: a rate from 0 to below 1.")
+    has_vectors = trained_dim > 0 or (trained_dim == 0 and vectors is not None)
+    require(has_vectors, f"`trained_dim`={trained_dim}: above 0, or 0 with pretrained vectors (`vectors`).")
+    stateless = hidden_size is None and not bidirectional
+    require(cell != "bag" or stateless, "`cell`=bag has no state: use `hidden_size`=null `bidirectional`=false.")
+    accepted = "an even number, half for each direction" if bidirectional else "a whole number above 0"
+    possible = hidden_size is not None and hidden_size >= 1 and not (bidirectional and hidden_size % 2)
+    require(cell == "bag" or possible, f"`hidden_size`={hidden_size}: {accepted}.")
     fixed = read_vectors(vectors, "vectors") if vectors else None
     fixed_dim = fixed.matrix.shape[1] if fixed else 0
     counted = tokenizer.init_kwargs.get("counted") or 0

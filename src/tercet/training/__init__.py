@@ -1,19 +1,10 @@
 """Training with PyTorch Lightning: objectives, data module, optimizers, callbacks, loggers."""
 
-from tercet.training.contrastive import Contrastive
+from tercet.training.contrastive import Contrastive, Memory
 from tercet.training.datamodule import DataModule
 from tercet.training.masked_lm import MaskedLM
-from tercet.training.memory import Memory
 from tercet.training.objectives import FaceNet, Pretraining, QuickThoughts, SimCSESup, SimCSEUnsup
 
 __all__ = [
-    "Contrastive",
-    "DataModule",
-    "FaceNet",
-    "MaskedLM",
-    "Memory",
-    "Pretraining",
-    "QuickThoughts",
-    "SimCSESup",
-    "SimCSEUnsup",
-]
+    "Contrastive", "DataModule", "FaceNet", "MaskedLM", "Memory", "Pretraining", "QuickThoughts", "SimCSESup", "SimCSEUnsup",
+]  # fmt: skip

@@ -1,6 +1,7 @@
-"""The training step that the contrastive objectives share."""
+"""The training step that the contrastive objectives share, and its cross-batch memory."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import pytorch_lightning as pl
@@ -9,40 +10,107 @@ import torch.nn.functional as F
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from tercet.distributed.gather import reduce_loss
-from tercet.distributed.ring import contrast
+from tercet.distributed import contrast, reduce_loss
 from tercet.distributed.sharding import equalized_forward, reshard, shard
-from tercet.errors import InputError
+from tercet.errors import InputError, require
 from tercet.losses import InfoNCE
 from tercet.models import CachedEncoder, Encoder
 from tercet.models.engine.deterministic_dropout import with_dropout_seeds
-from tercet.models.loading import KEY, encoder_spec
+from tercet.models.folder import KEY, encoder_spec
 from tercet.training.lightning_compat import EvaluationHooks, FSDP2Strategy
 from tercet.training.masked_lm import MaskedLM
-from tercet.training.memory import Memory
-from tercet.training.optimizers import MakeOptimizer, MakeScheduler, adamw, make_scheduler, optimizer_with_schedule
-from tercet.types import Batch, Embeddings, LossOutput, TokenBatch, concat_inputs
+from tercet.training.optimizers import MakeOptimizer, MakeScheduler, adamw, make_scheduler
+from tercet.types import Batch, Embeddings, LossOutput, concat_inputs
 
-UNIFORMITY_ROWS = 1024
+UNIFORMITY_ROWS = 1024  # they have a million pairs
 
 
-class Contrastive(EvaluationHooks, pl.LightningModule):
-    """Embed the batch, gather the keys, sum the loss over this process's anchors, divide by the global normalizer.
+class Memory(nn.Module):
+    """Cross-batch memory (Wang et al. 2020, arXiv:1912.06798): detached keys of the last ``size`` examples; 0 turns it off.
 
-    A subclass declares what it needs: ``columns`` is the fewest and the most columns of the data; ``positives`` is what makes
-    two rows of a batch positives of each other (the same ``example``, ``label`` or neighboring ``position``);
-    ``makes_views`` says whether it makes the two views of a text itself; ``needs`` is what a batch must hold. It may override
-    ``views``, which selects or makes the views, and ``embed``.
+    The same in every process, and usable with any loss. It is filled from the first step on and used after ``warmup`` steps,
+    when embeddings change slowly.
 
-    ``optimizer`` takes the module; ``scheduler`` takes the optimizer and the number of steps. The optimizer is AdamW at 3e-5
-    with a linear schedule, the loss ``default_loss``, unless given.
+    >>> Memory(size=4096).size
+    4096
+    """
+
+    def __init__(self, size: int = 0, warmup: int = 1000) -> None:
+        super().__init__()
+        require(size >= 0 and warmup >= 0, f"`size`={size}, `warmup`={warmup}: 0 or more.")
+        self.size, self.warmup, self.steps = size, warmup, 0
+        self.stored: Embeddings | None = None
+
+    def extend_and_push(self, keys: Embeddings) -> Embeddings:
+        """``keys`` and, after the warm-up, the stored keys of other examples; then store the newest ``size`` examples."""
+        extended, new = keys, replace(keys, z=keys.z.detach())
+        if self.stored is not None:
+            stored = Embeddings(**{name: x.to(keys.z.device) for name, x in vars(self.stored).items()})
+            others = stored.select(~torch.isin(stored.example_id, keys.example_id))
+            extended = keys if self.steps < self.warmup else _concat(keys, others)
+            new = _concat(others, new)
+        if torch.isfinite(keys.z).all():  # others would stay
+            self.stored = new.select(slice(max(0, len(new) - self.size), None))
+            self.steps += 1
+        return extended
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """The stored keys, for checkpoints."""
+        stored = {} if self.stored is None else vars(self.stored)
+        return {"steps": self.steps, **{name: x.cpu() for name, x in stored.items()}}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore what ``get_extra_state`` gave, also under the names of fields in checkpoints of version 1."""
+        renamed = {"uid": "example_id", "content": "content_hash"}
+        stored = {renamed.get(name, name): x for name, x in state.items() if name != "steps"}
+        self.steps, self.stored = state["steps"], Embeddings(**stored) if stored else None
+
+
+def _concat(first: Embeddings, second: Embeddings) -> Embeddings:
+    rows = {name: [x, getattr(second, name).to(x.dtype)] for name, x in vars(first).items()}
+    return Embeddings(**{name: torch.cat(both, 1 if name == "z" else -1) for name, both in rows.items()})
+
+
+class ObjectiveHooks(EvaluationHooks):
+    """What every objective declares, and hooks of a LightningModule with an ``encoder``, ``optimizer`` and ``scheduler``.
+
+    ``columns`` is the fewest and the most columns of the data; ``positives`` is what makes two rows of a batch positives of
+    each other: the same "example" or "label", a neighboring "position", or "none"; ``makes_views`` says whether the objective
+    makes the two views of a text itself.
     """
 
     columns: ClassVar[tuple[int, int]] = (1, 3)
     positives: ClassVar[str] = "example"
     makes_views: ClassVar[bool] = False
-    default_loss: ClassVar[Callable[[], nn.Module]] = InfoNCE
     cached_encoder: CachedEncoder  # set by callbacks that evaluate
+    stage = "test"
+    seed = 0
+
+    def on_fit_start(self: Any) -> None:
+        """Use one seed in all processes: the first one's of ``seed_everything``."""
+        self.seed = int(self.trainer.strategy.broadcast(torch.initial_seed() % (1 << 62)))
+
+    def configure_optimizers(self: Any) -> OptimizerLRScheduler:
+        """The optimizer and its schedule, which advances every step and is logged as ``train/lr``."""
+        optimizer, steps = self.optimizer(self), self.trainer.estimated_stepping_batches
+        known = 1 <= steps < float("inf")  # a stream has no length, and a time limit is no number of steps
+        require(known, "The number of steps is not known, which the schedule needs. Set `trainer.max_steps`.")
+        schedule = {"scheduler": self.scheduler(optimizer, int(steps)), "interval": "step", "name": "train/lr"}
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def on_save_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
+        """Save what the encoder is built from: a checkpoint can be moved and opened alone."""
+        checkpoint[KEY] = encoder_spec(self.encoder)
+
+
+class Contrastive(ObjectiveHooks, pl.LightningModule):
+    """Embed the batch, gather the keys, sum the loss over this process's anchors, divide by the global normalizer.
+
+    A subclass declares ``columns``, ``positives``, ``makes_views`` and ``needs``. It may override ``views``, which selects or
+    makes the views, and ``embed``. ``optimizer`` takes the module; ``scheduler`` takes the optimizer and the number of steps.
+    """
+
+    default_loss: ClassVar[Callable[[], nn.Module]] = InfoNCE
 
     def __init__(
         self, encoder: Encoder, loss: nn.Module | None = None, optimizer: MakeOptimizer = adamw,
@@ -51,20 +119,17 @@ class Contrastive(EvaluationHooks, pl.LightningModule):
         super().__init__()
         self.encoder = encoder
         self.loss = type(self).default_loss() if loss is None else loss
-        self.optimizer = optimizer
-        self.scheduler = scheduler
-        mlm, memory = mlm or MaskedLM(), memory or Memory()
+        self.optimizer, self.scheduler = optimizer, scheduler
+        mlm = mlm or MaskedLM()
         self.mlm_weight = mlm.weight
         self.mlm = mlm.build(encoder)
-        self.memory = memory.build()
-        if self.memory is not None and getattr(self.loss, "key_exchange", None) == "ring":
+        self.memory = memory if memory and memory.size else None
+        if self.memory and getattr(self.loss, "key_exchange", None) == "ring":
             raise InputError(
-                f"`memory.size`={memory.size} with `loss.key_exchange`=ring: a memory holds all keys, but in a ring each "
-                "process has those of one process at a time. Use only one of the two."
+                f"`memory.size`={self.memory.size} with `loss.key_exchange`=ring: a memory holds all keys, a process in a ring "
+                "those of one process at a time. Use only one of the two."
             )
-        self.seed = 0
         self.num_unreadable = 0  # rows that could not be read so far
-        self.stage = "test"
 
     @classmethod
     def needs(cls, num_columns: int) -> frozenset[str]:
@@ -75,11 +140,6 @@ class Contrastive(EvaluationHooks, pl.LightningModule):
         """The views that this objective contrasts."""
         return batch
 
-    def training_views(self, batch: Batch) -> Batch:
-        """The views, with the seeds of deterministic dropout where the encoder uses it."""
-        batch = self.views(batch)
-        return with_dropout_seeds(batch, self.seed, self.global_step) if self.encoder.deterministic_dropout else batch
-
     def embed(self, batch: Batch) -> Embeddings:
         """All views in one forward pass: ``z (V, N, D)``."""
         z = equalized_forward(self.encoder, concat_inputs(batch.views)).unflatten(0, (len(batch.views), len(batch)))
@@ -87,13 +147,15 @@ class Contrastive(EvaluationHooks, pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """A value whose gradient, averaged over the processes, is that of the loss of the global batch."""
-        batch = self.training_views(batch)
+        batch = self.views(batch)
+        if self.encoder.deterministic_dropout:
+            batch = with_dropout_seeds(batch, self.seed, self.global_step)
         anchors = self.embed(batch)
         keys, output = contrast(self.loss, anchors, None if self.memory is None else self.memory.extend_and_push)
         value, logged = reduce_loss(LossOutput(output.loss_sum, output.normalizer, {**output.stats, **_alignment(anchors)}))
-        logged |= {"uniformity": _uniformity(anchors.z[0]), **_spread(keys.z[0])}
+        logged |= _geometry(anchors.z[0], keys.z[0])
         if self.mlm is not None:
-            masked, entropy = reduce_loss(self.mlm(TokenBatch.concat([v for v in batch.views if isinstance(v, TokenBatch)])))
+            masked, entropy = reduce_loss(self.mlm(concat_inputs(batch.views)))
             value = value + self.mlm_weight * masked
             logged["mlm_loss"] = entropy["loss"]
         self.num_unreadable += batch.num_unreadable
@@ -107,26 +169,9 @@ class Contrastive(EvaluationHooks, pl.LightningModule):
         if isinstance(self.trainer.strategy, FSDP2Strategy):
             shard(self.encoder, self.trainer.strategy.device_mesh["data_parallel"])
 
-    def on_fit_start(self) -> None:
-        """Use one seed in all processes: that of ``seed_everything``."""
-        self.seed = shared_seed(self.trainer)
-
     def on_after_backward(self) -> None:
         """Free gathered weights; gradients are sharded by now."""
         reshard(self.encoder)
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer and its schedule, which advances every step."""
-        return optimizer_with_schedule(self, self.optimizer, self.scheduler)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save what the encoder is built from: a checkpoint can be moved and opened alone."""
-        checkpoint[KEY] = encoder_spec(self.encoder)
-
-
-def shared_seed(trainer: pl.Trainer) -> int:
-    """The first process's seed, the same number in all processes."""
-    return int(trainer.strategy.broadcast(torch.initial_seed() % (1 << 62)))
 
 
 @torch.no_grad()
@@ -140,24 +185,15 @@ def _alignment(anchors: Embeddings) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _uniformity(z: Tensor) -> Tensor:
-    """Log mean over distinct pairs of exp(-2 ||x - y||^2) in this process's batch (Wang and Isola 2020, eq. 2).
+def _geometry(z: Tensor, keys: Tensor) -> dict[str, Tensor]:
+    """Measures of rows on the unit sphere that show a collapse.
 
-    Only the first ``UNIFORMITY_ROWS`` rows are used: they have a million pairs.
+    ``uniformity``: log mean over distinct pairs of this process's first rows of exp(-2 ||x - y||^2) (Wang and Isola, eq. 2).
+    ``spread``: the mean ||x - y||^2 over distinct pairs of keys, 0 after a collapse and 2 for evenly distributed directions.
+    ``mean_norm``: the length of the mean key, 1 after a collapse and 0 for evenly distributed directions.
     """
-    x = F.normalize(z[:UNIFORMITY_ROWS].detach().float(), dim=-1)
-    if len(x) < 2:
-        return x.new_zeros(())
-    return (4 * (x @ x.T - 1)).fill_diagonal_(-torch.inf).exp().sum().div(len(x) * (len(x) - 1)).log()
-
-
-@torch.no_grad()
-def _spread(z: Tensor) -> dict[str, Tensor]:
-    """The mean ||x - y||^2 over distinct pairs on the unit sphere, and the length of the mean row.
-
-    Of the global batch, or of this process's rows where keys go around in a ring. A collapsed encoder has spread 0 and length
-    1; directions that are evenly distributed have 2 and 0.
-    """
-    x = F.normalize(z.detach().float(), dim=-1)
-    square = x.mean(0).square().sum()
-    return {"spread": 2 * len(x) / max(1, len(x) - 1) * (1 - square), "mean_norm": square.sqrt()}
+    x, y = (F.normalize(rows.detach().float(), dim=-1) for rows in (z[:UNIFORMITY_ROWS], keys))
+    pairs = (4 * (x @ x.T - 1)).fill_diagonal_(-torch.inf).exp().sum().div(len(x) * (len(x) - 1)).log()
+    square = y.mean(0).square().sum()
+    spread = 2 * len(y) / max(1, len(y) - 1) * (1 - square)
+    return {"uniformity": pairs if len(x) > 1 else x.new_zeros(()), "spread": spread, "mean_norm": square.sqrt()}

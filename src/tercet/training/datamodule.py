@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from tercet.data.samplers import RandomBatchSampler, ResumableSampler
 from tercet.data.text_transform import StreamingBatches, TextTransform
-from tercet.errors import InputError
+from tercet.errors import InputError, require
 from tercet.training.lightning_compat import EvaluationHooks, injects_distributed_sampler, num_processed_batches
 from tercet.types import Batch, BatchDataset, BatchIndices, Source
 
@@ -19,46 +19,30 @@ class Transform(Protocol):
 
     def load(self, source: Source) -> BatchDataset:
         """All rows of a source, transformed or ready to be."""
-        ...
 
     def fingerprint(self, columns: Sequence[str]) -> str:
         """A hash that changes when the inputs of these columns would."""
-        ...
 
 
 class DataModule(EvaluationHooks, pl.LightningDataModule):
     """Training batches: rows of ``source``, transformed by ``transform``, in the batches that ``sampler`` draws.
 
-    ``batch_size`` is the number of rows of the global batch, over all processes; the Trainer needs
-    ``use_distributed_sampler=False``. ``sampler`` takes the transformed rows, ``batch_size`` and ``seed``. A source with
-    ``streaming`` is read in order and shuffled in a buffer of ``shuffle_buffer`` rows. ``workers`` processes load batches; with
-    0 the main process does. ``name`` is used in messages.
+    ``batch_size`` is that of the global batch, over all processes; the Trainer needs ``use_distributed_sampler=False``.
+    ``sampler`` takes the transformed rows, ``batch_size`` and ``seed``. A source with ``streaming`` is read in order and shuffled
+    in a buffer of ``shuffle_buffer`` rows. ``workers`` processes load batches (0: the main one). ``name`` is used in messages.
     """
 
     def __init__(
-        self,
-        source: Source,
-        transform: Transform,
+        self, source: Source, transform: Transform,
         sampler: Callable[[BatchDataset, int, int], Sampler[BatchIndices]] = RandomBatchSampler,
-        batch_size: int = 64,
-        seed: int = 1,
-        workers: int = 0,
-        shuffle_buffer: int = 10_000,
-        name: str = "source",
-    ) -> None:
+        batch_size: int = 64, seed: int = 1, workers: int = 0, shuffle_buffer: int = 10_000, name: str = "source",
+    ) -> None:  # fmt: skip
         super().__init__()
-        if batch_size < 2:
-            raise InputError(f"`batch_size`={batch_size}: a contrast needs at least 2 rows in a batch.")
-        if workers < 0:
-            raise InputError(f"`workers`={workers}: 0 (the main process reads) or more.")
-        self.name = name
-        self.source = source
-        self.transform = transform
-        self.make_sampler = sampler
-        self.batch_size = batch_size
-        self.seed = seed
-        self.workers = workers
-        self.shuffle_buffer = shuffle_buffer
+        require(batch_size >= 2, f"`batch_size`={batch_size}: a contrast needs at least 2 rows in a batch.")
+        require(workers >= 0, f"`workers`={workers}: 0 (the main process reads) or more.")
+        self.source, self.transform, self.make_sampler = source, transform, sampler
+        self.batch_size, self.seed, self.workers = batch_size, seed, workers
+        self.shuffle_buffer, self.name = shuffle_buffer, name
         self.columns = list(source.columns)
         self.streaming = bool(getattr(source, "streaming", False))
         self.dataset: BatchDataset | None = None
@@ -71,11 +55,11 @@ class DataModule(EvaluationHooks, pl.LightningDataModule):
             return
         rows = self.transform.load(self.source)
         sampler = self.make_sampler(rows, self.batch_size, self.seed)
-        if len(rows) < self.batch_size:
-            raise InputError(
-                f"`batch_size`={self.batch_size}, but the data ({self.name}) has {len(rows)} training rows. "
-                f"Use `batch_size`={max(2, len(rows) // 2)} or more data."
-            )
+        require(
+            len(rows) >= self.batch_size,
+            f"`batch_size`={self.batch_size}, but the data ({self.name}) has {len(rows)} training rows. "
+            f"Use `batch_size`={max(2, len(rows) // 2)} or more data.",
+        )
         self.sampler, self.dataset = sampler, rows
 
     def setup(self, stage: str) -> None:
@@ -88,26 +72,19 @@ class DataModule(EvaluationHooks, pl.LightningDataModule):
         """A loader of this process's part of each global batch."""
         if self.dataset is None:
             if not isinstance(self.transform, TextTransform):
-                raise InputError(
-                    f"`source` is a stream, which only a TextTransform reads, not {type(self.transform).__name__}."
-                )
+                kind = type(self.transform).__name__
+                raise InputError(f"`source` is a stream, which only a TextTransform reads, not {kind}.")
             settings = self.batch_size, self.seed, self.shuffle_buffer
             return DataLoader(StreamingBatches(self.source, self.transform, *settings, self._start_of_epoch), batch_size=None)
         assert self.sampler is not None
-        return DataLoader(
-            self.dataset,  # type: ignore[arg-type]
-            batch_size=None,
-            sampler=ResumableSampler(self.sampler, self._num_done),
-            num_workers=self.workers,
-            generator=torch.Generator(),  # for the workers' seeds; torch's own generator is training's
-        )
-
-    def _num_done(self) -> int:
-        return num_processed_batches(self.trainer)
+        dataset: Any = self.dataset
+        sampler = ResumableSampler(self.sampler, lambda: num_processed_batches(self.trainer))
+        generator = torch.Generator()  # for the workers' seeds; torch's own generator is training's
+        return DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=self.workers, generator=generator)
 
     def state_dict(self) -> dict[str, Any]:
         """The epoch and its number of processed batches, for streams: they start before Lightning's loops are restored."""
-        return {"epoch": self.trainer.current_epoch if self.trainer else 0, "done": self._num_done()}
+        return {"epoch": self.trainer.current_epoch if self.trainer else 0, "done": num_processed_batches(self.trainer)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Let a stream continue where the checkpoint was."""

@@ -1,7 +1,4 @@
-"""Every use of private interfaces of Lightning, and of torch's optimizers, in one place.
-
-Each is checked by a test in tests/training/test_lightning_compat.py, which names what an upgrade has broken.
-"""
+"""All uses of private interfaces of Lightning and torch's optimizers; tests/training/test_lightning_compat.py checks each."""
 
 from typing import Any
 
@@ -31,10 +28,7 @@ StrategyRegistry.register(FSDP2, FSDP2Strategy, description="FSDP2 over all proc
 
 
 class EvaluationHooks:
-    """A loader of one dummy batch and steps that do nothing.
-
-    Lightning validates and tests only where there are a step and a loader. The ``Evaluation`` callback does the work.
-    """
+    """A loader of one dummy batch and a step that does nothing, for Lightning to test: the ``Evaluation`` callback does it."""
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Do nothing."""
@@ -58,11 +52,10 @@ def restart_validation(trainer: pl.Trainer) -> None:
     Lightning takes the second for done, and continues the first in the middle without the metrics of its first part.
     """
     loop = trainer.fit_loop.epoch_loop
-    validation = loop.val_loop
-    batches = validation.batch_progress.current
-    if loop.restarted_on_train_batch_end or (loop.restarting and batches.ready > batches.completed):
-        validation.batch_progress.reset_on_run()
-        validation._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
+    progress = loop.val_loop.batch_progress
+    if loop.restarted_on_train_batch_end or (loop.restarting and progress.current.ready > progress.current.completed):
+        progress.reset_on_run()
+        loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
 
 
 def forget_pending_batches(checkpoint: dict[str, Any], pending: int) -> None:

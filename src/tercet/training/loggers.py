@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial, wraps
 from pathlib import Path
 from typing import Any
@@ -27,21 +28,21 @@ MIN_FREE_BYTES = 64 * 1024  # with less, a disk is considered full
 def fault_tolerant(logger: loggers.Logger) -> loggers.Logger:
     """The same logger, whose errors (of W&B any, of others ``OSError``) cause one warning each and do not end the run."""
     wandb = isinstance(logger, loggers.WandbLogger)
+
+    def guard(call: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(call)
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            with log_errors(describe_logger(logger), Exception if wandb else OSError):
+                if wandb:  # W&B writes in a process of its own, which does not report a full disk
+                    _check_disk(str(logger.save_dir))
+                return call(*args, **kwargs)
+
+        return guarded
+
     for name in GUARDED:
         if call := getattr(logger, name, None):
-            setattr(logger, name, _guard(call, logger, Exception if wandb else OSError, wandb))
+            setattr(logger, name, guard(call))
     return logger
-
-
-def _guard(call: Callable[..., Any], logger: loggers.Logger, kind: type[Exception], wandb: bool) -> Callable[..., Any]:
-    @wraps(call)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        with log_errors(describe_logger(logger), kind):
-            if wandb:  # W&B writes in a process of its own, which does not report a full disk
-                _check_disk(str(logger.save_dir))
-            return call(*args, **kwargs)
-
-    return guarded
 
 
 def _check_disk(folder: str) -> None:
@@ -95,7 +96,6 @@ def wandb_logger(
 
 
 def _set_environment(folder: Path) -> None:
-    """Set W&B's environment variables that the user has not set; its copies stay in the run's folder."""
     logging.raiseExceptions = False  # W&B's log is in the run's folder: a full disk would be reported a hundred times
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_FINISH_TIMEOUT", "600")  # seconds that an outage may delay the end; no limit by default
@@ -117,18 +117,15 @@ def _start_run(**settings: Any) -> Any:
 def has_account() -> bool:
     """Whether there is a key for W&B, in the environment or where `wandb login` writes it."""
     host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    try:
-        found = netrc.netrc().authenticators(host)
-    except (OSError, netrc.NetrcParseError):
-        found = None
-    return bool(os.environ.get("WANDB_API_KEY") or found)
+    with suppress(OSError, netrc.NetrcParseError):
+        return bool(os.environ.get("WANDB_API_KEY") or netrc.netrc().authenticators(host))
+    return False
 
 
 class AtomicCSVLogger(loggers.CSVLogger):
-    """Lightning's CSV logger, but ``metrics.csv`` is written beside the old file and renamed.
+    """Lightning's CSV logger, but ``metrics.csv`` is written beside the old file and renamed, or later where the disk is full.
 
-    With ``keep_earlier`` a resumed run keeps the rows before the step at which it continues. Where the disk is full, a warning
-    is printed and the rows are written once there is room.
+    With ``keep_earlier`` a resumed run keeps the rows before the step at which it continues.
     """
 
     def __init__(
@@ -154,8 +151,8 @@ class AtomicCSVLogger(loggers.CSVLogger):
         try:
             if self.earlier and rows:
                 first = min(int(row["step"]) for row in rows)
-                kept = [row for row in self.earlier if int(row["step"]) < first]
-                writer.metrics = [*({k: v for k, v in row.items() if v} for row in kept), *rows]
+                earlier = ({k: v for k, v in row.items() if v} for row in self.earlier if int(row["step"]) < first)
+                writer.metrics = [*earlier, *rows]
             if file.is_file():
                 partial.write_bytes(file.read_bytes())
             writer.metrics_file_path = str(partial)

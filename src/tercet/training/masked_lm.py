@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM
 from transformers.modeling_outputs import BaseModelOutput
 
-from tercet.errors import InputError
+from tercet.errors import InputError, require
 from tercet.models import Encoder, TextEncoder
 from tercet.models.engine.chunking import AutoChunks
 from tercet.models.engine.transformers_compat import pretrained_source
@@ -19,6 +19,10 @@ from tercet.rng import derive_seed
 from tercet.types import LossOutput, TokenBatch, TokenState
 
 MLM_PASS = 1  # mixed into the dropout seeds: the contrastive pass over the same tokens has other masks
+UNSUPPORTED = (
+    "Masked language modeling needs a transformer of text with a language-model head; {}. Use another model, as MiniLM or "
+    "BERT; `weight`=0 turns the auxiliary loss off."
+)
 
 
 @dataclass(frozen=True)
@@ -38,26 +42,16 @@ class MaskedLM:
     whole_words: bool = False
 
     def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise InputError(f"`weight`={self.weight}: 0 (off) or more.")
-        if not 0 < self.probability < 1:
-            raise InputError(f"`probability`={self.probability}: above 0 and below 1, 0.15 in the paper.")
+        require(self.weight >= 0, f"`weight`={self.weight}: 0 (off) or more.")
+        require(0 < self.probability < 1, f"`probability`={self.probability}: above 0 and below 1, 0.15 in the paper.")
 
     def build(self, encoder: Encoder) -> "MaskedLMHead | None":
         """The head on that encoder, or None where the weight is 0."""
         if self.weight == 0:
             return None
         parts = encoder.text_parts()
-        if len(parts) != 1:
-            raise InputError(_unsupported(f"{'two encoders have' if parts else 'a model of images has'} none"))
+        require(len(parts) == 1, UNSUPPORTED.format(f"{'two encoders have' if parts else 'a model of images has'} none"))
         return MaskedLMHead(self, parts[0])
-
-
-def _unsupported(why: str) -> str:
-    return (
-        f"Masked language modeling needs a transformer of text with a language-model head; {why}. Use another model, as MiniLM "
-        "or BERT; `weight`=0 turns the auxiliary loss off."
-    )
 
 
 class MaskedLMHead(nn.Module):
@@ -72,16 +66,13 @@ class MaskedLMHead(nn.Module):
     def __init__(self, settings: MaskedLM, encoder: TextEncoder) -> None:
         super().__init__()
         backbone, tokenizer = encoder.backbone, encoder.tokenizer
-        if tokenizer.mask_token_id is None:
-            raise InputError(_unsupported("this tokenizer has no mask token"))
+        require(tokenizer.mask_token_id is not None, UNSUPPORTED.format("this tokenizer has no mask token"))
         source = pretrained_source(backbone)
+        lm = load_pretrained(AutoModelForMaskedLM, source) if source else None
         try:
-            lm = load_pretrained(AutoModelForMaskedLM, source) if source else None
             lm = lm or AutoModelForMaskedLM.from_config(backbone.config)
-        except InputError:
-            raise
         except ValueError as error:
-            raise InputError(_unsupported(f"transformers has none for {backbone.config.model_type}")) from error
+            raise InputError(UNSUPPORTED.format(f"transformers has none for {backbone.config.model_type}")) from error
         setattr(lm, lm.base_model_prefix, backbone)
         lm.tie_weights()
         setattr(lm, lm.base_model_prefix, HiddenStates())  # the head alone, for the chosen tokens only
@@ -104,17 +95,15 @@ class MaskedLMHead(nn.Module):
         chosen = (draw < self.settings.probability) & ~self.special[ids]
         action = torch.rand(ids.shape, device=ids.device)
         random_ids = torch.randint(self.num_tokens, ids.shape, device=ids.device)
-        masked = torch.full_like(ids, self.mask_id)
-        replaced = torch.where(action < 0.8, masked, torch.where(action < 0.9, random_ids, ids))
+        replaced = torch.where(action < 0.8, self.mask_id, torch.where(action < 0.9, random_ids, ids))
         return torch.where(chosen, replaced, ids), ids.masked_fill(~chosen, -100)
 
     def forward(self, inputs: TokenBatch) -> LossOutput:
         """The summed cross entropy; the normalizer is the number of chosen tokens."""
-        corrupted, targets = self.corrupt(inputs.ids)
-        # Ids and targets are the two columns of one row of tokens: chunking keeps them together.
         seed = inputs.state.dropout_seed
         state = TokenState(dropout_seed=None if seed is None else derive_seed(seed, MLM_PASS))
-        paired = TokenBatch(torch.stack([corrupted, targets], 1), inputs.lengths, state)
+        # Ids and targets are the two columns of one row of tokens: chunking keeps them together.
+        paired = TokenBatch(torch.stack(self.corrupt(inputs.ids), 1), inputs.lengths, state)
         sums = self.auto_chunks.resolve(self.execution, self, self._rows, paired).run(self._rows, paired)
         return LossOutput(sums[:, 0].sum(), sums[:, 1].detach().sum())
 

@@ -2,11 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from tercet.distributed import reduce_loss
@@ -14,13 +13,10 @@ from tercet.errors import InputError
 from tercet.losses import ContextLoss, TripletLoss
 from tercet.models import Encoder
 from tercet.models.engine.deterministic_dropout import with_dropout_seeds
-from tercet.models.loading import KEY, encoder_spec
-from tercet.training.contrastive import Contrastive, shared_seed
-from tercet.training.lightning_compat import EvaluationHooks
+from tercet.training.contrastive import Contrastive, Memory, ObjectiveHooks
 from tercet.training.masked_lm import MaskedLM
-from tercet.training.memory import Memory
-from tercet.training.optimizers import MakeOptimizer, MakeScheduler, adamw, make_scheduler, optimizer_with_schedule
-from tercet.types import Batch, Embeddings, TokenBatch
+from tercet.training.optimizers import MakeOptimizer, MakeScheduler, adamw, make_scheduler
+from tercet.types import Batch, Embeddings, TokenBatch, concat_inputs
 from tercet.views import Views
 
 
@@ -43,17 +39,13 @@ class SimCSEUnsup(Contrastive):
     ) -> None:  # fmt: skip
         super().__init__(encoder, loss, optimizer, scheduler, mlm, memory)
         self.view = Views((), (), 0) if view is None else view
-        if not self.view.identical:
-            self._try_views(encoder)
-
-    def _try_views(self, encoder: Encoder) -> None:
-        """Edit and embed two texts: a backbone or tokenizer that the views cannot be used with raises its error now."""
-        info = encoder.token_info()
-        if info is None:
+        if self.view.identical:
+            return
+        if (info := encoder.token_info()) is None:
             raise InputError("These views edit texts, but the model reads images. Leave out `view`.")
         self.token_info = info
         inputs, ids = encoder.prepare(["One text.", "And another one."]), torch.arange(2)
-        with torch.no_grad():
+        with torch.no_grad():  # a backbone or tokenizer that the views cannot be used with raises its error now
             self.embed(self.views(Batch((inputs,), ids, ids, ids, ids[None])))
 
     def views(self, batch: Batch) -> Batch:
@@ -109,21 +101,17 @@ class QuickThoughts(Contrastive):
 
     def embed(self, batch: Batch) -> Embeddings:
         """``z (2, N, D)``: f and g; the same vectors twice where the encoder has one output."""
-        outputs = self.encoder.num_outputs
-        z = self.encoder(batch.views[0]).unflatten(-1, (outputs, -1)).movedim(1, 0)
-        content = batch.content_hash.expand(2, -1)
-        return Embeddings(z.expand(2, -1, -1), batch.example_id, batch.label, batch.position, content)
+        z = self.encoder(batch.views[0]).unflatten(-1, (self.encoder.num_outputs, -1)).movedim(1, 0).expand(2, -1, -1)
+        return Embeddings(z, batch.example_id, batch.label, batch.position, batch.content_hash.expand(2, -1))
 
 
-class Pretraining(EvaluationHooks, pl.LightningModule):
+class Pretraining(ObjectiveHooks, pl.LightningModule):
     """Masked language modeling alone (Devlin et al. 2019, arXiv:1810.04805), on the texts of every column.
 
     Continues the pretraining of a backbone on one's own text; pooling and head are not trained.
     """
 
-    columns: ClassVar[tuple[int, int]] = (1, 3)
     positives: ClassVar[str] = "none"
-    makes_views: ClassVar[bool] = False
 
     def __init__(
         self, encoder: Encoder, optimizer: MakeOptimizer = adamw, scheduler: MakeScheduler = make_scheduler,
@@ -131,16 +119,11 @@ class Pretraining(EvaluationHooks, pl.LightningModule):
     ) -> None:  # fmt: skip
         super().__init__()
         mlm = mlm or MaskedLM(weight=1.0)
-        head = mlm.build(encoder)
-        if head is None:
+        if (head := mlm.build(encoder)) is None:
             raise InputError("`mlm.weight`=0: masked language modeling is all that this objective trains. Use `mlm.weight`=1.")
+        self.optimizer, self.scheduler = optimizer, scheduler
         self.encoder = encoder
-        self.optimizer = optimizer
-        self.scheduler = scheduler
-        self.mlm_weight = mlm.weight
-        self.mlm = head
-        self.seed = 0
-        self.stage = "test"
+        self.mlm, self.mlm_weight = head, mlm.weight
         for unused in (encoder.head, getattr(encoder.backbone, "pooler", None)):
             if unused is not None:
                 unused.requires_grad_(False)  # DDP would wait for gradients that the loss does not reach
@@ -149,19 +132,7 @@ class Pretraining(EvaluationHooks, pl.LightningModule):
         """Cross entropy of the chosen tokens, averaged over those of the global batch."""
         if self.encoder.deterministic_dropout:
             batch = with_dropout_seeds(batch, self.seed, self.global_step)
-        value, logged = reduce_loss(self.mlm(TokenBatch.concat([view for view in batch.views if isinstance(view, TokenBatch)])))
+        value, logged = reduce_loss(self.mlm(concat_inputs(batch.views)))
         logged["perplexity"] = logged["loss"].exp()
         self.log_dict({f"train/{name}": x for name, x in logged.items()}, batch_size=len(batch))
         return self.mlm_weight * value
-
-    def on_fit_start(self) -> None:
-        """Use one seed in all processes: that of ``seed_everything``."""
-        self.seed = shared_seed(self.trainer)
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer and its schedule, which advances every step."""
-        return optimizer_with_schedule(self, self.optimizer, self.scheduler)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save what the encoder is built from: a checkpoint can be moved and opened alone."""
-        checkpoint[KEY] = encoder_spec(self.encoder)

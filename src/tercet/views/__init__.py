@@ -1,29 +1,4 @@
 """Views: edits that make two different inputs of one text."""
 
-from tercet.views.text_views import (
-    Crop,
-    Deletion,
-    FeatureCutoff,
-    Masking,
-    Repetition,
-    Shuffle,
-    SpanCutoff,
-    TokenCutoff,
-    TokenInfo,
-    View,
-    Views,
-)
-
-__all__ = [
-    "Crop",
-    "Deletion",
-    "FeatureCutoff",
-    "Masking",
-    "Repetition",
-    "Shuffle",
-    "SpanCutoff",
-    "TokenCutoff",
-    "TokenInfo",
-    "View",
-    "Views",
-]
+from tercet.views.text_views import *  # noqa: F403
+from tercet.views.text_views import __all__ as __all__

@@ -7,9 +7,12 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from tercet.errors import InputError
+from tercet.errors import InputError, require
 from tercet.rng import derive_seed, uniform
 from tercet.types import RATE_SCALE, TokenBatch
+
+__all__ = ["Crop", "Deletion", "FeatureCutoff", "Masking", "Repetition", "Shuffle", "SpanCutoff", "TokenCutoff",
+           "TokenInfo", "View", "Views"]  # fmt: skip
 
 
 class TokenInfo(NamedTuple):
@@ -30,11 +33,8 @@ class TokenInfo(NamedTuple):
 
 
 # The arguments of an edit in the examples below: one row of four words between two special tokens, a seed, a vocabulary of 16.
-EXAMPLE = (
-    TokenBatch.from_lists([[0, 5, 6, 7, 8, 1]]),
-    torch.tensor([7]),
-    TokenInfo(torch.arange(16) >= 0, torch.arange(16) < 2, mask_id=2),
-)
+_VOCABULARY = TokenInfo(torch.arange(16) >= 0, torch.arange(16) < 2, mask_id=2)
+EXAMPLE = (TokenBatch.from_lists([[0, 5, 6, 7, 8, 1]]), torch.tensor([7]), _VOCABULARY)
 
 
 class View(Protocol):
@@ -46,7 +46,6 @@ class View(Protocol):
 
     def __call__(self, inputs: TokenBatch, seed: Tensor, info: TokenInfo) -> TokenBatch:
         """The edited rows."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -73,27 +72,22 @@ class Views:
     def __call__(self, inputs: TokenBatch, example_id: Tensor, step: int, info: TokenInfo) -> tuple[TokenBatch, TokenBatch]:
         """Both views of N rows of the examples ``example_id (N,)``."""
         seed = derive_seed(derive_seed(torch.full_like(example_id, self.seed), step), example_id)
-        first = second = inputs
-        for number, view in enumerate(self.first):
-            first = view(first, derive_seed(derive_seed(seed, 0), number), info)
-        for number, view in enumerate(self.second):
-            second = view(second, derive_seed(derive_seed(seed, 1), number), info)
-        return first, second
+        views = [inputs, inputs]
+        for which, edits in enumerate((self.first, self.second)):
+            for number, edit in enumerate(edits):
+                views[which] = edit(views[which], derive_seed(derive_seed(seed, which), number), info)
+        return views[0], views[1]
 
 
 class TokenLayout(NamedTuple):
-    """Where the T tokens of N rows are.
+    """Where the T tokens of N rows are."""
 
-    ``row (T,)``; ``offset (T,)`` from the start of the row; ``content (T,)`` is false for special tokens; ``word (T,)``
-    numbers the words of the row from 0. ``num_content (N,)`` and ``num_words (N,)`` count a row's content tokens and words.
-    """
-
-    row: Tensor
-    offset: Tensor
-    content: Tensor
-    word: Tensor
-    num_content: Tensor
-    num_words: Tensor
+    row: Tensor  # (T,)
+    offset: Tensor  # (T,), from the start of the row
+    content: Tensor  # (T,), false for special tokens
+    word: Tensor  # (T,), the number of the word in its row, from 0
+    num_content: Tensor  # (N,)
+    num_words: Tensor  # (N,)
 
 
 def token_layout(inputs: TokenBatch, info: TokenInfo) -> TokenLayout:
@@ -135,20 +129,23 @@ def is_row_maximum(value: Tensor, content: Tensor, row: Tensor, rows: int) -> Te
     return content & (value == top[row])
 
 
-@dataclass(frozen=True)
-class RatedView:
-    """The base of edits of a share ``rate`` of each row, from 0 to below 1."""
-
-    rate: float
+class RowView:
+    """The base of edits by the layout of rows; ``rate``, where an edit has one, is a share from 0 to below 1."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rate < 1:
-            name = type(self).__name__
-            raise InputError(f"{name} with `rate`={self.rate}: a rate from 0 to below 1; a rate of 1 would leave nothing.")
+        rate, accepted = getattr(self, "rate", 0), "a rate from 0 to below 1; a rate of 1 would leave nothing"
+        require(0 <= rate < 1, f"{type(self).__name__} with `rate`={rate}: {accepted}.")
+
+    def __call__(self, inputs: TokenBatch, seed: Tensor, info: TokenInfo) -> TokenBatch:
+        """The edited rows."""
+        return self._edit(inputs, token_layout(inputs, info), seed, info)
+
+    def _edit(self, inputs: TokenBatch, at: TokenLayout, seed: Tensor, info: TokenInfo) -> TokenBatch:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Deletion(RatedView):
+class Deletion(RowView):
     """Delete each word with probability ``rate``, but never all of a row (SimCSE, arXiv:2104.08821, Table 1).
 
     >>> Deletion(0.5)(*EXAMPLE).ids.tolist()
@@ -157,16 +154,14 @@ class Deletion(RatedView):
 
     rate: float = 0.1
 
-    def __call__(self, inputs: TokenBatch, seed: Tensor, info: TokenInfo) -> TokenBatch:
-        """The rows without the deleted words."""
-        at = token_layout(inputs, info)
+    def _edit(self, inputs: TokenBatch, at: TokenLayout, seed: Tensor, info: TokenInfo) -> TokenBatch:
         draw = uniform(seed[at.row], at.word)
         keep = (draw >= self.rate) | is_row_maximum(draw, at.content, at.row, len(inputs)) | ~at.content
         return repeat_tokens(inputs, keep.long(), at.row)
 
 
 @dataclass(frozen=True)
-class Crop(RatedView):
+class Crop(RowView):
     """Keep a share ``1 - rate`` of consecutive words of a row, at least one (SimCSE, arXiv:2104.08821, Table 1).
 
     >>> Crop(0.5)(*EXAMPLE).ids.tolist()
@@ -175,9 +170,7 @@ class Crop(RatedView):
 
     rate: float = 0.1
 
-    def __call__(self, inputs: TokenBatch, seed: Tensor, info: TokenInfo) -> TokenBatch:
-        """The words that are kept, and the special tokens."""
-        at = token_layout(inputs, info)
+    def _edit(self, inputs: TokenBatch, at: TokenLayout, seed: Tensor, info: TokenInfo) -> TokenBatch:
         size = ((1 - self.rate) * at.num_words).round().long().clamp_min(1)
         start = (uniform(seed, 0) * (at.num_words - size + 1).clamp_min(1)).long()
         inside = (at.word >= start[at.row]) & (at.word < (start + size)[at.row])
@@ -185,8 +178,10 @@ class Crop(RatedView):
 
 
 @dataclass(frozen=True)
-class Repetition(RatedView):
+class Repetition(RowView):
     """Repeat random tokens: up to a share ``rate`` of a row, or 2 (ESimCSE, Wu et al. 2021, arXiv:2109.04380, section 3.1).
+
+    Rows do not become longer than ``info.max_length``.
 
     >>> Repetition()(*EXAMPLE).ids.tolist()
     [0, 5, 6, 7, 8, 8, 1]
@@ -194,9 +189,7 @@ class Repetition(RatedView):
 
     rate: float = 0.32
 
-    def __call__(self, inputs: TokenBatch, seed: Tensor, info: TokenInfo) -> TokenBatch:
-        """Longer rows, of at most ``info.max_length`` tokens."""
-        at = token_layout(inputs, info)
+    def _edit(self, inputs: TokenBatch, at: TokenLayout, seed: Tensor, info: TokenInfo) -> TokenBatch:
         most = (self.rate * at.num_content).long().clamp_min(2)
         count = (uniform(seed, 0) * (most + 1)).long()
         room = (info.max_length - inputs.lengths.to(count.device)).clamp_min(0)
@@ -208,7 +201,7 @@ class Repetition(RatedView):
 
 
 @dataclass(frozen=True)
-class Masking(RatedView):
+class Masking(RowView):
     """Replace each token by the mask token with probability ``rate``.
 
     >>> Masking(0.5)(*EXAMPLE).ids.tolist()
@@ -217,26 +210,22 @@ class Masking(RatedView):
 
     rate: float = 0.15
 
-    def __call__(self, inputs: TokenBatch, seed: Tensor, info: TokenInfo) -> TokenBatch:
-        """Rows of the same lengths."""
+    def _edit(self, inputs: TokenBatch, at: TokenLayout, seed: Tensor, info: TokenInfo) -> TokenBatch:
         if info.mask_id is None:
             raise InputError("Masking: the tokenizer has no mask token. Use TokenCutoff.")
-        at = token_layout(inputs, info)
         chosen = at.content & (uniform(seed[at.row], at.offset) < self.rate)
         return replace(inputs, ids=inputs.ids.masked_fill(chosen, info.mask_id))
 
 
 @dataclass(frozen=True)
-class Shuffle:
+class Shuffle(RowView):
     """Exchange the positions of a row's content tokens at random (token shuffling of ConSERT, arXiv:2105.11741).
 
     >>> Shuffle()(*EXAMPLE).state.position.tolist()
     [0, 1, 4, 3, 2, 5]
     """
 
-    def __call__(self, inputs: TokenBatch, seed: Tensor, info: TokenInfo) -> TokenBatch:
-        """The same tokens at other positions."""
-        at = token_layout(inputs, info)
+    def _edit(self, inputs: TokenBatch, at: TokenLayout, seed: Tensor, info: TokenInfo) -> TokenBatch:
         before = at.offset if inputs.state.position is None else inputs.state.position
         which = at.content.nonzero()[:, 0]
         order = which[order_in_row(uniform(seed[at.row[which]], at.offset[which]), at.row[which])]
@@ -251,7 +240,7 @@ def _cut(inputs: TokenBatch, cut: Tensor) -> TokenBatch:
 
 
 @dataclass(frozen=True)
-class TokenCutoff(RatedView):
+class TokenCutoff(RowView):
     """Set the word vector of each token to zero with probability ``rate``, but never of all in a row (ConSERT).
 
     >>> TokenCutoff(0.5)(*EXAMPLE).state.keep.long().tolist()
@@ -260,16 +249,13 @@ class TokenCutoff(RatedView):
 
     rate: float = 0.15
 
-    def __call__(self, inputs: TokenBatch, seed: Tensor, info: TokenInfo) -> TokenBatch:
-        """The same tokens, ``state.keep`` false for some."""
-        at = token_layout(inputs, info)
+    def _edit(self, inputs: TokenBatch, at: TokenLayout, seed: Tensor, info: TokenInfo) -> TokenBatch:
         draw = uniform(seed[at.row], at.offset)
-        spared = is_row_maximum(draw, at.content, at.row, len(inputs))
-        return _cut(inputs, at.content & (draw < self.rate) & ~spared)
+        return _cut(inputs, at.content & (draw < self.rate) & ~is_row_maximum(draw, at.content, at.row, len(inputs)))
 
 
 @dataclass(frozen=True)
-class SpanCutoff(RatedView):
+class SpanCutoff(RowView):
     """Set the word vectors of a share ``rate`` of consecutive tokens to zero, never of all (Shen et al., arXiv:2009.13818).
 
     >>> SpanCutoff(0.5)(*EXAMPLE).state.keep.long().tolist()
@@ -278,9 +264,7 @@ class SpanCutoff(RatedView):
 
     rate: float = 0.15
 
-    def __call__(self, inputs: TokenBatch, seed: Tensor, info: TokenInfo) -> TokenBatch:
-        """The same tokens, ``state.keep`` false for a span."""
-        at = token_layout(inputs, info)
+    def _edit(self, inputs: TokenBatch, at: TokenLayout, seed: Tensor, info: TokenInfo) -> TokenBatch:
         size = at.num_content
         span = torch.minimum((self.rate * size).round().long(), (size - 1).clamp_min(0))
         start = (uniform(seed, 0) * (size - span + 1)).long()
@@ -290,10 +274,11 @@ class SpanCutoff(RatedView):
 
 
 @dataclass(frozen=True)
-class FeatureCutoff(RatedView):
+class FeatureCutoff(RowView):
     """Set each column of the word vectors to zero with probability ``rate``, the same columns for all tokens of a row.
 
-    The columns are drawn in the encoder, which knows their number (ConSERT, arXiv:2105.11741, section 3.2).
+    The encoder, which knows their number, draws the columns from ``state.feature_cutoff``: a seed and the rate (ConSERT,
+    arXiv:2105.11741, section 3.2).
 
     >>> FeatureCutoff(0.5)(*EXAMPLE).state.feature_cutoff.shape
     torch.Size([6, 2])
@@ -301,10 +286,8 @@ class FeatureCutoff(RatedView):
 
     rate: float = 0.15
 
-    def __call__(self, inputs: TokenBatch, seed: Tensor, info: TokenInfo) -> TokenBatch:
-        """The same tokens, with a seed and the rate as ``state.feature_cutoff``."""
-        if inputs.state.feature_cutoff is not None:
-            raise InputError("A view takes one FeatureCutoff. Give it the larger `rate` of the two.")
-        row = token_layout(inputs, info).row
+    def _edit(self, inputs: TokenBatch, at: TokenLayout, seed: Tensor, info: TokenInfo) -> TokenBatch:
+        message = "A view takes one FeatureCutoff. Give it the larger `rate` of the two."
+        require(inputs.state.feature_cutoff is None, message)
         marks = torch.stack([derive_seed(seed, 0), torch.full_like(seed, round(self.rate * RATE_SCALE))], 1)
-        return replace(inputs, state=replace(inputs.state, feature_cutoff=marks[row]))
+        return replace(inputs, state=replace(inputs.state, feature_cutoff=marks[at.row]))

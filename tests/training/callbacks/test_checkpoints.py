@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tercet.errors import InputError
-from tercet.models.loading import KEY, read_checkpoint
+from tercet.models.folder import KEY, read_checkpoint
 from tercet.training import Memory
 from tercet.training.callbacks import RNGState, SkipNonFinite
 from tercet.training.callbacks.checkpoints import LAST, AtomicCheckpointIO, interval, newest_checkpoint
@@ -42,7 +42,7 @@ def test_states_of_callbacks_are_found_under_the_names_of_version_1(tmp_path):
 def test_the_memory_of_a_checkpoint_of_version_1_is_read():
     ids = torch.arange(3)
     old = {"steps": 4, "z": torch.ones(1, 3, 2), "uid": ids, "label": ids, "position": ids, "content": ids[None]}
-    memory = Memory(size=9).build()
+    memory = Memory(size=9)
     memory.set_extra_state(old)
     assert memory.steps == 4 and torch.equal(memory.stored.example_id, ids)
     assert memory.get_extra_state().keys() == {"steps", "z", "example_id", "label", "position", "content_hash"}

@@ -4,20 +4,19 @@ import csv
 import math
 import shlex
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
+from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
 from tercet.app import record, report
-from tercet.errors import InputError
+from tercet.errors import require
 from tercet.messages import print_status
 from tercet.paths import check_writable
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 IGNORED_KEYS = (*record.KEYS_WITHOUT_EFFECT, "seed", "callback", "+", "~", "hydra")
 LESS_IS_BETTER = ("alignment", "uniformity", "loss", "perplexity", "forgotten")  # metrics, by how their names end
@@ -45,66 +44,55 @@ class Comparison:
     axes: tuple[str, ...]
     runs: dict[Setting, list[Run]]
 
-    def values(self, setting: Setting, metric: str) -> dict[int, float]:
-        """The values of a metric, by seed."""
-        return {run.seed: run.metrics[metric] for run in self.runs[setting] if metric in run.metrics}
-
-    def rank(self, metric: str) -> list[Setting]:
-        """The settings that have the metric, from the best mean to the worst."""
-        measured = [setting for setting in self.runs if self.values(setting, metric)]
-        sign = 1 if less_is_better(metric) else -1
-        return sorted(measured, key=lambda setting: sign * statistics.fmean(self.values(setting, metric).values()))
+    def rank(self, metric: str) -> dict[Setting, dict[int, float]]:
+        """The values of a metric by seed, for each setting that has it, from the best mean to the worst."""
+        found = {s: {run.seed: run.metrics[metric] for run in runs if metric in run.metrics} for s, runs in self.runs.items()}
+        sign = 1 if metric.endswith(LESS_IS_BETTER) else -1
+        measured = [(setting, values) for setting, values in found.items() if values]
+        return dict(sorted(measured, key=lambda pair: sign * statistics.fmean(pair[1].values())))
 
     def metrics(self) -> list[str]:
         """The metrics of the test stage; only the optimized metric where all runs have the same one."""
         runs = [run for group in self.runs.values() for run in group]
-        optimized = {run.optimized for run in runs}
         names = {name for run in runs for name in run.metrics if name.startswith("test/")}
-        tests = sorted(names, key=lambda name: (less_is_better(name), name))
-        return [name for name in optimized if name] if len(optimized) == 1 and optimized <= set(tests) else tests
+        tests, first = sorted(names, key=lambda name: (name.endswith(LESS_IS_BETTER), name)), runs[0].optimized
+        return [first] if first in tests and all(run.optimized == first for run in runs) else tests
 
-    def label(self, setting: Setting, default: str, short: bool = False) -> str:
-        """``key=value`` of each axis; a ``short`` label has the last word of each key; ``default`` without axes."""
+    def label(self, setting: Setting, short: bool = False) -> str:
+        """``key=value`` of each axis; a ``short`` label has the last word of each key."""
         pairs = zip(self.axes, setting, strict=True)
-        return " ".join(f"{axis.split('.')[-1] if short else axis}={value}" for axis, value in pairs) or default
+        return " ".join(f"{axis.split('.')[-1] if short else axis}={value}" for axis, value in pairs) or "all runs"
 
 
 def run(cfg: DictConfig, output: Path) -> None:
     """Compare the runs in the folders ``cfg.runs`` and write the files into ``cfg.output``, or the first of these folders."""
     paths = [Path(p) for p in ([cfg.runs] if isinstance(cfg.runs, str) else cfg.runs)]
     runs = read_runs(paths)
-    target = Path(cfg.output) if cfg.output else paths[0]
+    target = Path(cfg.output or paths[0])
     check_writable(target, "output")
     comparison = group_runs(runs)
-    names = {name for one in runs for name in one.metrics}
-    if cfg.metric and cfg.metric not in names:
-        known = ", ".join(sorted(name for name in names if name.startswith("test/")))
-        raise InputError(f"metric={cfg.metric} is in none of the runs. There are: {known}.")
+    names = sorted({name for one in runs for name in one.metrics})
+    known = ", ".join(name for name in names if name.startswith("test/"))
+    require(not cfg.metric or cfg.metric in names, f"metric={cfg.metric} is in none of the runs. There are: {known}.")
     write_comparison(comparison, [cfg.metric] if cfg.metric else comparison.metrics(), target)
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
     """All finished runs in or below ``paths``; prints how many have no metrics and are left out."""
     for path in paths:
-        if not path.is_dir():
-            raise InputError(f"runs={path}: there is no such folder. Give run folders, or one that holds them.")
+        require(path.is_dir(), f"runs={path}: there is no such folder. Give run folders, or one that holds them.")
     folders = {file.parent for path in paths for file in path.rglob("config.yaml")}
     top = [folder for folder in folders if not folders & set(folder.parents)]  # the stages of a run are not runs
-    runs = [_read_run(folder) for folder in sorted(top, key=_natural_order) if (folder / "metrics.json").is_file()]
+    top.sort(key=lambda folder: [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in folder.parts])
+    runs = [_read_run(folder) for folder in top if (folder / "metrics.json").is_file()]
     if unfinished := len(top) - len(runs):
         print_status(f"{unfinished} runs have not finished and are left out.")
-    if not runs:
-        raise InputError(f"runs={', '.join(map(str, paths))}: no finished run (config.yaml and metrics.json) is there.")
+    require(runs, f"runs={', '.join(map(str, paths))}: no finished run (config.yaml and metrics.json) is there.")
     return runs
 
 
-def _natural_order(folder: Path) -> list[Any]:
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in folder.parts]
-
-
 def _read_run(folder: Path) -> Run:
-    cfg = OmegaConf.load(folder / "config.yaml")
-    assert isinstance(cfg, DictConfig)
+    cfg: Any = OmegaConf.load(folder / "config.yaml")
     given = list(cfg.get("command") or [])
     overrides = {key: value for key, _, value in (part.partition("=") for part in given)}
     command = shlex.join(["python", "train.py", *given])
@@ -121,11 +109,6 @@ def group_runs(runs: Sequence[Run]) -> Comparison:
     return Comparison(axes, groups)
 
 
-def less_is_better(metric: str) -> bool:
-    """Whether a smaller value of the metric is the better one."""
-    return metric.endswith(LESS_IS_BETTER)
-
-
 def write_comparison(comparison: Comparison, metrics: Sequence[str], folder: Path) -> None:
     """Write ``comparison.txt`` (printed too), ``.csv`` (all metrics of all runs), ``.png`` and ``report.html``."""
     text = comparison_text(comparison, metrics)
@@ -136,8 +119,7 @@ def write_comparison(comparison: Comparison, metrics: Sequence[str], folder: Pat
         names = sorted({name for runs in comparison.runs.values() for run in runs for name in run.metrics})
         writer.writerow([*comparison.axes, "seed", "folder", *names])
         for setting, runs in comparison.runs.items():
-            for one in runs:
-                writer.writerow([*setting, one.seed, one.folder, *(one.metrics.get(name, "") for name in names)])
+            writer.writerows([*setting, one.seed, one.folder, *(one.metrics.get(n, "") for n in names)] for one in runs)
     draw_comparison(comparison, metrics).savefig(folder / "comparison.png", dpi=150)
     title = f"{sum(map(len, comparison.runs.values()))} runs compared"
     headline = describe_best(comparison, metrics[0]) if metrics else ""
@@ -152,56 +134,48 @@ def comparison_text(comparison: Comparison, metrics: Sequence[str]) -> str:
         blocks.append(ranking_table(comparison, metric))
         if len(comparison.axes) > 1 and (effects := axis_effects(comparison, metric)):
             blocks.append(effects)
-    if metrics and (order := comparison.rank(metrics[0])):
-        metric, pick = metrics[0], min if less_is_better(metrics[0]) else max
-        best = pick((one for one in comparison.runs[order[0]] if metric in one.metrics), key=lambda one: one.metrics[metric])
+    if metrics:
+        metric, pick = metrics[0], min if metrics[0].endswith(LESS_IS_BETTER) else max
+        runs = comparison.runs[next(iter(comparison.rank(metric)))]
+        best = pick((one for one in runs if metric in one.metrics), key=lambda one: one.metrics[metric])
         blocks.append(f"best run: {best.folder}, {metric} = {best.metrics[metric]:.4f}\n  {best.command}")
     return "\n\n".join(blocks)
 
 
 def describe_best(comparison: Comparison, metric: str) -> str:
     """A sentence: the best setting, and by how much it is ahead of the second."""
-    first, *others = comparison.rank(metric)
-    best = comparison.values(first, metric)
-    sentence = f"{comparison.label(first, 'all runs')}: {metric} {format_mean_sd(list(best.values()))}"
+    (first, best), *others = comparison.rank(metric).items()
+    sentence = f"{comparison.label(first)}: {metric} {format_mean_sd(best.values())}"
     if not others:
         return f"{sentence}."
-    second = comparison.label(others[0], "all runs")
-    differences = paired_differences(best, comparison.values(others[0], metric))
-    if len(differences) < 2:
-        return f"{sentence}, before {second} (no two seeds in common)."
-    mean, low, high, _ = paired_bootstrap(differences)
-    ahead = "ahead of" if low * high > 0 else "not surely ahead of"
-    return f"{sentence}, {ahead} {second} by {mean:+.4f} [{low:+.4f}, {high:+.4f}]."
+    second, (lead, _, sure) = comparison.label(others[0][0]), paired_lead(best, others[0][1])
+    if sure is None:
+        return f"{sentence}, before {second} ({lead})."
+    return f"{sentence}, {'ahead of' if sure else 'not surely ahead of'} {second} by {lead}."
 
 
 def ranking_table(comparison: Comparison, metric: str) -> str:
     """A row for each setting: mean ± sd over its seeds, and the lead of the best setting on the seeds that both have."""
-    order = comparison.rank(metric)
-    head = [*comparison.axes, "runs", "mean ± sd"]
-    rows = [[*head, "lead of the best [95 %]", "resamples that agree"] if comparison.axes else head]
-    for setting in order:
-        values = comparison.values(setting, metric)
-        row = [*setting, str(len(values)), format_mean_sd(list(values.values()))]
-        if comparison.axes:
-            row += ["", ""] if setting == order[0] else _lead(comparison.values(order[0], metric), values)
-        rows.append(row)
+    ranked = comparison.rank(metric)
+    best = next(iter(ranked.values()))
+    rows = [[*comparison.axes, "runs", "mean ± sd", "lead of the best [95 %]", "resamples that agree"]]
+    for setting, values in ranked.items():
+        lead = ("", "") if values is best else paired_lead(best, values)[:2]
+        rows.append([*setting, str(len(values)), format_mean_sd(values.values()), *lead])
+    if not comparison.axes:  # one setting
+        rows = [row[:2] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([f"{metric}, {'less' if less_is_better(metric) else 'more'} is better", *lines])
+    return "\n".join([f"{metric}, {'less' if metric.endswith(LESS_IS_BETTER) else 'more'} is better", *lines])
 
 
-def _lead(best: dict[int, float], other: dict[int, float]) -> list[str]:
-    differences = paired_differences(best, other)
+def paired_lead(best: dict[int, float], other: dict[int, float]) -> tuple[str, str, bool | None]:
+    """``best - other`` on the seeds of both: ``mean [95 %]``, the resamples that agree, and if the interval excludes 0."""
+    differences = [best[seed] - other[seed] for seed in sorted(best.keys() & other.keys())]
     if len(differences) < 2:
-        return ["no two seeds in common", ""]
+        return "no two seeds in common", "", None
     mean, low, high, share = paired_bootstrap(differences)
-    return [f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]", f"{max(share, 1 - share):.0%}"]
-
-
-def paired_differences(best: dict[int, float], other: dict[int, float]) -> list[float]:
-    """``best - other`` for each seed that both have."""
-    return [best[seed] - other[seed] for seed in sorted(best.keys() & other.keys())]
+    return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]", f"{max(share, 1 - share):.0%}", low * high > 0
 
 
 def paired_bootstrap(differences: Sequence[float]) -> tuple[float, float, float, float]:
@@ -213,8 +187,6 @@ def paired_bootstrap(differences: Sequence[float]) -> tuple[float, float, float,
     >>> [round(x, 3) for x in paired_bootstrap([0.1, 0.2, 0.3])]
     [0.2, 0.122, 0.278, 1.0]
     """
-    import numpy as np
-
     d, n = np.asarray(differences), len(differences)
     if n**n <= MAX_RESAMPLES:
         picks = np.stack(np.meshgrid(*[np.arange(n)] * n), -1).reshape(-1, n)
@@ -227,23 +199,22 @@ def paired_bootstrap(differences: Sequence[float]) -> tuple[float, float, float,
 
 def axis_effects(comparison: Comparison, metric: str) -> str:
     """For each axis: the mean at each of its values, and its share of the variance between runs (eta squared)."""
-    values = {setting: list(comparison.values(setting, metric).values()) for setting in comparison.rank(metric)}
-    pooled = [x for group in values.values() for x in group]
-    total = sum((x - statistics.fmean(pooled)) ** 2 for x in pooled)
-    lines = []
+    ranked = comparison.rank(metric)
+    pooled = [x for values in ranked.values() for x in values.values()]
+    mean, lines = statistics.fmean(pooled), []
+    total = sum((x - mean) ** 2 for x in pooled)
     for i, axis in enumerate(comparison.axes):
-        if len({setting[i] for setting in values}) == len(values):  # each value once, as in a random search: no mean
-            continue
         levels: dict[str, list[float]] = {}
-        for setting, group in values.items():
-            levels.setdefault(setting[i], []).extend(group)
-        between = sum(len(v) * (statistics.fmean(v) - statistics.fmean(pooled)) ** 2 for v in levels.values())
-        means = ", ".join(f"{name} {statistics.fmean(v):.4f}" for name, v in levels.items())
-        lines.append(f"{axis}: {means}; explains {between / total if total else 0:.0%} of the variance between runs")
+        for setting, values in ranked.items():
+            levels.setdefault(setting[i], []).extend(values.values())
+        if len(levels) < len(ranked):  # else each value stands once, as in a random search: no mean
+            between = sum(len(v) * (statistics.fmean(v) - mean) ** 2 for v in levels.values())
+            means = ", ".join(f"{name} {statistics.fmean(v):.4f}" for name, v in levels.items())
+            lines.append(f"{axis}: {means}; explains {between / total if total else 0:.0%} of the variance between runs")
     return "\n".join(lines)
 
 
-def format_mean_sd(values: Sequence[float]) -> str:
+def format_mean_sd(values: Collection[float]) -> str:
     """``mean ± standard deviation`` (n - 1); the mean alone for one value.
 
     >>> format_mean_sd([1.0, 2.0, 3.0]), format_mean_sd([0.5])
@@ -253,24 +224,20 @@ def format_mean_sd(values: Sequence[float]) -> str:
     return f"{statistics.fmean(values):.4f}{sd}"
 
 
-def draw_comparison(comparison: Comparison, metrics: Sequence[str]) -> "Figure":
+def draw_comparison(comparison: Comparison, metrics: Sequence[str]) -> Figure:
     """A panel for each of the first four metrics: a point for each run, and the mean and sd of each setting."""
-    from matplotlib.figure import Figure
-
-    shown = [m for m in metrics[:4] if comparison.rank(m)]
+    shown = metrics[:4]
     columns, rows = min(2, max(1, len(shown))), -(-len(shown) // 2) or 1
     figure = Figure(figsize=(6.5 * columns, rows * (1.2 + 0.4 * len(comparison.runs))), layout="constrained")
     for index, metric in enumerate(shown, 1):
         axes = figure.add_subplot(rows, columns, index)
-        order = comparison.rank(metric)[::-1]
-        for y, setting in enumerate(order):
-            values = list(comparison.values(setting, metric).values())
-            color = "#1b7f79" if setting == order[-1] else "#888888"
+        ranked = list(comparison.rank(metric).items())[::-1]
+        for y, (_, by_seed) in enumerate(ranked):
+            values, color = list(by_seed.values()), "#1b7f79" if y == len(ranked) - 1 else "#888888"
             axes.plot(values, [y] * len(values), "o", color=color, alpha=0.45, ms=5)
             sd = statistics.stdev(values) if len(values) > 1 else math.nan
             axes.errorbar(statistics.fmean(values), y - 0.18, xerr=sd, fmt="|", color=color, capsize=3, ms=9, lw=1.5)
-        labels = [comparison.label(setting, "all", short=True) for setting in order]
-        axes.set(yticks=range(len(order)), yticklabels=labels, xlabel=metric.removeprefix("test/"))
-        axes.set_ylim(-0.6, len(order) - 0.5)
+        axes.set(yticks=range(len(ranked)), ylim=(-0.6, len(ranked) - 0.5), xlabel=metric.removeprefix("test/"))
+        axes.set_yticklabels([comparison.label(setting, short=True) for setting, _ in ranked])
         axes.spines[["top", "right"]].set_visible(False)
     return figure

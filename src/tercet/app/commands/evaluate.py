@@ -1,27 +1,30 @@
-"""The command ``evaluate``: measure any model, also one that was not trained by Tercet."""
+"""The command ``evaluate``: open any model by its name, also one that was not trained by Tercet, and measure it."""
 
+import difflib
 from pathlib import Path
 
+import torch
+from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 
 from tercet.app import record
-from tercet.app.components import build, check_values
-from tercet.app.model_loading import open_model
-from tercet.errors import InputError
+from tercet.app.cli import config_folder
+from tercet.app.components import build, check_values, raw_config
+from tercet.errors import InputError, require
 from tercet.messages import print_status, silence_libraries
 from tercet.models import CachedEncoder, ConcatEncoder, Encoder
+from tercet.models.folder import load_with_note
 from tercet.models.onnx import ONNXEncoder
-from tercet.paths import check_writable
+from tercet.paths import check_writable, locate
 from tercet.types import EncodeFunction
 
 
-def run(cfg: DictConfig, output: Path) -> float | None:
+def run(cfg: DictConfig, output: Path) -> None:
     """Print the metrics, and write them to the file ``output``."""
     silence_libraries()
     target = Path(cfg.output) if cfg.output else None
-    if target is not None:
-        if target.is_dir() or target.suffix != ".json":
-            raise InputError(f"output={target}: the name of a .json file is needed.")
+    if target:
+        require(target.suffix == ".json" and not target.is_dir(), f"output={target}: the name of a .json file is needed.")
         check_writable(target.parent, "output")
     check_values(OmegaConf.create({"evaluation": OmegaConf.to_container(cfg.evaluation, resolve=True)}), cfg)
     evaluator = build(cfg.evaluation)
@@ -29,32 +32,76 @@ def run(cfg: DictConfig, output: Path) -> float | None:
     members = [CachedEncoder(_open_member(cfg, str(name)), progress="evaluating") for name in names]
     encode: EncodeFunction = members[0] if len(members) == 1 else ConcatEncoder(members)
     metrics = evaluator(encode)
-    values = {f"test/{name}": value for name, value in metrics.items()}
     show = getattr(evaluator, "table", None)
     print_status(show(metrics) if show else "\n".join(f"{name}  {value:.4f}" for name, value in metrics.items()))
-    if target is not None:
-        record.write_metrics(target.parent, values, target.name)
-        draw = getattr(evaluator, "figures", None)
-        drawn = draw(encode) if draw else {}  # embeddings are cached
+    if target:
+        record.write_metrics(target.parent, {f"test/{name}": value for name, value in metrics.items()}, target.name)
+        drawn = evaluator.figures(encode) if hasattr(evaluator, "figures") else {}  # embeddings are cached
         for name, figure in drawn.items():
             figure.savefig(target.with_name(f"{target.stem}_{name}.png"), dpi=150)
         print_status(f"Written to {target}" + "".join(f", {target.stem}_{name}.png" for name in drawn))
-    return None
 
 
 def _open_member(cfg: DictConfig, name: str) -> Encoder:
     """The model, with the command line's ``max_length`` and ``normalize``."""
     encoder = open_model(name, cfg.model.pooling, cfg.device, cfg.seed)
-    fixed = [key for key in ("max_length", "normalize") if cfg.model[key] is not None]
-    if fixed and isinstance(encoder, ONNXEncoder):
-        raise InputError(f"model.{fixed[0]}={cfg.model[fixed[0]]}: an exported model cannot be changed. Export it anew.")
-    texts = encoder.text_parts()
-    if cfg.model.max_length:
-        if not texts:
-            raise InputError(f"model.max_length={cfg.model.max_length} counts tokens; this model reads images.")
-        for part in texts:
-            part.max_length = cfg.model.max_length
-    if cfg.model.normalize is not None:
-        for each in [encoder, *texts]:
-            each.normalize = cfg.model.normalize
+    for key in ("max_length", "normalize"):
+        changed = isinstance(encoder, ONNXEncoder) and cfg.model[key] is not None
+        require(not changed, f"model.{key}={cfg.model[key]}: an exported model cannot be changed. Export it anew.")
+    texts, longest = encoder.text_parts(), cfg.model.max_length
+    require(texts or not longest, f"model.max_length={longest} counts tokens; this model reads images.")
+    for part in texts if longest else ():
+        part.max_length = longest
+    for each in [encoder, *texts] if cfg.model.normalize is not None else ():
+        each.normalize = cfg.model.normalize
     return encoder
+
+
+def open_model(name: str, pooling: str | None, device: str, seed: int | None = None) -> Encoder:
+    """Load a run, a checkpoint, a folder or a hub id to a device; with a ``seed`` also a choice of ``conf/model``.
+
+    A choice has the random weights that ``train.py model=<name>`` would start from, its vocabulary that of the command's data.
+    """
+    available = torch.cuda.is_available() or not device.startswith("cuda")
+    require(available, f"device={device}, but torch sees no GPU here. Use device=cpu.")
+    if seed is not None and not locate(name).exists() and "/" not in name:
+        entries = sorted(entry.stem for entry in Path(config_folder(), "model").glob("*.yaml"))
+        if name in entries:
+            cfg = compose("train", [f"model={name}", *([f"model.pooling={pooling}"] if pooling else [])])
+            if "data" in raw_config():
+                cfg.data = raw_config().data
+            torch.manual_seed(seed)
+            print_status(f"model={name} of conf/model, seed {seed}")
+            fresh: Encoder = build(cfg.model)
+            return fresh.to(device)
+        if near := difflib.get_close_matches(name, entries, 1):
+            raise InputError(f"model={name}: no such folder, and no choice of conf/model. Did you mean {near[0]}?")
+    try:
+        encoder, note = load_with_note(name, pooling=pooling)
+    except InputError as error:
+        raise InputError(error.rename({"path_or_id": "model", "pooling": "`model.pooling`"})) from error
+    if note:
+        print_status(note)
+    return encoder.to(device)
+
+
+def initialize_from(encoder: Encoder, name: str) -> str:
+    """Give ``encoder`` the weights of a model; a head of another shape starts anew. Returns what to tell the user."""
+    try:
+        other = open_model(name, None, "cpu")
+    except InputError as error:
+        raise InputError(str(error).replace("model=", "init_from=", 1)) from error
+    words, other_words = (getattr(getattr(part, "tokenizer", None), "get_vocab", dict)() for part in (encoder, other))
+    require(
+        words == other_words,
+        f"init_from={name}: it reads other tokens ({len(other_words)}) than this model ({len(words)}), so that rows would "
+        "be exchanged. Use its model.tokenizer.name; a vocabulary that is counted must be counted in the same data.",
+    )
+    mine, theirs = encoder.state_dict(), other.state_dict()
+    here, there = ({key: tuple(weight.shape) for key, weight in state.items()} for state in (mine, theirs))
+    reshaped = sorted(key for key in {**here, **there} if here.get(key) != there.get(key))
+    for key in reshaped:
+        shapes = f"{there.get(key)} there and {here.get(key)} here"
+        require("head." in key, f"init_from={name}: {key} is {shapes}. Use the model that it was trained with.")
+    encoder.load_state_dict({**mine, **{key: value for key, value in theirs.items() if key not in reshaped}})
+    return f"init_from={name}" + ("; the head starts anew" if reshaped else "")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from tercet.app.model_loading import open_model
+from tercet.app.commands.evaluate import open_model
 from tercet.messages import print_status, silence_libraries
 from tercet.models.folder import save_model
 from tercet.models.onnx import FILE, export_onnx
@@ -21,8 +21,8 @@ def run(cfg: DictConfig, output: Path) -> None:
     encoder = open_model(cfg.model.path, cfg.model.pooling, "cpu", cfg.seed)
     check_writable(target, "output")
     export_onnx(encoder, target, cfg.precision)
-    size = (target / FILE).stat().st_size / 1e6
-    print_status(f"{cfg.precision}, {size:.0f} MB. Written to {target}; `tercet evaluate model={target}` measures it.")
+    megabytes = (target / FILE).stat().st_size / 1e6
+    print_status(f"{cfg.precision}, {megabytes:.0f} MB. Written to {target}; `tercet evaluate model={target}` measures it.")
 
 
 def expand(cfg: DictConfig, output: Path) -> None:
@@ -34,7 +34,5 @@ def expand(cfg: DictConfig, output: Path) -> None:
     encoder, expansion = expand_vocabulary(open_model(cfg.model.path, None, "cpu"), vectors)
     check_writable(target, "output")
     save_model(encoder, target)
-    fit = " and ".join(f"{x:.3f}" for x in expansion.fit)
-    print_status(
-        f"{expansion.new} words are new; the map was fitted on {expansion.shared} shared ones (R² {fit}). Written to {target}"
-    )
+    fit = f"fitted on {expansion.shared} shared ones (R² {' and '.join(f'{x:.3f}' for x in expansion.fit)})"
+    print_status(f"{expansion.new} words are new; the map was {fit}. Written to {target}")

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
+from tercet.app.commands.evaluate import open_model
 from tercet.app.components import build, check_values
-from tercet.app.model_loading import open_model
-from tercet.errors import InputError
+from tercet.errors import require
 from tercet.evaluation.search import FalseNegativeFilter, hard_negatives
 from tercet.messages import print_status, silence_libraries
 from tercet.models import CachedEncoder
@@ -24,6 +24,7 @@ from tercet.paths import check_writable
 from tercet.types import Source
 
 KINDS = (".parquet", ".csv", ".tsv", ".jsonl")
+IMAGES = "For images use callback=hard_labels in training."
 
 
 @dataclass(frozen=True)
@@ -43,51 +44,36 @@ def run(cfg: DictConfig, output: Path) -> None:
     """Embed, search, write ``anchor``, ``positive``, ``negative`` and the two cosines."""
     silence_libraries()
     target = Path(cfg.output)
-    if target.suffix not in KINDS:
-        raise InputError(f"output={target}: a file that ends in {', '.join(KINDS)} is needed.")
-    if cfg.negatives < 1 or cfg.skip < 0:
-        raise InputError(f"negatives={cfg.negatives}, skip={cfg.skip}: 1 or more, and 0 or more.")
+    require(target.suffix in KINDS, f"output={target}: a file that ends in {', '.join(KINDS)} is needed.")
+    require(cfg.negatives > 0 and cfg.skip >= 0, f"negatives={cfg.negatives}, skip={cfg.skip}: 1 or more, and 0 or more.")
     check_writable(target.parent, "output")
     train = OmegaConf.to_container(cfg.data.train, resolve=True)
     check_values(OmegaConf.create({"guard": cfg.guard, "data": {"train": train}}), cfg)
     guard: FalseNegativeFilter = build(cfg.guard)
     pairs = read_mining_pairs(build(cfg.data.train), cfg.seed)
     encoder = open_model(cfg.model.path, cfg.model.pooling, cfg.device, cfg.seed)
-    if not encoder.text_parts():
-        raise InputError(
-            f"model={cfg.model.path} is no encoder of texts that mine can use. For images use callback=hard_labels in training."
-        )
+    require(encoder.text_parts(), f"model={cfg.model.path} is no encoder of texts that mine can use. {IMAGES}")
     table = mine_negatives(pairs, CachedEncoder(encoder, progress="embedding"), guard, cfg.negatives, cfg.skip)
-    if len(table) == 0:
-        raise InputError(
-            f"No negative is left of {len(pairs.keys)} texts: guard.max_similarity={guard.max_similarity} and "
-            f"guard.relative_margin={guard.relative_margin} exclude all of them. Relax them."
-        )
+    limits = f"guard.max_similarity={guard.max_similarity} and guard.relative_margin={guard.relative_margin}"
+    require(len(table), f"No negative is left of {len(pairs.keys)} texts: {limits} exclude all of them. Relax them.")
     write_table(table, target)
     got = len(set(zip(table["anchor"].to_pylist(), table["positive"].to_pylist(), strict=True)))
-    means = {name: float(np.mean(table[name])) for name in ("positive_cosine", "negative_cosine")}
-    print_status(
-        f"{len(table)} rows of {len(pairs.anchors)} pairs ({got} different ones have a negative). "
-        f"Mean cosine: positives {means['positive_cosine']:.3f}, negatives {means['negative_cosine']:.3f}."
-    )
-    print_status(f"Written to {target}. To train on it:")
-    print_status(
-        f"  python train.py objective=simcse_sup data=text data.path={target} 'data.columns=[anchor,positive,negative]'"
-    )
+    means = f"positives {np.mean(table['positive_cosine']):.3f}, negatives {np.mean(table['negative_cosine']):.3f}"
+    print_status(f"{len(table)} rows of {len(pairs.anchors)} pairs ({got} different ones have a negative).")
+    print_status(f"Mean cosine: {means}. Written to {target}. To train on it:")
+    columns = "'data.columns=[anchor,positive,negative]'"
+    print_status(f"  python train.py objective=simcse_sup data=text data.path={target} {columns}")
 
 
 def read_mining_pairs(source: Source, seed: int) -> MiningPairs:
     """The pairs of a source with two columns or more; of one column, the pairs of texts with equal labels."""
     rows = source.rows()
     first = list(rows[source.columns[0]])
-    if not first or not isinstance(first[0], str):
-        raise InputError("mine reads texts; this data holds images. For images use callback=hard_labels in training.")
+    require(first and isinstance(first[0], str), f"mine reads texts; this data holds images. {IMAGES}")
     if len(source.columns) > 1:
         return pairs_of_columns(first, list(rows[source.columns[1]]))
-    if "label" not in rows.column_names:
-        raise InputError(
-            "mine needs pairs: two columns, as data.columns=[question,answer], or one with a label, as data.label=intent."
-        )
+    advice = "two columns, as data.columns=[question,answer], or one with a label, as data.label=intent."
+    require("label" in rows.column_names, f"mine needs pairs: {advice}")
     return pairs_of_labels(first, np.array(rows["label"]), seed)
 
 
@@ -112,17 +98,12 @@ def pairs_of_labels(texts: list[str], label: "np.ndarray[tuple[int], np.dtype[np
             order = rng.permutation(len(members))
             anchors += [members[i] for i in order]
             positives += [members[i] for i in np.roll(order, -1)]
-    if not anchors:
-        raise InputError("data.label: no label has two different texts, so there are no positives.")
-    groups: dict[str, set[int]] = {}
+    require(anchors, "data.label: no label has two different texts, so there are no positives.")
+    label_of: dict[str, int] = {}
     for text, name in zip(texts, label.tolist(), strict=True):
-        groups.setdefault(text, set()).add(name)
-    keys = list(groups)
-    # A text of two labels is no negative of either.
-    codes = torch.tensor([next(iter(found)) if len(found) == 1 else -2 for found in groups.values()])
-    place = {text: i for i, text in enumerate(keys)}
-    own = codes[torch.tensor([place[text] for text in anchors])]
-    return MiningPairs(anchors, positives, keys, lambda rows, at: (codes[at] != own[rows, None]) & (codes[at] != -2))
+        label_of[text] = name if label_of.get(text, name) == name else -2  # a text of two labels is no negative of either
+    codes, own = torch.tensor(list(label_of.values())), torch.tensor([label_of[text] for text in anchors])
+    return MiningPairs(anchors, positives, list(label_of), lambda rows, at: (codes[at] != own[rows, None]) & (codes[at] != -2))
 
 
 def mine_negatives(pairs: MiningPairs, encode: CachedEncoder, guard: FalseNegativeFilter, count: int, skip: int) -> pa.Table:
@@ -132,15 +113,10 @@ def mine_negatives(pairs: MiningPairs, encode: CachedEncoder, guard: FalseNegati
     scores, at = hard_negatives(x, keys, pairs.allowed, guard.limit(own), count + skip)
     row, column = (at[:, skip:] >= 0).nonzero(as_tuple=True)
     chosen = at[row, column + skip].tolist()
-    return pa.table(
-        {
-            "anchor": [pairs.anchors[i] for i in row.tolist()],
-            "positive": [pairs.positives[i] for i in row.tolist()],
-            "negative": [pairs.keys[i] for i in chosen],
-            "positive_cosine": own[row].numpy(),
-            "negative_cosine": scores[row, column + skip].numpy(),
-        }
-    )
+    texts = {"anchor": [pairs.anchors[i] for i in row.tolist()], "positive": [pairs.positives[i] for i in row.tolist()],
+             "negative": [pairs.keys[i] for i in chosen]}  # fmt: skip
+    cosines = {"positive_cosine": own[row].numpy(), "negative_cosine": scores[row, column + skip].numpy()}
+    return pa.table(texts | cosines)
 
 
 def write_table(table: pa.Table, target: Path) -> None:

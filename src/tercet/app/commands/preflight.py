@@ -10,37 +10,20 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig
+from pytorch_lightning.callbacks import LambdaCallback
 
 from tercet.app.components import build
-from tercet.errors import InputError
+from tercet.errors import require
 from tercet.messages import print_status
 from tercet.models import CachedEncoder
 from tercet.training.callbacks.evaluation import Evaluation, refresh_encoder, run_evaluator
-from tercet.training.callbacks.throughput import peak_memory_gb
+from tercet.training.callbacks.monitoring import peak_memory_gb
 from tercet.training.contrastive import Contrastive
 from tercet.training.datamodule import DataModule
-from tercet.types import Evaluator, Item
+from tercet.types import Item
 
 STEPS = 3  # the first is not timed: it allocates
 SAMPLE = 256  # items that an evaluation encodes
-
-
-class StepTimer(pl.Callback):
-    """Records when each step ended, and the last loss."""
-
-    def __init__(self) -> None:
-        self.ends: list[float] = []
-        self.loss = math.nan
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """Record the time."""
-        self.loss = float(trainer.callback_metrics["train/loss"])
-        self.ends.append(time.perf_counter())
-
-    @property
-    def seconds(self) -> float:
-        """The mean time of a step, without the first."""
-        return (self.ends[-1] - self.ends[0]) / max(1, len(self.ends) - 1)
 
 
 class SampledEncoder:
@@ -50,15 +33,9 @@ class SampledEncoder:
     """
 
     def __init__(self, encode: CachedEncoder) -> None:
-        self.encode = encode
+        self.encode, self.num_outputs = encode, encode.num_outputs
         self.items: set[Item] = set()
-        self.seconds = 0.0
-        self.encoded = 0
-
-    @property
-    def num_outputs(self) -> int:
-        """The number of outputs of the encoder."""
-        return self.encode.num_outputs
+        self.seconds, self.encoded = 0.0, 0
 
     def __call__(self, items: Sequence[Item]) -> torch.Tensor:
         """Embed N items: ``(N, D)``."""
@@ -74,44 +51,47 @@ class SampledEncoder:
 
 def preflight(cfg: DictConfig, objective: Contrastive, data: DataModule, evaluation: Evaluation, output: Path) -> None:
     """Train three steps, evaluate once in every process, and print what the run will take."""
-    timed = StepTimer()
-    quick = {"max_steps": STEPS, "max_epochs": -1, "limit_val_batches": 0, "enable_checkpointing": False,
-             "enable_progress_bar": False, "enable_model_summary": False, "accumulate_grad_batches": 1}  # fmt: skip
-    trainer: pl.Trainer = build(cfg.trainer, logger=False, callbacks=[timed], default_root_dir=str(output), **quick)
+    losses, ends = [math.nan], list[float]()
+
+    def record_step(trainer: pl.Trainer, *_: Any) -> None:
+        losses.append(float(trainer.callback_metrics["train/loss"]))  # waits for the device
+        ends.append(time.perf_counter())
+
+    quick = {"max_steps": STEPS, "max_epochs": -1, "limit_val_batches": 0, "enable_checkpointing": False, "logger": False,
+             "enable_progress_bar": False, "enable_model_summary": False, "accumulate_grad_batches": 1,
+             "callbacks": [LambdaCallback(on_train_batch_end=record_step)], "default_root_dir": str(output)}  # fmt: skip
+    trainer: pl.Trainer = build(cfg.trainer, **quick)
     trainer.fit(objective, datamodule=data)
-    if not math.isfinite(timed.loss):
-        raise InputError(f"check: the loss is {timed.loss} after {len(timed.ends)} steps.")
+    require(math.isfinite(losses[-1]), f"check: the loss is {losses[-1]} after {len(ends)} steps.")
+    seconds = (ends[-1] - ends[0]) / max(1, len(ends) - 1)
     sampled = SampledEncoder(refresh_encoder(trainer, objective))
     steps = total_steps(cfg, data)
-    items = validations(cfg, steps, data) * count_items(evaluation.validation, sampled, objective)
-    items += (2 if cfg.measure_before else 1) * count_items(evaluation.test, sampled, objective)
+    often = (validations(cfg, steps, data), 2 if cfg.measure_before else 1)
+    items = 0
+    for evaluator, times in zip((evaluation.validation, evaluation.test), often, strict=True):
+        sampled.items = set()
+        if evaluator is not None:
+            run_evaluator(evaluator, objective, sampled)
+        items += times * len(sampled.items)
     each = sampled.seconds / max(1, sampled.encoded)
-    evaluating = each * items
+    training, evaluating = steps * seconds, each * items
     parameters = sum(p.numel() for p in objective.parameters())
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)
     lines = {
         "data": "a stream" if data.dataset is None else f"{len(data.dataset):,} rows of {len(data.columns)} columns",
         "model": f"{parameters / 1e6:.1f} M parameters, {trained / 1e6:.1f} M of them trained",
-        "training": f"{steps} steps of {data.batch_size}, {timed.seconds:.2f} s each: {format_duration(steps * timed.seconds)}"
-        f"; the loss after {len(timed.ends)} is {timed.loss:.4f}",
+        "training": f"{steps} steps of {data.batch_size}, {seconds:.2f} s each: {format_duration(training)}; "
+        f"the loss after {len(ends)} is {losses[-1]:.4f}",
         "measuring": f"{items:,} texts or images, {1000 * each:.1f} ms each: {format_duration(evaluating)}, scoring aside",
         "memory": f"{peak_memory_gb():.1f} GB so far, on {trainer.strategy.root_device}, {trainer.world_size} processes",
         "writes": f"{output}: model/ {4 * parameters / 1e6:.0f} MB, checkpoints/ of {12 * trained / 1e6:.0f} MB, "
         f"{cfg.keep_last} last and {1 if cfg.monitor else 0} best",
-        "in all": f"about {format_duration(steps * timed.seconds + evaluating)}",
+        "in all": f"about {format_duration(training + evaluating)}",
     }  # fmt: skip
     print_status("\ncheck passed; nothing is kept\n" + "\n".join(f"  {name:10} {text}" for name, text in lines.items()))
     if trainer.is_global_zero:
         with suppress(OSError):  # it holds other files
             output.rmdir()
-
-
-def count_items(evaluator: Evaluator | None, sampled: SampledEncoder, objective: Contrastive) -> int:
-    """The number of distinct items that the evaluator encodes."""
-    sampled.items = set()
-    if evaluator is not None:
-        run_evaluator(evaluator, objective, sampled)
-    return len(sampled.items)
 
 
 def total_steps(cfg: DictConfig, data: DataModule) -> int:

@@ -1,6 +1,6 @@
 """The command ``train`` with stages: several runs as one, each from the model of the one before."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,15 @@ from omegaconf import DictConfig, OmegaConf, read_write
 
 from tercet.app import record
 from tercet.app.commands import train
-from tercet.errors import InputError
+from tercet.errors import require
 from tercet.messages import print_status
 from tercet.paths import check_writable
 
 OWN = ("experiment", "stages", "init_from", "output_dir", "resume", "optimized_metric", "name", "measure_before")
 COUNTS = (*train.RESULT_GROUPS, "trainer", "test")  # a finished stage is kept where these are the same
 START = "before"
+
+Columns = Mapping[str, Mapping[str, float]]  # stage -> metric -> value
 
 
 def run(cfg: DictConfig, output: Path) -> float | None:
@@ -26,10 +28,9 @@ def run(cfg: DictConfig, output: Path) -> float | None:
     What was set on the command line is set in every stage. With ``resume`` finished stages are kept.
     """
     runs = {str(name): stage for name, stage in cfg.stages.runs.items() if stage is not None}
-    if not runs:
-        raise InputError("stages.runs: every stage is null. Set one of them, or use another experiment.")
-    if taken := {START, "test", "train", "val"} & runs.keys():
-        raise InputError(f"stages.runs: a stage may not be called {taken.pop()}. Rename it.")
+    require(runs, "stages.runs: every stage is null. Set one of them, or use another experiment.")
+    taken = {START, "test", "train", "val"} & runs.keys()
+    require(not taken, f"stages.runs: a stage may not be called {' or '.join(taken)}. Rename it.")
     check_writable(output, "output_dir")
     folders = {name: output / f"{number}_{name}" for number, name in enumerate(runs, 1)}
     _check_folder(output, list(folders.values()), cfg.resume)
@@ -42,37 +43,33 @@ def run(cfg: DictConfig, output: Path) -> float | None:
         test = OmegaConf.to_container(config.test, resolve=True)
         config.measure_before = bool(cfg.measure_before and test != measured)  # else the last stage has just done so
         config.resume = cfg.resume
-        metrics = _finished_metrics(config, folder) if cfg.resume else None
-        if metrics is None:
+        if cfg.resume and (folder / "metrics.json").is_file():
+            other = record.first_difference(folder, config, lambda key: key.split(".")[0] in COUNTS)
+            advice = f"Use another output_dir, or delete {folder} and what follows it."
+            require(not other, f"{folder.name} was finished with {other}. {advice}")
+            print_status(f"{folder.name} is finished; kept")
+        else:
             print_status(f"\n{number} of {len(runs)}: {name}")
             train.run(config, folder)
-            metrics = record.read_metrics(folder)
-        if not columns:
-            _report_missing(cfg.stages, record.stage_metrics(metrics, "test"))
+        metrics = record.read_metrics(folder)
+        after = record.stage_metrics(metrics, "test")
+        for key in ("in_domain", "out_of_domain") if not columns else ():
+            if (wanted := cfg.stages[key]) and wanted not in after:
+                print_status(f"stages.{key}={wanted} is not measured; the figure lacks it. There are: {', '.join(after)}.")
         if START not in columns and config.measure_before:
             columns[START] = record.stage_metrics(metrics, START)
-        columns[name] = record.stage_metrics(metrics, "test")
+        columns[name] = after
         start, measured = str(folder / "model"), test
     return _finish(cfg, output, columns, start)
 
 
 def _check_folder(output: Path, folders: list[Path], resume: bool) -> None:
     found = sorted(p for p in output.glob("*_*") if p.is_dir() and p.name.split("_")[0].isdigit())
-    if not record.is_main_process() or not found:
-        return
-    if not resume:
-        raise InputError(f"output_dir={output} holds stages already: resume=true continues them.")
-    if other := [path.name for path in found if path not in folders]:
-        raise InputError(
-            f"resume=true: {output} holds {', '.join(other)}; the stages are {', '.join(p.name for p in folders)} now. Use "
-            "the same stages.runs, or another output_dir."
-        )
-
-
-def _report_missing(settings: DictConfig, metrics: Mapping[str, float]) -> None:
-    for key in ("in_domain", "out_of_domain"):
-        if settings[key] and settings[key] not in metrics:
-            print_status(f"stages.{key}={settings[key]} is not measured; the figure lacks it. There are: {', '.join(metrics)}.")
+    if record.is_main_process():
+        require(resume or not found, f"output_dir={output} holds stages already: resume=true continues them.")
+        other, now = (", ".join(path.name for path in paths) for paths in (sorted({*found} - {*folders}), folders))
+        advice = "Use the same stages.runs, or another output_dir."
+        require(not other, f"resume=true: {output} holds {other}; the stages are {now} now. {advice}")
 
 
 def compose_stage(stage: DictConfig, start: str | None, folder: Path) -> DictConfig:
@@ -82,18 +79,12 @@ def compose_stage(stage: DictConfig, start: str | None, folder: Path) -> DictCon
         hydra.runtime.output_dir = str(folder)
     given = {o.lstrip("+~").split("=")[0]: o for o in HydraConfig.get().overrides.task}
     given = {key: o for key, o in given.items() if key.split(".")[0] not in OWN}
-    own = {key: f"{key}={_quoted(value)}" for key, value in _overrides(OmegaConf.to_container(stage, resolve=True))}
-    own.setdefault("experiment", "~experiment")
+    own = {"experiment": "~experiment"}
+    settings: Any = OmegaConf.to_container(stage, resolve=True)
+    for key, value in settings.items():  # {objective: mlm, data: {where: {a: 1}}} is objective=mlm data.where={a:1}
+        inner = {f"{key}.{name}": x for name, x in value.items()} if isinstance(value, dict) else {key: value}
+        own |= {name: f"{name}={_quoted(x)}" for name, x in inner.items()}
     return compose("train", [*(own | given).values(), f"init_from={_quoted(start)}", f"output_dir={_quoted(str(folder))}"])
-
-
-def _overrides(stage: Any) -> Iterator[tuple[str, Any]]:
-    """``{objective: mlm, data: {where: {a: 1}}}`` as ``objective``, mlm and ``data.where``, {a: 1}: groups are words."""
-    for key, value in stage.items():
-        if isinstance(value, dict):
-            yield from ((f"{key}.{name}", inner) for name, inner in value.items())
-        else:
-            yield key, value
 
 
 def _quoted(value: Any) -> str:
@@ -107,18 +98,6 @@ def _quoted(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
-def _finished_metrics(config: DictConfig, folder: Path) -> dict[str, float] | None:
-    """The metrics of a stage that was finished with the same settings, or None."""
-    if not (folder / "metrics.json").is_file():
-        return None
-    if other := record.first_difference(folder, config, lambda key: key.split(".")[0] in COUNTS):
-        raise InputError(
-            f"{folder.name} was finished with {other}. Use another output_dir, or delete {folder} and what follows it."
-        )
-    print_status(f"{folder.name} is finished; kept")
-    return record.read_metrics(folder)
-
-
 def _finish(cfg: DictConfig, output: Path, columns: dict[str, dict[str, float]], model: str) -> float | None:
     """Write the table, figure and metrics of all stages; the last stage's model is the run's."""
     metrics = {f"{stage}/{name}": x for stage, column in columns.items() for name, x in column.items()}
@@ -129,46 +108,42 @@ def _finish(cfg: DictConfig, output: Path, columns: dict[str, dict[str, float]],
         (output / "model").symlink_to(Path(model).relative_to(output))
         text = stage_table(columns, cfg.stages.in_domain, cfg.stages.out_of_domain)
         (output / "stages.txt").write_text(text + "\n", encoding="utf-8")
-        draw_stages({n: {k: (v, 0.0) for k, v in c.items()} for n, c in columns.items()}, cfg.stages).savefig(
-            output / "stages.png", dpi=150
-        )
+        draw_stages(columns, cfg.stages).savefig(output / "stages.png", dpi=150)
         record.write_metrics(output, metrics)
         print_status(f"\n{text}\n\nWritten to {output}: stages.txt, stages.png, metrics.json, model/")
     return train.optimized_value(cfg, metrics)
 
 
-def stage_table(columns: Mapping[str, Mapping[str, float]], inside: str, outside: str) -> str:
+def stage_table(columns: Columns, inside: str, outside: str) -> str:
     """One row per metric, one column per stage, and the decrease of ``outside`` since the start and since its best value."""
-    names = list(dict.fromkeys(name for column in columns.values() for name in column))
-    rows = [(name, [column.get(name) for column in columns.values()]) for name in names]
-    kept = [x for x in dict(rows).get(outside, []) if x is not None]
+    found = {name: [column.get(name) for column in columns.values()] for some in columns.values() for name in some}
+    kept = [x for x in found.get(outside, []) if x is not None]
+    rows = {name: found[name] for name in (inside, outside) if name in found}
     if len(kept) == len(columns):
-        rows.append((f"forgotten: {outside}", [kept[0] - x for x in kept]))
-        rows.append(("  since its best", [max(kept[: i + 1]) - x for i, x in enumerate(kept)]))
-    order = {inside: 0, outside: 1}
-    rows.sort(key=lambda row: order.get(row[0], 2 if "forgotten" in row[0] or row[0].startswith(" ") else 3))
-    width = max((len(name) for name, _ in rows), default=0)
+        rows[f"forgotten: {outside}"] = [kept[0] - x for x in kept]
+        rows["  since its best"] = [max(kept[: i + 1]) - x for i, x in enumerate(kept)]
+    rows |= found
+    width = max(map(len, rows), default=0)
     lines = [" " * width + "".join(f"{name:>14}" for name in columns)]
-    cells = ("".join(f"{'' if x is None else f'{x:.4f}':>14}" for x in values) for _, values in rows)
-    return "\n".join([*lines, *(f"{name:{width}}{line}" for (name, _), line in zip(rows, cells, strict=True))])
+    for name, values in rows.items():
+        lines.append(f"{name:{width}}" + "".join(f"{'' if x is None else f'{x:.4f}':>14}" for x in values))
+    return "\n".join(lines)
 
 
-def draw_stages(columns: Mapping[str, Mapping[str, tuple[float, float]]], settings: DictConfig) -> Figure:
-    """Plot both metrics over the stages, each value with its standard deviation."""
+def draw_stages(columns: Columns, settings: DictConfig, deviations: Columns | None = None) -> Figure:
+    """Plot both metrics over the stages, each value with its standard deviation if ``deviations`` are given."""
     shown = [(settings.in_domain, "in the domain", "#1b7f79"), (settings.out_of_domain, "outside it", "#8a5a9e")]
     shown = [part for part in shown if all(part[0] in column for column in columns.values())]
     figure = Figure(figsize=(4.2 * max(1, len(shown)), 3.2), layout="constrained")
     for place, (name, title, color) in enumerate(shown, 1):
         axes = figure.add_subplot(1, len(shown), place)
-        values, sds = zip(*(column[name] for column in columns.values()), strict=True)
+        values = [column[name] for column in columns.values()]
+        sds = [column[name] for column in deviations.values()] if deviations else [0.0] * len(values)
         axes.errorbar(list(columns), values, yerr=sds if any(sds) else None, color=color, marker="o", capsize=3)
         for x, (y, sd) in enumerate(zip(values, sds, strict=True)):
             low = y < max(values[max(0, x - 1) : x + 2])  # the line comes down to it: write below
-            end = (x, y - sd if low else y + sd)
-            axes.annotate(
-                f"{y:.3f}", end, xytext=(0, -7 if low else 7), va="top" if low else "bottom", ha="center",
-                textcoords="offset points", fontsize=8,
-            )  # fmt: skip
+            end, offset, side = (x, y - sd if low else y + sd), (0, -7 if low else 7), "top" if low else "bottom"
+            axes.annotate(f"{y:.3f}", end, xytext=offset, textcoords="offset points", va=side, ha="center", fontsize=8)
         axes.axhline(values[0], color="#c9c9c9", lw=0.8, zorder=0)
         axes.margins(x=0.12, y=0.25)
         axes.set_title(f"{title}: {name}", fontsize=9)

@@ -8,21 +8,18 @@ import torch
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint, ModelSummary, ProgressBar
-from pytorch_lightning.loggers import Logger
 
 from tercet.app import launch, record, report
+from tercet.app.commands.evaluate import initialize_from
 from tercet.app.commands.preflight import preflight
 from tercet.app.components import build, check_values, start_record
 from tercet.app.config_checks import check_config, check_model
-from tercet.app.launch import requeue_on_signal
-from tercet.app.model_loading import initialize_from
-from tercet.app.report import before_after_table
 from tercet.distributed.sharding import gather_weights, load_state
-from tercet.errors import InputError
+from tercet.errors import require
 from tercet.messages import print_status, silence_libraries
-from tercet.models.engine.autochunk import trim_heap
+from tercet.models.engine.chunking import trim_heap
 from tercet.models.folder import save_model
-from tercet.models.loading import read_checkpoint
+from tercet.models.folder import read_checkpoint
 from tercet.paths import check_writable
 from tercet.training.callbacks.checkpoints import AtomicCheckpointIO, newest_checkpoint
 from tercet.training.callbacks.evaluation import Evaluation, evaluate_stage
@@ -31,16 +28,18 @@ from tercet.training.datamodule import DataModule
 from tercet.training.loggers import fault_tolerant
 
 RESULT_GROUPS = ("seed", "data", "sampler", "model", "loss", "view", "objective", "optimizer", "scheduler", "init_from")
+FREE_KEYS = ("resume", "output_dir", "command", "check")  # a finished run is not repeated where only these differ
 
 
 def run(cfg: DictConfig, output: Path) -> float | None:
     """Train in this process, or in as many as the trainer asks for; returns the optimized metric."""
     config, data = prepare(cfg, output)
-    if cfg.resume and (metrics := finished_metrics(config, output)):
+    finished = cfg.resume and (output / "metrics.json").is_file()
+    if finished and not record.first_difference(output, config, lambda key: key.split(".")[0] not in FREE_KEYS):
         print_status(f"{output} is finished; there is nothing left to do.")
-        return optimized_value(config, metrics)
+        return optimized_value(config, record.read_metrics(output))
     check_resume(config, output)
-    with requeue_on_signal():
+    with launch.requeue_on_signal():
         if not launch.started_by_launcher():
             data.prepare_data()  # errors in the data are found, and tokens cached, before any process is started
             if launch.num_processes(config) > 1:
@@ -51,8 +50,7 @@ def run(cfg: DictConfig, output: Path) -> float | None:
 def prepare(cfg: DictConfig, output: Path) -> tuple[DictConfig, DataModule]:
     """Resolve the configuration and build its data; run every check that needs no data."""
     start_record(cfg)
-    config = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
-    assert isinstance(config, DictConfig)
+    config: Any = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     check_writable(output, "output_dir")
     silence_libraries()
     check_values(config, cfg)
@@ -86,9 +84,8 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
         preflight(cfg, objective, data, evaluation, output)
         return None
     loggers = [fault_tolerant(made) for logger in cfg.logger.values() if logger and (made := build(logger))]
-    callbacks: list[pl.Callback] = [evaluation]
-    for callback in cfg.callback.values():
-        callbacks += enabled_callbacks(cfg, build(callback), loggers) if callback else []
+    switched_on = [made for node in cfg.callback.values() if node and is_enabled(cfg, made := build(node), bool(loggers))]
+    callbacks = [evaluation, *switched_on]
     plugins = [*(build(cfg.trainer.plugins) or []), AtomicCheckpointIO(cfg.keep_last)]
     trainer: pl.Trainer = build(cfg.trainer, logger=loggers, callbacks=callbacks, plugins=plugins, default_root_dir=str(output))
     if launch.is_first_on_node():
@@ -101,9 +98,10 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
         # Training must not depend on the random numbers that the evaluation drew.
         # Processes get different seeds: rows of two of them must not share their dropout.
         pl.seed_everything(cfg.seed + trainer.global_rank, workers=True, verbose=False)
-        trainer.fit(objective, datamodule=data, ckpt_path=resume_checkpoint(cfg, output))
-        metrics |= stage_values(trainer, "train/") | restore_best(trainer, objective)
-        metrics |= evaluate_stage(trainer, objective, "test")
+        if resumed := newest_checkpoint(output / "checkpoints", read_checkpoint) if cfg.resume else None:
+            print_status(f"resuming from {resumed}, step {read_checkpoint(resumed)['global_step']}")
+        trainer.fit(objective, datamodule=data, ckpt_path=str(resumed) if resumed else None)
+        metrics |= restore_best(trainer, objective) | evaluate_stage(trainer, objective, "test")
         write_results(cfg, trainer, objective, metrics, notes, output)
         trainer.strategy.barrier("written")  # the next stage reads what the first process wrote
         record.close_loggers(loggers, "finished")
@@ -115,15 +113,6 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
     return optimized_value(cfg, metrics)
 
 
-def finished_metrics(cfg: DictConfig, output: Path) -> dict[str, float] | None:
-    """The metrics of a run that has finished with the same settings, or None."""
-    if not (output / "metrics.json").is_file():
-        return None
-    if record.first_difference(output, cfg, lambda key: key.split(".")[0] not in ("resume", "output_dir", "command", "check")):
-        return None
-    return record.read_metrics(output)
-
-
 def check_resume(cfg: DictConfig, output: Path) -> None:
     """Raise ``InputError`` where ``resume`` would mix two settings; the number of steps may differ."""
     there = any((output / "checkpoints").glob("last*.ckpt"))
@@ -131,56 +120,37 @@ def check_resume(cfg: DictConfig, output: Path) -> None:
         print_status(f"{output} holds a run, which is overwritten; resume=true would have continued it.")
     if cfg.resume and not there:
         print_status(f"resume=true: {output} holds no checkpoint; training starts anew.")
-    if not cfg.resume or not there:
-        return
-    if "batches" in OmegaConf.load(output / "config.yaml"):  # a key of version 0.1
-        raise InputError(
-            f"resume=true: {output} is a run of Tercet 0.1, whose settings had other names, and cannot be resumed. "
-            f"init_from={output} starts from its weights; use another output_dir."
-        )
-    if other := record.first_difference(output, cfg, lambda key: key.split(".")[0] in RESULT_GROUPS):
-        raise InputError(f"resume=true: {output} was started with {other}. Set it as it was, or use another output_dir.")
+    if cfg.resume and there:
+        old = f"resume=true: {output} is a run of Tercet 0.1, whose settings had other names, and cannot be resumed. "
+        new = f"init_from={output} starts from its weights; use another output_dir."
+        require("batches" not in OmegaConf.load(output / "config.yaml"), old + new)  # a key of version 0.1
+        other = record.first_difference(output, cfg, lambda key: key.split(".")[0] in RESULT_GROUPS)
+        require(not other, f"resume=true: {output} was started with {other}. Set it as it was, or use another output_dir.")
 
 
-def resume_checkpoint(cfg: DictConfig, output: Path) -> str | None:
-    """The checkpoint that a run with ``resume`` continues from, or None."""
-    path = newest_checkpoint(output / "checkpoints", read_checkpoint) if cfg.resume else None
-    if path is None:
-        return None
-    print_status(f"resuming from {path}, step {read_checkpoint(path)['global_step']}")
-    return str(path)
-
-
-def enabled_callbacks(cfg: DictConfig, callback: pl.Callback, loggers: list[Logger]) -> list[pl.Callback]:
-    """A list with the callback; empty where the trainer's switch for its kind is off, because Lightning refuses both."""
+def is_enabled(cfg: DictConfig, callback: pl.Callback, has_logger: bool) -> bool:
+    """Whether a callback has what it works with, and the trainer's switch for its kind is on (Lightning refuses both)."""
     kinds = {ProgressBar: "enable_progress_bar", Checkpoint: "enable_checkpointing", ModelSummary: "enable_model_summary"}
     if isinstance(callback, ModelCheckpoint) and callback.filename == "best" and not cfg.monitor:
-        return []  # no metric selects a checkpoint
-    if isinstance(callback, LearningRateMonitor) and not loggers:
-        return []
-    return [callback] if all(cfg.trainer[key] for kind, key in kinds.items() if isinstance(callback, kind)) else []
-
-
-def stage_values(trainer: pl.Trainer, *prefixes: str) -> dict[str, float]:
-    """The trainer's last values of the metrics whose names start with one of the prefixes."""
-    seen = trainer.callback_metrics.items()
-    return {name: float(value) for name, value in seen if name.startswith(prefixes)}
+        return False
+    if isinstance(callback, LearningRateMonitor) and not has_logger:
+        return False
+    return all(cfg.trainer[key] for kind, key in kinds.items() if isinstance(callback, kind))
 
 
 def restore_best(trainer: pl.Trainer, objective: Contrastive) -> dict[str, float]:
-    """Load the best checkpoint where a metric selects one; returns the validation metrics of the weights that are kept."""
-    best = trainer.checkpoint_callback
-    path, monitor = getattr(best, "best_model_path", ""), getattr(best, "monitor", None)
-    if monitor and getattr(best, "best_model_score", None) is None:
-        print_status(
-            f"No validation ran: {monitor} selected nothing, these are the last weights. See trainer.val_check_interval."
-        )
-    elif path and monitor:
-        load_state(objective, read_checkpoint(path)["state_dict"])
-        score = float(best.best_model_score)  # type: ignore[union-attr]
-        print_status(f"best {monitor}: {score:.4f}")
-        return {monitor: score}
-    return stage_values(trainer, "val/")
+    """Load the best checkpoint where a metric selects one; returns training's metrics and the kept weights' validation."""
+    best: Any = trainer.checkpoint_callback
+    seen = trainer.callback_metrics.items()
+    values = {name: float(value) for name, value in seen if name.startswith(("train/", "val/"))}
+    monitor, score = getattr(best, "monitor", None), getattr(best, "best_model_score", None)
+    if monitor and score is None:
+        print_status(f"No validation ran, these are the last weights: {monitor} selected none. See trainer.val_check_interval.")
+    elif monitor and best.best_model_path:
+        load_state(objective, read_checkpoint(best.best_model_path)["state_dict"])
+        print_status(f"best {monitor}: {float(score):.4f}")
+        values = {name: x for name, x in values.items() if name.startswith("train/")} | {monitor: float(score)}
+    return values
 
 
 def write_results(
@@ -193,9 +163,9 @@ def write_results(
     save_model(encoder, output / "model")
     record.write_metrics(output, metrics)
     before, after = (record.stage_metrics(metrics, stage) for stage in ("before", "test"))
-    report.write_report(output, cfg, metrics, before, after)
+    report.write_report(output, cfg, metrics)
     record.log_artifacts(trainer.loggers, output, cfg, metrics, notes)
-    print_status("\n" + before_after_table(before, after))
+    print_status("\n" + report.before_after_table(before, after))
     print_status(f"\n{trainer.global_step} steps, data {notes['data']['fingerprint']}. Written to {output}:")
     for path in sorted(p for p in output.iterdir() if p.name != "hparams.yaml"):
         print_status(f"  {path.name}{'/' if path.is_dir() else ''}")
@@ -203,8 +173,6 @@ def write_results(
 
 def optimized_value(cfg: DictConfig, metrics: dict[str, float]) -> float | None:
     """The value of the metric that a sweep optimizes, or None."""
-    if not cfg.optimized_metric:
-        return None
-    if cfg.optimized_metric not in metrics:
-        raise InputError(f"optimized_metric={cfg.optimized_metric} was not measured. There are: {', '.join(sorted(metrics))}.")
-    return metrics[cfg.optimized_metric]
+    name, known = cfg.optimized_metric, ", ".join(sorted(metrics))
+    require(not name or name in metrics, f"optimized_metric={name} was not measured. There are: {known}.")
+    return metrics[name] if name else None

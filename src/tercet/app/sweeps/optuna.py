@@ -1,29 +1,28 @@
 """``sweep=optuna``: a search over settings with Optuna, which stores its trials in a file.
 
-Hydra's own Optuna plugin (1.3) needs optuna below 3 and cannot prune; the configuration is the same here. Hydra loads
-sweepers from ``hydra_plugins`` only, which registers this one, at every start: imports here are light.
+Hydra's own Optuna plugin (1.3) needs optuna below 3 and cannot prune. Imports here are light: Hydra loads this at every start.
 """
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from tercet.app.hydra_compat import parse_overrides
-from tercet.errors import InputError
+from tercet.errors import check_choice, require
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
     from optuna import Study, Trial
     from optuna.distributions import BaseDistribution
 
-DIRECTIONS = ("maximize", "minimize")
+Direction = Literal["maximize", "minimize"]
 STUDY = "sweep"  # its name in study.db
 
 
@@ -36,20 +35,15 @@ class OptunaSweeper(Sweeper):
     than the median of the earlier ones is stopped.
     """
 
-    def __init__(self, trials: int, jobs: int, direction: str, seed: int, prune: bool, params: dict[str, str]) -> None:
-        if direction not in DIRECTIONS:
-            raise InputError(f"hydra.sweeper.direction={direction}: choose one of {', '.join(DIRECTIONS)}.")
+    def __init__(self, trials: int, jobs: int, direction: Direction, seed: int, prune: bool, params: dict[str, str]) -> None:
+        check_choice("hydra.sweeper.direction", direction, get_args(Direction))
         self.trials, self.jobs, self.direction, self.seed, self.prune = trials, jobs, direction, seed, prune
         self.params = dict(params or {})
-        self.cfg = DictConfig({})
-        self.launcher: Any = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Take the configuration and build the launcher of the jobs (Hydra calls it)."""
         self.cfg = config
-        self.launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=hydra_context, task_function=task_function, config=config
-        )
+        self.launcher: Any = Plugins.instance().instantiate_launcher(hydra_context, task_function, config)
 
     def sweep(self, arguments: list[str]) -> None:
         """Sample settings, run them and report their results to the study, until it has ``trials`` finished trials."""
@@ -63,10 +57,7 @@ class OptunaSweeper(Sweeper):
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.cfg, folder / "multirun.yaml")
         storage = f"sqlite:///{folder.resolve() / 'study.db'}"
-        study = optuna.create_study(
-            study_name=STUDY, storage=storage, load_if_exists=True,
-            direction="maximize" if self.direction == "maximize" else "minimize", pruner=optuna.pruners.MedianPruner(),
-        )  # fmt: skip
+        study = optuna.create_study(study_name=STUDY, storage=storage, load_if_exists=True, direction=self.direction)
         # A study that goes on must not repeat its first samples.
         study.sampler = optuna.samplers.TPESampler(seed=self.seed + len(study.trials))
         print_status(f"{len(study.trials)} of {self.trials} trials are there; the study is {storage}")
@@ -83,16 +74,14 @@ class OptunaSweeper(Sweeper):
         jobs = [[*fixed, *(f"{name}={value}" for name, value in t.params.items()), *self._pruning(t, storage)] for t in trials]
         for trial, job in zip(trials, self.launcher.launch(jobs, initial_job_idx=trials[0].number), strict=True):
             value: Any = job.return_value
-            if value is None:
-                study.tell(trial, state=TrialState.FAIL)
-                raise InputError("sweep=optuna searches for the best optimized_metric, which is null: name one, as "
-                                 "optimized_metric=test/sts/avg/spearman_all.")  # fmt: skip
-            if math.isnan(value):
+            if value is None or math.isnan(value):
                 study.tell(trial, state=TrialState.FAIL)
             elif "pruned" in trial.user_attrs:
                 study.tell(trial, state=TrialState.PRUNED)
             else:
                 study.tell(trial, value)
+            need = "name one, as optimized_metric=test/sts/avg/spearman_all."
+            require(value is not None, f"sweep=optuna searches for the best optimized_metric, which is null: {need}")
 
     def _pruning(self, trial: "Trial", storage: str) -> list[str]:
         monitor = OmegaConf.select(self.cfg, "monitor")
@@ -108,8 +97,7 @@ class OptunaSweeper(Sweeper):
         given = {override.key_or_group for override in typed}
         overrides = [*parse_overrides([f"{k}={v}" for k, v in self.params.items() if k not in given]), *typed]
         space = {o.get_key_element(): to_distribution(o) for o in overrides if o.is_sweep_override()}
-        if not space:
-            raise InputError("sweep=optuna: nothing is searched. Give an interval, as 'optimizer.lr=interval(1e-5,1e-3)'.")
+        require(space, "sweep=optuna: nothing is searched. Give an interval, as 'optimizer.lr=interval(1e-5,1e-3)'.")
         return space, [o.input_line for o in overrides if not o.is_sweep_override() and o.input_line]
 
 
@@ -120,10 +108,7 @@ def to_distribution(override: Override) -> "BaseDistribution":
     value: Any = override.value()
     if isinstance(value, IntervalSweep):
         return FloatDistribution(float(value.start or 0), float(value.end or 0), log="log" in value.tags)
-    if isinstance(value, RangeSweep):
-        return CategoricalDistribution([str(x) for x in value.range()])
-    assert isinstance(value, ChoiceSweep)
-    return CategoricalDistribution([str(x) for x in override.sweep_string_iterator()])
+    return CategoricalDistribution(list(override.sweep_string_iterator()))
 
 
 def pruning_callback(storage: str, number: int, monitor: str) -> "pl.Callback":
@@ -147,8 +132,7 @@ def _report(trainer: "pl.Trainer", storage: str, number: int, monitor: str) -> b
     trial_id = store.get_trial_id_from_study_id_trial_number(store.get_study_id_from_name(STUDY), number)
     trial = optuna.Trial(optuna.load_study(study_name=STUDY, storage=store), trial_id)
     trial.report(float(trainer.callback_metrics[monitor]), trainer.global_step)
-    stop = trial.should_prune()
-    if stop:
+    if stop := trial.should_prune():
         trial.set_user_attr("pruned", trainer.global_step)
         warn_once(f"trial {number} is stopped at step {trainer.global_step}: {monitor} is below the median.")
     return stop

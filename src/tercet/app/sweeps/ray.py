@@ -1,10 +1,8 @@
 """``hydra/launcher=ray``: the jobs of a sweep as Ray tasks, on this machine or on a cluster.
 
-Hydra's own Ray plugin (1.2.2) needs cloudpickle below 3. Hydra loads launchers from ``hydra_plugins`` only, which
-registers this one, at every start: imports here are light.
+Hydra's own Ray plugin (1.2.2) needs cloudpickle below 3. Imports here are light: Hydra loads this at every start.
 """
 
-import importlib
 import os
 import signal
 import sys
@@ -19,8 +17,8 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from tercet.app.hydra_compat import process_state, run_worker_job
-from tercet.app.sweeps.summary import SAVE_SECONDS
-from tercet.errors import InputError
+from tercet.app.sweeps import SAVE_SECONDS
+from tercet.errors import InputError, require
 
 STORE_BYTES = 80 * 2**20  # a job is a configuration, its result a number; Ray's minimum is 75 MiB
 ENVIRONMENT = {
@@ -36,25 +34,29 @@ class RayLauncher(Launcher):
 
     def __init__(self, address: str, cpus: float, gpus: float | None, runtime_env: dict[str, Any]) -> None:
         self.address, self.cpus, self.gpus, self.runtime_env = address, cpus, gpus, runtime_env
-        self.cfg = DictConfig({})
-        self.context: Any = None
-        self.task: Any = None
-        self.ray: Any = None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Take the configuration and import Ray, before anything is written (Hydra calls it)."""
-        self.context, self.task, self.cfg, self.ray = hydra_context, task_function, config, import_ray()
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        try:
+            import ray
+        except ModuleNotFoundError as error:
+            raise InputError(f"{error.name} is not installed: pip install 'tercet[ray]'.") from error
+        self.ray: Any = ray
+        self.context: Any = hydra_context
+        self.task, self.cfg = task_function, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run the jobs and return their results in the same order; Ctrl-C and SIGTERM stop all of them."""
         setup_globals()
         configure_log(self.cfg.hydra.hydra_logging, self.cfg.hydra.verbose)
-        jobs = [self._compose(list(overrides), initial_job_idx + i) for i, overrides in enumerate(job_overrides)]
+        jobs = [self._compose(list(overrides), number) for number, overrides in enumerate(job_overrides, initial_job_idx)]
         local = {"include_dashboard": False, "object_store_memory": STORE_BYTES} if self.address == "local" else {}
         handler = signal.getsignal(signal.SIGTERM)
         self.ray.init(address=self.address, runtime_env=self.runtime_env, logging_level="error", **local)
         try:
-            signal.signal(signal.SIGTERM, _exit_on_sigterm)  # Ray's handler prints a stack and aborts
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # Ray's handler prints a stack and aborts
             return self._run(jobs)
         except SystemExit:  # Ray has changed its code
             raise SystemExit(143) from None
@@ -93,29 +95,18 @@ class RayLauncher(Launcher):
         available = self.ray.cluster_resources()
         gpus = min(1, available.get("GPU", 0)) if self.gpus is None else self.gpus
         for key, wanted, name in (("cpus", self.cpus, "CPU"), ("gpus", gpus, "GPU")):
-            if self.address == "local" and wanted > available.get(name, 0):  # Ray would wait for ever
-                raise InputError(f"hydra.launcher.{key}={wanted} for each job, but there are {available.get(name, 0):g} here.")
+            there = available.get(name, 0)  # of a local Ray, which would wait for more for ever
+            message = f"hydra.launcher.{key}={wanted} for each job, but there are {there:g} here."
+            require(self.address != "local" or wanted <= there, message)
         return gpus
-
-
-def import_ray() -> Any:
-    """Import Ray, with all output of the jobs shown and usage statistics off."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    try:
-        return importlib.import_module("ray")
-    except ModuleNotFoundError as error:
-        raise InputError(f"{error.name} is not installed: pip install 'tercet[ray]'.") from error
 
 
 def run_task(job: DictConfig, shared: tuple[Any, HydraContext, TaskFunction, str]) -> JobReturn:
     """Run one job in a worker process of Ray, in the working directory of the sweep."""
     state, context, task, folder = shared
-    if not Path(folder).is_dir():
-        raise InputError(f"{folder} is not on {os.uname().nodename}: a cluster's machines share the folder of a sweep.")
+    require(Path(folder).is_dir(), f"{folder} is not on {os.uname().nodename}: a cluster's machines share a sweep's folder.")
     os.chdir(folder)
-    # Ray cancels with SIGINT, which a sweep in the background would make its workers ignore.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Ray cancels with it; jobs in the background ignore it
     return run_worker_job(job, state, context, task)
 
 
@@ -124,20 +115,13 @@ def lost_job_result(job: DictConfig, error: Exception) -> JobReturn:
     from tercet.app.error_formatting import explain
 
     number, folder = job.hydra.job.num, Path(job.hydra.sweep.dir, str(job.hydra.sweep.subdir))
+    why = f"job {number} was ended from outside ({type(error).__name__}: often there was too little memory). {folder} holds "
+    why += f"what was saved; the sweep's command with hydra.sweep.dir={folder.parent} resume=true goes on."
     if cause := getattr(error, "cause", None):  # an exception of the worker
         why = f"job {number}: {explain(cause, '', 'train')}"
-    else:
-        why = (
-            f"job {number} was ended from outside ({type(error).__name__}: often there was too little memory). "
-            f"{folder} holds what was saved; the sweep's command with hydra.sweep.dir={folder.parent} resume=true goes on."
-        )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "error.txt").write_text(why + "\n", encoding="utf-8")
     print(f"\nerror: {why}", file=sys.stderr, flush=True)
     result = JobReturn(overrides=list(job.hydra.overrides.task), status=JobStatus.COMPLETED)
     result.return_value = float("nan")
     return result
-
-
-def _exit_on_sigterm(*_: object) -> None:
-    raise SystemExit(143)

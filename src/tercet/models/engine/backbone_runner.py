@@ -26,61 +26,52 @@ def first_position(backbone: PreTrainedModel) -> int:
     return backbone.config.pad_token_id + 1 if after_padding else 0
 
 
-def backbone_inputs(backbone: PreTrainedModel, ids: Tensor, state: TokenState) -> dict[str, Tensor]:
-    """Arguments of the backbone for ``ids (n, L)`` and their state.
+def backbone_inputs(backbone: PreTrainedModel, ids: Tensor, state: TokenState) -> dict[str, Any]:
+    """Arguments of the backbone for ``ids (n, L)`` and their state; ``InputError`` for one that takes no positions.
 
     Word vectors are zeroed where ``keep (n, L)`` is false and in the columns of ``feature_cutoff (n, L, 2)``; ``position
-    (n, L)`` are positions. Raises ``InputError`` for a backbone that takes no positions.
+    (n, L)`` are positions.
     """
-    keep, feature_cutoff, position = state.keep, state.feature_cutoff, state.position
-    if keep is None and feature_cutoff is None:
-        arguments = {"input_ids": ids}
-    else:
+    arguments = {"input_ids": ids}
+    if state.keep is not None or state.feature_cutoff is not None:
         x = backbone.get_input_embeddings()(ids)
-        if keep is not None:
-            x = x * keep[..., None]
-        if feature_cutoff is not None:
-            seed, rate = feature_cutoff[..., None].unbind(-2)
+        if state.keep is not None:
+            x = x * state.keep[..., None]
+        if state.feature_cutoff is not None:
+            seed, rate = state.feature_cutoff[..., None].unbind(-2)
             cut = uniform(seed, torch.arange(x.shape[-1], device=x.device)) * RATE_SCALE < rate
             x = x * ~cut
         arguments = {"inputs_embeds": x}
-    if position is not None:
+    if state.position is not None:
         if "position_ids" not in inspect.signature(backbone.forward).parameters:
             name = type(backbone).__name__
             raise InputError(f"A view that shuffles tokens: {name} takes no positions. Use another view or another backbone.")
-        arguments["position_ids"] = position + first_position(backbone)
+        arguments["position_ids"] = state.position + first_position(backbone)
     return arguments
 
 
 class BackboneRunner:
-    """Runs a backbone on padded or packed rows.
-
-    ``can_pack``: rows can be concatenated without seeing each other, which a forward pass has verified; ``cannot_pack``
-    holds the reason if not. ``can_skip_last_layer``: the last layer can compute first tokens only. ``dropout_seeds``: the
-    seeds of the backbone's dropouts if those have been replaced.
-    """
+    """Runs a backbone on padded or packed rows."""
 
     def __init__(self, backbone: PreTrainedModel, pad_id: int, compile: bool) -> None:
         self.backbone, self.pad_id = backbone, pad_id
-        self.dropout_seeds: DropoutSeeds | None = None
-        self.can_skip_last_layer = False
+        self.dropout_seeds: DropoutSeeds | None = None  # of the backbone's dropouts, if those have been replaced
+        self.can_skip_last_layer = False  # whether the last layer can compute first tokens only
+        # Why rows cannot be concatenated; empty if a forward pass has verified that they do not see each other.
         self.cannot_pack = "it is compiled" if compile else self._enable_packing()
-        self.can_pack = not self.cannot_pack
         if compile:
             backbone.compile(dynamic=True)  # in place: the names of the weights stay as they are
 
     def resolve(self, execution: Execution) -> Execution:
         """Replace ``layout="auto"`` and install seeded dropout; ``InputError`` for what this backbone cannot do."""
-        if not self.can_pack and "packed" in (execution.layout, "packed" if execution.dropout == "deterministic" else ""):
-            name, value = ("layout", "packed") if execution.layout == "packed" else ("dropout", "deterministic")
-            raise InputError(
-                f"`execution.{name}`={value}: {type(self.backbone).__name__} cannot read packed rows: {self.cannot_pack}. "
-                f"Use `execution.{name}`=auto."
-            )
-        if self.can_pack and execution.dropout != "torch":
+        for name, value in (("layout", "packed"), ("dropout", "deterministic")):
+            if self.cannot_pack and getattr(execution, name) == value:
+                reason = f"{type(self.backbone).__name__} cannot read packed rows: {self.cannot_pack}"
+                raise InputError(f"`execution.{name}`={value}: {reason}. Use `execution.{name}`=auto.")
+        if not self.cannot_pack and execution.dropout != "torch":
             self.dropout_seeds = replace_dropouts(self.backbone)
-        layout = "packed" if self.can_pack else "sorted"
-        return replace(execution, layout=layout if execution.layout == "auto" else execution.layout)
+        best = "sorted" if self.cannot_pack else "packed"
+        return replace(execution, layout=best if execution.layout == "auto" else execution.layout)
 
     def __call__(
         self, rows: TokenBatch, packed: bool, first_token_only: bool = False, all_layers: bool = False
@@ -89,39 +80,28 @@ class BackboneRunner:
 
         ``all_layers`` returns those of every layer. With ``first_token_only`` only first tokens are read; L may be 1.
         """
+        first_token_only = first_token_only and packed and self.can_skip_last_layer and not all_layers
         if packed:
-            return self._run_packed(rows, first_token_only and self.can_skip_last_layer and not all_layers, all_layers)
-        return self._run_padded(rows, all_layers)
-
-    def _run_padded(self, rows: TokenBatch, all_layers: bool = False) -> tuple[BaseModelOutputWithPooling, Tensor]:
-        ids, mask, state = rows.pad(self.pad_id)
-        seeds = self._set_seeds(state.dropout_seed)
-        arguments: dict[str, Any] = backbone_inputs(self.backbone, ids, state)
-        if seeds:
-            arguments["packing"] = Packing(rows.lengths, packed=False, dropout_seeds=seeds)
-        return self.backbone(**arguments, attention_mask=mask, output_hidden_states=all_layers), mask
-
-    def _run_packed(
-        self, rows: TokenBatch, first_token_only: bool, all_layers: bool = False
-    ) -> tuple[BaseModelOutputWithPooling, Tensor]:
-        state = rows.state if rows.state.position is not None else replace(rows.state, position=rows.default("position"))
-        state = state.map(lambda x: x[None])
-        packing = Packing(rows.lengths, True, first_token_only, self._set_seeds(state.dropout_seed))
-        arguments: dict[str, Any] = backbone_inputs(self.backbone, rows.ids[None], state)
-        no_mask = compat.no_attention_mask(self.backbone)
-        out: Any = self.backbone(**arguments, attention_mask=no_mask, packing=packing, output_hidden_states=all_layers)
+            state = rows.state if rows.state.position is not None else replace(rows.state, position=rows.default("position"))
+            ids, state = rows.ids[None], state.map(lambda x: x[None])
+        else:
+            ids, mask, state = rows.pad(self.pad_id)
+        if self.dropout_seeds is not None:
+            self.dropout_seeds.seed = state.dropout_seed
+        seeds = self.dropout_seeds if state.dropout_seed is not None else None  # else dropout draws from torch's generator
+        arguments = backbone_inputs(self.backbone, ids, state)
+        arguments["attention_mask"] = compat.no_attention_mask(self.backbone) if packed else mask
+        if packed or seeds:
+            arguments["packing"] = Packing(rows.lengths, packed, first_token_only, seeds)
+        out: Any = self.backbone(**arguments, output_hidden_states=all_layers)
+        if not packed:
+            return out, mask
         lengths = torch.ones_like(rows.lengths) if first_token_only else rows.lengths
         states = [pad_rows(x[0], lengths) for x in (out.hidden_states if all_layers else [out.last_hidden_state])]
         mask = (torch.arange(states[-1].shape[1]) < lengths[:, None]).long()
         pooler = getattr(self.backbone, "pooler", None)
         pooled = pooler(states[-1]) if pooler is not None else None
         return BaseModelOutputWithPooling(states[-1], pooled, tuple(states)), mask.to(rows.ids.device, non_blocking=True)
-
-    def _set_seeds(self, seed: Tensor | None) -> DropoutSeeds | None:
-        """Set the seeds of the next pass; None if dropout draws from torch's generator."""
-        if self.dropout_seeds is not None:
-            self.dropout_seeds.seed = seed
-        return self.dropout_seeds if seed is not None else None
 
     def _enable_packing(self) -> str:
         """Switch the backbone to our attention. Returns why that is not possible, or an empty string."""
@@ -149,9 +129,9 @@ class BackboneRunner:
         ids = 5 + torch.arange(int(lengths.sum())) % max(1, config.vocab_size - 6)  # ids below 5 are often special
         rows = TokenBatch((ids + (ids == self.pad_id)) % config.vocab_size, lengths)
         for first_token_only in (False, True)[: 1 + self.can_skip_last_layer]:
-            packed: Any = self._run_packed(rows, first_token_only)[0]
+            packed: Any = self(rows, True, first_token_only)[0]
             for i, row in enumerate(packed.last_hidden_state):
-                alone: Any = self._run_padded(rows.select(torch.tensor([i])))[0]
+                alone: Any = self(rows.select(torch.tensor([i])), packed=False)[0]
                 want = alone.last_hidden_state[0, : 1 if first_token_only else None]
                 if not torch.allclose(row[: len(want)], want, TOLERANCE, TOLERANCE):
                     return False

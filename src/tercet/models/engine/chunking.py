@@ -1,20 +1,31 @@
-"""How rows run through a network: in which order, in what chunks, recomputed or not."""
+"""How rows run through a network: in which order, in what chunks, recomputed or not; and the memory that chunks need."""
 
+import ctypes
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tercet.errors import InputError
+from tercet.errors import check_choice, require
 from tercet.messages import warn_once
-from tercet.models.engine.autochunk import max_chunk_tokens, trim_heap
 from tercet.types import Images, Inputs, TokenBatch
 
 LAYOUTS = ("auto", "packed", "sorted", "padded")
 DROPOUTS = ("auto", "torch", "deterministic")
+
+SHARE = 0.5  # of free memory for a chunk: the loss and the temporaries of the backward pass need room beside it
+STATES = 3  # gradient and AdamW's two moments, each as large as the weights; allocated after the first step
+SAMPLE = 512  # tokens of the forward pass that measures activations
+CACHED = 2048  # tokens; on a CPU a larger chunk does not fit into the cache and is slower
+GROWTH = 1.5  # the heap is trimmed when the process is this many times as large as after the last trim
+
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # a function of glibc
+_trimmed_size = 0
 
 
 @dataclass(frozen=True)
@@ -24,10 +35,9 @@ class Execution:
     ``layout`` of texts: ``packed`` concatenates rows and computes no padding; ``sorted`` orders rows by length, so that
     little of a chunk is padding; ``padded`` keeps the order; ``auto`` is packed if the backbone can, else sorted.
     ``dropout``: ``deterministic`` makes masks a function of (seed, step, row, view, layer), the same for any number of
-    processes and any chunks; ``torch`` is torch's own; ``auto`` is deterministic on a CPU, where it costs less than
-    torch's, if the backbone can pack.
-    ``chunk_tokens``: the most tokens of one chunk of texts, padding included; ``chunk_rows``: its most rows, of texts or
-    images; None is no limit. ``chunk_tokens="auto"``: as many as fit into free memory, measured on the first batch.
+    processes and any chunks; ``torch`` is torch's own; ``auto`` is deterministic on a CPU, where it is the faster one, if the
+    backbone can pack. ``chunk_tokens``: the most tokens of one chunk of texts, padding included, "auto" for what fits into
+    free memory, measured on the first batch; ``chunk_rows``: its most rows, of texts or images; None is no limit.
     ``recompute``: save no activations and compute each chunk again in the backward pass, with the same dropout. This is
     GradCache (Gao et al. 2021, arXiv:2101.06983): the same gradient in the memory of one chunk.
 
@@ -43,15 +53,11 @@ class Execution:
     recompute: bool = False
 
     def __post_init__(self) -> None:
-        for name, known in (("layout", LAYOUTS), ("dropout", DROPOUTS)):
-            if (value := getattr(self, name)) not in known:
-                raise InputError(f"`{name}`={value}: choose one of {', '.join(known)}.")
-        for name in ("chunk_tokens", "chunk_rows"):
-            value = getattr(self, name)
-            if isinstance(value, str) and (name, value) != ("chunk_tokens", "auto"):
-                raise InputError(f"`{name}`={value}: a number, or null. `chunk_tokens` can be auto.")
-            if isinstance(value, int) and value < 1:
-                raise InputError(f"`{name}`={value}: a number above 0, or null for no chunks.")
+        check_choice("layout", self.layout, LAYOUTS)
+        check_choice("dropout", self.dropout, DROPOUTS)
+        for name, value in (("chunk_tokens", self.chunk_tokens), ("chunk_rows", self.chunk_rows)):
+            usable = value is None or (name, value) == ("chunk_tokens", "auto") or (not isinstance(value, str) and value >= 1)
+            require(usable, f"`{name}`={value}: a number above 0, or null for no limit. `chunk_tokens` can be auto.")
 
     def unchunked(self) -> "Execution":
         """The same in one pass, for rows that are a chunk already."""
@@ -59,20 +65,18 @@ class Execution:
 
     def chunks(self, lengths: Tensor) -> list[Tensor]:
         """``lengths (N,)`` to tensors of row indices, each row in one; a row above the limit is a chunk of its own."""
-        order = torch.arange(len(lengths))
-        if self.layout != "padded":
-            order = torch.argsort(lengths, descending=True, stable=True)
         if isinstance(self.chunk_tokens, str):
             raise RuntimeError("chunk_tokens='auto' has to be resolved first, by Encoder.execution_for.")
+        order = torch.arange(len(lengths)) if self.layout == "padded" else torch.argsort(lengths, descending=True, stable=True)
         tokens, rows = self.chunk_tokens or float("inf"), self.chunk_rows or float("inf")
-        cuts, start, longest, real = [0], 0, 0, 0
+        cuts, start, longest, real = [], 0, 0, 0
         for i, n in enumerate(lengths[order].tolist()):
             longest, real = max(longest, n), real + n
             used = real if self.layout == "packed" else longest * (i + 1 - start)
             if i > start and (used > tokens or i - start >= rows):
                 cuts.append(i)
                 start, longest, real = i, n, n
-        return list(order.tensor_split(cuts[1:]))
+        return list(order.tensor_split(cuts))
 
     def computed_tokens(self, lengths: Tensor) -> int:
         """How many tokens are computed for rows of these lengths, padding included."""
@@ -80,40 +84,24 @@ class Execution:
             return int(lengths.sum())
         return sum(len(rows) * int(lengths[rows].max()) for rows in self.chunks(lengths) if len(rows))
 
-    def num_passes(self, inputs: Inputs) -> int:
-        """How often ``run`` calls its function."""
-        if isinstance(inputs, Images):
-            return -(-len(inputs) // (self.chunk_rows or max(1, len(inputs))))
-        return len(self.chunks(inputs.lengths))
-
     def run(self, function: Callable[[Any], Tensor], inputs: Inputs) -> Tensor:
-        """Apply ``n rows of texts -> (n, ...)``, or ``pixels (n, C, S, S) -> (n, ...)``, to all rows.
-
-        The result is in the order of the input.
-        """
+        """Apply ``n rows of texts -> (n, ...)``, or ``pixels (n, C, S, S) -> (n, ...)``, to all rows, in their order."""
         if isinstance(inputs, Images):
             parts = inputs.pixels.split(self.chunk_rows or max(1, len(inputs)))
             return torch.cat([self._apply(function, part) for part in parts])
         chunks = self.chunks(inputs.lengths)
-        done = [self._apply(function, inputs.select(rows)) for rows in chunks]
-        back = torch.argsort(torch.cat(chunks)).to(done[0].device, non_blocking=True)
-        return torch.cat(done)[back]
+        done = torch.cat([self._apply(function, inputs.select(rows)) for rows in chunks])
+        return done[torch.argsort(torch.cat(chunks)).to(done.device, non_blocking=True)]
 
     def _apply(self, function: Callable[[Any], Tensor], part: TokenBatch | Tensor) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():
-            out: Tensor = checkpoint(_trimming(function), part, use_reentrant=False)
-            return out
-        return function(part)
+        if not (self.recompute and torch.is_grad_enabled()):
+            return function(part)
 
+        def trim_and_call(part: Any) -> Tensor:  # called twice for a chunk: again in the backward pass
+            trim_heap()
+            return function(part)
 
-def _trimming(function: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
-    """``function`` with the heap trimmed before each call: twice a chunk, as it is computed again in the backward pass."""
-
-    def trim_and_call(part: Any) -> Tensor:
-        trim_heap()
-        return function(part)
-
-    return trim_and_call
+        return checkpoint(trim_and_call, part, use_reentrant=False)  # type: ignore[no-any-return]
 
 
 DEFAULT_EXECUTION = Execution()
@@ -122,8 +110,7 @@ DEFAULT_EXECUTION = Execution()
 class AutoChunks:
     """Resolves ``chunk_tokens="auto"``: the number is measured on the first batch and kept."""
 
-    def __init__(self) -> None:
-        self.tokens: int | None = None
+    tokens: int | None = None
 
     def resolve(
         self, execution: Execution, module: nn.Module, function: Callable[[TokenBatch], Tensor], rows: TokenBatch
@@ -135,3 +122,64 @@ class AutoChunks:
             self.tokens = max_chunk_tokens(module, function, rows)
             warn_once(f"chunk_tokens=auto is {self.tokens:,} here.")
         return replace(execution, chunk_tokens=self.tokens)
+
+
+def max_chunk_tokens(module: nn.Module, embed: Callable[[TokenBatch], Tensor], rows: TokenBatch) -> int:
+    """Number of tokens whose activations under ``embed`` fit into memory, measured on the longest of ``rows``."""
+    order = torch.argsort(rows.lengths, descending=True)
+    sample = rows.select(order[: max(1, int((rows.lengths[order].cumsum(0) <= SAMPLE).sum()))])
+    activations = saved_activation_bytes(module, embed, sample)
+    weights = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
+    device = sample.ids.device
+    room = SHARE * max(0, free_memory(device) - STATES * weights)
+    most = int(room / max(1.0, activations / len(sample.ids)))
+    return max(int(rows.lengths.max()), min(most, CACHED) if device.type == "cpu" else most)
+
+
+def saved_activation_bytes(module: nn.Module, embed: Callable[[TokenBatch], Tensor], rows: TokenBatch) -> int:
+    """Bytes that autograd saves in one forward pass, without the weights. Random states are left unchanged."""
+    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    sizes: dict[int, int] = {}
+
+    def record(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return x  # stays alive until the end, so that no other storage gets its address
+
+    devices = [rows.ids.device] if rows.ids.is_cuda else []
+    with torch.enable_grad(), torch.random.fork_rng(devices), torch.autograd.graph.saved_tensors_hooks(record, lambda x: x):
+        embed(rows)
+    return sum(sizes.values())
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process can still allocate."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available = _read_kernel_value("/proc/meminfo", "MemAvailable:", 1024) or memory // 2  # where it is not Linux
+    limit, used = (_read_kernel_value(f"/sys/fs/cgroup/memory.{name}", "", 1) for name in ("max", "current"))
+    return available if limit is None or used is None else min(available, limit - used)
+
+
+def trim_heap(now: bool = False) -> None:
+    """Return free memory to the system if this process has grown since the last call, or ``now``."""
+    # Chunks differ in size and fragment the heap: glibc came to hold five times what a step needs. Trimming costs time, too.
+    global _trimmed_size
+    if _trim is not None and (now or resident_bytes() > GROWTH * _trimmed_size):
+        _trim(0)
+        _trimmed_size = resident_bytes()
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process in bytes; 0 where the kernel does not report it."""
+    return _read_kernel_value("/proc/self/status", "VmRSS:", 1024) or 0
+
+
+def _read_kernel_value(path: str, name: str, unit: int) -> int | None:
+    """The number after ``name`` in a file of /proc or /sys, times ``unit``; None if there is none."""
+    lines = Path(path).read_text().splitlines() if Path(path).is_file() else []
+    found = [line.removeprefix(name).split()[0] for line in lines if line.startswith(name)]
+    return int(found[0]) * unit if found and found[0].isdigit() else None

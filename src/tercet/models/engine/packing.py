@@ -5,6 +5,7 @@ normalization and dropout process real tokens only, and no model is reimplemente
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from itertools import groupby
 from typing import Any
@@ -15,13 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tercet.messages import warn_once
+from tercet.models.engine import transformers_compat as compat
 from tercet.models.engine.deterministic_dropout import DropoutSeeds, apply_dropout
-from tercet.models.engine.transformers_compat import (
-    has_forward_pre_hook,
-    module_number,
-    register_attention,
-    sdpa_attention_forward,
-)
 from tercet.rng import derive_seed
 from tercet.types import pad_rows, unpad_rows
 
@@ -30,22 +26,19 @@ LONG = 128  # tokens; in shorter rows attention is a few percent of a layer's wo
 KEY_VALUE = (("key", "value"), ("k_lin", "v_lin"))  # names of the projections in BERT and relatives, and in DistilBERT
 
 
+@dataclass(eq=False)
 class Packing:
-    """What attention needs to know of the rows in one forward pass.
+    """What attention needs to know of the rows in one forward pass."""
 
-    ``lengths (n,)``: tokens of each row. ``packed``: rows are concatenated, in shape ``(1, T)``; otherwise they are padded.
-    ``first_token_only``: the last layer computes the first token of each row and no other. ``dropout_seeds``: seeds of
-    deterministic dropout, None for torch's.
-    """
+    lengths: Tensor  # (n,), tokens of each row
+    packed: bool = True  # rows are concatenated, in shape (1, T); otherwise they are padded
+    first_token_only: bool = False  # the last layer computes the first token of each row and no other
+    dropout_seeds: DropoutSeeds | None = None  # of deterministic dropout; None for torch's
+    all_hidden: Tensor | None = field(default=None, init=False)  # of all tokens, for a layer whose input is the first tokens
 
-    def __init__(
-        self, lengths: Tensor, packed: bool = True, first_token_only: bool = False, dropout_seeds: DropoutSeeds | None = None
-    ) -> None:
-        self.lengths, self.packed = lengths, packed
-        self.first_token_only, self.dropout_seeds = first_token_only, dropout_seeds
-        self.groups = [(sum(1 for _ in rows), n) for n, rows in groupby(lengths.tolist())]  # adjacent rows of equal length
-        self.starts = lengths.cumsum(0) - lengths
-        self.all_hidden: Tensor | None = None  # hidden states of all tokens, for a layer whose input is the first tokens
+    def __post_init__(self) -> None:
+        self.starts = self.lengths.cumsum(0) - self.lengths
+        self.groups = [(sum(1 for _ in rows), n) for n, rows in groupby(self.lengths.tolist())]  # adjacent rows of equal length
 
     @cached_property
     def padding_is_wasteful(self) -> bool:
@@ -54,106 +47,81 @@ class Packing:
         return longest >= LONG and 2 * int(self.lengths.square().sum()) <= len(self.lengths) * longest**2
 
 
-AttentionFunction = Callable[[Tensor, Tensor, Tensor, Packing, float, float | None, int | None, Tensor | None], Tensor]
-
-
 def attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    packing: Packing | None = None,
-    sliding_window: int | None = None,
-    **others: Any,
-) -> tuple[Tensor, None]:
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
+    dropout: float = 0.0, packing: Packing | None = None, sliding_window: int | None = None, **others: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
     """The function that ``transformers`` calls: ``(1 or n, heads, T or L, d)`` each, to ``(1 or n, T or L, heads, d)``.
 
     Without ``packing`` it is torch's attention on padded rows.
     """
     if packing is None:
-        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others)
-        return out, None
+        options = {"dropout": dropout, "scaling": scaling, **others}
+        return compat.sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     seed = None
     if packing.dropout_seeds is not None and packing.dropout_seeds.seed is not None and dropout > 0:
-        seed = derive_seed(packing.dropout_seeds.seed, module_number(module))
+        seed = derive_seed(packing.dropout_seeds.seed, compat.module_number(module))
     if not packing.packed:
         return _attend(query, key, value, attention_mask, dropout, scaling, seed).transpose(1, 2), None
-    if packing.all_hidden is not None:
-        key, value = _project_all_tokens(module, packing.all_hidden, key.shape)
+    if (hidden := packing.all_hidden) is not None:  # the query is of first tokens only, keys and values are of all
+        shape = (key.shape[1], key.shape[3])
+        projections = (getattr(module, name) for name in key_value_names(module) or ())
+        key, value = (project(hidden).unflatten(-1, shape).transpose(1, 2) for project in projections)
         packing.all_hidden = None
     attend = choose_attention(query, packing, sliding_window, seed)
     return attend(query, key, value, packing, dropout, scaling, sliding_window, seed), None
 
 
-def choose_attention(query: Tensor, packing: Packing, window: int | None, seed: Tensor | None) -> AttentionFunction:
+def choose_attention(query: Tensor, packing: Packing, window: int | None, seed: Tensor | None) -> Callable[..., Tensor]:
     """The fastest implementation for these rows on this device; all give the same result."""
     if not query.is_cuda:
         return attend_by_length
-    plain = window is None and seed is None
-    if plain and packing.padding_is_wasteful and _nested_attention_works(query.device, query.dtype, query.shape[-1]):
-        return attend_nested
-    return attend_padded
-
-
-def _project_all_tokens(module: nn.Module, hidden: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """Keys and values of every token, for a layer whose input is the first tokens only."""
-    names = key_value_names(module)
-    assert names is not None
-    key, value = (getattr(module, name)(hidden).unflatten(-1, (shape[1], shape[3])).transpose(1, 2) for name in names)
-    return key, value
+    nested = window is None and seed is None and packing.padding_is_wasteful
+    works = nested and _nested_attention_works(query.device, query.dtype, query.shape[-1])
+    return attend_nested if works else attend_padded
 
 
 def attend_by_length(
-    query: Tensor, key: Tensor, value: Tensor, packing: Packing, dropout: float, scaling: float | None,
-    window: int | None, seed: Tensor | None,
-) -> Tensor:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, rows: Packing, dropout: float, scale: float | None, window: int | None, seed: Tensor | None
+) -> Tensor:
     """One dense call, without a mask, for each run of rows of equal length. Fastest on a CPU."""
-    tokens = [n * length for n, length in packing.groups]
-    first_only = query.shape[2] != key.shape[2]
-    queries = [n for n, _ in packing.groups] if first_only else tokens
+    tokens = [n * length for n, length in rows.groups]
+    queries = tokens if q.shape[2] == k.shape[2] else [n for n, _ in rows.groups]
     seeds = [None] * len(tokens) if seed is None else seed[0].split(queries)
+    splits = q[0].split(queries, 1), k[0].split(tokens, 1), v[0].split(tokens, 1)
     parts = []
-    for q, k, v, s, (n, length) in zip(
-        query[0].split(queries, 1), key[0].split(tokens, 1), value[0].split(tokens, 1), seeds, packing.groups, strict=True
-    ):
-        q, k, v = (x.unflatten(1, (n, -1)).transpose(0, 1) for x in (q, k, v))
+    for *qkv, s, (n, length) in zip(*splits, seeds, rows.groups, strict=True):
+        q, k, v = (x.unflatten(1, (n, -1)).transpose(0, 1) for x in qkv)
         mask = _window_mask(q.shape[2], length, window, q.device)
-        out = _attend(q, k, v, mask, dropout, scaling, None if s is None else s.unflatten(0, (n, -1)))
+        out = _attend(q, k, v, mask, dropout, scale, None if s is None else s.unflatten(0, (n, -1)))
         parts.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(parts)[None]
 
 
 def attend_padded(
-    query: Tensor, key: Tensor, value: Tensor, packing: Packing, dropout: float, scaling: float | None,
-    window: int | None, seed: Tensor | None,
-) -> Tensor:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, rows: Packing, dropout: float, scale: float | None, window: int | None, seed: Tensor | None
+) -> Tensor:
     """Pad for the attention alone and call it once: in short rows it is a few percent of the work, and calls cost more."""
-    lengths = packing.lengths
-    queries = torch.ones_like(lengths) if query.shape[2] != key.shape[2] else lengths
-    k, v = (pad_rows(x[0].transpose(0, 1), lengths).transpose(1, 2) for x in (key, value))
-    q = pad_rows(query[0].transpose(0, 1), queries).transpose(1, 2)
-    real = (torch.arange(k.shape[2]) < lengths[:, None]).to(q.device, non_blocking=True)[:, None, None]
-    near = _window_mask(q.shape[2], k.shape[2], window, q.device)
-    mask = real if near is None else real & near
-    out = _attend(q, k, v, mask, dropout, scaling, None if seed is None else pad_rows(seed[0], queries))
+    queries = rows.lengths if q.shape[2] == k.shape[2] else torch.ones_like(rows.lengths)
+    lengths = (queries, rows.lengths, rows.lengths)
+    q, k, v = (pad_rows(x[0].transpose(0, 1), n).transpose(1, 2) for x, n in zip((q, k, v), lengths, strict=True))
+    mask = (torch.arange(k.shape[2]) < rows.lengths[:, None]).to(q.device, non_blocking=True)[:, None, None]
+    if (near := _window_mask(q.shape[2], k.shape[2], window, q.device)) is not None:
+        mask = mask & near
+    out = _attend(q, k, v, mask, dropout, scale, None if seed is None else pad_rows(seed[0], queries))
     return unpad_rows(out.transpose(1, 2), queries)[None]
 
 
 def attend_nested(
-    query: Tensor, key: Tensor, value: Tensor, packing: Packing, dropout: float, scaling: float | None,
-    window: int | None, seed: Tensor | None,
-) -> Tensor:  # fmt: skip
+    q: Tensor, k: Tensor, v: Tensor, rows: Packing, dropout: float, scale: float | None, window: int | None, seed: Tensor | None
+) -> Tensor:
     """One call on nested tensors, without padding; supports neither ``window`` nor ``seed``."""
     if window is not None or seed is not None:
         raise ValueError("nested attention supports neither a window nor dropout by seed.")
-    queries = torch.ones_like(packing.lengths) if query.shape[2] != key.shape[2] else packing.lengths
-    lengths = (queries, packing.lengths, packing.lengths)
-    q, k, v = (_jagged(x[0].transpose(0, 1), n) for x, n in zip((query, key, value), lengths, strict=True))
-    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling)
-    return out.transpose(1, 2).values()[None]
+    queries = rows.lengths if q.shape[2] == k.shape[2] else torch.ones_like(rows.lengths)
+    lengths = (queries, rows.lengths, rows.lengths)
+    q, k, v = (_jagged(x[0].transpose(0, 1), n) for x, n in zip((q, k, v), lengths, strict=True))
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale).transpose(1, 2).values()[None]
 
 
 def _jagged(tokens: Tensor, lengths: Tensor) -> Tensor:
@@ -167,21 +135,24 @@ def _jagged(tokens: Tensor, lengths: Tensor) -> Tensor:
 @cache
 def _nested_attention_works(device: torch.device, dtype: torch.dtype, d: int) -> bool:
     """Whether nested attention equals padded attention here, in value and gradient, and applies dropout: checked by a run."""
-    packing = Packing(torch.tensor([40, 9]))
+    rows = Packing(torch.tensor([40, 9]))
     with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         q, k, v = (torch.randn(1, 2, 49, d, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
         try:
-            got, want = (f(q, k, v, packing, 0.0, None, None, None) for f in (attend_nested, attend_padded))
+            got, want = (f(q, k, v, rows, 0.0, None, None, None) for f in (attend_nested, attend_padded))
             gradients = [torch.autograd.grad(out.float().square().sum(), (q, k, v)) for out in (got, want)]
-            dropped = attend_nested(q, k, v, packing, 0.5, None, None, None)
+            dropped = attend_nested(q, k, v, rows, 0.5, None, None, None)
             dropped.sum().backward()
         except RuntimeError as error:  # raised by torch where it has no kernel
             warn_once(f"Attention pads its rows: nested tensors do not run here ({str(error).splitlines()[0]}).")
             return False
-    tolerance = 1e-4 if dtype == torch.float32 else 0.05
-    pairs = [(got, want), *zip(*gradients, strict=True)]
-    drops = not torch.allclose(dropped.float(), want.float(), tolerance, tolerance)  # otherwise two views would be equal
-    return drops and all(torch.allclose(a.float(), b.float(), tolerance, tolerance) for a, b in pairs)
+
+    def close(a: Tensor, b: Tensor) -> bool:
+        tolerance = 1e-4 if dtype == torch.float32 else 0.05
+        return torch.allclose(a.float(), b.float(), tolerance, tolerance)
+
+    # Without dropout two views would be equal.
+    return close(got, want) and all(map(close, *gradients)) and not close(dropped, want)
 
 
 def _window_mask(queries: int, length: int, window: int | None, device: torch.device) -> Tensor | None:
@@ -193,25 +164,21 @@ def _window_mask(queries: int, length: int, window: int | None, device: torch.de
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, scaling: float | None, seed: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, scale: float | None, seed: Tensor | None
 ) -> Tensor:
     """Attention of ``(n, heads, L, d)``; ``seed (n, L)``, one for each query, determines what is dropped."""
     if seed is None:
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, scale=scaling)
-    scores = (q * (scaling or q.shape[-1] ** -0.5)) @ k.transpose(-1, -2)
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, scale=scale)
+    scores = (q * (scale or q.shape[-1] ** -0.5)) @ k.transpose(-1, -2)
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     heads = torch.arange(q.shape[1], device=q.device)[:, None]
-    weights = apply_dropout(scores.softmax(-1), dropout, derive_seed(seed[:, None], heads))
-    return weights @ v
+    return apply_dropout(scores.softmax(-1), dropout, derive_seed(seed[:, None], heads)) @ v
 
 
 def key_value_names(module: nn.Module) -> tuple[str, str] | None:
     """The names of an attention layer's key and value projections; None if they are not separate."""
-    for names in KEY_VALUE:
-        if all(isinstance(getattr(module, name, None), nn.Linear) for name in names):
-            return names
-    return None
+    return next((names for names in KEY_VALUE if all(isinstance(getattr(module, n, None), nn.Linear) for n in names)), None)
 
 
 def layer_stack(backbone: PreTrainedModel) -> nn.ModuleList | None:
@@ -226,15 +193,14 @@ def shorten_last_layer(backbone: PreTrainedModel) -> bool:
     stack = layer_stack(backbone)
     if stack is None or not any(key_value_names(part) for part in stack[-1].modules()):
         return False
-    if not has_forward_pre_hook(stack[-1], _select_first_tokens):
-        stack[-1].register_forward_pre_hook(_select_first_tokens, with_kwargs=True)
+    stack[-1].register_forward_pre_hook(_select_first_tokens, with_kwargs=True)
     return True
 
 
 def _select_first_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     packing = kwargs.get("packing")
-    if packing is None or not packing.first_token_only:
-        return None
+    if packing is None or not packing.first_token_only or packing.all_hidden is not None:
+        return None  # the last: this hook has run, for another encoder of the same backbone
     starts = packing.starts.to(args[0].device, non_blocking=True)
     packing.all_hidden = args[0]
     if packing.dropout_seeds is not None and packing.dropout_seeds.seed is not None:
@@ -242,4 +208,4 @@ def _select_first_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: dict[
     return (args[0][:, starts], *args[1:]), kwargs
 
 
-register_attention(NAME, attention)
+compat.register_attention(NAME, attention)

@@ -1,4 +1,4 @@
-"""Private and undocumented parts of transformers (and of torch's modules) that Tercet relies on; used nowhere else.
+"""Private and undocumented parts of transformers that Tercet relies on; used nowhere else.
 
 tests/models/test_transformers_compat.py checks each of them and names what broke after an upgrade.
 """
@@ -7,12 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, initialization
 from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils.hub import cached_file
 
+initialize_uniform = initialization.uniform_  # (weight, low, high); draws unless the weight has just been loaded
 _NUMBER = "tercet_number"  # attribute of numbered modules
 
 
@@ -47,16 +48,6 @@ def find_file(source: str, file: str) -> Path | None:
     """The path of a file of a folder or hub id; None if the model has no such file. OSError if the hub cannot be reached."""
     found = cached_file(source, file, _raise_exceptions_for_missing_entries=False)
     return Path(found) if found else None
-
-
-def initialize_uniform(weight: Tensor, low: float, high: float) -> None:
-    """Draw ``weight`` from a uniform distribution, unless it has just been loaded."""
-    initialization.uniform_(weight, low, high)
-
-
-def has_forward_pre_hook(module: nn.Module, hook: Callable[..., Any]) -> bool:
-    """Whether ``hook`` is registered with the module."""
-    return hook in module._forward_pre_hooks.values()
 
 
 def number_modules(root: nn.Module) -> None:

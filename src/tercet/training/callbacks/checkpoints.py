@@ -1,9 +1,12 @@
-"""Checkpoints that survive a kill, a full disk and a power failure, and that include the random state."""
+"""Checkpoints that survive a kill, a full disk and a power failure and include the random state; a graceful end at a signal."""
 
 import os
 import re
+import signal
+import threading
 from collections.abc import Callable
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +14,16 @@ import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.io.torch_io import TorchCheckpointIO
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from tercet.distributed.gather import rank
-from tercet.errors import InputError
+from tercet.errors import InputError, require
 from tercet.messages import warn_once
 from tercet.training.lightning_compat import forget_pending_batches, restart_validation
 
 LAST = "last.ckpt"
-RENAMED = {
-    "Randomness": "RNGState",
-    "Finite": "SkipNonFinite",
-    "Last": "LastCheckpoint",
-}  # callbacks in checkpoints of version 1
+RENAMED = {"Randomness": "RNGState", "Finite": "SkipNonFinite", "Last": "LastCheckpoint"}  # callbacks of version 1
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -32,14 +32,9 @@ class LastCheckpoint(ModelCheckpoint):
     def __init__(self, dirpath: str, save_every: int | str | None = None) -> None:
         steps, minutes = interval(save_every)
         super().__init__(
-            dirpath=dirpath,
-            filename="last",
-            save_on_exception=True,
-            auto_insert_metric_name=False,
-            every_n_train_steps=steps,
-            train_time_interval=None if minutes is None else timedelta(minutes=minutes),
-            enable_version_counter=False,
-        )
+            dirpath, "last", save_on_exception=True, auto_insert_metric_name=False, enable_version_counter=False,
+            every_n_train_steps=steps, train_time_interval=minutes and timedelta(minutes=minutes),
+        )  # fmt: skip
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Repeat a validation that was interrupted, or that was due after the checkpoint's step."""
@@ -48,27 +43,23 @@ class LastCheckpoint(ModelCheckpoint):
 
 
 def interval(save_every: int | str | None) -> tuple[int | None, float | None]:
-    """Steps and minutes of ``save_every``, one of them None.
-
-    >>> interval(200), interval("10m"), interval(None)
-    ((200, None), (None, 10.0), (None, None))
-    """
-    found = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?) ?m", str(save_every or ""))
-    if save_every is not None and (found is None or not float(found[1] or found[2])):
+    """Steps and minutes of ``save_every``, one of them None: of "10m" ``(None, 10.0)``."""
+    if save_every is None:
+        return None, None
+    found = re.fullmatch(r"(\d+)|(\d+(?:\.\d+)?) ?m", str(save_every))
+    if found is None or not float(found[1] or found[2]):
         raise InputError(f"`save_every`={save_every}: a number of steps as 200, of minutes as 10m, or null (every epoch).")
-    return (int(found[1]), None) if found and found[1] else (None, float(found[2])) if found else (None, None)
+    return (int(found[1]), None) if found[1] else (None, float(found[2]))
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Write checkpoints beside the old file, sync, and rename; keep ``keep_last`` generations of ``last.ckpt``.
 
-    ``last-1.ckpt`` is the one before ``last.ckpt``. Where a checkpoint cannot be written, a warning is printed and training
-    goes on with the older ones.
+    ``last-1.ckpt`` is the one before. Where a checkpoint cannot be written, a warning is printed and training goes on.
     """
 
     def __init__(self, keep_last: int = 2) -> None:
-        if keep_last < 1:
-            raise InputError(f"`keep_last`={keep_last}: 1 or more last checkpoints.")
+        require(keep_last >= 1, f"`keep_last`={keep_last}: 1 or more last checkpoints.")
         self.keep_last = keep_last
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -94,23 +85,19 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read a checkpoint, with present names of callbacks."""
         checkpoint: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
-        if "callbacks" in checkpoint:
-            checkpoint["callbacks"] = {_present_name(key): state for key, state in checkpoint["callbacks"].items()}
+        for key in list(checkpoint.get("callbacks", ())):
+            name, brace, rest = key.partition("{")  # ModelCheckpoint adds its settings in braces
+            if name in RENAMED:
+                checkpoint["callbacks"][RENAMED[name] + brace + rest] = checkpoint["callbacks"].pop(key)
         return checkpoint
 
     def _rotate(self, file: Path) -> None:
-        names = generations(file.parent, self.keep_last)
-        for older, newer in zip(names[:0:-1], names[-2::-1], strict=True):
+        for older, newer in pairwise(reversed(generations(file.parent, self.keep_last))):
             if newer.exists() and newer != file:
                 newer.replace(older)
             elif newer.exists():  # a second name for the file: there is a last.ckpt at every moment
                 older.unlink(missing_ok=True)
                 os.link(newer, older)
-
-
-def _present_name(key: str) -> str:
-    name, brace, rest = key.partition("{")  # ModelCheckpoint adds its settings in braces
-    return RENAMED.get(name, name) + brace + rest
 
 
 def generations(folder: Path, keep: int) -> list[Path]:
@@ -120,17 +107,16 @@ def generations(folder: Path, keep: int) -> list[Path]:
 
 def newest_checkpoint(folder: Path, read: Callable[[Path], Any]) -> Path | None:
     """The newest last checkpoint that ``read`` accepts, with a warning for each newer one; None where there is none."""
-    error: InputError | None = None
-    for path in (path for path in generations(folder, 100) if path.is_file()):
-        if error:
-            warn_once(f"{error} The one before it, {path.name}, is used.")
+    found = [path for path in generations(folder, 100) if path.is_file()]
+    for i, path in enumerate(found, 1):
+        older = found[i:]
         try:
             read(path)
             return path
-        except InputError as refused:
-            error = refused
-    if error:
-        raise error
+        except InputError as error:
+            if not older:
+                raise
+            warn_once(f"{error} The one before it, {older[0].name}, is used.")
     return None
 
 
@@ -143,33 +129,26 @@ def _sync(folder: Path) -> None:
 
 
 class RNGState(pl.Callback):
-    """Save torch's random state in checkpoints and restore it before the first step; Lightning does not.
+    """Save torch's random state after the last optimizer step in checkpoints, and restore it before the first step.
 
-    The state is that after the last optimizer step, and so is the position in the data: an incompletely accumulated gradient
-    (``accumulate_grad_batches``) is not saved, and its batches are drawn again. A checkpoint has the first process's state;
-    each other process writes its own beside it, ``random-<rank>.pt``. Where that is not of the checkpoint's step, its state is
-    drawn from the first process's, so that no two processes draw alike.
+    The batches of an incompletely accumulated gradient are drawn again. A checkpoint has the first process's state; each other
+    process writes its own beside it, ``random-<rank>.pt``. One of another step is replaced by a draw from the first process's.
     """
 
     def __init__(self) -> None:
         self.loaded: dict[str, Tensor] = {}
-        self.step = torch.tensor(0)
         self.state: dict[str, Tensor] = {}
         self.pending = 0  # batches since the last optimizer step
-        self.folder = Path()
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Find the folder of checkpoints."""
-        self.folder = Path(trainer.default_root_dir) / "checkpoints"
+        self.file = Path()  # of this process, if it is not the first
 
     def state_dict(self) -> dict[str, Any]:
         """The state after the last optimizer step; an interrupted step will be repeated."""
         if rank() and self.state:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            partial = self.folder / f".random-{rank()}.pt"
-            torch.save({**self.state, "step": self.step}, partial)
-            partial.replace(self.folder / f"random-{rank()}.pt")
-        return {**self.state, "step": self.step}
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.file.with_name(f".{self.file.name}")
+            torch.save(self.state, partial)
+            partial.replace(self.file)
+        return self.state or self.loaded
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state for the first step: what is built until then draws random numbers, too."""
@@ -177,6 +156,7 @@ class RNGState(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Restore a loaded state once; record the state before each step."""
+        self.file = Path(trainer.default_root_dir, "checkpoints", f"random-{rank()}.pt")
         if self.loaded:
             self._restore()
         self._record(trainer, batch_idx % trainer.accumulate_grad_batches)
@@ -196,14 +176,16 @@ class RNGState(pl.Callback):
     def _record(self, trainer: pl.Trainer, pending: int) -> None:
         self.pending = pending
         if not pending:
-            self.state, self.step = _random_state(), torch.tensor(trainer.global_step)
+            self.state = {"cpu": torch.get_rng_state(), "step": torch.tensor(trainer.global_step)}
+            if torch.cuda.is_available():
+                self.state["cuda"] = torch.cuda.get_rng_state()
 
     def _restore(self) -> None:
-        path = self.folder / f"random-{rank()}.pt"
-        own = torch.load(path, map_location="cpu", weights_only=True) if rank() and path.is_file() else self.loaded
-        step, own_step = self.loaded.get("step"), own.get("step")  # None in the oldest checkpoints
-        same = step is not None and own_step is not None and torch.equal(own_step.cpu(), step.cpu())
-        state = own if same else self.loaded
+        state = self.loaded
+        if rank() and self.file.is_file():
+            own = torch.load(self.file, map_location="cpu", weights_only=True)
+            if "step" in own and "step" in state and own["step"] == state["step"].cpu():  # the oldest checkpoints have no step
+                state = own
         torch.set_rng_state(state["cpu"].cpu())
         if "cuda" in state and torch.cuda.is_available():
             torch.cuda.set_rng_state(state["cuda"].cpu())
@@ -212,6 +194,59 @@ class RNGState(pl.Callback):
         self.loaded = {}
 
 
-def _random_state() -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})
+class GracefulStop(pl.Callback):
+    """Complete the step, save a checkpoint and end the run at SIGTERM or Ctrl-C.
+
+    Lightning would end in the middle of an optimizer step at Ctrl-C, and its processes hang at SIGTERM. Here the signal is
+    recorded, and after each step the processes exchange whether one of them has received one. A second Ctrl-C ends a single
+    process at once, and evaluations, which have nothing to save, end at once.
+    """
+
+    def __init__(self) -> None:
+        self.received = 0  # the number of the signal
+        self.stepping = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Install the handlers, after Lightning's; at the end Lightning restores what was there before its own."""
+        if trainer.world_size > 1:
+            _install(self._record, signal.SIGTERM, signal.SIGINT)
+        elif signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # otherwise it is ignored, or the user's own
+            _install(self._stop_after_step, signal.SIGINT)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let a signal end an evaluation at once."""
+        if trainer.world_size > 1:
+            _install(_stop, signal.SIGTERM, signal.SIGINT)
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """A step begins."""
+        self.stepping = True
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Stop where any process has received a signal."""
+        self.stepping = False
+        number = self.received
+        if trainer.world_size > 1:
+            received = torch.tensor(number, device=trainer.strategy.root_device)
+            number = int(trainer.strategy.reduce(received, reduce_op="max"))
+        if number:
+            _stop(number)
+
+    def _record(self, number: int, _: Any) -> None:
+        self.received = max(self.received, number)
+
+    def _stop_after_step(self, number: int, _: Any) -> None:
+        if self.received or not self.stepping:
+            _stop(number)
+        self.received = number
+        warn_once("Ctrl-C: the run is saved after this step. Press it again to end now.")
+
+
+def _install(handler: Callable[[int, Any], None], *numbers: int) -> None:
+    if threading.current_thread() is threading.main_thread():
+        for number in numbers:
+            signal.signal(number, handler)
+
+
+def _stop(number: int, _: Any = None) -> None:
+    raise KeyboardInterrupt if number == signal.SIGINT else SIGTERMException

@@ -1,7 +1,6 @@
 """Figures and tables of the embeddings of held-out rows, during training."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
@@ -22,71 +21,54 @@ GRAY = "#b5bcbf"
 MAX_COLORS = 10  # labels with a color of their own; all others are gray
 
 
-@dataclass(frozen=True)
 class EmbeddedSample:
-    """Unit rows ``z (V, N, D)`` of held-out examples and their ``label (N,)``, -1 where unknown.
+    """Unit rows ``z (V, N, D)`` of held-out examples, of one or two views, and their ``label (N,)``, -1 where unknown.
 
-    True pairs are two views of an example or, of one view, two rows of one label; all others are false pairs.
+    True pairs are two views of an example or, of one view, two rows of one label; all others are false pairs. ``scores (N, N)``
+    are the cosines of row i of the first view and row j of the last.
     """
 
-    z: Tensor
-    label: Tensor
-
-    def scores(self) -> Tensor:
-        """``(N, N)``: the cosine of row i of the first view and row j of the last."""
-        return self.z[0] @ self.z[-1].T
-
-    def masks(self) -> tuple[Tensor, Tensor]:
-        """``(N, N)`` twice: the diagonal, and rows of equal known labels."""
-        own = torch.eye(len(self.label), dtype=torch.bool)
-        return own, (self.label[:, None] == self.label) & (self.label[:, None] >= 0)
+    def __init__(self, z: Tensor, label: Tensor) -> None:
+        self.z, self.label, self.two_views = z, label, len(z) > 1
+        self.scores = z[0] @ z[-1].T
+        self.own = torch.eye(len(label), dtype=torch.bool)
+        self.same_label = (label[:, None] == label) & (label[:, None] >= 0)
 
     def pairs(self) -> tuple[Tensor, Tensor]:
-        """The cosines of true pairs, of the first two views, and of false pairs."""
-        own, same = self.masks()
-        two = len(self.z) > 1
-        scores = self.z[0] @ self.z[1].T if two else self.scores()
-        true = own if two else same.triu(1)
-        return scores[true], scores[~true & ~own]
+        """The cosines of true pairs and of false pairs."""
+        true = self.own if self.two_views else self.same_label.triu(1)
+        return self.scores[true], self.scores[~true & ~self.own]
 
     def notable(self, count: int) -> list[tuple[str, float, int, int]]:
         """The ``count`` true pairs that are farthest, false pairs that are nearest, and nearest rows of the first rows.
 
         Each is (kind, cosine, row of the first view, row of the last).
         """
-        scores = self.scores()
-        own, same_label = self.masks()
-        one = len(self.z) == 1
-        same = same_label & ~own if one else own
-        other = (~same & ~own).triu(1) if one else ~same & ~own
+        same = self.own if self.two_views else self.same_label & ~self.own
+        other = ~self.own if self.two_views else (~same & ~self.own).triu(1)
         found = []
         for kind, mask, least in (("hardest positive", same, True), ("hardest negative", other, False)):
-            at = mask.nonzero()
-            order = scores[mask].argsort(descending=not least)[:count]
-            found += [(kind, float(scores[i, j]), i, j) for i, j in at[order].tolist()]
-        nearest = scores.masked_fill(own, -2.0) if one else scores
-        return found + [("nearest", float(x), i, int(j)) for i, (x, j) in enumerate(zip(*nearest[:count].max(1), strict=True))]
+            order = self.scores[mask].argsort(descending=not least)[:count]
+            found += [(kind, float(self.scores[i, j]), i, j) for i, j in mask.nonzero()[order].tolist()]
+        nearest, at = (self.scores if self.two_views else self.scores.masked_fill(self.own, -2.0))[:count].max(1)
+        return found + [("nearest", float(x), i, int(j)) for i, (x, j) in enumerate(zip(nearest, at, strict=True))]
 
     def triplets(self, count: int) -> list[tuple[int, int, int, float, float]]:
         """Anchors a with their farthest positive p and nearest negative n: (a, p, n, cosine of a and p, of a and n).
 
         The worst first: those whose negative is nearer than their positive by most.
         """
-        scores = self.scores()
-        own, same = self.masks()
-        same = same | own if len(self.z) > 1 else same & ~own
-        far, p = scores.masked_fill(~same, 2.0).min(1)
-        near, n = scores.masked_fill(same | own, -2.0).max(1)
+        same = self.same_label | self.own if self.two_views else self.same_label & ~self.own
+        far, p = self.scores.masked_fill(~same, 2.0).min(1)
+        near, n = self.scores.masked_fill(same | self.own, -2.0).max(1)
         worst = (near - far).masked_fill(~same.any(1), -9.0).argsort(descending=True)[:count].tolist()
         return [(a, int(p[a]), int(n[a]), float(far[a]), float(near[a])) for a in worst if same[a].any()]
 
     def spread(self) -> tuple[float, float]:
         """Alignment of true pairs, 0 without any, and uniformity (Wang and Isola 2020, eq. 1 and 2); lower is better."""
         true, _ = self.pairs()
-        alignment = float((2 - 2 * true).mean()) if len(true) else 0.0
-        scores = self.z[0] @ self.z[0].T
-        off = ~torch.eye(len(scores), dtype=torch.bool)
-        return alignment, float((4 * (scores[off] - 1)).exp().mean().log())
+        others = (self.z[0] @ self.z[0].T)[~self.own]
+        return float((2 - 2 * true).mean()) if len(true) else 0.0, float((4 * (others - 1)).exp().mean().log())
 
     def spectrum(self) -> Tensor:
         """Singular values of the centered rows over the largest: they fall steeply where the embeddings have collapsed."""
@@ -150,8 +132,8 @@ def draw_triplets(triplets: Sequence[tuple[int, int, int, float, float]], images
     for axis in axes.flat:
         axis.set_axis_off()
     for row, (a, p, n, far, near) in zip(axes, triplets, strict=False):
-        titles = ("anchor", f"positive {far:.2f}", f"negative {near:.2f}")
-        for axis, which, title in zip(row, (a, p, n), titles, strict=True):
+        titles = {"anchor": a, f"positive {far:.2f}": p, f"negative {near:.2f}": n}
+        for axis, (title, which) in zip(row, titles.items(), strict=True):
             axis.imshow(make_thumbnail(images[which]))
             axis.set_title(title, fontsize=8)
     return figure
@@ -162,22 +144,17 @@ class EmbeddingFigures(pl.Callback):
 
     Written into the run's folder and logged: ``embeddings.png``; ``pairs.csv``, the ``pairs`` hardest positives, hardest
     negatives and nearest neighbors; ``triplets.csv``, the anchors whose negative is nearer than their positive by most; and
-    ``triplets.png`` of images. W&B has the tables with pictures, TensorBoard's projector the last embeddings.
-
-    With ``every`` None figures are drawn before training and at the end only, as always with several processes. The map is a
-    PCA, or UMAP with ``umap``, which needs the package umap-learn.
+    ``triplets.png`` of images. W&B has the tables with pictures, TensorBoard's projector the last embeddings. Several processes
+    draw at the end only. The map is a PCA, or UMAP with ``umap``, which needs the package umap-learn.
     """
 
     def __init__(
         self, source: Source | None = None, rows: int = 500, pairs: int = 10, every: int | None = None, umap: bool = False
     ) -> None:
-        self.source = source
-        self.rows = rows
-        self.pairs = pairs
-        self.every = every
-        self.umap = umap
+        self.source, self.rows, self.pairs = source, rows, pairs
+        self.every, self.umap = every, umap
         self.history: list[tuple[str, float, float]] = []
-        self.items: list[list[Any]] | None = None
+        self.items: list[list[Any]] = []  # one or two columns, once loaded
         self.label = torch.zeros(0, dtype=torch.long)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
@@ -191,9 +168,12 @@ class EmbeddingFigures(pl.Callback):
         self._draw(trainer, pl_module, str(pl_module.stage))
 
     def _draw(self, trainer: pl.Trainer, module: Any, when: str) -> None:
-        if self.source is None or not self._load_items(module.encoder):
+        if self.source is None:
             return
-        assert self.items is not None
+        if not self.items:
+            self._load_items(self.source, module.encoder)
+        if len(self.items[0]) < 3:
+            return
         z = torch.stack([F.normalize(module.cached_encoder(column), dim=-1) for column in self.items])
         sample = EmbeddedSample(z.float(), self.label)
         self.history.append((when, *sample.spread()))
@@ -205,10 +185,20 @@ class EmbeddingFigures(pl.Callback):
                     names = [str(item)[:100] if isinstance(item, str) else str(i) for i, item in enumerate(self.items[0])]
                     logger.experiment.add_embedding(z[0], metadata=names, global_step=trainer.global_step)
 
+    def _load_items(self, source: Source, encoder: Encoder) -> None:
+        """Load the rows, without those of unreadable images."""
+        table = source.rows()
+        table = table.shuffle(seed=0).select(range(min(self.rows, len(table))))
+        cells = [list(table[name]) for name in list(source.columns)[:2]]
+        items = [[cell if isinstance(cell, str) else read_image_cell(cell) for cell in column] for column in cells]
+        kept = [i for i, row in enumerate(zip(*items, strict=True)) if all(is_readable(encoder, item) for item in row)]
+        self.items = [[column[i] for i in kept] for column in items]
+        labeled = "label" in table.column_names
+        self.label = torch.as_tensor(table["label"])[kept] if labeled else torch.full((len(kept),), -1)
+
     def _publish_tables(self, trainer: pl.Trainer, sample: EmbeddedSample) -> None:
-        assert self.items is not None
-        triplets = sample.triplets(self.pairs)
         one, other = self.items[0], self.items[-1]
+        triplets = sample.triplets(self.pairs)
         if isinstance(one[0], bytes):
             publish_figure(trainer, "triplets", draw_triplets(triplets, one))
         pairs = [(kind, round(cosine, 4), one[i], other[j]) for kind, cosine, i, j in sample.notable(self.pairs)]
@@ -217,29 +207,12 @@ class EmbeddingFigures(pl.Callback):
         if hard:
             publish_table(trainer, "triplets", ("to positive", "to negative", "anchor", "positive", "negative"), hard)
 
-    def _load_items(self, encoder: Encoder) -> bool:
-        """Load the rows, without those of unreadable images; whether there are enough for a figure."""
-        if self.items is None:
-            assert self.source is not None
-            table = self.source.rows()
-            table = table.shuffle(seed=0).select(range(min(self.rows, len(table))))
-            cells = [list(table[name]) for name in list(self.source.columns)[:2]]
-            items = [[cell if isinstance(cell, str) else read_image_cell(cell) for cell in column] for column in cells]
-            kept = [i for i, row in enumerate(zip(*items, strict=True)) if all(is_readable(encoder, item) for item in row)]
-            self.items = [[column[i] for i in kept] for column in items]
-            if "label" in table.column_names:
-                self.label = torch.as_tensor(table["label"])[kept]
-            else:
-                self.label = torch.full((len(kept),), -1)
-        return len(self.items[0]) > 2
-
 
 def is_readable(encoder: Encoder, item: Item) -> bool:
     """Whether the encoder can open the item; only images can be unreadable."""
-    if not isinstance(encoder, ImageEncoder) or isinstance(item, str):
-        return True
     try:
-        encoder.pixels.open(item)
+        if isinstance(encoder, ImageEncoder) and not isinstance(item, str):
+            encoder.pixels.open(item)
     except UnreadableImage:
         return False
     return True

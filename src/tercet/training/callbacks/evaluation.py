@@ -14,14 +14,12 @@ from tercet.types import Evaluator
 class Evaluation(pl.Callback):
     """Run ``validation`` at each of the trainer's validations and ``test`` at each test, and log their metrics.
 
-    Names are ``val/<metric>``, and ``<stage>/<metric>`` in tests, where the stage is the module's attribute ``stage``:
-    ``test``, or what ``evaluate_stage`` sets. The module is one with an ``encoder``. Embeddings are computed in the training
-    precision, metrics in full precision. All processes take part and get the same metrics.
+    Names are ``val/<metric>``, and ``<stage>/<metric>`` in tests, with the module's attribute ``stage``. Embeddings have the
+    training precision, metrics are computed in full precision. All processes take part and get the same metrics.
     """
 
     def __init__(self, validation: Evaluator | None = None, test: Evaluator | None = None) -> None:
-        self.validation = validation
-        self.test = test
+        self.validation, self.test = validation, test
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Discard cached embeddings: the weights have changed."""
@@ -70,9 +68,3 @@ def evaluate_stage(trainer: pl.Trainer, module: pl.LightningModule, stage: str) 
     module.stage = stage  # type: ignore[assignment]
     trainer.test(module, verbose=False)
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(f"{stage}/")}
-
-
-def find_evaluation(trainer: pl.Trainer) -> Evaluation | None:
-    """The trainer's ``Evaluation``, if it has one."""
-    found = (callback for callback in trainer.callbacks if isinstance(callback, Evaluation))  # type: ignore[attr-defined]
-    return next(found, None)

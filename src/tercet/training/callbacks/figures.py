@@ -3,7 +3,7 @@
 import csv
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,43 +16,38 @@ from torch import Tensor
 
 from tercet.images import make_thumbnail
 from tercet.messages import describe_logger, log_errors, warn_once
-from tercet.training.callbacks.evaluation import find_evaluation
-from tercet.types import Evaluator, Source
+from tercet.training.callbacks.evaluation import Evaluation
+from tercet.types import Source
 
 PAIR_COLOR, OTHER_COLOR = "#1b7f79", "#c9c9c9"
 
 
 class EvaluatorFigures(pl.Callback):
-    """Draw the figures of evaluators that have some: ``<name>.png`` after the test, ``val_<name>.png`` at each validation.
+    """Draw the figures of the ``Evaluation`` callback's evaluators: ``<name>.png``, and ``val_<name>.png`` of validations.
 
-    Figures use the embeddings that the evaluation has computed. All processes encode, the first one writes. Needs the
-    ``Evaluation`` callback.
+    They use the embeddings that the evaluation has computed. All processes encode, the first one writes.
     """
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw; the loggers keep the figures of every validation, the run's folder those of the last."""
-        evaluation = find_evaluation(trainer)
-        if evaluation is not None and not trainer.sanity_checking:
-            _publish_all(trainer, pl_module, evaluation.validation, "val_")
+        if not trainer.sanity_checking:
+            _publish_all(trainer, pl_module, "validation", "val_")
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw, except before training: the figures after it have the same names."""
-        evaluation = find_evaluation(trainer)
-        if evaluation is not None and pl_module.stage == "test":
-            _publish_all(trainer, pl_module, evaluation.test, "")
+        if pl_module.stage == "test":
+            _publish_all(trainer, pl_module, "test", "")
 
 
-def _publish_all(trainer: pl.Trainer, module: Any, evaluator: Evaluator | None, prefix: str) -> None:
-    draw = getattr(evaluator, "figures", None)
+def _publish_all(trainer: Any, module: Any, kind: str, prefix: str) -> None:
+    evaluation = next((found for found in trainer.callbacks if isinstance(found, Evaluation)), None)
+    draw = getattr(getattr(evaluation, kind, None), "figures", None)
     for name, figure in (draw(module.cached_encoder) if draw else {}).items():
         publish_figure(trainer, prefix + name, figure)
 
 
 def publish_table(trainer: pl.Trainer, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Write ``<name>.csv`` into the run's folder and log the table to W&B and, as text, to TensorBoard.
-
-    A table with images (cells of bytes) is logged to W&B only.
-    """
+    """Write ``<name>.csv`` into the run's folder and log it to W&B and TensorBoard; a table of images (bytes) to W&B only."""
     images = any(isinstance(cell, bytes) for row in rows for cell in row)
     path = Path(trainer.default_root_dir) / f"{name}.csv"
     try:
@@ -63,19 +58,15 @@ def publish_table(trainer: pl.Trainer, name: str, columns: Sequence[str], rows: 
         _warn_unwritten(path, error)
     for logger in trainer.loggers:
         if isinstance(logger, WandbLogger):
-            data = [[_wandb_cell(cell) for cell in row] for row in rows]
+            from wandb import Image
+
+            data = [[Image(make_thumbnail(cell)) if isinstance(cell, bytes) else cell for cell in row] for row in rows]
             logger.log_table(key=f"tables/{name}", columns=list(columns), data=data, step=trainer.global_step)
         elif isinstance(logger, TensorBoardLogger) and not images:
             table = [columns, ["---"] * len(columns), *rows]
             lines = [" | ".join(str(cell).replace("|", " ") for cell in row) for row in table]
             with log_errors(describe_logger(logger)):
                 logger.experiment.add_text(f"tables/{name}", "\n".join(lines), trainer.global_step)
-
-
-def _wandb_cell(cell: Any) -> Any:
-    import wandb
-
-    return wandb.Image(make_thumbnail(cell)) if isinstance(cell, bytes) else cell
 
 
 def publish_figure(trainer: pl.Trainer, name: str, figure: Figure) -> None:
@@ -101,20 +92,9 @@ def _warn_unwritten(path: Path, error: OSError) -> None:
     warn_once(f"{path} could not be written ({error}); training goes on without it.")
 
 
-@dataclass(frozen=True)
-class PairScores:
-    """The cosines of N pairs: ``scores (N, N)``, of query i and document j."""
-
-    scores: Tensor
-
-    @property
-    def ranks(self) -> Tensor:
-        """``(N,)``: the number of documents that are nearer to the query than its own; 0 is best."""
-        return (self.scores > self.scores.diagonal()[:, None]).sum(1)
-
-    def recall(self, k: int) -> float:
-        """The share of queries whose document is among the ``k`` nearest."""
-        return float((self.ranks < k).float().mean())
+def recall_at(k: int, scores: Tensor) -> float:
+    """The share of queries whose document is among the ``k`` nearest; ``scores (N, N)`` of query i and document j."""
+    return float(((scores > scores.diagonal()[:, None]).sum(1) < k).float().mean())
 
 
 class BeforeAfter(pl.Callback):
@@ -124,65 +104,59 @@ class BeforeAfter(pl.Callback):
     """
 
     def __init__(self, source: Source | None = None, pairs: int = 2000, examples: int = 6) -> None:
-        self.source = source
-        self.pairs = pairs
-        self.examples = examples
-        self.scores: dict[str, PairScores] = {}
-        self.texts: tuple[list[str], list[str]] | None = None
+        self.source, self.pairs, self.examples = source, pairs, examples
+        self.scores: dict[str, Tensor] = {}  # cosines (N, N) of queries and documents, by stage
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Score the pairs; draw once both stages have been scored."""
-        if self.source is None or len(self.source.columns) < 2 or trainer.default_root_dir is None:
+        if self.source is None or len(self.source.columns) < 2:
             return
-        queries, documents = self._load_pairs()
+        queries, documents = self.texts
         encode = pl_module.cached_encoder
         x, y = F.normalize(encode(queries), dim=-1), F.normalize(encode(documents), dim=-1)
-        self.scores[str(pl_module.stage)] = PairScores(x @ y.T)
+        self.scores[str(pl_module.stage)] = x @ y.T
         if len(self.scores) == 2 and trainer.is_global_zero:
             publish_figure(trainer, "before_after", draw_before_after(*self.scores.values()))
             (Path(trainer.default_root_dir) / "neighbors.md").write_text(self.neighbors(), encoding="utf-8")
 
-    def _load_pairs(self) -> tuple[list[str], list[str]]:
-        if self.texts is None:
-            assert self.source is not None
-            rows = self.source.rows()
-            if len(rows) > self.pairs:
-                rows = rows.shuffle(seed=0).select(range(self.pairs))
-            first, second = (list(rows[c]) for c in list(self.source.columns)[:2])
-            # Where several queries share a document, one of them stays: the others would count as errors.
-            keep = [i for i, text in enumerate(second) if second.index(text) == i]
-            self.texts = [first[i] for i in keep], [second[i] for i in keep]
-        return self.texts
+    @cached_property
+    def texts(self) -> tuple[list[str], list[str]]:
+        """Queries and their documents, distinct: where queries share one, the others would count as errors."""
+        assert self.source is not None
+        rows = self.source.rows()
+        if len(rows) > self.pairs:
+            rows = rows.shuffle(seed=0).select(range(self.pairs))
+        first, second = (list(rows[c]) for c in list(self.source.columns)[:2])
+        keep = [i for i, text in enumerate(second) if second.index(text) == i]
+        return [first[i] for i in keep], [second[i] for i in keep]
 
     def neighbors(self) -> str:
         """Queries, evenly spaced, with the rank of their document and the nearest one before and after, as Markdown."""
-        queries, documents = self._load_pairs()
-        before, after = self.scores.values()
+        queries, documents = self.texts
         step = max(1, len(queries) // self.examples)
         parts = ["# Nearest neighbors before and after\n"]
         for i in range(0, len(queries), step)[: self.examples]:
             parts.append(f"\n> {queries[i]}\n\n| | rank | nearest |\n|---|---|---|")
-            for name, pairs in (("before", before), ("after", after)):
-                nearest = int(pairs.scores[i].argmax())
-                mark = " ✓" if nearest == i else ""
-                parts.append(f"| {name} | {int(pairs.ranks[i]) + 1} | {documents[nearest]}{mark} |")
+            for name, scores in zip(("before", "after"), self.scores.values(), strict=True):
+                nearest, rank = int(scores[i].argmax()), int((scores[i] > scores[i, i]).sum()) + 1
+                parts.append(f"| {name} | {rank} | {documents[nearest]}{' ✓' if nearest == i else ''} |")
             parts.append(f"| correct | | {documents[i]} |")
         return "\n".join(parts) + "\n"
 
 
-def draw_before_after(before: PairScores, after: PairScores) -> Figure:
+def draw_before_after(before: Tensor, after: Tensor) -> Figure:
     """Three panels: recall at every k, and the cosines of pairs and of all other combinations before and after."""
     figure = Figure(figsize=(13, 4), layout="constrained")
     axes = figure.subplots(1, 3)
     _draw_recall(axes[0], before, after)
     bins = torch.linspace(-0.4, 1, 57).tolist()
-    for axis, pairs, name in ((axes[1], before, "Before"), (axes[2], after, "After")):
-        own = torch.eye(len(pairs.scores), dtype=torch.bool)
-        axis.hist(pairs.scores[~own].tolist(), bins=bins, density=True, color=OTHER_COLOR, label="other pairs")
-        axis.hist(pairs.scores[own].tolist(), bins=bins, density=True, color=PAIR_COLOR, alpha=0.75, label="true pairs")
-        axis.set(xlabel="cosine", yticks=[], title=f"{name}: recall@1 {100 * pairs.recall(1):.0f} %", xlim=(-0.4, 1))
+    own = torch.eye(len(before), dtype=torch.bool)
+    for axis, scores, name in ((axes[1], before, "Before"), (axes[2], after, "After")):
+        axis.hist(scores[~own].tolist(), bins=bins, density=True, color=OTHER_COLOR, label="other pairs")
+        axis.hist(scores[own].tolist(), bins=bins, density=True, color=PAIR_COLOR, alpha=0.75, label="true pairs")
+        axis.set(xlabel="cosine", yticks=[], title=f"{name}: recall@1 {100 * recall_at(1, scores):.0f} %", xlim=(-0.4, 1))
     axes[1].legend(frameon=False)
-    top = max(axes[1].get_ylim()[1], axes[2].get_ylim()[1])
+    top = max(axis.get_ylim()[1] for axis in axes[1:])
     for axis in axes[1:]:
         axis.set_ylim(0, top)
     for axis in axes:
@@ -190,14 +164,12 @@ def draw_before_after(before: PairScores, after: PairScores) -> Figure:
     return figure
 
 
-def _draw_recall(axis: Any, before: PairScores, after: PairScores) -> None:
-    size = len(before.scores)
-    ks = sorted({round(10 ** (x / 20)) for x in range(int(20 * math.log10(size)) + 1)})
-    for pairs, name, color in ((before, "before", "#888888"), (after, "after", PAIR_COLOR)):
-        axis.plot(ks, [100 * pairs.recall(k) for k in ks], label=name, color=color, lw=2.5)
-        first = 100 * pairs.recall(1)
-        axis.annotate(f"{first:.0f}", (1, first), (6, -4), textcoords="offset points", color=color)
-    axis.set(
-        xscale="log", xlabel=f"k of {size} documents", ylabel="found among the k nearest (%)", ylim=(0, 102), title="Recall"
-    )
+def _draw_recall(axis: Any, before: Tensor, after: Tensor) -> None:
+    ks = sorted({round(10 ** (x / 20)) for x in range(int(20 * math.log10(len(before))) + 1)})
+    for scores, name, color in ((before, "before", "#888888"), (after, "after", PAIR_COLOR)):
+        found = [100 * recall_at(k, scores) for k in ks]
+        axis.plot(ks, found, label=name, color=color, lw=2.5)
+        axis.annotate(f"{found[0]:.0f}", (1, found[0]), (6, -4), textcoords="offset points", color=color)
+    axis.set(xscale="log", xlabel=f"k of {len(before)} documents", ylabel="found among the k nearest (%)", title="Recall")
+    axis.set_ylim(0, 102)
     axis.legend(frameon=False, loc="lower right")

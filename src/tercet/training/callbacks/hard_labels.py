@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tercet.data import PKBatchSampler
 from tercet.distributed.gather import gather_rows, rank, world_size
-from tercet.errors import InputError
+from tercet.errors import InputError, require
 from tercet.evaluation.search import FalseNegativeFilter, hard_negatives
 from tercet.types import BatchIndices
 
@@ -21,43 +21,41 @@ CHUNK = 256  # rows of one forward pass
 class HardLabels(pl.Callback):
     """Every ``every`` epochs, embed up to ``rows`` training rows and find for each label the ``labels`` nearest other labels.
 
-    The sampler, a ``PKBatchSampler``, then draws a label together with these. Mining stays online and exact: the neighbors
-    only decide which labels share a batch. Pairs of rows that are more similar than ``max_similarity``, or than (1 -
-    ``relative_margin``) times the similarity to the row's nearest positive, are considered mislabeled and not counted.
+    The sampler, a ``PKBatchSampler``, then draws a label together with these. Pairs of rows that are more similar than
+    ``max_similarity``, or than (1 - ``relative_margin``) times the similarity to the row's nearest positive, are considered
+    mislabeled and not counted.
     """
+
+    sampler: PKBatchSampler
 
     def __init__(
         self, every: int = 1, rows: int = 20_000, labels: int = 5, max_similarity: float = 0.95,
         relative_margin: float | None = 0.05,
     ) -> None:  # fmt: skip
-        if every < 1 or rows < 2 or labels < 1:
-            raise InputError(f"`every`={every}, `rows`={rows}, `labels`={labels}: at least 1, 2 and 1 are needed.")
+        valid = every >= 1 and rows >= 2 and labels >= 1
+        require(valid, f"`every`={every}, `rows`={rows}, `labels`={labels}: at least 1, 2 and 1 are needed.")
         self.every, self.rows, self.labels = every, rows, labels
         self.filter = FalseNegativeFilter(max_similarity, relative_margin)
         self.neighbors: dict[int, list[int]] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the sampler the neighbors of a checkpoint."""
-        self._sampler(trainer).neighbors = self.neighbors
+        sampler = trainer.datamodule.sampler  # type: ignore[attr-defined]
+        if not isinstance(sampler, PKBatchSampler):
+            name = type(sampler).__name__
+            raise InputError(f"HardLabels chooses the labels of a batch: it needs a PKBatchSampler, but the sampler is {name}.")
+        sampler.neighbors, self.sampler = self.neighbors, sampler
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find neighbors before the epoch's batches are drawn, except in the first epoch."""
         if trainer.current_epoch == 0 or trainer.current_epoch % self.every:
             return
-        sampler = self._sampler(trainer)
-        z, label = embed_rows(trainer, pl_module, self._sample_rows(sampler, trainer.current_epoch))
+        z, label = embed_rows(trainer, pl_module, self._sample_rows(self.sampler, trainer.current_epoch))
         limit = self.filter.limit(nearest_positive(z, label))
         scores, at = hard_negatives(z, z, lambda rows, keys: label[keys] != label[rows, None], limit, self.labels)
-        self.neighbors = sampler.neighbors = confusable_labels(label, scores, at, self.labels)
+        self.neighbors = self.sampler.neighbors = confusable_labels(label, scores, at, self.labels)
         if bool((at >= 0).any()):
             pl_module.log("train/confusable_similarity", scores[at >= 0].mean(), batch_size=1)
-
-    def _sampler(self, trainer: pl.Trainer) -> PKBatchSampler:
-        sampler = trainer.datamodule.sampler  # type: ignore[attr-defined]
-        if not isinstance(sampler, PKBatchSampler):
-            name = type(sampler).__name__
-            raise InputError(f"HardLabels chooses the labels of a batch: it needs a PKBatchSampler, but the sampler is {name}.")
-        return sampler
 
     def _sample_rows(self, sampler: PKBatchSampler, epoch: int) -> Tensor:
         """As many rows of each label that occurs twice or more, the same in every process."""
