@@ -4,8 +4,6 @@ import inspect
 import itertools
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -108,7 +106,7 @@ def test_an_installed_package_adds_choices_and_none_is_tercets_own(installed):
     assert "sigmoid" not in choices("loss") and (CONF / "loss").is_dir()
 
 
-def test_the_readmes_objective_trains_as_printed(tmp_path, monkeypatch):
+def test_the_readmes_objective_trains_as_printed(command, tmp_path, monkeypatch):
     """README's "Add an objective": its files and its command, with a tiny model and few steps."""
     section = (CONF.parent / "README.md").read_text(encoding="utf-8").split("## Add an objective")[1].split("\n## ")[0]
     blocks = re.findall(r"```(\w+)\n(.*?)```", section, re.DOTALL)
@@ -119,11 +117,10 @@ def test_the_readmes_objective_trains_as_printed(tmp_path, monkeypatch):
             path.write_text(text)
     rows = "".join(f'"{a}","{b}"\n' for a in TEXTS[:6] for b in TEXTS[6:])
     (tmp_path / "faq.csv").write_text("question,answer\n" + rows)
-    command = next(text for kind, text in blocks if kind == "bash" and "--config-dir" in text)
-    words = [word for word in shlex.split(command, comments=True) if word not in ("tercet", "PYTHONPATH=.")]
-    run = [sys.executable, "-m", "tercet", *words, *tiny(*FAST), "output_dir=run"]
-    monkeypatch.setenv("TERCET_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("PYTHONPATH", ".:" + ":".join(sys.path))
-    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "my_objectives.Paraphrase" in (tmp_path / "run" / "config.yaml").read_text()
+    printed = next(text for kind, text in blocks if kind == "bash" and "--config-dir" in text)
+    words = [word for word in shlex.split(printed, comments=True) if word not in ("tercet", "train", "PYTHONPATH=.")]
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    result = command("train", *words, *tiny(*FAST))
+    assert result.code == 0, result.terminal
+    assert "my_objectives.Paraphrase" in (result.output / "config.yaml").read_text()

@@ -10,8 +10,7 @@ from PIL import Image
 from tercet.app.components import build
 from tercet.errors import InputError
 from tercet.models import CachedEncoder, Execution
-from tercet.models.folder import load_folder, save_model
-from tercet.models.folder import KEY, encoder_spec, load_checkpoint_encoder
+from tercet.models.folder import KEY, encoder_spec, load_checkpoint_encoder, load_folder, save_model
 from tercet.types import Images
 from tests.conftest import TEXTS, composed
 

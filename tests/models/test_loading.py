@@ -7,8 +7,7 @@ import torch
 
 from tercet.errors import InputError
 from tercet.models import load, save_model
-from tercet.models.folder import SETTINGS
-from tercet.models.folder import KEY, encoder_spec
+from tercet.models.folder import KEY, SETTINGS, encoder_spec
 from tests.conftest import MINILM, TEXTS
 
 

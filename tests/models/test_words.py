@@ -7,8 +7,7 @@ from safetensors.torch import save_file
 from tercet.app.components import build
 from tercet.data import TextFiles
 from tercet.errors import InputError
-from tercet.models.folder import load_folder, save_model
-from tercet.models.folder import KEY, encoder_spec, load_checkpoint_encoder
+from tercet.models.folder import KEY, encoder_spec, load_checkpoint_encoder, load_folder, save_model
 from tercet.models.vocabulary import word_tokenizer
 from tercet.models.words import read_vectors, word_backbone
 from tests.conftest import TEXTS, composed, tiny

@@ -208,7 +208,7 @@ def _diagnose(data: DataPath, file: Path, error: Exception, count: int = 0) -> I
     if data.kind not in DELIMITERS:
         after, what = f"after row {count}: " if count else "", "Parquet" if data.kind == "parquet" else "readable"
         return InputError(f"{name}: {after}cut or not {what} ({reason}). Copy or write it anew.")
-    for _ in read_lines(file, name):
+    for _ in read_lines(file, name):  # raises InputError for a line that is no text
         pass
     csv.field_size_limit(1 << 30)
     with contextlib.suppress(csv.Error), file.open(encoding="utf-8-sig", newline="") as text:
@@ -235,10 +235,8 @@ def read_lines(file: Path, name: str) -> Iterator[tuple[int, list[str]]]:
                 text = block.decode()
             except UnicodeDecodeError as error:
                 if not 0 <= at < error.start:
-                    at, fault = (
-                        error.start,
-                        f", byte {offset + error.start} (0x{block[error.start]:02x}) is not UTF-8. {ADVICE}",
-                    )
+                    at = error.start
+                    fault = f", byte {offset + at} (0x{block[at]:02x}) is not UTF-8. {ADVICE}"
             if at >= 0:
                 raise InputError(f"{name}: line {number + len(LINE_END.findall(block, 0, at))}{fault}")
             lines = text.removeprefix("" if offset else "\ufeff").replace("\r\n", "\n").replace("\r", "\n").split("\n")

@@ -107,10 +107,8 @@ class TextFiles:
         if dropped:
             reasons = ", ".join(f"{number} {reason}" for reason, number in dropped.items())
             warn_once(f"{self.path}: {dropped.total()} of {count} rows dropped ({reasons}).")
-        empty = (
-            f"`where`={self.where} keeps no row of `path`={self.path}." if self.where else f"`path`={self.path} has no rows."
-        )
-        require(count, empty)
+        empty = f"`path`={self.path} has no rows."
+        require(count, f"`where`={self.where} keeps no row of `path`={self.path}." if self.where else empty)
         require(count > dropped.total(), f"`path`={self.path}: all {count} rows were bad and dropped. Is it the right file?")
 
     def _drop_bad_rows(self, chunk: cols.Chunk, keep: Any, dropped: "Counter[str]") -> pa.Table:
@@ -123,13 +121,10 @@ class TextFiles:
             column = pc.utf8_trim_whitespace(column.cast(pa.string()))
             table = table.set_column(table.column_names.index(name), name, column)
             column = pc.fill_null(column, "")
-            long, reason = (
-                pc.greater(pc.utf8_length(column), self.max_characters),
-                f"longer than {self.max_characters} characters",
-            )
-            faults += [(cell, "empty", "", pc.equal(column, "")),
-                       (cell, "text with a NUL character", " (maybe the file was UTF-16)", pc.match_substring(column, "\0")),
-                       (cell, reason, " (or raise `max_characters`)", long)]  # fmt: skip
+            faults.append((cell, "empty", "", pc.equal(column, "")))
+            nul, long = pc.match_substring(column, "\0"), pc.greater(pc.utf8_length(column), self.max_characters)
+            faults.append((cell, "text with a NUL character", " (maybe the file was UTF-16)", nul))
+            faults.append((cell, f"longer than {self.max_characters} characters", " (or raise `max_characters`)", long))
         fault = np.select([np.asarray(mask) for *_, mask in faults], range(len(faults)), -1)
         bad = np.flatnonzero(keep & (fault >= 0))
         if len(bad) and self.bad_rows == "error":
@@ -160,10 +155,9 @@ class TextFiles:
         return pa.table(cells), names
 
     def _features(self, names: Sequence[str] = ()) -> Features:
-        types = dict.fromkeys(self.columns, Value("string")) | dict.fromkeys(
-            sorted(self.provides - {"all_rows"}), Value("int64")
-        )
-        return Features(types | ({"label": ClassLabel(names=list(names))} if names else {}))
+        numbers = dict.fromkeys(sorted(self.provides - {"all_rows"}), Value("int64"))
+        labels = {"label": ClassLabel(names=list(names))} if names else {}
+        return Features(dict.fromkeys(self.columns, Value("string")) | numbers | labels)
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,7 @@ def _blocks(own: Embeddings, counts: list[int]) -> Iterator[Embeddings]:
     for step in range(world):
         receive = _pass_on(here) if step < world - 1 else None
         z, rows = (x[:, : counts[(rank - step) % world]] for x in here)
-        yield Embeddings(z, *rows[:3], rows[3:])
+        yield Embeddings(z, rows[0], rows[1], rows[2], rows[3:])
         if receive:
             here = receive()
 

@@ -105,7 +105,8 @@ class Transfer:
         if data.second is not None:
             from torchmetrics.functional.classification import binary_f1_score
 
-            scores["f1"] = float(binary_f1_score(*((side[rows["test"]] == y.max()).long() for side in (guess, y))))
+            guessed, true = ((side[rows["test"]] == y.max()).long() for side in (guess, y))
+            scores["f1"] = float(binary_f1_score(guessed, true))
         return scores
 
     def _nested(self, x: Tensor, y: Tensor, where: str) -> float:

@@ -192,9 +192,8 @@ def _settings_of_modules(source: str, name: str) -> dict[str, Any] | None:
         elif kind == "Dense" and not settings["head"]:
             activation, bias = config["activation_function"], config.get("bias", True)
             heads = [head for head, function in _ACTIVATIONS.items() if function == activation]
-            can_run = " and ".join(_ACTIVATIONS.values())
-            found = f"`path_or_id`={name}: its Dense has {activation}, bias {bias}"
-            require(heads and bias, f"{found}; tercet runs {can_run}, with bias.")
+            found = f"its Dense has {activation}, bias {bias}; tercet runs {' and '.join(_ACTIVATIONS.values())}, with bias"
+            require(heads and bias, f"`path_or_id`={name}: {found}.")
             settings["head"] = {"kind": heads[0], "dim": config["out_features"], "train_only": False}
             settings["weights"] = _find(source, f"{module['path']}/model.safetensors")
         elif kind == "Normalize":
@@ -262,12 +261,10 @@ def encoder_spec(encoder: Encoder) -> dict[str, Any]:
     if isinstance(encoder, DualEncoder):
         return {"kind": encoder.kind, **{name: encoder_spec(getattr(encoder, name)) for name in PARTS}}
     assert isinstance(encoder, TextEncoder | ImageEncoder)
-    files: dict[str, str] = {}
-    if isinstance(encoder, TextEncoder):
-        with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
+        if isinstance(encoder, TextEncoder):
             encoder.tokenizer.save_pretrained(folder)
-            saved = (p for p in Path(folder).iterdir() if p.suffix in (".json", ".txt"))
-            files = {p.name: p.read_text(encoding="utf-8") for p in saved}
+        files = {p.name: p.read_text(encoding="utf-8") for p in Path(folder).iterdir() if p.suffix in (".json", ".txt")}
     config = encoder.backbone.config.to_json_string(use_diff=False)
     return {"version": VERSION, "config": config, "tokenizer": files, **encoder.settings()}
 

@@ -17,8 +17,6 @@ from tercet.models.pooling import Head
 from tercet.models.pretrained import first_line
 from tercet.types import Images, Inputs, Item
 
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-
 
 class ImageEncoder(PoolingMixin, Encoder):
     """Encoder of images by any image backbone of transformers: ``Images -> (N, D)``.
@@ -142,7 +140,8 @@ def _check_backbone(backbone: PreTrainedModel, pixels: PixelFormat, pooling: str
 
 
 def _batch_norms(module: nn.Module) -> list[nn.Module]:
-    return [m for m in module.modules() if isinstance(m, BATCH_NORMS)]
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+    return [m for m in module.modules() if isinstance(m, kinds)]
 
 
 def _replace_batch_norms(module: nn.Module) -> None:

@@ -32,7 +32,7 @@ def export_onnx(encoder: Encoder, folder: Path, precision: str = "float32") -> N
 
     ``int8``: linear layers in 8 bits, with a scale for each output column of the weights and one for the activations of a
     chunk, found at run time. The values of attention stay in float32: rounding them costs most (docs/lab/benchmarks.md). A CPU
-    without VNNI adds two products in 16 bits, which may saturate. ``InputError`` if the encoder is not a text transformer.
+    without VNNI adds two products in 16 bits, which may saturate.
     """
     check_choice("precision", precision, ("float32", "int8"))
     if not isinstance(encoder, TextEncoder) or isinstance(encoder.backbone, WordModel):
@@ -49,8 +49,7 @@ def export_onnx(encoder: Encoder, folder: Path, precision: str = "float32") -> N
         with _silence_exporter():
             quantization.quantize_dynamic(full, target, nodes_to_exclude=excluded, **options)
         full.unlink()
-    encoder.tokenizer.save_pretrained(folder)
-    # "sides" is num_outputs in the files of all versions.
+    encoder.tokenizer.save_pretrained(folder)  # "sides" is num_outputs in the files of all versions:
     settings = {"precision": precision, "max_length": encoder.max_length, "dim": encoder.dim, "sides": encoder.num_outputs}
     (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
@@ -116,10 +115,9 @@ def _write_float32(encoder: TextEncoder, path: Path) -> None:
     mask[0, 5:] = 0
     names = ["input_ids", "attention_mask"]
     shapes = {name: {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for name in names}
+    options: Any = {"input_names": names, "output_names": ["z"], "dynamic_shapes": shapes, "dynamo": True}
     with _silence_exporter(), torch.no_grad():
-        program: Any = torch.onnx.export(
-            _PaddedEncoder(encoder), (ids, mask), input_names=names, output_names=["z"], dynamic_shapes=shapes, dynamo=True
-        )
+        program: Any = torch.onnx.export(_PaddedEncoder(encoder), (ids, mask), **options)
         program.save(path)
 
 

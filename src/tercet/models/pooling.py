@@ -42,7 +42,6 @@ WORD_ONLY_POOLINGS = frozenset({"final", "sum"})  # for word-level encoders only
 WORD_POOLINGS = ("final", "mean", "sum", "max")  # all that a word-level encoder can have
 NEEDS_FIRST = frozenset({"cls", "cls_pooler"})  # poolings that read first tokens only
 NEEDS_ALL_LAYERS = frozenset({"first_last", "static_last", "top_two"})
-KINDS = ("none", "linear", "mlp", "two_linear", "two_mlp")
 
 
 class Head(nn.Module):
@@ -60,7 +59,7 @@ class Head(nn.Module):
 
     def __init__(self, kind: str = "none", dim: int | None = None, train_only: bool = False) -> None:
         super().__init__()
-        check_choice("kind", kind, KINDS)
+        check_choice("kind", kind, ("none", "linear", "mlp", "two_linear", "two_mlp"))
         unused = f"`kind`=none has neither dim ({dim}) nor train_only ({train_only})"
         plain = dim is None and not train_only
         require(kind != "none" or plain, f"{unused}. Use `kind`=linear or mlp, or `dim`=null `train_only`=false.")

@@ -14,7 +14,6 @@ from tercet.images import PixelFormat
 from tercet.models.engine.transformers_compat import find_file
 from tercet.paths import locate
 
-PACKAGE = "pkg://"
 PREPROCESSOR = "preprocessor_config.json"
 _DROPOUTS = (
     "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "embedding_dropout", "mlp_dropout",
@@ -23,12 +22,9 @@ _DROPOUTS = (
 
 
 def resolve_source(name: str, parameter: str = "name") -> str:
-    """What ``from_pretrained`` takes: a folder's path, or the hub id unchanged.
-
-    ``pkg://package/folder`` is a folder in an installed Python package. Raises ``InputError`` naming ``parameter``.
-    """
-    if name.startswith(PACKAGE):
-        package, _, folder = name.removeprefix(PACKAGE).partition("/")
+    """What ``from_pretrained`` takes: a folder's path (``pkg://package/folder`` is in an installed package), or the hub id."""
+    if name.startswith("pkg://"):
+        package, _, folder = name.removeprefix("pkg://").partition("/")
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
             project = package.replace("_", "-")
@@ -49,11 +45,11 @@ def load_pretrained(loader: Any, name: str, parameter: str = "name", **options: 
     try:
         return loader.from_pretrained(source, **options)
     except Exception as error:
-        problem = "no such folder here, and the hub did not give it"
+        reason, accepted = first_line(error), "a model's folder, a hub id that can be reached, or pkg://package/folder"
         if Path(source).is_dir():
-            problem = f"the folder {source} could not be read as a model"
-        accepted = "a model's folder, a hub id that can be reached, or pkg://package/folder"
-        raise InputError(f"`{parameter}`={name}: {problem} ({first_line(error)}). It takes {accepted}.") from error
+            raise InputError(f"`{parameter}`={name}: the folder {source} could not be read as a model: {reason}") from error
+        missing = f"no such folder here, and the hub did not give it ({reason})"
+        raise InputError(f"`{parameter}`={name}: {missing}. Set `{parameter}` to {accepted}.") from error
     finally:
         transformers_logging.set_verbosity(level)
 

@@ -18,6 +18,9 @@ from tercet.rng import derive_seed
 from tercet.types import Inputs, Item, TokenBatch
 from tercet.views import TokenInfo
 
+CONTINUES = "##"  # marks a continuation in WordPiece
+BEGINS = ("Ġ", "▁", " ")  # mark the beginning of a word in byte-level BPE and SentencePiece
+
 
 class TextEncoder(PoolingMixin, Encoder):
     """Encoder of texts by any text backbone of transformers, or a word-level one: ``TokenBatch -> (N, D)``.
@@ -39,7 +42,13 @@ class TextEncoder(PoolingMixin, Encoder):
         self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pooling: str = "mean", head: Head | None = None,
         normalize: bool = False, max_length: int | None = None, execution: Execution = DEFAULT_EXECUTION, compile: bool = False,
     ) -> None:  # fmt: skip
-        _check_pooling(backbone, pooling)
+        name, word_level = type(backbone).__name__, isinstance(backbone, WordModel)
+        choose, choices = ("for a word-level encoder choose", WORD_POOLINGS) if word_level else ("choose", tuple(POOLINGS))
+        require(pooling in choices, f"`pooling`={pooling}: {choose} one of {', '.join(choices)}.")
+        has_pooler, is_recurrent = (getattr(backbone, part, None) is not None for part in ("pooler", "recurrent"))
+        require(pooling != "cls_pooler" or has_pooler, f"`pooling`=cls_pooler: {name} has no pooler. Use `pooling`=cls.")
+        require(pooling != "final" or is_recurrent, f"`pooling`=final: {name} is not recurrent. Use `pooling`=mean.")
+        require(pooling != "sum" or word_level, "`pooling`=sum is for word-level encoders. Use `pooling`=mean.")
         pieces, words = len(tokenizer), backbone.config.vocab_size
         advice = "Use the model's own `tokenizer.name`, or a larger `backbone.config.vocab_size`."
         require(pieces <= words, f"The tokenizer has {pieces} pieces, the backbone's vocabulary only {words}. {advice}")
@@ -73,8 +82,8 @@ class TextEncoder(PoolingMixin, Encoder):
 
     def describe_execution(self) -> str:
         """The layout and the dropout in use."""
-        dropout = "by (seed, step, row)" if self.deterministic_dropout else "torch's"
-        why = f" ({self.runner.cannot_pack})" if self.runner.cannot_pack and self.execution.layout == "sorted" else ""
+        dropout, reason = "by (seed, step, row)" if self.deterministic_dropout else "torch's", self.runner.cannot_pack
+        why = f" ({reason})" if reason and self.execution.layout == "sorted" else ""
         return f"rows are {self.execution.layout}{why}, dropout is {dropout}"
 
     def text_parts(self) -> "list[TextEncoder]":
@@ -154,24 +163,10 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], max_leng
     return TokenBatch.from_lists([row or unknown for row in ids["input_ids"]])
 
 
-def _check_pooling(backbone: PreTrainedModel, pooling: str) -> None:
-    name, word_level = type(backbone).__name__, isinstance(backbone, WordModel)
-    choose, choices = ("for a word-level encoder choose", WORD_POOLINGS) if word_level else ("choose", tuple(POOLINGS))
-    require(pooling in choices, f"`pooling`={pooling}: {choose} one of {', '.join(choices)}.")
-    has_pooler, is_recurrent = (getattr(backbone, part, None) is not None for part in ("pooler", "recurrent"))
-    require(pooling != "cls_pooler" or has_pooler, f"`pooling`=cls_pooler: {name} has no pooler. Use `pooling`=cls.")
-    require(pooling != "final" or is_recurrent, f"`pooling`=final: {name} is not recurrent. Use `pooling`=mean.")
-    require(pooling != "sum" or word_level, "`pooling`=sum is for word-level encoders. Use `pooling`=mean.")
-
-
 def max_row_length(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """The most tokens of a row that the backbone takes."""
     positions = getattr(backbone.config, "max_position_embeddings", None) or 10**9
     return int(min(positions - first_position(backbone), tokenizer.model_max_length))
-
-
-CONTINUES = "##"  # marks a continuation in WordPiece
-BEGINS = ("Ġ", "▁", " ")  # mark the beginning of a word in byte-level BPE and SentencePiece
 
 
 def word_starts(tokenizer: PreTrainedTokenizerBase) -> Tensor:

@@ -33,11 +33,10 @@ def word_tokenizer(
     then the words of the file ``vectors``, which training need not have seen. Either may be None.
 
     >>> from datasets import Dataset
-    >>> class Texts:
-    ...     columns = ["text"]
-    ...     def rows(self): return Dataset.from_dict({"text": ["A man plays.", "A man sleeps."]})
-    ...     def fingerprint(self): return "two texts"
-    >>> tokenizer = word_tokenizer(Texts(), minimum=2)
+    >>> from types import SimpleNamespace
+    >>> rows = Dataset.from_dict({"text": ["A man plays.", "A man sleeps."]})
+    >>> source = SimpleNamespace(columns=["text"], rows=lambda: rows, fingerprint=lambda: "two texts")
+    >>> tokenizer = word_tokenizer(source, minimum=2)
     >>> tokenizer.convert_ids_to_tokens(tokenizer("A man eats.")["input_ids"])
     ['A', 'man', '[UNK]', '.']
     """
@@ -116,21 +115,16 @@ def _expand(part: TextEncoder, vectors: WordVectors) -> tuple[TextEncoder, int, 
     few = f"`vectors`: {len(shared)} of their words are in the model's vocabulary; a map of {size} columns needs more."
     require(len(shared) > size, f"{few} Is it the right file, and does its case agree with the model's tokenizer?")
     source, target = vectors.matrix[[row[w] for w in shared]], table.weight.detach()[[ids[w] for w in shared]].cpu()
-    weight, fit = _fit_linear_map(source, target)
+    x = pad(source.double(), (0, 1), value=1)  # the last row of the weights is the constant
+    solution = torch.linalg.lstsq(x, target.double()).solution
+    residual = (x @ solution - target).square().sum()
+    fit = float(1 - residual / (target - target.mean(0)).square().sum())  # R²
     ordered = sorted(ids, key=ids.__getitem__)
     new = [word for word in row if ids.get(word, words) >= words]
     rest = [word for word in ordered[words:] if word not in row]
-    mapped = pad(vectors.matrix[[row[w] for w in new]], (0, 1), value=1) @ weight
+    mapped = pad(vectors.matrix[[row[w] for w in new]], (0, 1), value=1) @ solution.float()
     expanded = _with_words(part, [*ordered[:words], *new, *rest], torch.cat([table.weight.detach().cpu(), mapped]))
     return expanded, len(shared), len(new), fit
-
-
-def _fit_linear_map(source: Tensor, target: Tensor) -> tuple[Tensor, float]:
-    """``(E + 1, D)`` weights, of which the last row is the constant, and R² on the same data."""
-    x = pad(source.double(), (0, 1), value=1)
-    weight = torch.linalg.lstsq(x, target.double()).solution
-    residual = (x @ weight - target).square().sum()
-    return weight.float(), float(1 - residual / (target - target.mean(0)).square().sum())
 
 
 def _keeps_whole(tokenizer: PreTrainedTokenizerBase, word: str) -> bool:

@@ -18,6 +18,7 @@ from tercet.messages import warn_once
 from tercet.models.engine.transformers_compat import initialize_uniform
 from tercet.paths import locate
 
+CELLS: dict[str, type[nn.GRU] | type[nn.LSTM] | None] = {"gru": nn.GRU, "lstm": nn.LSTM, "bag": None}
 ACCEPTED = "a text file with a word and its numbers on each line, or a folder with embeddings.safetensors and vocab.txt"
 
 
@@ -89,9 +90,6 @@ def _parse_numbers(parts: list[str]) -> np.ndarray | None:
     return values if np.isfinite(values).all() else None
 
 
-CELLS: dict[str, type[nn.GRU] | type[nn.LSTM] | None] = {"gru": nn.GRU, "lstm": nn.LSTM, "bag": None}
-
-
 class WordConfig(PreTrainedConfig):
     """The first ``trained_words`` ids have learned vectors of ``trained_dim`` columns; all have ``fixed_dim`` fixed ones."""
 
@@ -107,10 +105,7 @@ class WordConfig(PreTrainedConfig):
 
 
 class WordEmbeddings(nn.Module):
-    """``ids (n, L) -> (n, L, E)``: learned vectors, pretrained ones, or both concatenated (multi-channel).
-
-    A word beyond ``trained_words`` has no learned vector and gets that of the unknown word.
-    """
+    """``ids (n, L) -> (n, L, E)``: learned vectors (beyond ``trained_words`` the unknown word's), pretrained ones, or both."""
 
     def __init__(self, config: WordConfig) -> None:
         super().__init__()
@@ -142,8 +137,7 @@ class WordEmbeddings(nn.Module):
 class WordModel(PreTrainedModel):
     """Word vectors, then a GRU or LSTM of one layer, or nothing (``bag``): Quick-Thoughts' encoders (arXiv:1803.02893).
 
-    ``last_hidden_state (n, L, H)``; ``pooler_output (n, H)`` is the final state, of both directions concatenated (H/2
-    each), None for a bag.
+    ``last_hidden_state (n, L, H)``; ``pooler_output (n, H)``: the final state of both directions (H/2 each), None for a bag.
     """
 
     config_class = WordConfig

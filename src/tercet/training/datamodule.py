@@ -28,8 +28,8 @@ class DataModule(EvaluationHooks, pl.LightningDataModule):
     """Training batches: rows of ``source``, transformed by ``transform``, in the batches that ``sampler`` draws.
 
     ``batch_size`` is that of the global batch, over all processes; the Trainer needs ``use_distributed_sampler=False``.
-    ``sampler`` takes the transformed rows, ``batch_size`` and ``seed``. A source with ``streaming`` is read in order and shuffled
-    in a buffer of ``shuffle_buffer`` rows. ``workers`` processes load batches (0: the main one). ``name`` is used in messages.
+    ``sampler`` takes the transformed rows, ``batch_size`` and ``seed``. A source with ``streaming`` is read in order and
+    shuffled in a buffer of ``shuffle_buffer`` rows. ``workers`` processes load batches (0: the main one).
     """
 
     def __init__(

@@ -91,10 +91,10 @@ def initialize_from(encoder: Encoder, name: str) -> str:
         other = open_model(name, None, "cpu")
     except InputError as error:
         raise InputError(str(error).replace("model=", "init_from=", 1)) from error
-    words, other_words = (getattr(getattr(part, "tokenizer", None), "get_vocab", dict)() for part in (encoder, other))
+    words: list[dict[str, int]] = [getattr(getattr(part, "tokenizer", None), "get_vocab", dict)() for part in (encoder, other)]
     require(
-        words == other_words,
-        f"init_from={name}: it reads other tokens ({len(other_words)}) than this model ({len(words)}), so that rows would "
+        words[0] == words[1],
+        f"init_from={name}: it reads other tokens ({len(words[1])}) than this model ({len(words[0])}), so that rows would "
         "be exchanged. Use its model.tokenizer.name; a vocabulary that is counted must be counted in the same data.",
     )
     mine, theirs = encoder.state_dict(), other.state_dict()

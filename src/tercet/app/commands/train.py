@@ -18,8 +18,7 @@ from tercet.distributed.sharding import gather_weights, load_state
 from tercet.errors import require
 from tercet.messages import print_status, silence_libraries
 from tercet.models.engine.chunking import trim_heap
-from tercet.models.folder import save_model
-from tercet.models.folder import read_checkpoint
+from tercet.models.folder import read_checkpoint, save_model
 from tercet.paths import check_writable
 from tercet.training.callbacks.checkpoints import AtomicCheckpointIO, newest_checkpoint
 from tercet.training.callbacks.evaluation import Evaluation, evaluate_stage

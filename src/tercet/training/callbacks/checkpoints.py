@@ -33,7 +33,7 @@ class LastCheckpoint(ModelCheckpoint):
         steps, minutes = interval(save_every)
         super().__init__(
             dirpath, "last", save_on_exception=True, auto_insert_metric_name=False, enable_version_counter=False,
-            every_n_train_steps=steps, train_time_interval=minutes and timedelta(minutes=minutes),
+            every_n_train_steps=steps, train_time_interval=timedelta(minutes=minutes) if minutes else None,
         )  # fmt: skip
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
