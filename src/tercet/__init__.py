@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from tercet import data, distributed, evaluation, losses, models, training, views
     from tercet.models.folder import load
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["__version__", "data", "distributed", "evaluation", "load", "losses", "models", "training", "views"]
 
 

@@ -75,7 +75,8 @@ def test_held_out_people_are_searched(command, people):
         (["data=images", "data.path={people}", *TINY, "objective=facenet", "model.execution.recompute=true"],
          "model.norm=keep"),
         (["data=images", "data.path={people}", *TINY, "objective=facenet", "sampler=random"], "sampler=pk"),
-        (["data=images", "data.path={people}", *TINY, "objective=facenet", "loss=context"], "ContextLoss takes positives by position"),
+        (["data=images", "data.path={people}", *TINY, "objective=facenet", "loss=context"],
+         "ContextLoss takes positives by position"),
     ],
 )  # fmt: skip
 def test_mistakes_are_explained(command, people, overrides, message):

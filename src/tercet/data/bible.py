@@ -69,7 +69,8 @@ class Bible:
 
     def _verses(self) -> Iterator[tuple[int, str, str]]:
         query, document = _version(self.query), _version(self.document)
-        last, other = _last_verses(query), _last_verses(document)
+        # The number of the last verse of each chapter; a verse id is book · 1,000,000 + chapter · 1,000 + verse.
+        last, other = ({v // 1000: v % 1000 for v in sorted(text.verse_start_indices)} for text in (query, document))
         for verse in sorted(query.verse_start_indices.keys() & document.verse_start_indices.keys()):
             if last[verse // 1000] == other[verse // 1000]:
                 pair = _verse(query, verse), _verse(document, verse)
@@ -83,11 +84,6 @@ def _version(name: str) -> Any:
     except ModuleNotFoundError as error:
         advice = f"Run: pip install 'tercet[quickstart]' (or pip install pythonbible-{name})."
         raise InputError(f"The Bible version '{name}' is not installed. {advice}") from error
-
-
-def _last_verses(version: Any) -> dict[int, int]:
-    """The number of the last verse of each chapter; a verse id is book · 1,000,000 + chapter · 1,000 + verse."""
-    return {verse // 1000: verse % 1000 for verse in sorted(version.verse_start_indices)}
 
 
 def _verse(version: Any, verse: int) -> str:

@@ -99,13 +99,9 @@ def _sentences(file: Path, data: DataPath, language: str) -> Iterator[str]:
     except ModuleNotFoundError as error:
         advice = "Run: pip install 'tercet[books]'."
         raise InputError(f"Raw books are split into sentences with sentencex, which is not installed. {advice}") from error
-    for sentence in segment(language, _without_license(read_text(file, data.describe(file)))):
+    text = read_text(file, data.describe(file))
+    marks = {found[1]: found for found in reversed(list(GUTENBERG.finditer(text)))}  # the license is outside of them
+    start, end = (marks["START"].end() if "START" in marks else 0), (marks["END"].start() if "END" in marks else None)
+    for sentence in segment(language, text[start:end]):
         if words := sentence.split():
             yield " ".join(words)
-
-
-def _without_license(text: str) -> str:
-    """What is between Project Gutenberg's marks, where there are some."""
-    marks = {found[1]: found for found in reversed(list(GUTENBERG.finditer(text)))}
-    start = marks["START"].end() if "START" in marks else 0
-    return text[start : marks["END"].start()] if "END" in marks else text[start:]

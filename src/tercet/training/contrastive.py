@@ -95,8 +95,8 @@ class ObjectiveHooks(EvaluationHooks):
         optimizer, steps = self.optimizer(self), self.trainer.estimated_stepping_batches
         known = 1 <= steps < float("inf")  # a stream has no length, and a time limit is no number of steps
         require(known, "The number of steps is not known, which the schedule needs. Set `trainer.max_steps`.")
-        schedule = {"scheduler": self.scheduler(optimizer, int(steps)), "interval": "step", "name": "train/lr"}
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        schedule = self.scheduler(optimizer, int(steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "train/lr"}}
 
     def on_save_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
         """Save what the encoder is built from: a checkpoint can be moved and opened alone."""

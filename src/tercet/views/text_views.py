@@ -107,7 +107,6 @@ def token_layout(inputs: TokenBatch, info: TokenInfo) -> TokenLayout:
 
 
 def _count(number: Tensor, row: Tensor, rows: int) -> Tensor:
-    """``(T,)`` numbers or flags to their sums ``(N,)`` by row."""
     return torch.zeros(rows, dtype=torch.long, device=row.device).index_add(0, row, number.long())
 
 

@@ -142,13 +142,14 @@ def restore_best(trainer: pl.Trainer, objective: Contrastive) -> dict[str, float
     best: Any = trainer.checkpoint_callback
     seen = trainer.callback_metrics.items()
     values = {name: float(value) for name, value in seen if name.startswith(("train/", "val/"))}
-    monitor, score = getattr(best, "monitor", None), getattr(best, "best_model_score", None)
-    if monitor and score is None:
+    monitor = getattr(best, "monitor", None)
+    if monitor and best.best_model_score is None:
         print_status(f"No validation ran, these are the last weights: {monitor} selected none. See trainer.val_check_interval.")
     elif monitor and best.best_model_path:
         load_state(objective, read_checkpoint(best.best_model_path)["state_dict"])
-        print_status(f"best {monitor}: {float(score):.4f}")
-        values = {name: x for name, x in values.items() if name.startswith("train/")} | {monitor: float(score)}
+        score = float(best.best_model_score)
+        print_status(f"best {monitor}: {score:.4f}")
+        values = {name: x for name, x in values.items() if name.startswith("train/")} | {monitor: score}
     return values
 
 
