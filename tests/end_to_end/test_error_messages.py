@@ -50,6 +50,8 @@ CASES = {
     "several nodes without a launcher": ([*OWN, "trainer.num_nodes=2"], ["torchrun", "RUN_ID"]),
     "a key of another model": ([*OWN, "+model.backbone.hidden_size=300"],
                                ["model.backbone.hidden_size=300", "it takes config", "~model.backbone.hidden_size"]),
+    "a reference of another evaluation": (["experiment=facenet_questions", "evaluation@test=none"],
+                                          ["test.reference=", "it takes members", "~test.reference"]),
     "a temperature that is learned, in shares": (
         [*OWN, "trainer.strategy=fsdp2", "loss.learn_temperature=true"], ["loss.learn_temperature=true", "trainer=ddp"]),
     "shares of the first kind": ([*OWN, "trainer.strategy=fsdp"], ["trainer.strategy=fsdp", "fsdp2"]),

@@ -151,7 +151,8 @@ def check_values(cfg: DictConfig, raw: DictConfig) -> None:
         open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         # An experiment may have set what only another choice of the group has.
         for name in () if open_ended else node.keys() - parameters.keys() - SPECIAL:
-            key, accepted = source_key(_join(place, name), raw), ", ".join(parameters)
+            # The name itself, also where it holds an interpolation: removing what it refers to would not help.
+            key, accepted = _join(source_key(place, raw), name), ", ".join(parameters)
             raise InputError(
                 f"{key}={node[name]}: {target.__name__} does not take it; it takes {accepted}. Leave it out with '~{key}'."
             )
