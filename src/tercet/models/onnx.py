@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from tercet.errors import InputError, check_choice
+from tercet.errors import InputError, check_choice, require
 from tercet.models.encoder import Encoder
 from tercet.models.engine.chunking import Execution
 from tercet.models.engine.packing import KEY_VALUE
@@ -37,6 +37,8 @@ def export_onnx(encoder: Encoder, folder: Path, precision: str = "float32") -> N
     check_choice("precision", precision, ("float32", "int8"))
     if not isinstance(encoder, TextEncoder) or isinstance(encoder.backbone, WordModel):
         raise InputError("export is for texts through one transformer; this model is of another kind.")
+    name, reason = type(encoder.backbone).__name__, encoder.runner.cannot_pad
+    require(not reason, f"export is for padded rows, which {name} cannot read: {reason}.")
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / FILE
     onnx, quantization = _import("onnx"), _import("onnxruntime.quantization")
@@ -104,7 +106,7 @@ class _PaddedEncoder(nn.Module):
         self.encoder.backbone.set_attn_implementation("eager")
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        arguments = {"input_ids": input_ids, "attention_mask": attention_mask}
+        arguments = {"input_ids": input_ids, "attention_mask": attention_mask, **self.encoder.runner.type_arguments(input_ids)}
         output = self.encoder.backbone(**arguments, output_hidden_states=True, return_dict=True)
         return self.encoder.pool(output, attention_mask)
 
