@@ -7,7 +7,7 @@ from hydra.errors import InstantiationException
 
 from tercet.app import components
 from tercet.app.cli import config_folder
-from tercet.app.components import build, component_key, settable_key, source_key, start_record
+from tercet.app.components import build, component_key, settable_key, start_record
 from tercet.app.error_formatting import explain
 from tercet.errors import InputError
 from tests.conftest import composed, tiny
@@ -122,14 +122,6 @@ def test_what_a_partial_makes_is_recorded():
     make = build(cfg.sampler)
     assert component_key(make) == component_key(made := make(3)) == "sampler"
     assert made.size == 3
-
-
-def test_interpolations_are_followed_however_many_there_are():
-    raw = composed(*TEXT)
-    assert source_key("data.module.batch_size", raw) == "data.batch_size"
-    assert source_key("objective.encoder.tokenizer.name", raw) == "model.backbone.name"
-    assert source_key("no.such.key", raw) == "no.such.key"
-    assert source_key("logger.wandb.name", composed("logger=wandb")) == "logger.wandb.name"  # of two keys
 
 
 def test_the_record_does_not_keep_components_alive():

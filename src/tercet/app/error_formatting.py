@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from tercet.app import components
+from tercet.app.hydra_compat import source_key
 from tercet.errors import InputError
 
 NOT_SETTABLE = re.compile(r"(^|\.)(_|\d|defaults\b|hydra\b)")  # keys, or their parts: _target_, an index of a list
@@ -32,7 +33,7 @@ def explain(error: BaseException, conf: str, command: str) -> str:
         return _mistyped(error, conf, command)
     if isinstance(error, errors.InstantiationException):
         where = re.search(r"full_key: (\S+)", str(error))
-        place = f"{components.source_key(where[1])}: " if where else ""
+        place = f"{source_key(components.raw_config(), where[1])}: " if where else ""
         return place + " ".join(str(error.__cause__ or error).split())
     if isinstance(error, MissingMandatoryValue) and error.full_key:
         return f"{error.full_key} must be given: {error.full_key}=..."

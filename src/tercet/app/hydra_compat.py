@@ -16,12 +16,18 @@ from hydra.core.override_parser.types import Override
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, run_job, setup_globals
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, Node
 
 
 def full_key(node: Any) -> str:
     """The key of a node in its configuration, as ``model.head``; empty for the root, and for what is no configuration."""
-    return re.sub(r"\[(\d+)\]", r".\1", node._get_full_key(None)) if OmegaConf.is_config(node) else ""
+    return re.sub(r"\[(\d+)\]", r".\1", node._get_full_key(None)) if isinstance(node, Node) else ""
+
+
+def source_key(config: DictConfig, key: str) -> str:
+    """The key behind interpolations: ``data.module.batch_size`` holds ``${data.batch_size}``."""
+    _, _, node = config._select_impl(key, throw_on_missing=False, throw_on_resolution_failure=False)
+    return full_key(node) or key
 
 
 def run_main(job: Callable[[DictConfig], Any], folder: str, name: str, arguments: Sequence[str]) -> None:
@@ -45,6 +51,21 @@ def plugin_folders() -> list[Path]:
 def parse_overrides(arguments: Sequence[str]) -> list[Override]:
     """Overrides as Hydra's grammar reads them: keys, values and sweeps."""
     return OverridesParser.create().parse_overrides(list(arguments))
+
+
+def quote(value: Any) -> str:
+    """A value in the grammar of Hydra's command line, where backslashes are doubled before a quote and at the end only.
+
+    >>> quote({"split": "train", "rows": [1, None]})
+    "{split:'train',rows:[1,null]}"
+    """
+    if isinstance(value, str):
+        return "'" + re.sub(r"\\+(?='|\Z)", lambda run: run[0] * 2, value).replace("'", "\\'") + "'"
+    if isinstance(value, list):
+        return f"[{','.join(map(quote, value))}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{quote(inner)}" for key, inner in value.items()) + "}"
+    return "null" if value is None else str(value)
 
 
 def process_state() -> Any:
