@@ -6,11 +6,12 @@ import sys
 
 import pytest
 import torch
+from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
 import tercet
 from tercet.app import error_formatting, record
-from tercet.app.cli import config_folder, main
+from tercet.app.cli import main
 from tercet.app.components import takes
 from tercet.app.launch import num_processes, restored_signals
 from tercet.app.report import before_after_table
@@ -92,17 +93,24 @@ def test_signal_handlers_are_put_back_also_beside_one_that_was_installed_from_c(
     assert get(signal.SIGTERM) is before
 
 
-def test_known_keys_are_those_of_the_files():
-    known = error_formatting.known_keys(config_folder(), "train")
-    assert {"trainer.devices", "loss.temperature", "data.train.query", "seed", "objective", "callback.progress"} <= known
-    assert "output" not in known
+@pytest.mark.parametrize(("override", "hint"), [
+    ("model.poolng=cls", "Did you mean model.pooling?"), ("lr=1", "Did you mean optimizer.lr?"),
+    ("data.train.qery=3", "Did you mean data.train.query?"), ("objectiv=mlm", "Did you mean objective?"),
+    ("temperature=1", "Did you mean loss.temperature?"),
+    ("zzzz=1", "--cfg job"),
+])  # fmt: skip
+def test_a_mistyped_key_is_answered_with_the_nearest_of_this_configuration(override, hint):
+    with pytest.raises(ConfigCompositionException) as caught:
+        composed(override)
+    text = error_formatting.explain(caught.value, "train")
+    assert text.startswith(f"{override.split('=')[0]}: there is no such key.") and hint in text
 
 
 def test_errors_without_a_message_of_their_own_say_where_to_look():
-    assert error_formatting.explain(KeyError("x"), config_folder(), "train") == "KeyError: 'x' (TERCET_DEBUG=1 shows where)"
+    assert error_formatting.explain(KeyError("x"), "train") == "KeyError: 'x' (TERCET_DEBUG=1 shows where)"
     wrapped = RuntimeError("outer")
     wrapped.__cause__ = InputError("inner `size`=3")
-    assert error_formatting.explain(wrapped, config_folder(), "train") == "inner size=3"
+    assert error_formatting.explain(wrapped, "train") == "inner size=3"
 
 
 def test_the_figure_and_the_neighbours_show_the_change():

@@ -149,7 +149,7 @@ def _job(failed: list[str]) -> Callable[[DictConfig], Any]:
 
 def report_error(error: Exception, command: str) -> str:
     """Print what the user can do about the error; ``TERCET_DEBUG=1`` adds the traceback."""
-    text = error_formatting.explain(error, config_folder(), command)
+    text = error_formatting.explain(error, command)
     if os.environ.get("TERCET_DEBUG"):
         traceback.print_exception(error)
     print(f"\nerror: {text}", file=sys.stderr, flush=True)  # a new line: a progress bar may stand on this one

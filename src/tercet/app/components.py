@@ -95,7 +95,11 @@ def settable_key(component: str, parameter: str) -> str | None:
     The parameter is looked for in the component's node, then in the nodes inside it, then in those around it.
     Interpolations are followed: ``data.module.batch_size`` holds ``${data.batch_size}``, which is the key to set.
     """
-    known = dict.fromkeys(key for key, _ in walk(_plain(_Run.raw, resolve=True)))
+    try:
+        plain = OmegaConf.to_container(_Run.raw, resolve=True)
+    except OmegaConfBaseException:  # something is not given, or names what is not there
+        plain = OmegaConf.to_container(_Run.raw, resolve=False)
+    known = dict.fromkeys(key for key, _ in walk(plain))
     inside = sorted((key for key in known if f"{key}.".startswith(f"{component}.")), key=lambda key: key.count("."))
     parts = component.split(".")
     around = (".".join(parts[:i]) for i in range(len(parts) - 1, 0, -1))
@@ -109,13 +113,6 @@ def walk(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     inside = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
     for name, value in inside:
         yield from walk(value, _join(key, str(name)))
-
-
-def _plain(config: DictConfig, resolve: bool) -> Any:
-    try:
-        return OmegaConf.to_container(config, resolve=resolve)
-    except OmegaConfBaseException:  # something is not given, or names what is not there
-        return OmegaConf.to_container(config, resolve=False)
 
 
 def _join(key: str, name: str) -> str:

@@ -16,7 +16,7 @@ from hydra.core.override_parser.types import Override
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, run_job, setup_globals
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, Node
+from omegaconf import DictConfig, Node, OmegaConf
 
 
 def full_key(node: Any) -> str:
@@ -28,6 +28,12 @@ def source_key(config: DictConfig, key: str) -> str:
     """The key behind interpolations: ``data.module.batch_size`` holds ``${data.batch_size}``."""
     _, _, node = config._select_impl(key, throw_on_missing=False, throw_on_resolution_failure=False)
     return full_key(node) or key
+
+
+def failed_config(error: BaseException | None) -> Any:
+    """The whole configuration, as plain dicts and lists, in which OmegaConf raised an error; None for other errors."""
+    node = getattr(error, "parent_node", None)
+    return None if node is None else OmegaConf.to_container(node._get_root(), resolve=False)
 
 
 def run_main(job: Callable[[DictConfig], Any], folder: str, name: str, arguments: Sequence[str]) -> None:
@@ -43,8 +49,8 @@ def plugin_folders() -> list[Path]:
     folders = []
     for entry in entry_points(group="tercet.conf"):
         package, *inside = entry.value.split(".")
-        if (spec := find_spec(package)) and spec.submodule_search_locations:
-            folders.append(Path(next(iter(spec.submodule_search_locations)), *inside))
+        if spec := find_spec(package):
+            folders += [Path(root, *inside) for root in spec.submodule_search_locations or ()]
     return folders
 
 
