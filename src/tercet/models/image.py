@@ -64,6 +64,10 @@ class ImageEncoder(PoolingMixin, Encoder):
                 module.eval()
         return self
 
+    def execution_for(self, inputs: Inputs) -> Execution:
+        """``execution``: chunks of images have a number of rows, not of tokens."""
+        return self.execution
+
     def run(self, inputs: Inputs, execution: Execution) -> Tensor:
         """``Images -> (N, D)``."""
         return execution.run(self.embed, inputs)
@@ -97,7 +101,7 @@ class ImageEncoder(PoolingMixin, Encoder):
     def settings(self) -> dict[str, Any]:
         """How embeddings are made, as plain values."""
         pixels = {**vars(self.pixels), "mean": list(self.pixels.mean), "std": list(self.pixels.std)}
-        return {"kind": self.kind, **self.shared_settings(), "norm": self.norm, "pixels": pixels}
+        return {"kind": self.kind, **super().settings(), "norm": self.norm, "pixels": pixels}
 
 
 def _as_tokens(output: Any) -> tuple[Any, Tensor]:
