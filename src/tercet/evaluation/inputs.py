@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tercet.errors import InputError, require
+from tercet.errors import InputError, did_you_mean, require
 from tercet.images import read_image_cell
 from tercet.messages import warn_once
 from tercet.paths import locate
@@ -160,13 +160,13 @@ def find_input(path: str | Path, parameter: str, accepted: str, suffixes: Iterab
 
 def read_table(path: str | Path, parameter: str, columns: Sequence[str], accepted: str) -> dict[str, list[Any]]:
     """Read the cells of ``columns``, which must be there once each; cells of csv and tsv are text."""
-    from tercet.data.file_reader import KINDS, DataPath, column_names, read_chunks  # imports datasets: a second
+    from tercet.data.file_reader import FORMATS, DataPath  # imports datasets: a second
 
     file = find_input(path, parameter, accepted, TABLES)
-    data = DataPath(str(path), KINDS[file.suffix.lower()], (file,))
+    data = DataPath(str(path), FORMATS[file.suffix.lower()], (file,))
     try:
-        check_columns(column_names(data), path, parameter, columns, accepted)
-        tables = [chunk.table for chunk in read_chunks(data, (), columns, streaming=False)]
+        check_columns(data.schema().names, path, parameter, columns, accepted)
+        tables = [chunk.table for chunk in data.chunks((), columns)]
     except InputError as error:
         raise InputError(error.rename({"path": f"`{parameter}`", parameter: f"`{parameter}`"})) from error
     return {name: [cell for table in tables for cell in table[name].to_pylist()] for name in columns}
@@ -183,8 +183,8 @@ def check_tasks(tasks: Sequence[str], known: Sequence[str]) -> None:
     """Raise ``InputError`` unless ``tasks`` is a list of known tasks without repetitions."""
     if isinstance(tasks, str) or not tasks or len(set(tasks)) < len(tasks):
         raise InputError(f"`tasks`={tasks}: a list without repetitions, of {', '.join(known)}.")
-    unknown = ", ".join(str(task) for task in tasks if task not in known)
-    require(not unknown, f"`tasks` has {unknown}: there are {', '.join(known)}.")
+    for task in tasks:
+        require(task in known, f"`tasks` has {task}: there are {', '.join(known)}.{did_you_mean(task, known)}")
 
 
 def read_tasks(

@@ -61,7 +61,8 @@ class TextEncoder(PoolingMixin, Encoder):
                 backbone.pooler = None  # type: ignore[assignment]
         super().__init__(execution)
         self._set_parts(backbone, backbone.config.hidden_size, pooling, head, normalize)
-        self.tokenizer = tokenizer
+        self.tokenizer: PreTrainedTokenizerBase = tokenizer
+        self.word_level = word_level
         self.runner = BackboneRunner(backbone, int(tokenizer.pad_token_id or 0), compile, token_types(tokenizer, backbone))
         self.set_max_length(max_length)
         self.execution = self.runner.resolve(execution)
@@ -86,7 +87,7 @@ class TextEncoder(PoolingMixin, Encoder):
 
     def settings(self) -> dict[str, Any]:
         """How embeddings are made, as plain values."""
-        return {"kind": self.kind, **self.shared_settings(), "max_length": self.max_length}
+        return {"kind": self.kind, **super().settings(), "max_length": self.max_length}
 
     @property
     def deterministic_dropout(self) -> bool:
@@ -100,10 +101,6 @@ class TextEncoder(PoolingMixin, Encoder):
         reason = {"sorted": self.runner.cannot_pack, "equal_length": self.runner.cannot_pad}.get(self.execution.layout)
         how = "run by equal length" if self.execution.layout == "equal_length" else self.execution.layout
         return f"rows are {how}{f' ({reason})' if reason else ''}, dropout is {dropout}"
-
-    def text_parts(self) -> "list[TextEncoder]":
-        """Itself."""
-        return [self]
 
     def token_info(self) -> TokenInfo:
         """What views of texts need to know of the tokenizer."""
@@ -163,7 +160,7 @@ class DualEncoder(Encoder):
         """2 D."""
         return self.f.dim + self.g.dim
 
-    def text_parts(self) -> list[TextEncoder]:
+    def parts(self) -> list[PoolingMixin]:
         """Both encoders."""
         return [self.f, self.g]
 
