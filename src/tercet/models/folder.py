@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tercet.errors import InputError, require
 from tercet.images import PixelFormat
@@ -20,6 +20,7 @@ from tercet.models.image import ImageEncoder
 from tercet.models.pooling import Head
 from tercet.models.pretrained import (
     PREPROCESSOR,
+    backbone_class,
     first_line,
     load_pretrained,
     parse_pixel_format,
@@ -90,7 +91,8 @@ def load_folder(path_or_id: str, pooling: str | None = None) -> tuple[Encoder, s
         return DualEncoder(*parts), note
     if pooling:
         settings, note = {**settings, "pooling": pooling}, "as chosen"
-    backbone = load_pretrained(AutoModel, path_or_id, "path_or_id")
+    config = load_pretrained(AutoConfig, path_or_id, "path_or_id")
+    backbone = load_pretrained(backbone_class(config), path_or_id, "path_or_id")
     is_text = settings.get("kind", TextEncoder.kind) == TextEncoder.kind
     tokenizer = load_pretrained(AutoTokenizer, path_or_id, "path_or_id") if is_text else None
     encoder = build_encoder(backbone, tokenizer, settings)
@@ -189,7 +191,8 @@ def encoder_from_spec(spec: dict[str, Any]) -> Encoder:
     with tempfile.TemporaryDirectory() as folder:
         for name, text in (("config.json", spec["config"]), *spec["tokenizer"].items()):
             (Path(folder) / name).write_text(text, encoding="utf-8")
-        backbone = AutoModel.from_config(AutoConfig.from_pretrained(folder))
+        config = AutoConfig.from_pretrained(folder)
+        backbone = backbone_class(config).from_config(config)
         tokenizer = AutoTokenizer.from_pretrained(folder) if spec["tokenizer"] else None
     return build_encoder(backbone, tokenizer, spec)
 

@@ -6,7 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers import logging as transformers_logging
 
 from tercet.errors import InputError, require
@@ -17,7 +25,7 @@ from tercet.paths import locate
 PREPROCESSOR = "preprocessor_config.json"
 _DROPOUTS = (
     "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "embedding_dropout", "mlp_dropout",
-    "hidden_dropout",
+    "hidden_dropout", "dropout_rate",
 )  # fmt: skip
 
 
@@ -80,6 +88,11 @@ def _set_dropout(config: Any, dropout: float | None) -> None:
             setattr(config, name, dropout)
 
 
+def backbone_class(config: Any) -> Any:
+    """``AutoModel``, or the class for encoding texts: of T5 and its relatives the encoder alone."""
+    return AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
+
+
 def load_backbone(name: str, dropout: float | None = None) -> PreTrainedModel:
     """Load a pretrained backbone. ``dropout`` replaces every dropout rate of its configuration; None keeps them.
 
@@ -88,7 +101,7 @@ def load_backbone(name: str, dropout: float | None = None) -> PreTrainedModel:
     """
     config = load_pretrained(AutoConfig, name)
     _set_dropout(config, dropout)
-    return cast(PreTrainedModel, load_pretrained(AutoModel, name, config=config))
+    return cast(PreTrainedModel, load_pretrained(backbone_class(config), name, config=config))
 
 
 def random_backbone(config: Mapping[str, Any], dropout: float | None = None) -> PreTrainedModel:
@@ -106,7 +119,7 @@ def random_backbone(config: Mapping[str, Any], dropout: float | None = None) -> 
         reason = f"transformers knows no such model ({first_line(error)[:80]})"
         raise InputError(f"`config.model_type`={model_type}: {reason}.") from error
     _set_dropout(built, dropout)
-    return cast(PreTrainedModel, AutoModel.from_config(built))
+    return cast(PreTrainedModel, backbone_class(built).from_config(built))
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -50,7 +50,7 @@ def _open_member(cfg: DictConfig, name: str) -> Encoder:
     texts, longest = encoder.text_parts(), cfg.model.max_length
     require(texts or not longest, f"model.max_length={longest} counts tokens; this model reads images.")
     for part in texts if longest else ():
-        part.max_length = longest
+        part.set_max_length(longest)
     for each in [encoder, *texts] if cfg.model.normalize is not None else ():
         each.normalize = cfg.model.normalize
     return encoder
