@@ -195,6 +195,7 @@ def written():
 
 GIVEN_BY_CODE = {
     "tercet.data.RandomBatchSampler": {"dataset", "rows", "batch_size", "seed"},
+    "tercet.data.NoDuplicatesBatchSampler": {"dataset", "rows", "batch_size", "seed"},
     "tercet.data.PKBatchSampler": {"dataset", "rows", "batch_size", "seed"},
     "tercet.data.WindowBatchSampler": {"dataset", "rows", "batch_size", "seed"},
     "pytorch_lightning.Trainer": {"logger", "callbacks"},

@@ -1,8 +1,8 @@
-"""Batch samplers: random rows, P labels with K rows each, windows of consecutive sentences."""
+"""Batch samplers: random rows, rows that share no text, P labels with K rows each, windows of consecutive sentences."""
 
 from collections.abc import Callable, Iterator, Sized
 from functools import reduce
-from itertools import islice
+from itertools import chain, count, islice
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Sampler
 
 from tercet.distributed.gather import rank, world_size
-from tercet.errors import require
+from tercet.errors import InputError, require
 from tercet.messages import warn_once
 from tercet.types import BatchDataset, BatchIndices
 
@@ -69,6 +69,62 @@ class RandomBatchSampler(SeededBatchSampler):
         order = torch.randperm(self.size, generator=generator)
         for number in range(len(self)):
             yield self._share(order[number * self.batch_size : (number + 1) * self.batch_size], number)
+
+
+class NoDuplicatesBatchSampler(SeededBatchSampler):
+    """Batches in which no two rows share the text of their anchor or positive, the first two columns.
+
+    Rows come in shuffled passes over all of them. One that shares a text with a row of the batch waits for the next batch;
+    where many wait, rows of the next pass fill the batches of the epoch, which has as many as ``RandomBatchSampler``. A batch
+    is short where no other row fits. Texts are compared by ``dataset.content_hash (V, N)``.
+
+    >>> from types import SimpleNamespace
+    >>> dataset = SimpleNamespace(content_hash=torch.tensor([[7, 7, 8, 9], [1, 2, 3, 4]]))  # a question with two answers
+    >>> [batch.rows for batch in NoDuplicatesBatchSampler(dataset, batch_size=2, seed=0)]
+    [[2, 0], [1, 3]]
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"all_rows"})
+
+    def __init__(self, dataset: BatchDataset, batch_size: int, seed: int) -> None:
+        super().__init__(batch_size, seed)
+        content = getattr(dataset, "content_hash", None)
+        if content is None:
+            raise InputError("NoDuplicatesBatchSampler compares texts, and these rows are images. Use RandomBatchSampler.")
+        self.texts: list[tuple[int, ...]] = list(zip(*content[:2].tolist(), strict=True))
+        most = min(len(set(column)) for column in zip(*self.texts, strict=True))
+        advice = f"Use `batch_size`={most} or less, or a sampler that repeats texts, as RandomBatchSampler"
+        require(batch_size <= most, f"`batch_size`={batch_size}, but a column has only {most} different texts. {advice}.")
+
+    def __len__(self) -> int:
+        return len(self.texts) // self.batch_size
+
+    def __iter__(self) -> Iterator[BatchIndices]:
+        for number, rows in zip(range(len(self)), self.batches(), strict=False):
+            yield self._share(np.array(rows), number)
+
+    def batches(self) -> Iterator[list[int]]:
+        """The epoch's global batches, without end."""
+        rng = np.random.default_rng([self.seed, self.epoch])
+        passes = (row for _ in count() for row in rng.permutation(len(self.texts)).tolist())
+        waiting: dict[int, None] = {}  # rows in the order in which they came
+        while True:
+            batch, texts = dict[int, None](), set[int]()
+            for row in chain(list(waiting), islice(passes, 2 * len(self.texts))):  # a whole pass is among them
+                if texts.isdisjoint(self.texts[row]):
+                    batch[row] = None
+                    texts.update(self.texts[row])
+                    waiting.pop(row, None)
+                    if len(batch) == self.batch_size:
+                        break
+                elif row not in batch:
+                    waiting[row] = None
+            else:
+                short = (
+                    f"a batch has {len(batch)} rows, not `batch_size`={self.batch_size}: each other row shares a text with one"
+                )
+                warn_once(f"NoDuplicatesBatchSampler: {short}.")
+            yield list(batch)
 
 
 class ResumableSampler(Sampler[BatchIndices]):

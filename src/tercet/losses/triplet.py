@@ -26,7 +26,9 @@ class TripletLoss(nn.Module):
         [ ||a - p||^2 - ||a - n||^2 + margin ]_+        on the unit sphere; ``margin`` is on squared distance
 
     The positives of a row share its label, or are the other view of the same example; its negatives are all others, but
-    never rows of its own content. Views from the third on are negatives for all rows, including their own example.
+    never rows of its own content, nor the views of an example that shares its first or its second view with the row's (of
+    several answers to one question none is a negative). Views from the third on are negatives for all rows, including
+    their own example.
 
     ``mining`` is which negatives each pair (a, p) of the batch gets; of equally near ones any:
 
@@ -140,9 +142,10 @@ class _FlatRows:
     view: Tensor  # tells the views of an example apart
     group: Tensor
     content: Tensor
+    example: Tensor  # (n, 2), the content of the first two views of the example; (n, 1) where there is one view
 
     def at(self, which: Tensor | slice) -> "_FlatRows":
-        return _FlatRows(self.z[which], self.example_id[which], self.view[which], self.group[which], self.content[which])
+        return _FlatRows(**{name: x[which] for name, x in vars(self).items()})
 
 
 def _flatten_views(e: Embeddings, views: int) -> _FlatRows:
@@ -150,7 +153,8 @@ def _flatten_views(e: Embeddings, views: int) -> _FlatRows:
     own = torch.where(e.label >= 0, e.label, -2 - e.example_id)  # without a label, the views of an example are a group
     group = torch.cat([own if v < 2 else torch.full_like(own, -1) for v in range(views)])
     view = torch.arange(views, device=z.device).repeat_interleave(len(e))
-    return _FlatRows(z, e.example_id.repeat(views), view, group, e.content_hash[:views].flatten())
+    example = e.content_hash[:2].T.repeat(views, 1)
+    return _FlatRows(z, e.example_id.repeat(views), view, group, e.content_hash[:views].flatten(), example)
 
 
 class _TripletSum(torch.autograd.Function):
@@ -205,6 +209,9 @@ def _make_tile(anchors: _FlatRows, keys: _FlatRows, start: Tensor, end: Tensor, 
     # A hard negative of the anchor's own example is a negative, another copy of the example is not.
     distance.scatter_(1, key, own.masked_fill(place < end, torch.inf))
     distance.masked_fill_(anchors.content[:, None] == keys.content, torch.inf)
+    if keys.example.shape[1] > 1:
+        for mine, theirs in zip(anchors.example.T, keys.example.T, strict=True):
+            distance.masked_fill_((mine[:, None] == theirs) & (keys.view < 2), torch.inf)
     negative, negative_key = _sort(distance)
     num_negatives = torch.searchsorted(negative, torch.full_like(negative[:, :1], torch.inf))
     return Tile(positive, key.gather(1, order), negative, negative_key, num_negatives)
