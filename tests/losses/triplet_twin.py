@@ -76,7 +76,7 @@ def twin(anchors, keys, margin, mining, fallback, form, divide_by):
     if mining == "all_semihard" or form == "hinge":
         mined = mined & (gap > 0)
     loss = gap if form == "hinge" else softplus(gap)
-    return loss[mined].sum(), int(mined.sum() if divide_by == "active" else pairs.sum())
+    return loss[mined].sum(), {"active": int(mined.sum()), "pairs": int(pairs.sum()), "sum": 0}[divide_by]
 
 
 # The 24 corners of the 24-cell: distances are 0, 1, 2, 3 or 4 without rounding, so that ties are ties.

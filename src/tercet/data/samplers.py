@@ -153,8 +153,9 @@ class PKBatchSampler(SeededBatchSampler):
     FaceNet's batch (arXiv:1503.03832, section 3.2) has 1,800 rows, 40 of each label. Labels come in shuffled passes over all
     of them. A label gives K rows that it has not given before, as long as it has any; one with fewer than K rows gives those
     that it has and leaves room for more labels, so that a batch is always full. Distractors are rows whose label occurs once
-    or that have none; then rows of other labels; then rows of labels in the batch. No row is in a batch twice. Set
-    ``neighbors`` (label to its confusable labels, nearest first) to make such labels follow each other in a pass.
+    or that have none; then random rows of other labels, one of each before any gives a second (which would be its positive);
+    then rows of labels in the batch. No row is in a batch twice. Set ``neighbors`` (label to its confusable labels, nearest
+    first) to make such labels follow each other in a pass.
 
     >>> from types import SimpleNamespace
     >>> dataset = SimpleNamespace(label=torch.tensor([0, 0, 1, 1, 2, 2]))
@@ -238,7 +239,9 @@ class PKBatchSampler(SeededBatchSampler):
             return single
         left = np.setdiff1d(np.arange(self.size), np.concatenate([single, taken]))
         same = np.isin(self.values[left], self.values[taken])
-        more = np.concatenate([rng.permutation(left[~same]), rng.permutation(left[same])])
+        others = rng.permutation(left[~same])
+        first = np.sort(np.unique(self.values[others], return_index=True)[1])  # a row of each label
+        more = np.concatenate([others[first], np.delete(others, first), rng.permutation(left[same])])
         return np.concatenate([single, more[: count - len(single)]])
 
     def _labels(self, rng: np.random.Generator) -> Iterator[int]:
