@@ -96,7 +96,7 @@ class TextEncoder(PoolingMixin, Encoder):
         if self.tokenizer.unk_token_id is not None:
             special[self.tokenizer.unk_token_id] = False  # stands for a word of the text
         longest = max_row_length(self.backbone, self.tokenizer)
-        return TokenInfo(word_starts(self.tokenizer), special, self.tokenizer.mask_token_id, longest)
+        return TokenInfo(word_starts(self.tokenizer), special, self.tokenizer.mask_token_id, longest, self.tokenizer)
 
 
 class DualEncoder(Encoder):

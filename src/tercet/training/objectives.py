@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
@@ -171,7 +171,7 @@ class Classification(ObjectiveHooks, pl.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Find the labels of the training rows."""
-        rows = getattr(getattr(self.trainer, "datamodule", None), "dataset", None)
+        rows: Any = getattr(getattr(self.trainer, "datamodule", None), "dataset", None)
         if self.classifier is None and stage == "fit":
             advice = "`num_classes`=null, but the labels are not known before training. Give their number."
             require(rows is not None, advice)
