@@ -108,7 +108,7 @@ class TextEncoder(PoolingMixin, Encoder):
         if self.tokenizer.unk_token_id is not None:
             special[self.tokenizer.unk_token_id] = False  # stands for a word of the text
         longest = min(self.runner.max_tokens, self.tokenizer.model_max_length)
-        return TokenInfo(word_starts(self.tokenizer), special, self.tokenizer.mask_token_id, int(longest))
+        return TokenInfo(word_starts(self.tokenizer), special, self.tokenizer.mask_token_id, int(longest), self.tokenizer)
 
 
 class DualEncoder(Encoder):
