@@ -20,7 +20,7 @@ def changed(row, column, value):
     [
         (("x", ["STS12"], "train"), r"split=train: choose one of test, dev"),
         (("x", ["STS12", "STS-B"], "dev"), r"split=dev, but STS12 has only a test split.*\[STS-B,SICK-R\]"),
-        (("x", ["stsb"], "test"), r"tasks has stsb: there are STS12, "),
+        (("x", ["stsb"], "test"), r"tasks has stsb: there are STS12, .*Did you mean STS-B\?"),
         (("x", ["STS17"], "test"), r"tasks has STS17: there are STS12"),
         (("x", [], "test"), r"tasks=\[\]: a list"),
         (("x", "STS-B", "test"), r"tasks=STS-B: a list"),

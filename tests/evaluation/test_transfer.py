@@ -85,7 +85,7 @@ def test_tables(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tasks": ["cr"]}, r"tasks has cr"),
+        ({"tasks": ["cr"]}, r"tasks has cr: .*Did you mean CR\?"),
         ({"tasks": []}, r"tasks=\[\]: a list"),
         ({"folds": 1}, "folds=1: 2 or more"),
         ({"folds": 9}, r"CR: the label number 0 .* has 8 rows, fewer than the 9 folds.*folds=8"),

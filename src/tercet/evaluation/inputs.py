@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tercet.errors import InputError, require
+from tercet.errors import InputError, did_you_mean, require
 from tercet.images import read_image_cell
 from tercet.messages import warn_once
 from tercet.paths import locate
@@ -183,8 +183,8 @@ def check_tasks(tasks: Sequence[str], known: Sequence[str]) -> None:
     """Raise ``InputError`` unless ``tasks`` is a list of known tasks without repetitions."""
     if isinstance(tasks, str) or not tasks or len(set(tasks)) < len(tasks):
         raise InputError(f"`tasks`={tasks}: a list without repetitions, of {', '.join(known)}.")
-    unknown = ", ".join(str(task) for task in tasks if task not in known)
-    require(not unknown, f"`tasks` has {unknown}: there are {', '.join(known)}.")
+    for task in tasks:
+        require(task in known, f"`tasks` has {task}: there are {', '.join(known)}.{did_you_mean(task, known)}")
 
 
 def read_tasks(
