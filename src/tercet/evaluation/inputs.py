@@ -160,13 +160,13 @@ def find_input(path: str | Path, parameter: str, accepted: str, suffixes: Iterab
 
 def read_table(path: str | Path, parameter: str, columns: Sequence[str], accepted: str) -> dict[str, list[Any]]:
     """Read the cells of ``columns``, which must be there once each; cells of csv and tsv are text."""
-    from tercet.data.file_reader import KINDS, DataPath, column_names, read_chunks  # imports datasets: a second
+    from tercet.data.file_reader import FORMATS, DataPath  # imports datasets: a second
 
     file = find_input(path, parameter, accepted, TABLES)
-    data = DataPath(str(path), KINDS[file.suffix.lower()], (file,))
+    data = DataPath(str(path), FORMATS[file.suffix.lower()], (file,))
     try:
-        check_columns(column_names(data), path, parameter, columns, accepted)
-        tables = [chunk.table for chunk in read_chunks(data, (), columns, streaming=False)]
+        check_columns(data.schema().names, path, parameter, columns, accepted)
+        tables = [chunk.table for chunk in data.chunks((), columns)]
     except InputError as error:
         raise InputError(error.rename({"path": f"`{parameter}`", parameter: f"`{parameter}`"})) from error
     return {name: [cell for table in tables for cell in table[name].to_pylist()] for name in columns}

@@ -54,6 +54,18 @@ def load_pretrained(loader: Any, name: str, parameter: str = "name", **options: 
         transformers_logging.set_verbosity(level)
 
 
+def read_json(source: str, file: str) -> Any:
+    """The content of a JSON file of a folder or hub id; None where there is none, or the hub cannot be reached."""
+    path = find_file(source, file)
+    return json.loads(path.read_text(encoding="utf-8")) if path else None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file; its folder is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or its type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -115,14 +127,10 @@ def load_pixel_format(name: str, size: int | None = None) -> PixelFormat:
     >>> load_pixel_format(folder)
     PixelFormat(size=32, channels=1, mean=[0.5], std=[0.25])
     """
-    try:
-        file, reason = find_file(resolve_source(name), PREPROCESSOR), "no such file"
-    except OSError as error:
-        file, reason = None, first_line(error)
-    if file is None:
-        advice = "Describe its images with tercet.images.PixelFormat(size, channels, mean, std) instead."
-        raise InputError(f"`name`={name} has no {PREPROCESSOR} ({reason}). {advice}")
-    return parse_pixel_format(json.loads(file.read_text(encoding="utf-8")), size)
+    found = read_json(resolve_source(name), PREPROCESSOR)
+    advice = "Describe its images with tercet.images.PixelFormat(size, channels, mean, std) instead."
+    require(found, f"`name`={name} has no {PREPROCESSOR} (no such file, or the hub cannot be reached). {advice}")
+    return parse_pixel_format(found, size)
 
 
 def parse_pixel_format(found: dict[str, Any], size: int | None = None) -> PixelFormat:

@@ -56,7 +56,8 @@ class TextEncoder(PoolingMixin, Encoder):
             backbone.pooler = None  # type: ignore[assignment]  # gets no gradient, for which DDP would wait
         super().__init__(execution)
         self._set_parts(backbone, backbone.config.hidden_size, pooling, head, normalize)
-        self.tokenizer = tokenizer
+        self.tokenizer: PreTrainedTokenizerBase = tokenizer
+        self.word_level = word_level
         self.max_length = max_length or max_row_length(backbone, tokenizer)
         self.runner = BackboneRunner(backbone, int(tokenizer.pad_token_id or 0), compile)
         self.execution = self.runner.resolve(execution)
@@ -72,7 +73,7 @@ class TextEncoder(PoolingMixin, Encoder):
 
     def settings(self) -> dict[str, Any]:
         """How embeddings are made, as plain values."""
-        return {"kind": self.kind, **self.shared_settings(), "max_length": self.max_length}
+        return {"kind": self.kind, **super().settings(), "max_length": self.max_length}
 
     @property
     def deterministic_dropout(self) -> bool:
@@ -85,10 +86,6 @@ class TextEncoder(PoolingMixin, Encoder):
         dropout, reason = "by (seed, step, row)" if self.deterministic_dropout else "torch's", self.runner.cannot_pack
         why = f" ({reason})" if reason and self.execution.layout == "sorted" else ""
         return f"rows are {self.execution.layout}{why}, dropout is {dropout}"
-
-    def text_parts(self) -> "list[TextEncoder]":
-        """Itself."""
-        return [self]
 
     def token_info(self) -> TokenInfo:
         """What views of texts need to know of the tokenizer."""
@@ -148,7 +145,7 @@ class DualEncoder(Encoder):
         """2 D."""
         return self.f.dim + self.g.dim
 
-    def text_parts(self) -> list[TextEncoder]:
+    def parts(self) -> list[PoolingMixin]:
         """Both encoders."""
         return [self.f, self.g]
 

@@ -45,8 +45,11 @@ def pretrained_source(model: PreTrainedModel) -> str:
 
 
 def find_file(source: str, file: str) -> Path | None:
-    """The path of a file of a folder or hub id; None if the model has no such file. OSError if the hub cannot be reached."""
-    found = cached_file(source, file, _raise_exceptions_for_missing_entries=False)
+    """The path of a file of a folder or hub id; None if there is no such file, or the hub cannot be reached."""
+    try:
+        found = cached_file(source, file, _raise_exceptions_for_missing_entries=False)
+    except OSError:
+        return None  # loading the weights, which follows, explains what is wrong
     return Path(found) if found else None
 
 
