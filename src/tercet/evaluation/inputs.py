@@ -190,10 +190,12 @@ def check_tasks(tasks: Sequence[str], known: Sequence[str]) -> None:
 def read_tasks(
     path: str | Path, columns: Sequence[str], tasks: Sequence[str], splits: Sequence[str] = ()
 ) -> dict[str, list[dict[str, Any]]]:
-    """Read each task's rows, of ``splits`` if given: ``columns`` and ``row``, their numbers from 1; without empty tasks."""
-    accepted = f"a .parquet, .csv, .tsv or .jsonl file with the columns {', '.join(columns)}{', or hub' if splits else ''}"
-    table = read_table(path, "path", columns, accepted)
-    rows = [dict(zip(columns, cells, strict=True), row=i) for i, cells in enumerate(zip(*table.values(), strict=True), start=1)]
+    """Read each task's rows, of ``splits`` if given, without empty tasks: ``columns``, and ``where`` for messages."""
+    accepted = f"SentEval's folder data/downstream{', hub' if splits else ''}, or a .parquet, .csv, .tsv or .jsonl file"
+    table = read_table(path, "path", columns, f"{accepted} with the columns {', '.join(columns)}")
+    rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*table.values(), strict=True)]
+    for number, row in enumerate(rows, start=1):
+        row["where"] = f"`path`={path}, row {number} ({row['task']})"
     found: dict[str, list[dict[str, Any]]] = {task: [] for task in tasks}
     for row in rows:
         if row["task"] in found and (not splits or row["split"] in splits):
