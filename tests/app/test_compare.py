@@ -98,3 +98,13 @@ def test_a_folder_without_runs_is_named(tmp_path):
         compare.read_runs([tmp_path])
     with pytest.raises(InputError, match="no such folder"):
         compare.read_runs([tmp_path / "none"])
+
+
+def test_a_sweep_is_summed_up():
+    runs = [{"test/a": 1.0, "before/a": 0.0, "train/loss": 9.0}, {"test/a": 3.0, "before/a": 0.0}]
+    table = compare.summarize(runs)
+    assert table["test/a"] == {"mean": 2.0, "sd": pytest.approx(2**0.5), "runs": 2}
+    assert "train/loss" not in table
+    assert "0.0000 ± 0.0000  →     2.0000 ± 1.4142" in compare.summary_table(table, 2)
+    stages = compare.summary_table({**table, "first/a": table["before/a"]}, 2, ["first"]).splitlines()
+    assert stages[1].split() == ["before", "→", "first", "→", "after"] and stages[2].count("→") == 2

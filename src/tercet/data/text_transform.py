@@ -24,9 +24,8 @@ from tercet.paths import check_writable
 from tercet.types import Batch, BatchIndices, Source, TokenBatch
 
 
-def content_hash(cell: str | bytes) -> int:
+def content_hash(data: bytes) -> int:
     """A signed 64-bit hash of a cell, the same in every run and process."""
-    data = cell.encode() if isinstance(cell, str) else cell
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 
@@ -87,7 +86,7 @@ class TextTransform:
             prompted = [prompts[v] + text for text in texts] if prompts[v] else texts
             encoded = self.tokenizer(prompted, truncation=True, max_length=self.max_length, return_attention_mask=False)
             out[f"ids_{v}"] = encoded["input_ids"]
-            out[f"content_{v}"] = [content_hash(text) for text in texts]
+            out[f"content_{v}"] = [content_hash(text.encode()) for text in texts]
         return out
 
     def prompts(self, columns: Sequence[str]) -> list[str]:

@@ -42,11 +42,11 @@ class Encoder(nn.Module):
         self.auto_chunks = AutoChunks()
 
     @abstractmethod
-    def run(self, inputs: Inputs, execution: Execution) -> Tensor:
+    def run(self, inputs: Any, execution: Execution) -> Tensor:
         """``(N, D)``, in the order of the rows, computed as ``execution`` says."""
 
     @abstractmethod
-    def prepare(self, items: Sequence[Item]) -> Inputs:
+    def prepare(self, items: Sequence[Item]) -> Any:
         """Texts, or the bytes of image files, as the input of ``forward``."""
 
     @abstractmethod

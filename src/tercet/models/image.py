@@ -15,7 +15,7 @@ from tercet.models.encoder import Chunks, Encoder, PoolingMixin
 from tercet.models.engine.chunking import DEFAULT_EXECUTION, Execution
 from tercet.models.pooling import Head
 from tercet.models.pretrained import first_line
-from tercet.types import Images, Inputs, Item
+from tercet.types import Images, Item
 
 
 class ImageInputs:
@@ -24,8 +24,12 @@ class ImageInputs:
     unit = "images"
     pixels: PixelFormat
 
-    def execution_for(self: Any, inputs: Inputs) -> Execution:
-        """``execution``: chunks of images have a number of rows, not of tokens."""
+    def run(self: Any, inputs: Images, execution: Execution) -> Tensor:
+        """``Images -> (N, D)``."""
+        return execution.run_parts(self.embed, inputs.pixels.split(execution.chunk_rows or max(1, len(inputs))))
+
+    def execution_for(self: Any, inputs: Images) -> Execution:
+        """``execution``: a limit of tokens is for texts."""
         return self.execution  # type: ignore[no-any-return]
 
     def prepare(self, items: Sequence[Item]) -> Images:
@@ -90,10 +94,6 @@ class ImageEncoder(ImageInputs, PoolingMixin, Encoder):
             for module in _batch_norms(self.backbone):
                 module.eval()
         return self
-
-    def run(self, inputs: Inputs, execution: Execution) -> Tensor:
-        """``Images -> (N, D)``."""
-        return execution.run(self.embed, inputs)
 
     def embed(self, pixels: Tensor) -> Tensor:
         """``pixels (n, C, S, S)``, 8-bit, to ``(n, D)`` in one pass."""

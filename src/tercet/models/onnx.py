@@ -26,7 +26,7 @@ from tercet.models.image import ImageEncoder, ImageInputs
 from tercet.models.pretrained import add_lowercase, read_json, write_json
 from tercet.models.prompts import Prompts
 from tercet.models.text import tokenize
-from tercet.types import Inputs, Item
+from tercet.types import Item
 
 FILE = "model.onnx"
 SETTINGS = "onnx.json"
@@ -90,11 +90,12 @@ class ONNXEncoder(Encoder):
         if self.saved.get("lower_case"):
             add_lowercase(self.tokenizer)
 
-    def run(self, inputs: Inputs, execution: Execution) -> Tensor:
+    def run(self, inputs: Any, execution: Execution) -> Tensor:
         """``TokenBatch -> (N, D)``."""
-        return execution.run(self._embed, inputs)
+        return execution.run(self.embed, inputs)
 
-    def _embed(self, rows: Any) -> Tensor:
+    def embed(self, rows: Any) -> Tensor:
+        """``n`` rows to ``(n, D)`` in one pass."""
         ids, mask, _ = rows.pad(int(self.tokenizer.pad_token_id or 0))
         return self._session_run(input_ids=ids, attention_mask=mask)
 
@@ -102,7 +103,7 @@ class ONNXEncoder(Encoder):
         (z,) = self.session.run(None, {name: x.numpy() for name, x in inputs.items()})
         return torch.from_numpy(z)
 
-    def prepare(self, items: Sequence[Item]) -> Inputs:
+    def prepare(self, items: Sequence[Item]) -> Any:
         """Token ids with special tokens and the prompt, cut at ``max_length``."""
         return tokenize(self.tokenizer, self.prompts.add(items), self.max_length)
 
@@ -119,7 +120,8 @@ class ONNXImageEncoder(ImageInputs, ONNXEncoder):
     def _read_inputs(self, folder: Path) -> None:
         self.pixels = PixelFormat(**self.saved["pixels"])
 
-    def _embed(self, pixels: Tensor) -> Tensor:
+    def embed(self, pixels: Tensor) -> Tensor:
+        """``pixels (n, C, S, S)``, 8-bit, to ``(n, D)`` in one pass."""
         return self._session_run(pixels=pixels)
 
 

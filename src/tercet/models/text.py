@@ -17,7 +17,7 @@ from tercet.models.pretrained import lowercases
 from tercet.models.prompts import Prompts, prompt_length
 from tercet.models.words import WordModel
 from tercet.rng import derive_seed
-from tercet.types import Inputs, Item, TokenBatch
+from tercet.types import Item, TokenBatch
 from tercet.views import TokenInfo
 
 CONTINUES = "##"  # marks a continuation in WordPiece
@@ -86,7 +86,7 @@ class TextEncoder(PoolingMixin, Encoder):
             mask = mask * (torch.arange(mask.shape[1], device=mask.device) >= self.unpooled)
         return super().pool(output, mask)
 
-    def run(self, inputs: Inputs, execution: Execution) -> Tensor:
+    def run(self, inputs: TokenBatch, execution: Execution) -> Tensor:
         """``TokenBatch -> (N, D)``."""
         options = (execution.layout == "packed", self.pooling in NEEDS_FIRST, self.pooling in NEEDS_ALL_LAYERS)
         return execution.run(lambda rows: self.pool(*self.runner(rows, *options)), inputs)
@@ -158,7 +158,7 @@ class DualEncoder(Encoder):
             second.weight = first.weight
         self.f, self.g, self.tokenizer = f, g, tokenizer
 
-    def run(self, inputs: Any, execution: Execution) -> Tensor:
+    def run(self, inputs: TokenBatch, execution: Execution) -> Tensor:
         """``TokenBatch -> (N, 2 D)``; deterministic dropout has other masks in ``g``."""
         z, seed = self.f.run(inputs, execution), inputs.state.dropout_seed
         if seed is not None:

@@ -1,6 +1,7 @@
 """The command ``compare``: finished runs in one table, with the uncertainty of the differences between settings."""
 
 import csv
+import json
 import math
 import shlex
 import statistics
@@ -14,15 +15,17 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf
 
 from tercet.app import record, report
+from tercet.app.commands.stages import draw_stages
 from tercet.errors import require
 from tercet.messages import print_status
 from tercet.paths import check_writable
 
-IGNORED_KEYS = (*record.KEYS_WITHOUT_EFFECT, "seed", "callback", "+", "~", "hydra")
+IGNORED_KEYS = (*record.KEYS_WITHOUT_EFFECT, "seed", "hydra")
 LESS_IS_BETTER = ("alignment", "uniformity", "loss", "perplexity", "forgotten")  # metrics, by how their names end
 MAX_RESAMPLES = 10_000
 
 Setting = tuple[str, ...]  # a value for each axis
+Summary = dict[str, dict[str, float]]  # metric -> mean, sd, runs
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 def _read_run(folder: Path) -> Run:
     cfg: Any = OmegaConf.load(folder / "config.yaml")
     given = list(cfg.get("command") or [])
-    overrides = {key: value for key, _, value in (part.partition("=") for part in given)}
+    overrides = dict(part.partition("=")[::2] for part in given)
     command = shlex.join(["python", "train.py", *given])
     return Run(folder, int(cfg.seed), record.read_metrics(folder), overrides, command, cfg.get("optimized_metric"))
 
@@ -241,3 +244,63 @@ def draw_comparison(comparison: Comparison, metrics: Sequence[str]) -> Figure:
         axes.set_yticklabels([comparison.label(setting, short=True) for setting, _ in ranked])
         axes.spines[["top", "right"]].set_visible(False)
     return figure
+
+
+def summarize_sweep(root: Path, stages: DictConfig) -> bool:
+    """Print and write the metrics of a sweep's jobs: ``summary.json`` and the comparison. False if a job has failed."""
+    jobs = sorted((folder for folder in root.glob("*") if folder.name.isdigit()), key=lambda folder: int(folder.name))
+    if not jobs:
+        return True
+    done = [folder for folder in jobs if (folder / "metrics.json").is_file()]
+    comparison = group_runs(read_runs(done)) if done else Comparison((), {})
+    summaries = {comparison.label(s): summarize([one.metrics for one in runs]) for s, runs in comparison.runs.items()}
+    content: Any = summaries
+    if len(summaries) > 1:
+        write_comparison(comparison, comparison.metrics(), root)
+    elif summaries:
+        (content,) = summaries.values()
+        _show_summary(content, len(done), stages, root)
+    failed = [folder for folder in jobs if folder not in done]
+    for folder in failed:
+        print_status(f"job {folder.name} failed: {folder / 'error.txt'}")
+    (root / "summary.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    print_status(f"Written to {root / 'summary.json'}")
+    return not any((folder / "error.txt").is_file() for folder in failed)
+
+
+def _show_summary(summary: Summary, runs: int, stages: DictConfig, root: Path) -> None:
+    names = [name for name, stage in stages.runs.items() if stage is not None]
+    print_status("\n" + summary_table(summary, runs, names[:-1]))  # the last stage's metrics are the test's
+    if names:
+        means, sds = (
+            {stage: record.stage_metrics({n: x[key] for n, x in summary.items()}, stage) for stage in ("before", *names)}
+            for key in ("mean", "sd")
+        )
+        draw_stages(means, stages, sds).savefig(root / "stages.png", dpi=150)
+
+
+def summarize(runs: Sequence[dict[str, float]]) -> Summary:
+    """Mean, standard deviation (n - 1) and number of runs of each metric; those of training and validation are left out.
+
+    >>> summarize([{"test/mrr": 0.25, "train/loss": 1.0}, {"test/mrr": 0.25}])
+    {'test/mrr': {'mean': 0.25, 'sd': 0.0, 'runs': 2}}
+    """
+    summary = {}
+    for name in sorted({name for run in runs for name in run if not name.startswith(("train/", "val/"))}):
+        values = [run[name] for run in runs if name in run]
+        sd = statistics.stdev(values) if len(values) > 1 else 0.0
+        summary[name] = {"mean": statistics.fmean(values), "sd": sd, "runs": len(values)}
+    return summary
+
+
+def summary_table(summary: Summary, runs: int, stages: Sequence[str] = ()) -> str:
+    """The test metrics before training, after each of ``stages``, and at the end, as text."""
+    tests = [name.removeprefix("test/") for name in summary if name.startswith("test/")]
+    width = max(map(len, tests), default=0)
+    columns = ("before", *stages)
+    lines = [f"mean ± sd over {runs} runs", f"{'':{width}}  {''.join(f'{name:>17}  →   ' for name in columns)}{'after':>17}"]
+    for name in tests:
+        entries = [summary.get(f"{column}/{name}") for column in (*columns, "test")]
+        cells = [f"{entry['mean']:.4f} ± {entry['sd']:.4f}" if entry else "" for entry in entries]
+        lines.append(f"{name:{width}}  " + "  →   ".join(f"{cell:>17}" for cell in cells))
+    return "\n".join(lines)

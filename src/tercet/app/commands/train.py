@@ -117,14 +117,14 @@ def check_resume(cfg: DictConfig, output: Path) -> None:
     there = any((output / "checkpoints").glob("last*.ckpt"))
     if there and not cfg.resume:
         print_status(f"{output} holds a run, which is overwritten; resume=true would have continued it.")
-    if cfg.resume and not there:
-        print_status(f"resume=true: {output} holds no checkpoint; training starts anew.")
-    if cfg.resume and there:
+    elif there:
         old = f"resume=true: {output} is a run of Tercet 0.1, whose settings had other names, and cannot be resumed. "
         new = f"init_from={output} starts from its weights; use another output_dir."
         require("batches" not in OmegaConf.load(output / "config.yaml"), old + new)  # a key of version 0.1
         other = record.first_difference(output, cfg, lambda key: key.split(".")[0] in RESULT_GROUPS)
         require(not other, f"resume=true: {output} was started with {other}. Set it as it was, or use another output_dir.")
+    elif cfg.resume:
+        print_status(f"resume=true: {output} holds no checkpoint; training starts anew.")
 
 
 def is_enabled(cfg: DictConfig, callback: pl.Callback, has_logger: bool) -> bool:
