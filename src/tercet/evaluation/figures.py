@@ -18,7 +18,7 @@ FACE_SIZE = 128  # pixels of a face on the sheet of errors
 
 def plot_roc(curve: Roc, far: float) -> Figure:
     """Plot VAL over FAR on a logarithmic axis, with VAL at ``far`` marked."""
-    figure, axis = _axes(5.2, 4.2)
+    figure, (axis,) = make_axes(5.2, 4.2)
     least = 1 / (2 * curve.different)  # stands for a FAR of 0, which a logarithmic axis does not have
     x = np.maximum(curve.far, least)
     val, reached = curve.val_at(far)
@@ -52,7 +52,7 @@ def plot_gold(points: Mapping[str, tuple[Floats, Floats]]) -> Figure:
 
 def plot_distances(distance: Floats, same: Bools, threshold: float) -> Figure:
     """Plot histograms of the distances of same and of different pairs; the threshold is the mean over folds."""
-    figure, axis = _axes(5.6, 3.6)
+    figure, (axis,) = make_axes(5.6, 3.6)
     low, high = float(distance.min()), float(distance.max())
     bins = np.linspace(low, high if high > low else low + 1, 61).tolist()
     for chosen, color, label in ((~same, GRAY, "different people"), (same, ACCENT, "same person")):
@@ -87,12 +87,13 @@ def plot_errors(pairs: FacePairs, images: Sequence[bytes], distance: Floats, exc
     return figure
 
 
-def _axes(width: float, height: float) -> tuple[Figure, Any]:
-    """A figure with one axis, made without pyplot: no window, and no global state."""
+def make_axes(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Any]]:
+    """A figure and its axes, row by row, made without pyplot: no window, and no global state."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    axis = figure.subplots()
-    axis.spines[["top", "right"]].set_visible(False)
-    return figure, axis
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
 
 
 def _face(data: bytes) -> npt.NDArray[np.uint8]:

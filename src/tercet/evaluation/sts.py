@@ -98,7 +98,7 @@ class STS:
         if self.path == "hub":
             return {task: _sts_pairs(f"hub ({HUB[task]})", task, _load_hub(task, self.split)) for task in tasks}
         rows = read_tasks(self.path, STS_COLUMNS, tasks, STS_SPLITS[self.split])
-        return {task: _sts_pairs(self.path, task, cells) for task, cells in rows.items()}
+        return {task: _sts_pairs(self.path, task, some) for task, some in rows.items()}
 
     def __call__(self, encode: EncodeFunction) -> dict[str, float]:
         """Measure, with one call of ``encode``."""
@@ -158,38 +158,33 @@ def _cosine(x: Tensor, y: Tensor) -> Tensor:
     return torch.nan_to_num(cosine, 0.0, 0.0, 0.0).round(decimals=12)  # so that equal cosines tie on every machine
 
 
-def _load_hub(task: str, split: str) -> Mapping[str, Any]:
+def _load_hub(task: str, split: str) -> list[dict[str, Any]]:
     import datasets
 
     name, part = HUB[task], "validation" if split == "dev" else split
     try:
-        rows = datasets.load_dataset(name, split=part)
-        cells = {column: list(rows[column]) for column in ("sentence1", "sentence2", "score")}
+        rows = datasets.load_dataset(name, split=part).select_columns(["sentence1", "sentence2", "score"])
     except Exception as error:  # the libraries below raise dozens of kinds
         fault = f"{name}, split {part}, cannot be loaded ({' '.join(str(error).split())})"
         advice = f"Set `path` to a table with the columns {', '.join(STS_COLUMNS)}, or leave {task} out of `tasks`."
         raise InputError(f"`path`=hub: {fault}. {advice}") from error
-    return cells | {"row": range(1, len(rows) + 1)}
+    return [dict(row, row=number) for number, row in enumerate(rows, start=1)]
 
 
-def _sts_pairs(path: str | Path, task: str, cells: Mapping[str, Any]) -> STSPairs:
+def _sts_pairs(path: str | Path, task: str, rows: Sequence[Mapping[str, Any]]) -> STSPairs:
     """Check and convert the rows of a task."""
-    divided = task not in UNDIVIDED and "subset" in cells
-    parts = cells["subset"] if divided else [task] * len(cells["row"])
-    first, second, gold, subset = [], [], [], []
-    columns = cells["row"], cells["sentence1"], cells["sentence2"], cells["score"], parts
-    for number, one, other, score, part in zip(*columns, strict=True):
-        where = f"`path`={path}, row {number} ({task})"
-        value = _gold_score(score, where)
-        if math.isnan(value):
-            continue
-        require(part, f"{where}: the subset is empty. {task} is scored by subset: correct the row.")
-        first.append(clean_sentence(one, "sentence1", where))
-        second.append(clean_sentence(other, "sentence2", where))
-        gold.append(value)
-        subset.append(str(part))
-    if dropped := len(cells["row"]) - len(gold):
-        warn_once(f"{path}: {dropped} of {len(cells['row'])} pairs of {task} have no gold score and are left out.")
+    divided = task not in UNDIVIDED and "subset" in rows[0]
+    kept: list[list[Any]] = []
+    for row in rows:
+        where = f"`path`={path}, row {row['row']} ({task})"
+        score, part = _gold_score(row["score"], where), row["subset"] if divided else task
+        if not math.isnan(score):
+            require(part, f"{where}: the subset is empty. {task} is scored by subset: correct the row.")
+            sides = [clean_sentence(row[side], side, where) for side in ("sentence1", "sentence2")]
+            kept.append([*sides, score, str(part)])
+    if dropped := len(rows) - len(kept):
+        warn_once(f"{path}: {dropped} of {len(rows)} pairs of {task} have no gold score and are left out.")
+    first, second, gold, subset = ([row[i] for row in kept] for i in range(4))
     scores, subsets = np.array(gold, np.float64), np.array(subset, dtype=np.str_)
     for name in sorted(set(subset)) or [""]:
         if len(set(scores[subsets == name])) < 2:  # there is no correlation with a constant

@@ -41,11 +41,11 @@ class Encoder(nn.Module):
         self.auto_chunks = AutoChunks()
 
     @abstractmethod
-    def run(self, inputs: Inputs, execution: Execution) -> Tensor:
+    def run(self, inputs: Any, execution: Execution) -> Tensor:
         """``(N, D)``, in the order of the rows, computed as ``execution`` says."""
 
     @abstractmethod
-    def prepare(self, items: Sequence[Item]) -> Inputs:
+    def prepare(self, items: Sequence[Item]) -> Any:
         """Texts, or the bytes of image files, as the input of ``forward``."""
 
     @abstractmethod
@@ -66,10 +66,8 @@ class Encoder(nn.Module):
         """``(N, D)``, in the order of the rows."""
         return self.run(inputs, self.execution_for(inputs))
 
-    def execution_for(self, inputs: Inputs) -> Execution:
+    def execution_for(self, inputs: Any) -> Execution:
         """``execution``, with a number for ``chunk_tokens="auto"`` that is measured on the first batch."""
-        if not isinstance(inputs, TokenBatch):
-            return self.execution
         return self.auto_chunks.resolve(self.execution, self, lambda x: self.run(x, self.execution.unchunked()), inputs)
 
     def encode(
@@ -97,8 +95,7 @@ class Encoder(nn.Module):
 
     def encoding_chunks(self, items: list[Item], tokens: int | None, batch_size: int | None) -> Chunks:
         """The items in chunks, each item in one."""
-        inputs = self.prepare(items)
-        assert isinstance(inputs, TokenBatch)
+        inputs: TokenBatch = self.prepare(items)
         tokens = tokens or (2048 if self.device.type == "cpu" else 65536)  # small chunks stay in a CPU's cache
         return replace(self.execution, chunk_tokens=tokens, chunk_rows=batch_size).chunks(inputs.lengths), inputs.select
 

@@ -15,7 +15,7 @@ from tercet.models.encoder import Chunks, Encoder, PoolingMixin
 from tercet.models.engine.chunking import DEFAULT_EXECUTION, Execution
 from tercet.models.pooling import Head
 from tercet.models.pretrained import first_line
-from tercet.types import Images, Inputs, Item
+from tercet.types import Images, Item
 
 
 class ImageEncoder(PoolingMixin, Encoder):
@@ -64,9 +64,13 @@ class ImageEncoder(PoolingMixin, Encoder):
                 module.eval()
         return self
 
-    def run(self, inputs: Inputs, execution: Execution) -> Tensor:
+    def run(self, inputs: Images, execution: Execution) -> Tensor:
         """``Images -> (N, D)``."""
-        return execution.run(self.embed, inputs)
+        return execution.run_parts(self.embed, inputs.pixels.split(execution.chunk_rows or max(1, len(inputs))))
+
+    def execution_for(self, inputs: Images) -> Execution:
+        """``execution``: a limit of tokens is for texts."""
+        return self.execution
 
     def embed(self, pixels: Tensor) -> Tensor:
         """``pixels (n, C, S, S)``, 8-bit, to ``(n, D)`` in one pass."""

@@ -21,7 +21,7 @@ from tercet.models.engine.chunking import Execution
 from tercet.models.engine.packing import KEY_VALUE
 from tercet.models.text import TextEncoder, tokenize
 from tercet.models.words import WordModel
-from tercet.types import Inputs, Item, TokenBatch
+from tercet.types import Item, TokenBatch
 
 FILE = "model.onnx"
 SETTINGS = "onnx.json"
@@ -71,7 +71,7 @@ class ONNXEncoder(Encoder):
         self.session = onnxruntime.InferenceSession(str(folder / FILE), options, providers=["CPUExecutionProvider"])
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
 
-    def run(self, inputs: Inputs, execution: Execution) -> Tensor:
+    def run(self, inputs: TokenBatch, execution: Execution) -> Tensor:
         """``TokenBatch -> (N, D)``."""
         return execution.run(self._embed, inputs)
 

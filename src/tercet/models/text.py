@@ -15,7 +15,7 @@ from tercet.models.engine.chunking import DEFAULT_EXECUTION, Execution
 from tercet.models.pooling import NEEDS_ALL_LAYERS, NEEDS_FIRST, POOLINGS, WORD_POOLINGS, Head
 from tercet.models.words import WordModel
 from tercet.rng import derive_seed
-from tercet.types import Inputs, Item, TokenBatch
+from tercet.types import Item, TokenBatch
 from tercet.views import TokenInfo
 
 CONTINUES = "##"  # marks a continuation in WordPiece
@@ -61,7 +61,7 @@ class TextEncoder(PoolingMixin, Encoder):
         self.runner = BackboneRunner(backbone, int(tokenizer.pad_token_id or 0), compile)
         self.execution = self.runner.resolve(execution)
 
-    def run(self, inputs: Inputs, execution: Execution) -> Tensor:
+    def run(self, inputs: TokenBatch, execution: Execution) -> Tensor:
         """``TokenBatch -> (N, D)``."""
         options = (execution.layout == "packed", self.pooling in NEEDS_FIRST, self.pooling in NEEDS_ALL_LAYERS)
         return execution.run(lambda rows: self.pool(*self.runner(rows, *options)), inputs)
@@ -128,9 +128,8 @@ class DualEncoder(Encoder):
             second.weight = first.weight
         self.f, self.g, self.tokenizer = f, g, tokenizer
 
-    def run(self, inputs: Inputs, execution: Execution) -> Tensor:
+    def run(self, inputs: TokenBatch, execution: Execution) -> Tensor:
         """``TokenBatch -> (N, 2 D)``; deterministic dropout has other masks in ``g``."""
-        assert isinstance(inputs, TokenBatch)
         z, seed = self.f.run(inputs, execution), inputs.state.dropout_seed
         if seed is not None:
             inputs = replace(inputs, state=replace(inputs.state, dropout_seed=derive_seed(seed, 1)))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tercet.distributed import contrast, reduce_loss
 from tercet.distributed.sharding import equalized_forward, reshard, shard
-from tercet.errors import InputError, require
+from tercet.errors import require
 from tercet.losses import InfoNCE
 from tercet.models import CachedEncoder, Encoder
 from tercet.models.engine.deterministic_dropout import with_dropout_seeds
@@ -60,9 +60,8 @@ class Memory(nn.Module):
         return {"steps": self.steps, **{name: x.cpu() for name, x in stored.items()}}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore what ``get_extra_state`` gave, also under the names of fields in checkpoints of version 1."""
-        renamed = {"uid": "example_id", "content": "content_hash"}
-        stored = {renamed.get(name, name): x for name, x in state.items() if name != "steps"}
+        """Restore what ``get_extra_state`` gave."""
+        stored = {name: x for name, x in state.items() if name != "steps"}
         self.steps, self.stored = state["steps"], Embeddings(**stored) if stored else None
 
 
@@ -124,11 +123,11 @@ class Contrastive(ObjectiveHooks, pl.LightningModule):
         self.mlm_weight = mlm.weight
         self.mlm = mlm.build(encoder)
         self.memory = memory if memory and memory.size else None
-        if self.memory and getattr(self.loss, "key_exchange", None) == "ring":
-            raise InputError(
-                f"`memory.size`={self.memory.size} with `loss.key_exchange`=ring: a memory holds all keys, a process in a ring "
-                "those of one process at a time. Use only one of the two."
-            )
+        require(
+            self.memory is None or getattr(self.loss, "key_exchange", None) != "ring",
+            f"`memory.size`={memory and memory.size} with `loss.key_exchange`=ring: a memory holds all keys, a process in a "
+            "ring those of one process at a time. Use only one of the two.",
+        )
         self.num_unreadable = 0  # rows that could not be read so far
 
     @classmethod

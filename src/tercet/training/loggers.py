@@ -9,15 +9,19 @@ import secrets
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import pytorch_lightning as pl
 import pytorch_lightning.loggers as loggers
 from pytorch_lightning.utilities import rank_zero_only
 
+from tercet.images import make_thumbnail
 from tercet.messages import describe_logger, log_errors, print_status, warn_once
+
+LogFunctions = dict[type[loggers.Logger], Callable[..., None]]
 
 GUARDED = ("log_metrics", "log_hyperparams", "log_table", "log_image", "save", "finalize")
 STEP = "trainer/global_step"  # the name that Lightning gives to the step
@@ -50,6 +54,45 @@ def _check_disk(folder: str) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder)
 
 
+def _wandb_table(logger: Any, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
+    from wandb import Image
+
+    data = [[Image(make_thumbnail(cell)) if isinstance(cell, bytes) else cell for cell in row] for row in rows]
+    logger.log_table(key=f"tables/{name}", columns=list(columns), data=data, step=step)
+
+
+def _tensorboard_table(logger: Any, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
+    if not has_images(rows):
+        lines = [" | ".join(str(cell).replace("|", " ") for cell in row) for row in (columns, ["---"] * len(columns), *rows)]
+        logger.experiment.add_text(f"tables/{name}", "\n".join(lines), step)
+
+
+# How each kind of logger shows a figure (which is also in a file), a table, and embeddings; other loggers show none.
+FIGURE: LogFunctions = {
+    loggers.WandbLogger: lambda to, name, figure, path, step: to.log_image(key=f"figures/{name}", images=[path], step=step),
+    loggers.TensorBoardLogger: lambda to, name, figure, path, step: to.experiment.add_figure(
+        f"figures/{name}", figure, step, close=False
+    ),
+}
+TABLE: LogFunctions = {loggers.WandbLogger: _wandb_table, loggers.TensorBoardLogger: _tensorboard_table}
+EMBEDDINGS: LogFunctions = {
+    loggers.TensorBoardLogger: lambda to, z, names, step: to.experiment.add_embedding(z, names, global_step=step)
+}
+
+
+def log_to_all(trainer: pl.Trainer, functions: LogFunctions, *content: Any) -> None:
+    """Show ``content`` in each of the trainer's loggers for which there is a function."""
+    for logger in trainer.loggers:
+        for log in (function for kind, function in functions.items() if isinstance(logger, kind)):
+            with log_errors(describe_logger(logger)):
+                log(logger, *content, trainer.global_step)
+
+
+def has_images(rows: Sequence[Sequence[Any]]) -> bool:
+    """Whether a table has a cell of bytes, the content of an image file."""
+    return any(isinstance(cell, bytes) for row in rows for cell in row)
+
+
 def wandb_logger(
     project: str = "tercet", name: str = "run", group: str | None = None, tags: Sequence[str] = (), mode: str = "offline",
     save_dir: str = ".", resume: bool = False,
@@ -68,29 +111,25 @@ def wandb_logger(
     _set_environment(folder)
     agent = os.environ.get("WANDB_SWEEP_ID")
     job = folder.name.isdigit()  # of a sweep by Hydra
-    if sweep := agent or (job and folder.parent.name):
-        group, tags = f"{group or name}/{sweep}", [*tags, sweep]
-    start = partial(
-        _start_run, name=f"{name}-{folder.name}" if job else name, group=group and group[:128],
-        tags=list(dict.fromkeys(tag[:64] for tag in tags)), dir=save_dir, job_type="train",
-    )  # fmt: skip
+    sweep = agent or (folder.parent.name if job else "")
+    run_group = f"{group or name}/{sweep}" if sweep else group
+    settings: dict[str, Any] = {
+        "name": f"{name}-{folder.name}" if job else name, "group": run_group and run_group[:128], "dir": save_dir,
+        "tags": list(dict.fromkeys(tag[:64] for tag in [*tags, sweep] if tag)), "mode": mode, "job_type": "train",
+    }  # fmt: skip
     try:
         id_file = folder / "wandb" / "run-id.txt"
         id_file.parent.mkdir(parents=True, exist_ok=True)
         _check_disk(save_dir)
         run_id = id_file.read_text().strip() if resume and id_file.is_file() else secrets.token_hex(4)
-        own: dict[str, Any] = {} if agent else {"project": project, "id": run_id}
-        try:
-            run = start(mode=mode, **own)
-        except Exception as error:  # of W&B, its service or the network
-            if mode == "offline":
-                raise
-            print_status(f"W&B: {type(error).__name__}: {error}; the run is written offline. `wandb sync` sends it later.")
-            own |= {} if agent else {"id": secrets.token_hex(4)}  # the id of the attempt is in use
-            run = start(mode="offline", **own)
+        run = _start_run(**settings, **({} if agent else {"project": project, "id": run_id}))
         id_file.write_text(f"{run.id}\n")
-    except Exception as error:
-        print_status(f"W&B: {type(error).__name__}: {error}; the run goes on without it.")
+    except Exception as error:  # of W&B, its service, the network or the disk
+        failure = f"W&B: {type(error).__name__}: {error}; the run"
+        if mode == "online":
+            print_status(f"{failure} is written offline. `wandb sync` sends it later.")
+            return wandb_logger(project, name, group, tags, "offline", save_dir)  # with a new id: that of the attempt is in use
+        print_status(f"{failure} goes on without it.")
         return None
     return loggers.WandbLogger(project=project, save_dir=save_dir, experiment=run)
 

@@ -7,8 +7,6 @@ import torch
 
 from tercet.errors import InputError
 from tercet.models.folder import KEY, read_checkpoint
-from tercet.training import Memory
-from tercet.training.callbacks import RNGState, SkipNonFinite
 from tercet.training.callbacks.checkpoints import LAST, AtomicCheckpointIO, interval, newest_checkpoint
 
 
@@ -26,26 +24,6 @@ def test_the_last_k_stay(tmp_path):
         io.save_checkpoint(content(step), tmp_path / LAST)
     io.save_checkpoint(content(9), tmp_path / "best.ckpt")
     assert steps(tmp_path) == {LAST: 4, "last-1.ckpt": 3, "last-2.ckpt": 2, "best.ckpt": 9}
-
-
-def test_states_of_callbacks_are_found_under_the_names_of_version_1(tmp_path):
-    io = AtomicCheckpointIO(keep_last=1)
-    states = {"Randomness": {"step": 1}, "Finite": {"skipped": 2}, "Last{'monitor': None}": {}, "HardLabels": {}}
-    io.save_checkpoint({**content(1), "callbacks": states}, tmp_path / LAST)
-    callbacks = io.load_checkpoint(tmp_path / LAST)["callbacks"]
-    assert callbacks == {
-        "RNGState": {"step": 1}, "SkipNonFinite": {"skipped": 2}, "LastCheckpoint{'monitor': None}": {}, "HardLabels": {},
-    }  # fmt: skip
-    assert RNGState().state_key in callbacks and SkipNonFinite().state_key in callbacks
-
-
-def test_the_memory_of_a_checkpoint_of_version_1_is_read():
-    ids = torch.arange(3)
-    old = {"steps": 4, "z": torch.ones(1, 3, 2), "uid": ids, "label": ids, "position": ids, "content": ids[None]}
-    memory = Memory(size=9)
-    memory.set_extra_state(old)
-    assert memory.steps == 4 and torch.equal(memory.stored.example_id, ids)
-    assert memory.get_extra_state().keys() == {"steps", "z", "example_id", "label", "position", "content_hash"}
 
 
 def test_one_is_one(tmp_path):

@@ -82,8 +82,8 @@ class BackboneRunner:
         """
         first_token_only = first_token_only and packed and self.can_skip_last_layer and not all_layers
         if packed:
-            state = rows.state if rows.state.position is not None else replace(rows.state, position=rows.default("position"))
-            ids, state = rows.ids[None], state.map(lambda x: x[None])
+            state = replace(rows.state, position=rows.state_field("position")).map(lambda x: x[None])
+            ids = rows.ids[None]
         else:
             ids, mask, state = rows.pad(self.pad_id)
         if self.dropout_seeds is not None:

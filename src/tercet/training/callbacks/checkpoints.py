@@ -23,7 +23,6 @@ from tercet.messages import warn_once
 from tercet.training.lightning_compat import forget_pending_batches, restart_validation
 
 LAST = "last.ckpt"
-RENAMED = {"Randomness": "RNGState", "Finite": "SkipNonFinite", "Last": "LastCheckpoint"}  # callbacks of version 1
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -82,20 +81,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 raise
             warn_once(f"{file} could not be written ({error}); training goes on with the checkpoints that exist.")
 
-    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Read a checkpoint, with present names of callbacks."""
-        checkpoint: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
-        for key in list(checkpoint.get("callbacks", ())):
-            name, brace, rest = key.partition("{")  # ModelCheckpoint adds its settings in braces
-            if name in RENAMED:
-                checkpoint["callbacks"][RENAMED[name] + brace + rest] = checkpoint["callbacks"].pop(key)
-        return checkpoint
-
     def _rotate(self, file: Path) -> None:
         for older, newer in pairwise(reversed(generations(file.parent, self.keep_last))):
-            if newer.exists() and newer != file:
-                newer.replace(older)
-            elif newer.exists():  # a second name for the file: there is a last.ckpt at every moment
+            if newer.exists():  # a second name for the file: there is a last.ckpt at every moment
                 older.unlink(missing_ok=True)
                 os.link(newer, older)
 
@@ -144,10 +132,7 @@ class RNGState(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         """The state after the last optimizer step; an interrupted step will be repeated."""
         if rank() and self.state:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            partial = self.file.with_name(f".{self.file.name}")
-            torch.save(self.state, partial)
-            partial.replace(self.file)
+            AtomicCheckpointIO().save_checkpoint(self.state, self.file)
         return self.state or self.loaded
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -184,7 +169,7 @@ class RNGState(pl.Callback):
         state = self.loaded
         if rank() and self.file.is_file():
             own = torch.load(self.file, map_location="cpu", weights_only=True)
-            if "step" in own and "step" in state and own["step"] == state["step"].cpu():  # the oldest checkpoints have no step
+            if own["step"] == state["step"].cpu():
                 state = own
         torch.set_rng_state(state["cpu"].cpu())
         if "cuda" in state and torch.cuda.is_available():

@@ -7,17 +7,17 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from pytorch_lightning.loggers import TensorBoardLogger
 from torch import Tensor
 
 from tercet.distributed.gather import world_size
+from tercet.evaluation.figures import ACCENT, make_axes
 from tercet.images import UnreadableImage, make_thumbnail, read_image_cell
 from tercet.models import Encoder, ImageEncoder
 from tercet.training.callbacks.evaluation import refresh_encoder
-from tercet.training.callbacks.figures import PAIR_COLOR, publish_figure, publish_table
+from tercet.training.callbacks.figures import OTHER_COLOR, draw_cosines, publish_figure, publish_table
+from tercet.training.loggers import EMBEDDINGS, log_to_all
 from tercet.types import Item, Source
 
-GRAY = "#b5bcbf"
 MAX_COLORS = 10  # labels with a color of their own; all others are gray
 
 
@@ -85,26 +85,18 @@ class EmbeddedSample:
 
 def draw_embeddings(sample: EmbeddedSample, history: list[tuple[str, float, float]], umap: bool) -> Figure:
     """Four panels: a map of the rows, cosines of pairs, singular values, and alignment over uniformity since the start."""
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    axes = list(figure.subplots(2, 2).flat)
-    _draw_map(axes[0], sample, umap)
-    true, other = sample.pairs()
-    bins = torch.linspace(-1, 1, 81).tolist()
-    axes[1].hist(other.tolist(), bins=bins, density=True, color=GRAY, label="other pairs")
-    if len(true):
-        axes[1].hist(true.tolist(), bins=bins, density=True, color=PAIR_COLOR, alpha=0.75, label="true pairs")
-    axes[1].set(title="Similarity", xlabel="cosine", yticks=[])
-    axes[1].legend(frameon=False)
+    figure, (space, cosines, spectrum, progress) = make_axes(11, 8, 2, 2)
+    _draw_map(space, sample, umap)
+    draw_cosines(cosines, "Similarity", *sample.pairs(), -1)
+    cosines.legend(frameon=False)
     values = sample.spectrum()
-    axes[2].plot(range(1, len(values) + 1), values.clamp(min=1e-6).tolist(), color=PAIR_COLOR)
-    axes[2].set(title="Singular values (a collapse falls at once)", yscale="log", ylim=(1e-4, 1.5), xlabel="direction")
+    spectrum.plot(range(1, len(values) + 1), values.clamp(min=1e-6).tolist(), color=ACCENT)
+    spectrum.set(title="Singular values (a collapse falls at once)", yscale="log", ylim=(1e-4, 1.5), xlabel="direction")
     names, aligned, uniform = zip(*history, strict=True)
-    axes[3].plot(uniform, aligned, "-o", color=PAIR_COLOR, ms=4)
+    progress.plot(uniform, aligned, "-o", color=ACCENT, ms=4)
     for i in {0, len(history) - 1}:
-        axes[3].annotate(names[i], (uniform[i], aligned[i]), (5, 5), textcoords="offset points")
-    axes[3].set(title="Alignment and uniformity (both: less is better)", xlabel="uniformity", ylabel="alignment")
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
+        progress.annotate(names[i], (uniform[i], aligned[i]), (5, 5), textcoords="offset points")
+    progress.set(title="Alignment and uniformity (both: less is better)", xlabel="uniformity", ylabel="alignment")
     return figure
 
 
@@ -117,7 +109,7 @@ def _draw_map(axis: Any, sample: EmbeddedSample, umap: bool) -> None:
     labels, counts = sample.label.unique(return_counts=True)
     frequent = labels[labels >= 0][counts[labels >= 0].argsort(descending=True)][:MAX_COLORS]
     rest = ~torch.isin(sample.label, frequent)
-    axis.scatter(*points[rest].T.tolist(), s=9, color=GRAY if len(frequent) else PAIR_COLOR, alpha=0.6, linewidths=0)
+    axis.scatter(*points[rest].T.tolist(), s=9, color=OTHER_COLOR if len(frequent) else ACCENT, alpha=0.6, linewidths=0)
     for i, label in enumerate(frequent.tolist()):
         axis.scatter(*points[sample.label == label].T.tolist(), s=14, color=f"C{i}", linewidths=0, label=str(label))
     if len(frequent):
@@ -180,10 +172,9 @@ class EmbeddingFigures(pl.Callback):
         if when != "before" and trainer.is_global_zero:
             publish_figure(trainer, "embeddings", draw_embeddings(sample, self.history, self.umap))
             self._publish_tables(trainer, sample)
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger) and when == "test":
-                    names = [str(item)[:100] if isinstance(item, str) else str(i) for i, item in enumerate(self.items[0])]
-                    logger.experiment.add_embedding(z[0], metadata=names, global_step=trainer.global_step)
+            if when == "test":
+                names = [item[:100] if isinstance(item, str) else str(i) for i, item in enumerate(self.items[0])]
+                log_to_all(trainer, EMBEDDINGS, z[0], names)
 
     def _load_items(self, source: Source, encoder: Encoder) -> None:
         """Load the rows, without those of unreadable images."""

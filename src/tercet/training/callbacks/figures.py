@@ -2,7 +2,8 @@
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,15 @@ import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from pytorch_lightning.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
-from tercet.images import make_thumbnail
-from tercet.messages import describe_logger, log_errors, warn_once
+from tercet.evaluation.figures import ACCENT, GRAY, make_axes
+from tercet.messages import warn_once
 from tercet.training.callbacks.evaluation import Evaluation
+from tercet.training.loggers import FIGURE, TABLE, has_images, log_to_all
 from tercet.types import Source
 
-PAIR_COLOR, OTHER_COLOR = "#1b7f79", "#c9c9c9"
+OTHER_COLOR = "#c9c9c9"
 
 
 class EvaluatorFigures(pl.Callback):
@@ -31,65 +32,56 @@ class EvaluatorFigures(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw; the loggers keep the figures of every validation, the run's folder those of the last."""
         if not trainer.sanity_checking:
-            _publish_all(trainer, pl_module, "validation", "val_")
+            self._publish(trainer, pl_module, "validation", "val_")
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw, except before training: the figures after it have the same names."""
         if pl_module.stage == "test":
-            _publish_all(trainer, pl_module, "test", "")
+            self._publish(trainer, pl_module, "test", "")
 
-
-def _publish_all(trainer: Any, module: Any, kind: str, prefix: str) -> None:
-    evaluation = next((found for found in trainer.callbacks if isinstance(found, Evaluation)), None)
-    draw = getattr(getattr(evaluation, kind, None), "figures", None)
-    for name, figure in (draw(module.cached_encoder) if draw else {}).items():
-        publish_figure(trainer, prefix + name, figure)
-
-
-def publish_table(trainer: pl.Trainer, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Write ``<name>.csv`` into the run's folder and log it to W&B and TensorBoard; a table of images (bytes) to W&B only."""
-    images = any(isinstance(cell, bytes) for row in rows for cell in row)
-    path = Path(trainer.default_root_dir) / f"{name}.csv"
-    try:
-        if not images:
-            with path.open("w", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows([columns, *rows])
-    except OSError as error:
-        _warn_unwritten(path, error)
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            from wandb import Image
-
-            data = [[Image(make_thumbnail(cell)) if isinstance(cell, bytes) else cell for cell in row] for row in rows]
-            logger.log_table(key=f"tables/{name}", columns=list(columns), data=data, step=trainer.global_step)
-        elif isinstance(logger, TensorBoardLogger) and not images:
-            table = [columns, ["---"] * len(columns), *rows]
-            lines = [" | ".join(str(cell).replace("|", " ") for cell in row) for row in table]
-            with log_errors(describe_logger(logger)):
-                logger.experiment.add_text(f"tables/{name}", "\n".join(lines), trainer.global_step)
+    def _publish(self, trainer: Any, module: Any, kind: str, prefix: str) -> None:
+        for evaluation in (found for found in trainer.callbacks if isinstance(found, Evaluation)):
+            draw = getattr(getattr(evaluation, kind), "figures", None)
+            for name, figure in (draw(module.cached_encoder) if draw else {}).items():
+                publish_figure(trainer, prefix + name, figure)
 
 
 def publish_figure(trainer: pl.Trainer, name: str, figure: Figure) -> None:
-    """Write ``<name>.png`` into the run's folder, from the first process, and log it to W&B and TensorBoard."""
-    if not trainer.is_global_zero:
-        return
+    """Write ``<name>.png`` into the run's folder, from the first process, and log it."""
     path = Path(trainer.default_root_dir) / f"{name}.png"
+    if trainer.is_global_zero:
+        with _whole_file(path):
+            figure.savefig(path, dpi=150)
+        if path.is_file():
+            log_to_all(trainer, FIGURE, name, figure, str(path))
+
+
+def publish_table(trainer: pl.Trainer, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Write ``<name>.csv`` into the run's folder, unless it has images (bytes), and log it."""
+    path = Path(trainer.default_root_dir) / f"{name}.csv"
+    if not has_images(rows):
+        with _whole_file(path), path.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([columns, *rows])
+    log_to_all(trainer, TABLE, name, columns, rows)
+
+
+@contextmanager
+def _whole_file(path: Path) -> Iterator[None]:
+    """Where the file cannot be written, remove the part of it and warn; the run goes on."""
     try:
-        figure.savefig(path, dpi=150)
+        yield
     except OSError as error:
-        _warn_unwritten(path, error)
-        return
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            logger.log_image(key=f"figures/{name}", images=[str(path)], step=trainer.global_step)
-        elif isinstance(logger, TensorBoardLogger):
-            with log_errors(describe_logger(logger)):
-                logger.experiment.add_figure(f"figures/{name}", figure, trainer.global_step, close=False)
+        path.unlink(missing_ok=True)
+        warn_once(f"{path} could not be written ({error}); training goes on without it.")
 
 
-def _warn_unwritten(path: Path, error: OSError) -> None:
-    path.unlink(missing_ok=True)  # a part of it
-    warn_once(f"{path} could not be written ({error}); training goes on without it.")
+def draw_cosines(axis: Any, title: str, true: Tensor, other: Tensor, least: float) -> None:
+    """Histograms of the cosines of true pairs and of all others, from ``least`` to 1."""
+    bins = torch.linspace(least, 1, round(40 * (1 - least)) + 1).tolist()
+    axis.hist(other.tolist(), bins=bins, density=True, color=OTHER_COLOR, label="other pairs")
+    if len(true):
+        axis.hist(true.tolist(), bins=bins, density=True, color=ACCENT, alpha=0.75, label="true pairs")
+    axis.set(title=title, xlabel="cosine", yticks=[])
 
 
 def recall_at(k: int, scores: Tensor) -> float:
@@ -146,27 +138,22 @@ class BeforeAfter(pl.Callback):
 
 def draw_before_after(before: Tensor, after: Tensor) -> Figure:
     """Three panels: recall at every k, and the cosines of pairs and of all other combinations before and after."""
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    axes = figure.subplots(1, 3)
+    figure, axes = make_axes(13, 4, columns=3)
     _draw_recall(axes[0], before, after)
-    bins = torch.linspace(-0.4, 1, 57).tolist()
     own = torch.eye(len(before), dtype=torch.bool)
     for axis, scores, name in ((axes[1], before, "Before"), (axes[2], after, "After")):
-        axis.hist(scores[~own].tolist(), bins=bins, density=True, color=OTHER_COLOR, label="other pairs")
-        axis.hist(scores[own].tolist(), bins=bins, density=True, color=PAIR_COLOR, alpha=0.75, label="true pairs")
-        axis.set(xlabel="cosine", yticks=[], title=f"{name}: recall@1 {100 * recall_at(1, scores):.0f} %", xlim=(-0.4, 1))
+        title = f"{name}: recall@1 {100 * recall_at(1, scores):.0f} %"
+        draw_cosines(axis, title, scores[own], scores[~own], -0.4)
+        axis.set_xlim(-0.4, 1)
     axes[1].legend(frameon=False)
-    top = max(axis.get_ylim()[1] for axis in axes[1:])
     for axis in axes[1:]:
-        axis.set_ylim(0, top)
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_ylim(0, max(axis.get_ylim()[1] for axis in axes[1:]))
     return figure
 
 
 def _draw_recall(axis: Any, before: Tensor, after: Tensor) -> None:
     ks = sorted({round(10 ** (x / 20)) for x in range(int(20 * math.log10(len(before))) + 1)})
-    for scores, name, color in ((before, "before", "#888888"), (after, "after", PAIR_COLOR)):
+    for scores, name, color in ((before, "before", GRAY), (after, "after", ACCENT)):
         found = [100 * recall_at(k, scores) for k in ks]
         axis.plot(ks, found, label=name, color=color, lw=2.5)
         axis.annotate(f"{found[0]:.0f}", (1, found[0]), (6, -4), textcoords="offset points", color=color)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tercet.data import PKBatchSampler
 from tercet.distributed.gather import gather_rows, rank, world_size
-from tercet.errors import InputError, require
+from tercet.errors import require
 from tercet.evaluation.search import FalseNegativeFilter, hard_negatives
 from tercet.types import BatchIndices
 
@@ -41,9 +41,8 @@ class HardLabels(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Give the sampler the neighbors of a checkpoint."""
         sampler = trainer.datamodule.sampler  # type: ignore[attr-defined]
-        if not isinstance(sampler, PKBatchSampler):
-            name = type(sampler).__name__
-            raise InputError(f"HardLabels chooses the labels of a batch: it needs a PKBatchSampler, but the sampler is {name}.")
+        got = f"it needs a PKBatchSampler, but the sampler is {type(sampler).__name__}."
+        require(hasattr(sampler, "neighbors"), f"HardLabels chooses the labels of a batch: {got}")
         sampler.neighbors, self.sampler = self.neighbors, sampler
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -69,8 +68,8 @@ class HardLabels(pl.Callback):
         return {"neighbors": self.neighbors}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the neighbors, also of checkpoints of version 1."""
-        self.neighbors = state_dict["neighbors"] if "neighbors" in state_dict else state_dict["neighbours"]
+        """Restore the neighbors."""
+        self.neighbors = state_dict["neighbors"]
 
 
 @torch.no_grad()
