@@ -101,6 +101,7 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
             print_status(f"resuming from {resumed}, step {read_checkpoint(resumed)['global_step']}")
         trainer.fit(objective, datamodule=data, ckpt_path=str(resumed) if resumed else None)
         metrics |= restore_best(trainer, objective) | evaluate_stage(trainer, objective, "test")
+        record.write_examples(output, evaluation.test, objective.cached_encoder)
         write_results(cfg, trainer, objective, metrics, notes, output)
         trainer.strategy.barrier("written")  # the next stage reads what the first process wrote
         record.close_loggers(loggers, "finished")
@@ -165,7 +166,8 @@ def write_results(
     before, after = (record.stage_metrics(metrics, stage) for stage in ("before", "test"))
     report.write_report(output, cfg, metrics)
     record.log_artifacts(trainer.loggers, output, cfg, metrics, notes)
-    print_status("\n" + report.before_after_table(before, after))
+    headline = report.run_result(cfg, metrics, before, after).headline
+    print_status(f"\n{headline}\n\n{report.before_after_table(before, after)}")
     print_status(f"\n{trainer.global_step} steps, data {notes['data']['fingerprint']}. Written to {output}:")
     for path in sorted(p for p in output.iterdir() if p.name != "hparams.yaml"):
         print_status(f"  {path.name}{'/' if path.is_dir() else ''}")
