@@ -4,6 +4,7 @@ transformers opens the folder too, and sentence-transformers (``modules.json``),
 """
 
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,6 +66,8 @@ def save_model(encoder: Encoder, path: str | Path) -> None:
     else:
         raise InputError("An exported model cannot be saved as a model folder: copy its own folder instead.")
     _write(folder / SETTINGS, {"version": VERSION, **encoder.settings()})
+    for weights in folder.rglob("*.safetensors"):  # which safetensors lets nobody but the owner read
+        shutil.copymode(folder / SETTINGS, weights)
 
 
 def _save_text(encoder: TextEncoder, folder: Path) -> None:
