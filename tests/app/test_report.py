@@ -115,16 +115,6 @@ def test_the_title_is_what_the_user_named(command, title):
     assert report.run_title(settings(command=command, data={"path": "a/my.csv", "name": "captions"})) == title
 
 
-def test_each_metric_stands_once_in_the_tables():
-    """STS-B is one set: its correlation over all pairs, by subset and by size are one number."""
-    names = [f"sts/stsb/{kind}{end}" for kind in ("spearman", "pearson") for end in ("_all", "_mean", "_wmean", "")]
-    after = {name: 0.8 if "spearman" in name else 0.7 for name in names} | {"x/recall@1": 1.0, "x/mrr": 1.0}
-    assert report.distinct_metrics(after) == ["sts/stsb/spearman", "sts/stsb/pearson", "x/recall@1", "x/mrr"]
-    assert report.before_after_table({}, after).count("sts/stsb") == 2
-    parts = {"sts/sts12/spearman_all": 0.8, "sts/sts12/spearman_mean": 0.7}
-    assert report.distinct_metrics({}, parts) == list(parts)
-
-
 def test_without_curves_and_figures_the_page_is_shorter(folder):
     for name in ("metrics.csv", "figure.png"):
         (folder / name).unlink()

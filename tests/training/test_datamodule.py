@@ -91,7 +91,7 @@ def test_a_batch_holds_what_the_rows_say(pieces, tmp_path, workers):
         for v, column in enumerate("ab"):
             ids = pieces(rows[column][uid], truncation=True, max_length=16)["input_ids"]
             assert batch.views[v].rows()[i].tolist() == ids
-            assert int(batch.content_hash[v, i]) == content_hash(rows[column][uid])
+            assert int(batch.content_hash[v, i]) == content_hash(rows[column][uid].encode())
         assert int(batch.label[i]) == rows["label"][uid]
     assert batch.position.tolist() == batch.example_id.tolist()
 
@@ -163,7 +163,7 @@ def test_wrong_settings_name_their_key(pieces, tmp_path, key, value):
 
 
 def test_equal_texts_share_a_content_and_others_do_not():
-    hashes = {text: content_hash(text) for text in TEXTS}
+    hashes = {text: content_hash(text.encode()) for text in TEXTS}
     assert len(set(hashes.values())) == len(TEXTS)
-    assert content_hash(TEXTS[0]) == hashes[TEXTS[0]]
+    assert content_hash(TEXTS[0].encode()) == hashes[TEXTS[0]]
     assert datasets.Features({"x": datasets.Value("int64")}).encode_example({"x": min(hashes.values())})

@@ -97,7 +97,10 @@ def _batches(cfg: DictConfig, objective: Any, data: Any) -> None:
         other = choices("sampler", lambda s: _declared(s, "needs") <= given)
         where = f"{sampler.__name__} needs what data={data.name} does not provide"
         raise InputError(f"{where}: {_words(missing)}. Or use another sampler: {other}.")
-    if missing := _batch_needs(objective, count) - _declared(sampler, "provides"):
+    needed = _batch_needs(objective, count)
+    if given is not None and (missing := needed & {"label"} - given):
+        raise InputError(f"{objective.__name__} needs what data={data.name} does not provide: {_words(missing)}.")
+    if missing := needed - _declared(sampler, "provides") - {"label"}:
         fitting = choices("sampler", lambda s: missing <= _declared(s, "provides"))
         advice = f"{sampler.__name__} leaves that to chance. Use {fitting or 'another sampler'}."
         raise InputError(f"{objective.__name__} on {count} column(s) needs {_words(missing)}. {advice}")

@@ -3,7 +3,7 @@
 import base64
 import csv
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +41,7 @@ def write_report(output: Path, cfg: DictConfig, metrics: Metrics) -> None:
     """Write the page of a run into its folder ``output``, after all other files; the page includes the figures there."""
     before, after = (stage_metrics(metrics, stage) for stage in ("before", "test"))
     overrides = list(cfg.command or [])
-    names = [name for name in distinct_metrics(before, after) if name in before or not before]
+    names = [name for name in after if name in before or not before]
     changes = {name: f"{after[name] - before[name]:+.4f}" for name in names if name in before}
     _render(
         "run.html.j2",
@@ -153,23 +153,9 @@ def format_number(value: float | None) -> str:
     return f"{value:.4f}" if abs(value) >= 0.001 else f"{value:.2g}"
 
 
-def distinct_metrics(*stages: Mapping[str, float]) -> list[str]:
-    """The names of the last stage's metrics, without those that repeat another in all stages: STS-B has no parts to average.
-
-    >>> distinct_metrics({"sts/stsb/spearman_all": 0.8, "sts/stsb/spearman_mean": 0.8, "sts/stsb/spearman": 0.8, "x/mrr": 0.8})
-    ['sts/stsb/spearman', 'x/mrr']
-    """
-    shown: dict[tuple[Any, ...], str] = {}
-    for name in stages[-1]:
-        task, _, metric = name.rpartition("/")
-        key = (task, metric.split("_")[0], *(round(stage[name], 9) if name in stage else None for stage in stages))
-        shown[key] = min(shown.get(key, name), name, key=len)
-    return list(shown.values())
-
-
 def before_after_table(before: Metrics, after: Metrics) -> str:
     """Metrics before and after training, as text for the terminal; names come without their stage."""
-    names = [name for name in distinct_metrics(before, after) if name in before or not before]
+    names = [name for name in after if name in before or not before]
     width = max(map(len, names), default=0)
     head = f"{'':{width}}  {'before':>9}      {'after':>9}"
     cells = {name: "" if before.get(name) is None else f"{before[name]:.4f}" for name in names}

@@ -51,7 +51,7 @@ class Books:
         require(self.max_characters >= 1, f"`max_characters`={self.max_characters}: 1 or more.")
         require(re.fullmatch("[a-z]{2,3}", self.language), f"`language`={self.language}: a code as en, de or fr.")
         try:
-            kind = resolve(self.path).kind
+            kind = resolve(self.path).format.kind
         except InputError as error:
             raise InputError(f"{error.message} Of these raw books are .txt files only.") from error
         advice = "Raw books are .txt files; read tables with TextFiles."
@@ -60,7 +60,7 @@ class Books:
     def rows(self) -> Dataset:
         """The split's sentences, document by document."""
         data = resolve(self.path)
-        table, names = _read(data, files_fingerprint(data.kind, data.files, True), self.language, self.max_characters)
+        table, names = _read(data, files_fingerprint("txt", data.files), self.language, self.max_characters)
         by = pa.chunked_array([np.array(names, dtype=object)[table["label"].to_numpy()]])
         rows = split_rows(table, by, self.split, self.held_out, self.path, self.validation_rows)
         features = {"text": Value("string"), "label": ClassLabel(names=names), "position": Value("int64")}
@@ -68,8 +68,7 @@ class Books:
 
     def fingerprint(self) -> str:
         """Hash the files' contents and every option but where the files are."""
-        data = resolve(self.path)
-        return text_fingerprint("books-1", repr(astuple(self)[1:]), files_fingerprint(data.kind, data.files, True))
+        return text_fingerprint("books-1", repr(astuple(self)[1:]), files_fingerprint("txt", resolve(self.path).files))
 
 
 @lru_cache(maxsize=2)  # both splits are taken from the same sentences

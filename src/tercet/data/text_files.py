@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
 
 from tercet.data import columns as cols
-from tercet.data.file_reader import column_names, read_chunks, resolve
+from tercet.data.file_reader import resolve
 from tercet.errors import InputError, check_choice, require
 from tercet.messages import warn_once
 
@@ -55,16 +55,14 @@ class TextFiles:
         cols.check_split(self.split, self.held_out, self.validation_rows)
         check_choice("bad_rows", self.bad_rows, ("error", "drop"))
         require(not isinstance(self.columns, str), f"`columns`={self.columns}: a list is needed, `columns`=[{self.columns}].")
-        available = column_names(resolve(self.path))
+        available = resolve(self.path).schema().names
         columns = cols.text_columns(self.path, available, [str(name) for name in self.columns or ()])
         taken = ", ".join({"label", "position"} & set(columns))
         require(not taken, f"`columns`: a text column may not be called {taken}. Rename it.")
-        where = {str(name): cols.as_list(value) for name, value in (self.where or {}).items()}
-        named = [(key, getattr(self, key)) for key in ("label", "position", "held_out_by")]
-        for key, name in (*named, *(("where", name) for name in where)):
-            if name is not None:
+        for key in ("label", "position", "held_out_by"):
+            if (name := getattr(self, key)) is not None:
                 cols.check_column(f"`path`={self.path}", available, name, key)
-        vars(self).update(columns=columns, where=where)
+        vars(self).update(columns=columns, where=cols.where_values(self.where, available, self.path))
 
     @property
     def provides(self) -> frozenset[str]:
@@ -90,18 +88,14 @@ class TextFiles:
 
     def fingerprint(self) -> str:
         """Hash the files' contents (of a stream: their sizes and ends) and every option but where the files are."""
-        data = resolve(self.path)
-        options = (*astuple(self)[1:], self.path if not data.files else "")
-        return cols.text_fingerprint(repr(options), cols.files_fingerprint(data.kind, data.files, not self.streaming))
+        return resolve(self.path).fingerprint(astuple(self)[1:], whole=not self.streaming)
 
     def _tables(self) -> Iterator[pa.Table]:
         """The rows that ``where`` and ``bad_rows`` keep; warns of the others at the end."""
         count, blank, dropped = 0, 0, Counter[str]()
         others = [name for name in (self.label, self.position, self.held_out_by, *(self.where or ())) if name is not None]
-        for chunk in read_chunks(resolve(self.path), self.columns, others, self.streaming):
-            keep = np.ones(len(chunk.table), dtype=np.bool_)
-            for name, values in (self.where or {}).items():
-                keep &= cols.matches_any(chunk.table[name], values, self.path, name)
+        for chunk in resolve(self.path, self.streaming).chunks(self.columns, others):
+            keep = cols.where_mask(chunk.table, self.where or {}, self.path)
             count, blank = count + int(keep.sum()), blank + chunk.blank
             yield self._drop_bad_rows(chunk, keep, dropped)
         if blank:
@@ -117,7 +111,7 @@ class TextFiles:
         """The rows to ``keep``, their texts stripped, but those whose text is empty, too long or none, counted by reason."""
         table, faults = chunk.table, [] if chunk.not_text is None else [("a text cell", "not text", "", chunk.not_text)]
         for name in self.columns:
-            column, cell = cols.plain(table[name]), f"column '{name}'"
+            column, cell = table[name], f"column '{name}'"
             is_text = pa.types.is_string(column.type) or pa.types.is_null(column.type)
             require(is_text, f"{chunk.name}: {cell} holds {column.type}, not text. Name a text column in `columns`.")
             column = pc.utf8_trim_whitespace(column.cast(pa.string()))

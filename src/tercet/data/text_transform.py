@@ -24,9 +24,8 @@ from tercet.paths import check_writable
 from tercet.types import Batch, BatchIndices, Source, TokenBatch
 
 
-def content_hash(cell: str | bytes) -> int:
+def content_hash(data: bytes) -> int:
     """A signed 64-bit hash of a cell, the same in every run and process."""
-    data = cell.encode() if isinstance(cell, str) else cell
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 
@@ -84,7 +83,7 @@ class TextTransform:
             texts = rows[column]
             encoded = self.tokenizer(texts, truncation=True, max_length=self.max_length, return_attention_mask=False)
             out[f"ids_{v}"] = encoded["input_ids"]
-            out[f"content_{v}"] = [content_hash(text) for text in texts]
+            out[f"content_{v}"] = [content_hash(text.encode()) for text in texts]
         return out
 
     def features(self, columns: Sequence[str]) -> Features:
@@ -122,6 +121,11 @@ class TokenRows:
     def position(self) -> Tensor:
         """``(N,)``, -1 where there is none."""
         return _tensor(self.rows["position"][:])
+
+    @property
+    def content_hash(self) -> Tensor:
+        """``(V, N)``, equal for equal texts."""
+        return torch.stack([_tensor(self.rows[f"content_{v}"][:]) for v in range(self.num_views)])
 
     def __getitem__(self, indices: BatchIndices) -> Batch:
         return collate(self.rows[indices.rows], torch.tensor(indices.rows), self.num_views)

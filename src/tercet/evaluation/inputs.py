@@ -160,13 +160,13 @@ def find_input(path: str | Path, parameter: str, accepted: str, suffixes: Iterab
 
 def read_table(path: str | Path, parameter: str, columns: Sequence[str], accepted: str) -> dict[str, list[Any]]:
     """Read the cells of ``columns``, which must be there once each; cells of csv and tsv are text."""
-    from tercet.data.file_reader import KINDS, DataPath, column_names, read_chunks  # imports datasets: a second
+    from tercet.data.file_reader import FORMATS, DataPath  # imports datasets: a second
 
     file = find_input(path, parameter, accepted, TABLES)
-    data = DataPath(str(path), KINDS[file.suffix.lower()], (file,))
+    data = DataPath(str(path), FORMATS[file.suffix.lower()], (file,))
     try:
-        check_columns(column_names(data), path, parameter, columns, accepted)
-        tables = [chunk.table for chunk in read_chunks(data, (), columns, streaming=False)]
+        check_columns(data.schema().names, path, parameter, columns, accepted)
+        tables = [chunk.table for chunk in data.chunks((), columns)]
     except InputError as error:
         raise InputError(error.rename({"path": f"`{parameter}`", parameter: f"`{parameter}`"})) from error
     return {name: [cell for table in tables for cell in table[name].to_pylist()] for name in columns}
@@ -190,10 +190,12 @@ def check_tasks(tasks: Sequence[str], known: Sequence[str]) -> None:
 def read_tasks(
     path: str | Path, columns: Sequence[str], tasks: Sequence[str], splits: Sequence[str] = ()
 ) -> dict[str, list[dict[str, Any]]]:
-    """Read each task's rows, of ``splits`` if given: ``columns`` and ``row``, their numbers from 1; without empty tasks."""
-    accepted = f"a .parquet, .csv, .tsv or .jsonl file with the columns {', '.join(columns)}{', or hub' if splits else ''}"
-    table = read_table(path, "path", columns, accepted)
-    rows = [dict(zip(columns, cells, strict=True), row=i) for i, cells in enumerate(zip(*table.values(), strict=True), start=1)]
+    """Read each task's rows, of ``splits`` if given, without empty tasks: ``columns``, and ``where`` for messages."""
+    accepted = f"SentEval's folder data/downstream{', hub' if splits else ''}, or a .parquet, .csv, .tsv or .jsonl file"
+    table = read_table(path, "path", columns, f"{accepted} with the columns {', '.join(columns)}")
+    rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*table.values(), strict=True)]
+    for number, row in enumerate(rows, start=1):
+        row["where"] = f"`path`={path}, row {number} ({row['task']})"
     found: dict[str, list[dict[str, Any]]] = {task: [] for task in tasks}
     for row in rows:
         if row["task"] in found and (not splits or row["split"] in splits):

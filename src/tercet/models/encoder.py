@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tercet.distributed.gather import gather_rows, rank, world_size
 from tercet.errors import require
@@ -18,7 +18,7 @@ from tercet.messages import ProgressLines
 from tercet.models.engine.chunking import AutoChunks, Execution
 from tercet.models.engine.packing import layer_stack
 from tercet.models.pooling import POOLINGS, Head
-from tercet.types import Inputs, Item, TokenBatch
+from tercet.types import Inputs, Item
 
 if TYPE_CHECKING:
     from tercet.models.text import TextEncoder
@@ -81,7 +81,7 @@ class Encoder(nn.Module):
         Equal items are encoded once. ``batch_size`` and ``tokens`` limit the rows and tokens of one forward pass;
         ``normalize`` scales embeddings to length 1 or not, None does what the model was saved with. ``progress`` shows a bar.
         """
-        parts = [part for part in self.modules() if isinstance(part, PoolingMixin)]
+        parts = self.parts()
         before = [part.normalize for part in parts]
         can = parts or normalize is None
         require(can, f"`normalize`={normalize}: this model's normalization is fixed. Leave `normalize` out.")
@@ -97,7 +97,7 @@ class Encoder(nn.Module):
 
     def encoding_chunks(self, items: list[Item], tokens: int | None, batch_size: int | None) -> Chunks:
         """The items in chunks, each item in one."""
-        inputs: TokenBatch = self.prepare(items)
+        inputs: Any = self.prepare(items)
         tokens = tokens or (2048 if self.device.type == "cpu" else 65536)  # small chunks stay in a CPU's cache
         return replace(self.execution, chunk_tokens=tokens, chunk_rows=batch_size).chunks(inputs.lengths), inputs.select
 
@@ -123,9 +123,13 @@ class Encoder(nn.Module):
         """Whether an embedding depends on the other rows of its chunk in the current mode (batch normalization)."""
         return False
 
-    def text_parts(self) -> "list[TextEncoder]":
-        """The text encoders that this encoder consists of."""
+    def parts(self) -> "list[PoolingMixin]":
+        """The encoders with one backbone each that this encoder consists of; none for an exported model."""
         return []
+
+    def text_parts(self) -> "list[TextEncoder]":
+        """Those of ``parts`` that read texts."""
+        return [part for part in self.parts() if part.tokenizer is not None]  # type: ignore[misc]
 
     def token_info(self) -> "TokenInfo | None":
         """What views of texts need to know of the tokenizer; None for images."""
@@ -139,6 +143,8 @@ class Encoder(nn.Module):
 
 class PoolingMixin:
     """What ``TextEncoder`` and ``ImageEncoder`` share: a backbone of width H, pooling, a head and normalization."""
+
+    tokenizer: PreTrainedTokenizerBase | None = None
 
     def _set_parts(self, backbone: PreTrainedModel, hidden: int, pooling: str, head: Head | None, normalize: bool) -> None:
         # transformers returns pretrained models in evaluation mode, and Lightning would train them so, without dropout.
@@ -163,7 +169,11 @@ class PoolingMixin:
             return z
         return nn.functional.normalize(z.unflatten(-1, (self.num_outputs, -1)), dim=-1).flatten(-2)  # each output by itself
 
-    def shared_settings(self) -> dict[str, Any]:
+    def parts(self) -> "list[PoolingMixin]":
+        """Itself."""
+        return [self]
+
+    def settings(self) -> dict[str, Any]:
         """The settings of both."""
         return {"pooling": self.pooling, "head": self.head.settings(), "normalize": self.normalize}
 

@@ -101,7 +101,7 @@ class ImageEncoder(PoolingMixin, Encoder):
     def settings(self) -> dict[str, Any]:
         """How embeddings are made, as plain values."""
         pixels = {**vars(self.pixels), "mean": list(self.pixels.mean), "std": list(self.pixels.std)}
-        return {"kind": self.kind, **self.shared_settings(), "norm": self.norm, "pixels": pixels}
+        return {"kind": self.kind, **super().settings(), "norm": self.norm, "pixels": pixels}
 
 
 def _as_tokens(output: Any) -> tuple[Any, Tensor]:

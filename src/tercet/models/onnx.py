@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import io
-import json
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -15,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from tercet.errors import InputError, check_choice
+from tercet.errors import InputError, check_choice, require
 from tercet.models.encoder import Encoder
 from tercet.models.engine.chunking import Execution
 from tercet.models.engine.packing import KEY_VALUE
+from tercet.models.pretrained import read_json, write_json
 from tercet.models.text import TextEncoder, tokenize
-from tercet.models.words import WordModel
 from tercet.types import Item, TokenBatch
 
 FILE = "model.onnx"
@@ -35,12 +34,15 @@ def export_onnx(encoder: Encoder, folder: Path, precision: str = "float32") -> N
     without VNNI adds two products in 16 bits, which may saturate.
     """
     check_choice("precision", precision, ("float32", "int8"))
-    if not isinstance(encoder, TextEncoder) or isinstance(encoder.backbone, WordModel):
-        raise InputError("export is for texts through one transformer; this model is of another kind.")
+    parts = encoder.text_parts()
+    one = len(parts) == 1 and not parts[0].word_level
+    require(one, "export is for texts through one transformer; this model is of another kind.")
+    part, target = parts[0], folder / FILE
+    name, reason = type(part.backbone).__name__, part.runner.cannot_pad
+    require(not reason, f"export is for padded rows, which {name} cannot read: {reason}.")
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / FILE
     onnx, quantization = _import("onnx"), _import("onnxruntime.quantization")
-    _write_float32(encoder, target)
+    _write_float32(part, target)
     if precision == "int8":
         full = target.rename(folder / "float32.onnx")
         excluded = [node.name for node in onnx.load(full).graph.node if _makes_values(node)]
@@ -49,9 +51,9 @@ def export_onnx(encoder: Encoder, folder: Path, precision: str = "float32") -> N
         with _silence_exporter():
             quantization.quantize_dynamic(full, target, nodes_to_exclude=excluded, **options)
         full.unlink()
-    encoder.tokenizer.save_pretrained(folder)  # "sides" is num_outputs in the files of all versions:
-    settings = {"precision": precision, "max_length": encoder.max_length, "dim": encoder.dim, "sides": encoder.num_outputs}
-    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    part.tokenizer.save_pretrained(folder)  # "sides" is num_outputs in the files of all versions:
+    settings = {"precision": precision, "max_length": part.max_length, "dim": part.dim, "sides": part.num_outputs}
+    write_json(folder / SETTINGS, settings)
 
 
 class ONNXEncoder(Encoder):
@@ -64,7 +66,7 @@ class ONNXEncoder(Encoder):
     def __init__(self, folder: Path) -> None:
         super().__init__(Execution(layout="sorted", dropout="torch"))
         onnxruntime = _import("onnxruntime")
-        self.saved: dict[str, Any] = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        self.saved: dict[str, Any] = read_json(str(folder), SETTINGS)
         self.max_length, self.dim, self.num_outputs = (int(self.saved[key]) for key in ("max_length", "dim", "sides"))
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
@@ -104,7 +106,7 @@ class _PaddedEncoder(nn.Module):
         self.encoder.backbone.set_attn_implementation("eager")
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        arguments = {"input_ids": input_ids, "attention_mask": attention_mask}
+        arguments = {"input_ids": input_ids, "attention_mask": attention_mask, **self.encoder.runner.type_arguments(input_ids)}
         output = self.encoder.backbone(**arguments, output_hidden_states=True, return_dict=True)
         return self.encoder.pool(output, attention_mask)
 

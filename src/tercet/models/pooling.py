@@ -66,7 +66,7 @@ class Head(nn.Module):
         require(dim is None or dim >= 1, f"`dim`={dim}: a whole number above 0, or null for the backbone's width.")
         self.kind, self.dim, self.train_only = kind, dim, train_only
         self.tanh, self.two = kind.endswith("mlp"), kind.startswith("two_")
-        self.layer: nn.Module = nn.Identity()
+        self.layer: nn.Module | None = None
 
     def build(self, hidden: int, std: float) -> None:
         """Make the layer once H is known; its weights are drawn as the backbone's are, from N(0, std)."""
@@ -92,9 +92,9 @@ class Head(nn.Module):
 
     def active(self) -> bool:
         """Whether the layer is applied now."""
-        return self.kind != "none" and (self.training or not self.train_only)
+        return self.layer is not None and (self.training or not self.train_only)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, H) -> (N, D)``; ``(N, H)`` where the head is not active."""
-        out: Tensor = self.layer(x) if self.active() else x
+        out: Tensor = self.layer(x) if self.layer is not None and self.active() else x
         return out

@@ -6,7 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers import logging as transformers_logging
 
 from tercet.errors import InputError, require
@@ -17,7 +25,7 @@ from tercet.paths import locate
 PREPROCESSOR = "preprocessor_config.json"
 _DROPOUTS = (
     "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "embedding_dropout", "mlp_dropout",
-    "hidden_dropout",
+    "hidden_dropout", "dropout_rate",
 )  # fmt: skip
 
 
@@ -54,6 +62,18 @@ def load_pretrained(loader: Any, name: str, parameter: str = "name", **options: 
         transformers_logging.set_verbosity(level)
 
 
+def read_json(source: str, file: str) -> Any:
+    """The content of a JSON file of a folder or hub id; None where there is none, or the hub cannot be reached."""
+    path = find_file(source, file)
+    return json.loads(path.read_text(encoding="utf-8")) if path else None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file; its folder is made where it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or its type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -68,6 +88,11 @@ def _set_dropout(config: Any, dropout: float | None) -> None:
             setattr(config, name, dropout)
 
 
+def backbone_class(config: Any) -> Any:
+    """``AutoModel``, or the class for encoding texts: of T5 and its relatives the encoder alone."""
+    return AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
+
+
 def load_backbone(name: str, dropout: float | None = None) -> PreTrainedModel:
     """Load a pretrained backbone. ``dropout`` replaces every dropout rate of its configuration; None keeps them.
 
@@ -76,7 +101,7 @@ def load_backbone(name: str, dropout: float | None = None) -> PreTrainedModel:
     """
     config = load_pretrained(AutoConfig, name)
     _set_dropout(config, dropout)
-    return cast(PreTrainedModel, load_pretrained(AutoModel, name, config=config))
+    return cast(PreTrainedModel, load_pretrained(backbone_class(config), name, config=config))
 
 
 def random_backbone(config: Mapping[str, Any], dropout: float | None = None) -> PreTrainedModel:
@@ -94,7 +119,7 @@ def random_backbone(config: Mapping[str, Any], dropout: float | None = None) -> 
         reason = f"transformers knows no such model ({first_line(error)[:80]})"
         raise InputError(f"`config.model_type`={model_type}: {reason}.") from error
     _set_dropout(built, dropout)
-    return cast(PreTrainedModel, AutoModel.from_config(built))
+    return cast(PreTrainedModel, backbone_class(built).from_config(built))
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -115,14 +140,10 @@ def load_pixel_format(name: str, size: int | None = None) -> PixelFormat:
     >>> load_pixel_format(folder)
     PixelFormat(size=32, channels=1, mean=[0.5], std=[0.25])
     """
-    try:
-        file, reason = find_file(resolve_source(name), PREPROCESSOR), "no such file"
-    except OSError as error:
-        file, reason = None, first_line(error)
-    if file is None:
-        advice = "Describe its images with tercet.images.PixelFormat(size, channels, mean, std) instead."
-        raise InputError(f"`name`={name} has no {PREPROCESSOR} ({reason}). {advice}")
-    return parse_pixel_format(json.loads(file.read_text(encoding="utf-8")), size)
+    found = read_json(resolve_source(name), PREPROCESSOR)
+    advice = "Describe its images with tercet.images.PixelFormat(size, channels, mean, std) instead."
+    require(found, f"`name`={name} has no {PREPROCESSOR} (no such file, or the hub cannot be reached). {advice}")
+    return parse_pixel_format(found, size)
 
 
 def parse_pixel_format(found: dict[str, Any], size: int | None = None) -> PixelFormat:

@@ -214,10 +214,10 @@ def comparison_text(comparison: Comparison, metrics: Sequence[str]) -> str:
         if comparison.axes:
             blocks.append(LEGEND)
         if not metric.startswith("test/"):  # it has chosen the setting, whose tests are fair
-            tests = report.distinct_metrics({name: x for name, x in sorted(best.metrics.items()) if name.startswith("test/")})
-            lines = [
-                f"  {name}  {format_mean_sd([one.metrics[name] for one in runs if name in one.metrics])}" for name in tests
-            ]
+            tests = {
+                n: [one.metrics[n] for one in runs if n in one.metrics] for n in sorted(best.metrics) if n.startswith("test/")
+            }
+            lines = [f"  {name}  {format_mean_sd(values)}" for name, values in tests.items()]
             blocks.append("\n".join([f"tests of {comparison.label(setting)}, which {metric} has chosen:", *lines]))
         blocks.append(f"best run: {best.folder}, {metric} = {best.metrics[metric]:.4f}\n  {best.command}")
     return "\n\n".join(blocks)
@@ -367,8 +367,7 @@ def summarize(runs: Sequence[dict[str, float]]) -> Summary:
 
 def summary_table(summary: Summary, runs: int, stages: Sequence[str] = ()) -> str:
     """The test metrics before training, after each of ``stages``, and at the end, as text."""
-    means, sds = ({name: x[key] for name, x in summary.items() if name.startswith("test/")} for key in ("mean", "sd"))
-    tests = [name.removeprefix("test/") for name in report.distinct_metrics(sds, means)]
+    tests = [name.removeprefix("test/") for name in summary if name.startswith("test/")]
     width = max(map(len, tests), default=0)
     columns = ("before", *stages)
     lines = [f"mean ± sd over {runs} runs", f"{'':{width}}  {''.join(f'{name:>17}  →   ' for name in columns)}{'after':>17}"]

@@ -14,7 +14,6 @@ from tercet.errors import InputError, require
 from tercet.messages import print_status, silence_libraries
 from tercet.models import CachedEncoder, ConcatEncoder, Encoder
 from tercet.models.folder import load_with_note
-from tercet.models.onnx import ONNXEncoder
 from tercet.paths import check_writable, locate
 from tercet.types import EncodeFunction
 
@@ -46,12 +45,12 @@ def _open_member(cfg: DictConfig, name: str) -> Encoder:
     """The model, with the command line's ``max_length`` and ``normalize``."""
     encoder = open_model(name, cfg.model.pooling, cfg.device, cfg.seed)
     for key in ("max_length", "normalize"):
-        changed = isinstance(encoder, ONNXEncoder) and cfg.model[key] is not None
+        changed = not encoder.parts() and cfg.model[key] is not None
         require(not changed, f"model.{key}={cfg.model[key]}: an exported model cannot be changed. Export it anew.")
     texts, longest = encoder.text_parts(), cfg.model.max_length
     require(texts or not longest, f"model.max_length={longest} counts tokens; this model reads images.")
     for part in texts if longest else ():
-        part.max_length = longest
+        part.set_max_length(longest)
     for each in [encoder, *texts] if cfg.model.normalize is not None else ():
         each.normalize = cfg.model.normalize
     return encoder
