@@ -126,7 +126,9 @@ def lowercases(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _steps(normalizer: Any) -> list[Any]:
-    return [normalizer[i] for i in range(len(normalizer))] if isinstance(normalizer, Sequence) else [normalizer] if normalizer else []
+    if isinstance(normalizer, Sequence):
+        return [normalizer[i] for i in range(len(normalizer))]
+    return [normalizer] if normalizer else []
 
 
 def read_json(source: str, file: str) -> Any:
