@@ -87,8 +87,6 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
     objective: Contrastive = build(cfg.objective)
     if cfg.init_from:
         print_status(initialize_from(objective.encoder, cfg.init_from))
-    if plan := objective.encoder.describe_execution("cpu" if runs_on_cpu(cfg) else "cuda"):
-        print_status(plan)
     check_model(objective, data, launch.started_by_launcher())
     evaluation = Evaluation(build(cfg.validation), build(cfg.test))
     if cfg.check:
