@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, 
 
 from tercet.errors import InputError, check_choice, require
 from tercet.images import PixelFormat
+from tercet.messages import warn_once
 from tercet.models import onnx
 from tercet.models.encoder import Encoder
 from tercet.models.engine.transformers_compat import find_file
@@ -91,7 +92,7 @@ def _save_part(part: Any, folder: Path, dtype: torch.dtype) -> None:
         })  # fmt: skip
         return
     part.tokenizer.save_pretrained(folder)
-    write_modules(part, folder)
+    write_modules(part, folder, dtype)
 
 
 def load_folder(path_or_id: str, pooling: str | None = None) -> tuple[Encoder, str]:
@@ -155,6 +156,8 @@ def build_encoder(
         add_lowercase(tokenizer)
     encoder = TextEncoder(backbone, tokenizer, max_length=settings["max_length"], **shared)
     encoder.prompts, encoder.similarity = Prompts(**settings.get("prompts", {})), settings.get("similarity")
+    if encoder.similarity:
+        warn_once(f"This model's similarity function is {encoder.similarity}; evaluations compare embeddings by the cosine.")
     return encoder
 
 
@@ -229,6 +232,7 @@ def encoder_from_spec(spec: dict[str, Any]) -> Encoder:
         return DualEncoder(*parts)
     with tempfile.TemporaryDirectory() as folder:
         for name, text in (("config.json", spec["config"]), *spec["tokenizer"].items()):
+            require(name == Path(name).name, f"it names the file {name}, outside of its own folder")
             (Path(folder) / name).write_text(text, encoding="utf-8")
         backbone = AutoModel.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder) if spec["tokenizer"] else None

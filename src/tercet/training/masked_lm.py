@@ -68,7 +68,7 @@ class MaskedLMHead(nn.Module):
         backbone, tokenizer = encoder.backbone, encoder.tokenizer
         require(tokenizer.mask_token_id is not None, UNSUPPORTED.format("this tokenizer has no mask token"))
         source = pretrained_source(backbone)
-        lm = load_pretrained(AutoModelForMaskedLM, source) if source else None
+        lm = load_pretrained(AutoModelForMaskedLM, source, dtype=torch.float32) if source else None
         try:
             lm = lm or AutoModelForMaskedLM.from_config(backbone.config)
         except ValueError as error:
