@@ -15,6 +15,7 @@ from tercet.app.hydra_compat import config_folders
 from tercet.app.launch import num_devices, num_processes, started_by_launcher
 from tercet.app.record import ARTIFACTS
 from tercet.errors import InputError, require
+from tercet.messages import warn_once
 from tercet.models.engine.transformers_compat import pretrained_source
 from tercet.models.folder import DTYPES
 from tercet.models.sentence_transformers import default_prompt
@@ -99,7 +100,10 @@ def _batches(cfg: DictConfig, objective: Any, data: Any) -> None:
         other = choices("sampler", lambda s: _declared(s, "needs") <= given)
         where = f"{sampler.__name__} needs what data={data.name} does not provide"
         raise InputError(f"{where}: {_words(missing)}. Or use another sampler: {other}.")
-    if missing := _batch_needs(objective, count) - _declared(sampler, "provides"):
+    needed = _batch_needs(objective, count)
+    if given is not None and (missing := needed & {"label"} - given):
+        raise InputError(f"{objective.__name__} needs what data={data.name} does not provide: {_words(missing)}.")
+    if missing := needed - _declared(sampler, "provides") - {"label"}:
         fitting = choices("sampler", lambda s: missing <= _declared(s, "provides"))
         advice = f"{sampler.__name__} leaves that to chance. Use {fitting or 'another sampler'}."
         raise InputError(f"{objective.__name__} on {count} column(s) needs {_words(missing)}. {advice}")
@@ -210,6 +214,9 @@ def _trainer(cfg: DictConfig) -> None:
             "model.execution.recompute=true model.execution.chunk_tokens=4096, which needs no more memory.",
             stacklevel=2,
         )
+    if str(cfg.optimized_metric).startswith("test/"):
+        why = "settings that are chosen by a test look better than they are on other data"
+        warn_once(f"optimized_metric={cfg.optimized_metric}: {why}. Choose by validation, as val/sts/stsb/spearman.")
     measured = OmegaConf.select(cfg, "validation.members") != {} and str(cfg.monitor).startswith("val/")
     example = "as evaluation@validation=stsb_dev monitor=val/sts/stsb/spearman."
     require(measured or not cfg.monitor, f"monitor={cfg.monitor}: a metric that the validation measures is needed, {example}")

@@ -134,6 +134,11 @@ class TokenRows:
         """``(N,)``, -1 where there is none."""
         return _tensor(self.rows["position"][:])
 
+    @property
+    def content_hash(self) -> Tensor:
+        """``(V, N)``, equal for equal texts."""
+        return torch.stack([_tensor(self.rows[f"content_{v}"][:]) for v in range(self.num_views)])
+
     def __getitem__(self, indices: BatchIndices) -> Batch:
         return collate(self.rows[indices.rows], torch.tensor(indices.rows), self.num_views)
 

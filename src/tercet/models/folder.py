@@ -4,6 +4,7 @@ transformers opens the folder too, and sentence-transformers (``modules.json``),
 """
 
 import re
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +12,7 @@ from typing import Any, cast
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tercet.errors import InputError, check_choice, require
 from tercet.images import PixelFormat
@@ -26,6 +27,7 @@ from tercet.models.pretrained import (
     PREPROCESSOR,
     UNUSED,
     add_lowercase,
+    backbone_class,
     first_line,
     load_whole_model,
     parse_pixel_format,
@@ -70,6 +72,8 @@ def save_model(encoder: Encoder, path: str | Path, dtype: str = "float32") -> No
         for name, part in zip(PARTS, parts, strict=True):
             save_model(part, folder / name, dtype)
     write_json(folder / SETTINGS, {"version": VERSION, **encoder.settings()})
+    for weights in folder.rglob("*.safetensors"):  # which safetensors lets nobody but the owner read
+        shutil.copymode(folder / SETTINGS, weights)
 
 
 def _save_part(part: Any, folder: Path, dtype: torch.dtype) -> None:
@@ -234,7 +238,8 @@ def encoder_from_spec(spec: dict[str, Any]) -> Encoder:
         for name, text in (("config.json", spec["config"]), *spec["tokenizer"].items()):
             require(name == Path(name).name, f"it names the file {name}, outside of its own folder")
             (Path(folder) / name).write_text(text, encoding="utf-8")
-        backbone = AutoModel.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+        config = AutoConfig.from_pretrained(folder)
+        backbone = backbone_class(config).from_config(config, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder) if spec["tokenizer"] else None
     return build_encoder(backbone, tokenizer, spec)
 

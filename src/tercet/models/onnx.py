@@ -44,6 +44,8 @@ def export_onnx(encoder: Encoder, folder: Path, precision: str = "float32") -> N
     one = len(parts) == 1 and not getattr(parts[0], "word_level", False)
     require(one, "export is for texts through one transformer, and for images; this model is of another kind.")
     part, target = parts[0], folder / FILE
+    name, reason = type(part.backbone).__name__, part.runner.cannot_pad
+    require(not reason, f"export is for padded rows, which {name} cannot read: {reason}.")
     folder.mkdir(parents=True, exist_ok=True)
     onnx, quantization = _import("onnx"), _import("onnxruntime.quantization")
     _write_float32(part, target)
@@ -140,7 +142,7 @@ class _PaddedEncoder(nn.Module):
         self.encoder.backbone.set_attn_implementation("eager")
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        arguments = {"input_ids": input_ids, "attention_mask": attention_mask}
+        arguments = {"input_ids": input_ids, "attention_mask": attention_mask, **self.encoder.runner.type_arguments(input_ids)}
         output = self.encoder.backbone(**arguments, output_hidden_states=True, return_dict=True)
         return self.encoder.pool(output, attention_mask)  # type: ignore[no-any-return]
 

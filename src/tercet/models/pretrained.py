@@ -9,12 +9,21 @@ from typing import Any, cast
 
 import torch
 from tokenizers.normalizers import Lowercase, Sequence
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers import logging as transformers_logging
 
 from tercet.errors import InputError, require
 from tercet.images import PixelFormat
-from tercet.models.engine.transformers_compat import find_file
+from tercet.models.engine.transformers_compat import find_file, pooler_is_optional
 from tercet.models.weights import WRAPPERS, check_found
 from tercet.paths import locate
 
@@ -27,7 +36,7 @@ UNUSED = r"(^|\.)pooler\."  # weights without which a backbone is whole; where t
 BATCH_STATISTICS = r"running_(mean|var)$|num_batches_tracked$"  # not there where batch normalization has been replaced
 _DROPOUTS = (
     "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "embedding_dropout", "mlp_dropout",
-    "hidden_dropout",
+    "hidden_dropout", "dropout_rate",
 )  # fmt: skip
 
 
@@ -69,19 +78,22 @@ def load_pretrained(loader: Any, name: str, parameter: str = "name", **options: 
         transformers_logging.set_verbosity(level)
 
 
-def load_whole_model(name: str, parameter: str = "name", unused: str = UNUSED, **options: Any) -> PreTrainedModel:
-    """``AutoModel`` in float32 with all of its weights; ``InputError`` names those that are not found.
+def load_whole_model(
+    name: str, parameter: str = "name", unused: str = UNUSED, config: PreTrainedConfig | None = None
+) -> PreTrainedModel:
+    """The backbone in float32 with all of its weights; ``InputError`` names those that are not found.
 
     Names that torch.compile or DistributedDataParallel have prefixed are mended. Weights that match ``unused`` may be missing;
     without those of its pooler the model has no pooler.
     """
-    options = {"dtype": torch.float32, "output_loading_info": True, **options}
-    model, found = load_pretrained(AutoModel, name, parameter, **options)
+    config = config or load_pretrained(AutoConfig, name, parameter)
+    options: dict[str, Any] = {"config": config, "dtype": torch.float32, "output_loading_info": True}
+    model, found = load_pretrained(backbone_class(config), name, parameter, **options)
     if any(re.match(WRAPPERS, key) for key in found["unexpected_keys"]):
-        model, found = load_pretrained(AutoModel, name, parameter, key_mapping={WRAPPERS: ""}, **options)
+        model, found = load_pretrained(backbone_class(config), name, parameter, key_mapping={WRAPPERS: ""}, **options)
     missing = found["missing_keys"]
     check_found(f"`{parameter}`={name}", [key for key in missing if not re.search(unused, key)])
-    if any(re.match(UNUSED, key) for key in missing):
+    if any(re.match(UNUSED, key) for key in missing) and pooler_is_optional(model):
         model.pooler = None
     return cast(PreTrainedModel, model)
 
@@ -144,6 +156,11 @@ def _set_dropout(config: Any, dropout: float | None) -> None:
             setattr(config, name, dropout)
 
 
+def backbone_class(config: Any) -> Any:
+    """``AutoModel``, or the class for encoding texts: of T5 and its relatives the encoder alone."""
+    return AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
+
+
 def load_backbone(name: str, dropout: float | None = None) -> PreTrainedModel:
     """Load a pretrained backbone in float32, with all of its weights; one that lacks a pooler's has no pooler.
 
@@ -172,7 +189,7 @@ def random_backbone(config: Mapping[str, Any], dropout: float | None = None) -> 
         reason = f"transformers knows no such model ({first_line(error)[:80]})"
         raise InputError(f"`config.model_type`={model_type}: {reason}.") from error
     _set_dropout(built, dropout)
-    return cast(PreTrainedModel, AutoModel.from_config(built, dtype=torch.float32))
+    return cast(PreTrainedModel, backbone_class(built).from_config(built, dtype=torch.float32))
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -52,7 +52,7 @@ def _open_member(cfg: DictConfig, name: str) -> Encoder:
     texts, longest = encoder.text_parts(), cfg.model.max_length
     require(texts or not longest, f"model.max_length={longest} counts tokens; this model reads images.")
     for part in texts if longest else ():
-        part.max_length = longest
+        part.set_max_length(longest)
     require(texts or not cfg.model.prompt, f"model.prompt={cfg.model.prompt} is put before texts; this model reads images.")
     for part in texts if cfg.model.prompt is not None else ():
         part.prompts = replace(Prompts.of(cfg.model.prompt), pooled=part.prompts.pooled)
