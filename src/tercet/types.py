@@ -197,7 +197,10 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """A loss summed over the anchors of one call: the mean is ``loss_sum`` / ``normalizer``, both scalars."""
+    """A loss summed over the anchors of one call: the mean is ``loss_sum`` / ``normalizer``, both scalars.
+
+    A loss that is not divided has the normalizer 0 (in every process: below 1 nothing is divided).
+    """
 
     loss_sum: Tensor
     normalizer: Tensor

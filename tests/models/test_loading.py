@@ -7,7 +7,7 @@ import torch
 
 from tercet.errors import InputError
 from tercet.models import load, save_model
-from tercet.models.folder import KEY, SETTINGS, encoder_spec
+from tercet.models.folder import KEY, SETTINGS, VERSION, encoder_spec
 from tests.conftest import MINILM, TEXTS
 
 
@@ -33,7 +33,7 @@ def test_a_run_is_its_model_folder_or_its_newest_checkpoint(encoder, tmp_path):
 def test_files_without_a_version_are_read_and_later_ones_are_refused(encoder, tmp_path):
     save_model(encoder, tmp_path / "model")
     settings = json.loads((tmp_path / "model" / SETTINGS).read_text())
-    assert settings.pop("version") == 1
+    assert settings.pop("version") == VERSION
     (tmp_path / "model" / SETTINGS).write_text(json.dumps(settings))
     assert torch.equal(load(tmp_path / "model").encode(TEXTS), encoder.encode(TEXTS))
     (tmp_path / "model" / SETTINGS).write_text(json.dumps({**settings, "version": 99}))

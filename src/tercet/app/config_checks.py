@@ -15,6 +15,7 @@ from tercet.app.hydra_compat import config_folders
 from tercet.app.launch import num_devices, num_processes, started_by_launcher
 from tercet.app.record import ARTIFACTS
 from tercet.errors import InputError, require
+from tercet.models.folder import DTYPES
 
 NEEDS = {  # what a component can declare that it needs, and how a user provides it
     "label": "labels: data.label=<column>",
@@ -96,7 +97,10 @@ def _batches(cfg: DictConfig, objective: Any, data: Any) -> None:
         other = choices("sampler", lambda s: _declared(s, "needs") <= given)
         where = f"{sampler.__name__} needs what data={data.name} does not provide"
         raise InputError(f"{where}: {_words(missing)}. Or use another sampler: {other}.")
-    if missing := _batch_needs(objective, count) - _declared(sampler, "provides"):
+    needed = _batch_needs(objective, count)
+    if given is not None and (missing := needed & {"label"} - given):
+        raise InputError(f"{objective.__name__} needs what data={data.name} does not provide: {_words(missing)}.")
+    if missing := needed - _declared(sampler, "provides") - {"label"}:
         fitting = choices("sampler", lambda s: missing <= _declared(s, "provides"))
         advice = f"{sampler.__name__} leaves that to chance. Use {fitting or 'another sampler'}."
         raise InputError(f"{objective.__name__} on {count} column(s) needs {_words(missing)}. {advice}")
@@ -209,7 +213,14 @@ def _trainer(cfg: DictConfig) -> None:
     require(measured or not cfg.monitor, f"monitor={cfg.monitor}: a metric that the validation measures is needed, {example}")
     early = cfg.callback.early_stopping
     require(cfg.monitor or not early, f"callback=early_stopping needs a metric to watch: set monitor, {example}")
-    on_cpu = cfg.trainer.accelerator == "cpu" or (cfg.trainer.accelerator == "auto" and not torch.cuda.is_available())
-    if on_cpu and "16" in str(cfg.trainer.precision) and not torch.cpu.get_capabilities().get("avx512_bf16"):
+    known = f"save_dtype={cfg.save_dtype}: choose one of {', '.join(DTYPES)}."
+    require(cfg.save_dtype in DTYPES, known)
+    if runs_on_cpu(cfg) and "16" in str(cfg.trainer.precision) and not torch.cpu.get_capabilities().get("avx512_bf16"):
         why = "this CPU computes no half precision itself; steps get many times slower. Use trainer.precision=32-true."
         warnings.warn(f"trainer.precision={cfg.trainer.precision}: {why}", stacklevel=2)
+
+
+def runs_on_cpu(cfg: DictConfig) -> bool:
+    """Whether the trainer uses the CPU."""
+    accelerator = cfg.trainer.accelerator
+    return accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())

@@ -1,6 +1,6 @@
 """Pooling and projection heads."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,12 @@ def _max(hidden: Tensor, mask: Tensor) -> Tensor:
     return hidden.masked_fill(~mask[..., None].bool(), torch.finfo(hidden.dtype).min).amax(1)
 
 
+def _weighted_mean(hidden: Tensor, mask: Tensor) -> Tensor:
+    """The mean with the weights 1, 2, 3, ... for the positions (SGPT: Muennighoff 2022, arXiv:2202.08904, section 4.1)."""
+    weight = mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    return _mean(hidden, weight)
+
+
 def _mean_with_layer(layer: int) -> Pooling:
     """The mean over tokens and over two layers: the last, and ``layer`` (0 is the embedding layer)."""
     return lambda out, mask: _mean((out.hidden_states[layer] + out.hidden_states[-1]) / 2, mask)
@@ -29,6 +35,7 @@ POOLINGS: dict[str, Pooling] = {
     "cls": lambda out, mask: out.last_hidden_state[:, 0],  # the first token of the last layer
     "cls_pooler": lambda out, mask: out.pooler_output,  # the first token through the model's pooler (BERT: linear and tanh)
     "mean": lambda out, mask: _mean(out.last_hidden_state, mask),  # over all tokens, special ones included as usual
+    "weighted_mean": lambda out, mask: _weighted_mean(out.last_hidden_state, mask),  # later tokens count more
     # Quick-Thoughts' bag of words
     "sum": lambda out, mask: (out.last_hidden_state * mask[..., None].to(out.last_hidden_state.dtype)).sum(1),
     "max": lambda out, mask: _max(out.last_hidden_state, mask),  # in each dimension
@@ -40,6 +47,7 @@ POOLINGS: dict[str, Pooling] = {
 }
 WORD_ONLY_POOLINGS = frozenset({"final", "sum"})  # for word-level encoders only
 WORD_POOLINGS = ("final", "mean", "sum", "max")  # all that a word-level encoder can have
+MASKED = frozenset({"mean", "weighted_mean", "max"})  # poolings that can leave out the tokens of a prompt
 NEEDS_FIRST = frozenset({"cls", "cls_pooler"})  # poolings that read first tokens only
 NEEDS_ALL_LAYERS = frozenset({"first_last", "static_last", "top_two"})
 
@@ -98,3 +106,65 @@ class Head(nn.Module):
         """``(N, H) -> (N, D)``; ``(N, H)`` where the head is not active."""
         out: Tensor = self.layer(x) if self.layer is not None and self.active() else x
         return out
+
+
+class UnitLength(nn.Module):
+    """Scale rows to length 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, D) -> (N, D)``."""
+        return nn.functional.normalize(x, dim=-1)
+
+
+class Truncate(nn.Module):
+    """Keep the first ``dim`` columns."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, D) -> (N, dim)``."""
+        return x[..., : self.dim]
+
+
+class LayeredHead(Head):
+    """The layers after pooling that a folder of sentence-transformers has, where ``Head`` cannot describe them; in order.
+
+    Each of ``layers`` is ``{"type": "Normalize"}``, ``{"type": "Truncate", "dim": D}`` or ``{"type": "Dense", "dim": D, "bias":
+    true, "activation": "Tanh"}``, where ``activation`` is the name of a module of ``torch.nn`` without arguments.
+
+    >>> head = LayeredHead([{"type": "Normalize"}, {"type": "Dense", "dim": 3, "bias": False, "activation": "Identity"}])
+    >>> head.build(hidden=4, std=0.02)
+    >>> head(torch.ones(2, 4)).shape
+    torch.Size([2, 3])
+    """
+
+    def __init__(self, layers: Sequence[Mapping[str, Any]]) -> None:
+        super().__init__()
+        self.kind, self.layers = "layers", [dict(layer) for layer in layers]
+
+    def build(self, hidden: int, std: float) -> None:
+        """Make the layers once H is known."""
+        made: list[nn.Module] = []
+        for layer in self.layers:
+            if layer["type"] == "Dense":
+                linear = nn.Linear(hidden, layer["dim"], bias=layer["bias"])
+                made.append(nn.Sequential(linear, getattr(nn, layer["activation"])()))
+            else:
+                made.append(Truncate(layer["dim"]) if layer["type"] == "Truncate" else UnitLength())
+            hidden = layer.get("dim", hidden)
+        self.layer = nn.Sequential(*made)
+
+    def width(self, hidden: int) -> int:
+        """The number of output columns for H input columns."""
+        return next((int(layer["dim"]) for layer in reversed(self.layers) if "dim" in layer), hidden)
+
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments, and the kind."""
+        return {"kind": self.kind, "layers": self.layers}
+
+
+def make_head(settings: Mapping[str, Any]) -> Head:
+    """The head that ``Head.settings`` or ``LayeredHead.settings`` describes."""
+    return LayeredHead(settings["layers"]) if "layers" in settings else Head(**settings)
