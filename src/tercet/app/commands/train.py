@@ -13,7 +13,7 @@ from tercet.app import launch, record, report
 from tercet.app.commands.evaluate import initialize_from
 from tercet.app.commands.preflight import preflight
 from tercet.app.components import build, check_values, find_targets, start_record
-from tercet.app.config_checks import check_config, check_model, runs_on_cpu
+from tercet.app.config_checks import check_config, check_model
 from tercet.distributed.sharding import gather_weights, load_state
 from tercet.errors import require
 from tercet.messages import print_status, silence_libraries, warn_once
