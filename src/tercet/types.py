@@ -200,7 +200,10 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """A loss summed over the anchors of one call: the mean is ``loss_sum`` / ``normalizer``, both scalars."""
+    """A loss summed over the anchors of one call: the mean is ``loss_sum`` / ``normalizer``, both scalars.
+
+    A loss that is not divided has the normalizer 0 (in every process: below 1 nothing is divided).
+    """
 
     loss_sum: Tensor
     normalizer: Tensor
@@ -256,7 +259,8 @@ class Evaluator(Protocol):
     """A function of an encode function.
 
     Optional: ``needs``, what its source must provide ("label", "position", "pairs"); ``table(metrics) -> str``, the metrics as
-    text; ``figures(encode) -> dict[str, Figure]``.
+    text; ``figures(encode) -> dict[str, Figure]``; ``examples(encode) -> dict[str, (N,)]``, by metric the values of the N
+    examples whose mean it is.
     """
 
     def __call__(self, encode: EncodeFunction) -> dict[str, float]:

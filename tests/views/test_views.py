@@ -171,8 +171,10 @@ def test_a_rate_that_leaves_nothing_is_refused(kind, rate):
 
 
 @pytest.mark.parametrize("name", choices("view"))
-def test_every_configuration_builds(name):
-    views = build(composed(f"view={name}", "objective=simcse_unsup").view)
+def test_every_configuration_builds(name, tmp_path):
+    (tmp_path / "synonyms.tsv").write_text("big\tlarge\n")
+    needed = [f"view.second.0.path={tmp_path}/synonyms.tsv"] if name == "synonyms" else []
+    views = build(composed(f"view={name}", "objective=simcse_unsup", *needed).view)
     assert views.identical == (name == "dropout")
 
 
