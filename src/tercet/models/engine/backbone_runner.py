@@ -154,15 +154,11 @@ class BackboneRunner:
 
     def _verify_layouts(self, compile: bool) -> None:
         """Set what this backbone cannot do; ``InputError`` if it does not run, or a row is never as it is alone."""
-        config, name = self.backbone.config, type(self.backbone).__name__
-        lengths = torch.tensor([3, 3, 5, 4 + (getattr(config, "sliding_window", None) or 0)])  # one exceeds the window
-        lengths = lengths.clamp(max=self.max_tokens)
-        ids = 5 + torch.arange(int(lengths.sum())) % max(1, config.vocab_size - 6)  # ids below 5 are often special
-        rows = TokenBatch((ids + (ids == self.pad_id)) % config.vocab_size, lengths)
+        name, rows = type(self.backbone).__name__, self._sample_rows([3, 3, 5, 4])
         try:
             self(rows.select(torch.tensor([0, 1])), packed=False)  # in training mode, which Reformer refuses
             self.backbone.eval()
-            alone = [self._states(rows.select(torch.tensor([i])))[0] for i in range(len(rows))]
+            alone = self._states_alone(rows)
             if self.token_types == {}:  # all types are 0: passed only where that is not what the backbone assumes
                 self.token_types = None
                 if not _close(self._states(rows.select(torch.tensor([0]))), alone[:1]):
@@ -175,7 +171,7 @@ class BackboneRunner:
         except Exception as error:  # models raise errors of many types
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise InputError(f"`backbone`: {name} cannot encode rows of token ids ({reason}). Use another backbone.") from error
-        shapes = [(n, config.hidden_size) for n in lengths.tolist()]
+        shapes = [(n, self.backbone.config.hidden_size) for n in rows.lengths.tolist()]
         if [tuple(states.shape) for states in alone] != shapes:
             got = f"{tuple(alone[0].shape)} for a row of {shapes[0][0]} tokens"
             raise InputError(f"`backbone`: {name} gives {got}, not a vector of {shapes[0][1]} for each. Use another backbone.")
@@ -185,6 +181,14 @@ class BackboneRunner:
         self.cannot_pad = "" if _close(padded, alone) else "a row's embedding would depend on its padding"
         if not compile:
             self.cannot_pack = self._enable_packing(rows, alone)
+
+    def _sample_rows(self, lengths: list[int]) -> TokenBatch:
+        size, most = self.backbone.config.vocab_size, torch.tensor(lengths).clamp(max=self.max_tokens)
+        ids = 5 + torch.arange(int(most.sum())) % max(1, size - 6)  # ids below 5 are often special
+        return TokenBatch((ids + (ids == self.pad_id)) % size, most)
+
+    def _states_alone(self, rows: TokenBatch) -> list[Tensor]:
+        return [self._states(rows.select(torch.tensor([i])))[0] for i in range(len(rows))]
 
     def _states(self, rows: TokenBatch, packed: bool = False, first_token_only: bool = False) -> list[Tensor]:
         """The hidden states ``(length, H)`` of each row, without padding."""
@@ -202,6 +206,10 @@ class BackboneRunner:
             self.backbone.set_attn_implementation(NAME)
             self.can_skip_last_layer = shorten_last_layer(self.backbone)
             exact = _close(self._states(rows, packed=True), alone)
+            if exact and (window := getattr(self.backbone.config, "sliding_window", None)):
+                rows = self._sample_rows([3, 4 + window])  # one exceeds the window of attention
+                alone = self._states_alone(rows)
+                exact = _close(self._states(rows, packed=True), alone)
             if exact and self.can_skip_last_layer:
                 exact = _close(self._states(rows, packed=True, first_token_only=True), [states[:1] for states in alone])
             reason = "" if exact else "a row's embedding would depend on its neighbors"
