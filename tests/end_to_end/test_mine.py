@@ -1,10 +1,12 @@
 """``python -m tercet mine``: a file that training takes."""
 
+import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
-from tercet.app.commands.mine import KINDS
+from tercet.app.commands.mine import KINDS, write_table
+from tercet.data import TextFiles
 from tests.conftest import MINILM
 
 PAIRS = [(f"how do I {verb} my {thing}?", f"You {verb} the {thing} in the {place} menu.")
@@ -48,6 +50,17 @@ def test_pairs_get_the_nearest_answer_of_another_question(command, pairs, tmp_pa
     assert "car" in first["negative"]
     assert 0 < first["negative_cosine"] < first["positive_cosine"] + 0.3
     assert f"data.path={target}" in said.terminal
+
+
+@pytest.mark.parametrize("ending", KINDS)
+def test_any_text_comes_back_from_the_file(tmp_path, ending):
+    texts = ['"Well," he said, "no."', "two\nlines, and a\ttab", '"not closed', "plain"]
+    table = {name: [f"{text}{i}" for text in texts] for i, name in enumerate(("anchor", "positive", "negative"))}
+    write_table(pa.table(table | {"positive_cosine": [0.5] * 4}), tmp_path / f"hard{ending}")
+    found = TextFiles(str(tmp_path / f"hard{ending}")).rows().to_dict()
+    if ending in (".csv", ".tsv"):
+        table = {name: [text.replace("\n", " ").replace("\t", " ") for text in column] for name, column in table.items()}
+    assert found == table
 
 
 def test_the_file_is_trained_on(command, pairs, tmp_path):
