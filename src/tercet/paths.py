@@ -18,8 +18,12 @@ def visible_files(folder: Path) -> list[Path]:
     """All files below a folder, sorted, but those with a name, or in a folder, that starts with a dot.
 
     Folders that are links are followed inside of ``folder``, but nothing is read twice. Raises ``InputError`` about ``path``
-    for links that lead out of it, and for names that are not UTF-8.
+    for links that lead out of it, folders that cannot be read, and names that are not UTF-8.
     """
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"`path`={folder}: {error.filename} cannot be read ({error.strerror}). Change its permissions.")
+
     root, seen, links, found = folder.resolve(), set[Path](), [folder], list[Path]()
     for link in links:  # grows while it is read
         inside, target = link.relative_to(folder).as_posix(), link.resolve()
@@ -28,13 +32,16 @@ def visible_files(folder: Path) -> list[Path]:
         if target in seen:
             warn_once(f"{folder}: {inside} is a link to {target.relative_to(root)}, which is read already; left out.")
             continue
-        for here, folders, names in os.walk(link):
+        for here, folders, names in os.walk(link, onerror=refuse):
             seen.add(Path(here).resolve())
             inner = [Path(here, name) for name in folders if not name.startswith(".")]
             links += [path for path in inner if path.is_symlink()]
             folders[:] = [path.name for path in inner if path.resolve() not in seen]  # os.walk follows no links itself
-            files = (Path(here, name) for name in names if not name.startswith("."))
+            files = [Path(here, name) for name in names if not name.startswith(".")]
             found += [path for path in files if path.is_file()]
+            for path in files:
+                if not path.exists():
+                    warn_once(f"{folder}: {path.relative_to(folder)} is a link to nothing; left out.")
     for name in (os.fsencode(file.relative_to(folder)) for file in found):
         if name.decode(errors="ignore").encode() != name:
             advice = "Rename it (for many: convmv -r -f latin1 -t utf8 --notest)."
