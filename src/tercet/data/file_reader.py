@@ -8,6 +8,7 @@ import os
 import re
 import urllib.error
 import urllib.request
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, islice
@@ -20,9 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub import hf_hub_download
 
-from tercet.data.columns import Chunk, check_column, files_fingerprint, plain_columns, text_fingerprint
+from tercet.data.columns import Chunk, check_column, files_fingerprint, is_blank, plain_schema, text_fingerprint
 from tercet.errors import InputError, require
-from tercet.paths import locate
+from tercet.paths import locate, visible_files
 
 PREFIX = "hf://datasets/"
 TIMEOUT = 5.0  # seconds
@@ -30,8 +31,10 @@ ARCHIVES = {".gz", ".zip", ".bz2", ".xz", ".zst", ".7z", ".tar", ".tgz", ".rar"}
 ACCEPTED = "a .txt, .csv, .tsv, .jsonl, .json or .parquet file, a folder of one of these, or a hub id (owner/name)"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+){0,2}")
 ROWS = 16_384  # rows of a chunk
+CELL = 1 << 24  # characters of the longest cell of CSV
 LINE_END = re.compile(rb"\r\n?|\n")
-ADVICE = "Save the file as UTF-8 (for example: iconv -f latin1 -t utf-8)."
+TABS = "A cell cannot hold a tab, not even in quotes."
+QUOTES = 'Double a quote inside of a quoted cell (""), or save the table as .jsonl or .parquet, where a cell may hold any text.'
 MAGIC = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PAR1": "parquet", b"%PDF": "PDF"}
 MAGIC |= dict.fromkeys((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "UTF-16")
 Opened = tuple[pa.Schema, Iterator[Chunk]]
@@ -133,12 +136,6 @@ def _folder(path: str, folder: Path) -> DataPath:
     return DataPath(path, next(iter(first)), files)
 
 
-def visible_files(folder: Path) -> list[Path]:
-    """All files below a folder but those with a name, or in a folder, that starts with a dot."""
-    files = (file for file in folder.rglob("*") if file.is_file())
-    return [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
-
-
 def _download(path: str) -> Path:
     """The copy of ``hf://datasets/owner/name/file`` in the hub's cache, downloaded once."""
     owner, name, file = (*path.removeprefix(PREFIX).split("/", 2), "", "")[:3]
@@ -175,8 +172,10 @@ def _load(path: str, name: str, load: Callable[[], Any]) -> Any:
 
 def _open_hub(streaming: bool, file: Path, name: str, columns: Sequence[str], texts: Sequence[str]) -> Opened:
     rows = open_hub(str(file), streaming or not columns)
+    # A stream of CSV or JSON files does not know its columns before it has read a row.
+    features = rows.features or datasets.Dataset.from_list(list(rows.take(1))).features
     batches = rows.select_columns(list(columns)).with_format("arrow").iter(ROWS)
-    return rows.features.arrow_schema, _number_rows(name, "readable", batches)
+    return plain_schema(features.arrow_schema), _number_rows(name, "readable", batches)
 
 
 def _open_parquet(file: Path, name: str, columns: Sequence[str], texts: Sequence[str]) -> Opened:
@@ -184,17 +183,20 @@ def _open_parquet(file: Path, name: str, columns: Sequence[str], texts: Sequence
         parquet = pq.ParquetFile(file)
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(name, "Parquet", error) from error
-    return parquet.schema_arrow, _number_rows(name, "Parquet", parquet.iter_batches(ROWS, columns=list(columns)))
+    return plain_schema(parquet.schema_arrow), _number_rows(name, "Parquet", parquet.iter_batches(ROWS, columns=list(columns)))
 
 
 def _open_text(file: Path, name: str, columns: Sequence[str], texts: Sequence[str]) -> Opened:
     """The column ``text``, one row a line; blank lines are skipped and counted."""
 
     def chunks() -> Iterator[Chunk]:
-        for lines in _blocks(enumerate(read_lines(file, name), 1)):
-            rows = {number: line for number, line in lines if line.strip()}
-            table = pa.table({"text": pa.array(rows.values(), pa.string())})
-            yield Chunk(name, "line", list(rows), table, blank=len(lines) - len(rows))
+        number = 1
+        for lines in _blocks(read_lines(file, name)):
+            cells = pa.array(lines, pa.string())
+            keep = ~np.asarray(is_blank(cells))
+            table = pa.table({"text": cells.filter(pa.array(keep))})
+            yield Chunk(name, "line", (number + np.flatnonzero(keep)).tolist(), table, blank=len(lines) - len(table))
+            number += len(lines)
 
     next(read_lines(file, name))  # raises InputError if it is no text
     return _text_schema(["text"]), chunks()
@@ -205,26 +207,49 @@ def _open_delimited(delimiter: str, file: Path, name: str, columns: Sequence[str
     rows = _read_cells(file, name, delimiter)
     header = next(rows, [])
     if len(header) == 1 and (found := re.search(r"[;\t|,]", header[0])):
-        advice = "A .csv file is cut by commas, a .tsv file by tabs."
+        advice = "A .csv file is cut by commas, a .tsv file by tabs: save it so, or rename it."
         raise InputError(f"{name}: line 1, {header[0]!r}, seems to be cut by {found[0]!r}. {advice}")
+    if delimiter == "\t" and (quoted := [cell for cell in header if len(cell) > 1 and cell[0] == cell[-1] == '"']):
+        raise InputError(f"{name}: line 1 has {quoted[0]}, but a .tsv file has no quotes around its cells. Save it as .csv.")
     places = [(column, header.index(column)) for column in columns if column in header]
     tables = (pa.table({c: pa.array([row[i] for row in block], pa.string()) for c, i in places}) for block in _blocks(rows))
     return _text_schema(header), _number_rows(name, "readable", tables)
 
 
 def _read_cells(file: Path, name: str, delimiter: str) -> Iterator[list[str]]:
-    """The cells of each row, the header first, all of its length; blank lines are skipped."""
-    csv.field_size_limit(1 << 30)
-    width, start, rows = 0, 1, csv.reader(read_lines(file, name), delimiter=delimiter)
-    for cells in rows:
-        width = width or len(cells)
-        if cells and len(cells) != width:
-            quote = " Maybe a quote is not closed." if rows.line_num > start else ""
-            advice = 'Cells that hold the separator or a line end must be quoted ("...").'
-            raise InputError(f"{name}: line {start} has {len(cells)} cells, the header {width}.{quote} {advice}")
-        if cells:
-            yield cells
-        start = rows.line_num + 1
+    """The cells of each row, the header first, all of its length; blank lines are skipped.
+
+    TSV has no quotes: a line is a row. In CSV a quoted cell may hold separators or line ends, not both; in a file of one column
+    no line ends. So a quote that is not closed is always found: what it takes up to the next one holds both, or the row has a
+    wrong number of cells.
+    """
+    csv.field_size_limit(CELL)
+    quoting: Any = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
+    width, start, rows = 0, 1, csv.reader(read_lines(file, name), delimiter=delimiter, quoting=quoting, strict=True)
+    try:
+        for cells in rows:
+            width = width or len(cells)
+            if rows.line_num > start:
+                _check_line_ends(cells, delimiter, f"{name}: line", start)
+            if cells and len(cells) != width:
+                advice = 'Cells that hold the separator or a line end must be quoted ("...").' if delimiter == "," else TABS
+                raise InputError(f"{name}: line {start} has {len(cells)} cells, the header {width}. {advice}")
+            if cells:
+                yield cells
+            start = rows.line_num + 1
+    except csv.Error as error:
+        fault = f"a quoted cell is not closed, or goes on after the closing quote in line {rows.line_num}"
+        raise InputError(f"{name}: line {start}: {fault} ({error}). {QUOTES}") from error
+
+
+def _check_line_ends(cells: list[str], delimiter: str, place: str, line: int) -> None:
+    """Raise ``InputError`` if a cell of the row that begins in ``line`` may have taken up the rows after it."""
+    for cell in cells:
+        ends = len(LINE_END.findall(cell.encode()))
+        if ends and (delimiter in cell or len(cells) == 1):
+            what = "line ends in a file of one column" if len(cells) == 1 else "separators and line ends"
+            raise InputError(f"{place} {line}: the cell with a quote here holds {what}: it may not be closed. {QUOTES}")
+        line += ends
 
 
 def _open_json(file: Path, name: str, columns: Sequence[str], texts: Sequence[str]) -> Opened:
@@ -240,17 +265,13 @@ def _open_json(file: Path, name: str, columns: Sequence[str], texts: Sequence[st
             yield number, row
 
     def chunk(block: list[tuple[int, dict[str, Any]]]) -> Chunk:
-        odd, cells = np.zeros(len(block), dtype=np.bool_), {}
-        for column in columns:
-            values = [row.get(column) for _, row in block]
-            if column in texts:
-                odd |= [not isinstance(value, str | None) for value in values]
-                values = [value if isinstance(value, str) else None for value in values]
-            try:
-                cells[column] = pa.array(values)
-            except (pa.ArrowException, UnicodeEncodeError) as error:
-                raise InputError(f"{name}: column '{column}' cannot be read ({error}).") from error
-        return Chunk(name, unit, [number for number, _ in block], pa.table(cells), odd)
+        cells = {column: [row.get(column) for _, row in block] for column in columns}
+        odd = [(text, np.array([not isinstance(value, str | None) for value in cells[text]])) for text in texts]
+        for text in texts:
+            cells[text] = [value if isinstance(value, str) else None for value in cells[text]]
+        numbers = [number for number, _ in block]
+        table = {column: _json_column(values, numbers, f"{name}: {unit}", column) for column, values in cells.items()}
+        return Chunk(name, unit, numbers, pa.table(table), odd)
 
     lines = ((number, line.strip()) for number, line in enumerate(read_lines(file, name), 1) if line.strip())
     unit, rows = "line", ((number, _parse(line, name, number)) for number, line in lines)
@@ -262,12 +283,28 @@ def _open_json(file: Path, name: str, columns: Sequence[str], texts: Sequence[st
     return _text_schema(names), map(chunk, chain(filter(None, [first]), blocks))
 
 
+def _json_column(values: list[Any], numbers: list[int], place: str, column: str) -> pa.Array:
+    def fault(count: int) -> Exception | None:
+        try:
+            pa.array(values[:count])
+        except (pa.ArrowException, UnicodeEncodeError, OverflowError) as error:
+            return error
+        return None
+
+    if (error := fault(len(values))) is not None:
+        at = bisect_left(range(len(values)), True, key=lambda i: fault(i + 1) is not None)
+        accepted = "A column holds text, or whole numbers of 64 bits, or fractions."
+        raise InputError(f"{place} {numbers[at]}: column '{column}' cannot be read ({error}). {accepted}")
+    return pa.array(values)
+
+
 def _parse(text: str, name: str, line: int) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        place, advice = f"line {line + error.lineno - 1}", "Each line must be one whole object, or the file a list of objects."
-        raise InputError(f"{name}: {place} is cut or not JSON ({error.msg}). {advice}") from None
+    except (ValueError, RecursionError) as error:  # of other kinds: a number of thousands of digits, endless brackets
+        place, reason = line + getattr(error, "lineno", 1) - 1, getattr(error, "msg", error)
+        advice = "Each line must be one whole object, or the file a list of objects."
+        raise InputError(f"{name}: line {place} is cut or not JSON ({reason}). {advice}") from None
 
 
 JSON = Format("json", _open_json)
@@ -289,7 +326,8 @@ def _number_rows(name: str, what: str, tables: Iterable[Any]) -> Iterator[Chunk]
     count = 0
     try:
         for rows in tables:
-            yield Chunk(name, "row", range(count + 1, count + 1 + len(rows)), plain_columns(pa.table(rows)))
+            table = pa.table(rows).cast(plain_schema(rows.schema))
+            yield Chunk(name, "row", range(count + 1, count + 1 + len(rows)), table)
             count += len(rows)
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(name, what, error, count) from error
@@ -327,7 +365,10 @@ def _not_utf8(file: Path, name: str) -> InputError:
             except UnicodeDecodeError as error:
                 if not 0 <= at < error.start:
                     at = error.start
-                    fault = f", byte {offset + at} (0x{part[at]:02x}) is not UTF-8. {ADVICE}"
+                    # Windows has letters, as curly quotes, where Latin-1 has control characters.
+                    code = "cp1252" if any(re.search(rb"[\x80-\x9f]", rest) for rest in chain([part], stream)) else "latin1"
+                    advice = f"Save the file as UTF-8 (for example: iconv -f {code} -t utf-8)."
+                    fault = f", byte {offset + at} (0x{part[at]:02x}) is not UTF-8. {advice}"
             if at >= 0:
                 break
             number, offset = number + len(LINE_END.findall(part)), offset + len(part)
