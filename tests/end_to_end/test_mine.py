@@ -39,7 +39,9 @@ def test_pairs_get_the_nearest_answer_of_another_question(command, pairs, tmp_pa
 
         rows = [json.loads(line) for line in target.read_text().splitlines()]
     else:
-        options = pyarrow.csv.ParseOptions(delimiter="," if ending == ".csv" else "\t")
+        options = pyarrow.csv.ParseOptions(
+            delimiter="," if ending == ".csv" else "\t", quote_char='"' if ending == ".csv" else False
+        )
         rows = pyarrow.csv.read_csv(target, parse_options=options).to_pylist()
     assert len(rows) == len(PAIRS) + 2
     known = {(q, a) for q, a in PAIRS} | {(PAIRS[0][0], "The car opens with a key."), ("Unrelated?", PAIRS[1][1])}
@@ -61,6 +63,12 @@ def test_any_text_comes_back_from_the_file(tmp_path, ending):
     if ending in (".csv", ".tsv"):
         table = {name: [text.replace("\n", " ").replace("\t", " ") for text in column] for name, column in table.items()}
     assert found == table
+
+
+def test_a_tsv_is_not_quoted(tmp_path):
+    texts = {"anchor": ['"A" is quoted', "b"], "positive": ["c", 'd"'], "negative": ["e", "f"]}
+    write_table(pa.table({**texts, "positive_cosine": pa.array([0.5, 0.25], pa.float32())}), tmp_path / "hard.tsv")
+    assert (tmp_path / "hard.tsv").read_text().splitlines()[1:] == ['"A" is quoted\tc\te\t0.5', 'b\td"\tf\t0.25']
 
 
 def test_the_file_is_trained_on(command, pairs, tmp_path):
