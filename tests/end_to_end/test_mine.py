@@ -65,6 +65,12 @@ def test_any_text_comes_back_from_the_file(tmp_path, ending):
     assert found == table
 
 
+def test_a_tsv_is_not_quoted(tmp_path):
+    texts = {"anchor": ['"A" is quoted', "b"], "positive": ["c", 'd"'], "negative": ["e", "f"]}
+    write_table(pa.table({**texts, "positive_cosine": pa.array([0.5, 0.25], pa.float32())}), tmp_path / "hard.tsv")
+    assert (tmp_path / "hard.tsv").read_text().splitlines()[1:] == ['"A" is quoted\tc\te\t0.5', 'b\td"\tf\t0.25']
+
+
 def test_the_file_is_trained_on(command, pairs, tmp_path):
     from tests.conftest import tiny
     from tests.end_to_end.conftest import FAST

@@ -36,8 +36,8 @@ class ImageFiles:
     column ``split``. ``where`` keeps rows by value: ``{"split": "train"}``.
 
     With ``held_out`` above 0, the parameter ``split`` "test" has about that many images, at most a fifth, of whole labels
-    chosen by a hash, so that no label is in both splits; "train" has the others, "all" both. With ``validation_rows`` about as
-    many of the other images, of whole labels too, are the ``split`` "validation".
+    chosen by a hash, so that no label is in both sides; "train" has the others, "all" both. With
+    ``validation_rows`` about as many of the others, of whole labels too, are the ``split`` "validation".
 
     >>> import pathlib, tempfile
     >>> from PIL import Image
