@@ -1,5 +1,6 @@
 """The error for input that cannot be used."""
 
+import difflib
 import re
 from collections.abc import Sequence
 
@@ -32,6 +33,16 @@ class InputError(ValueError):
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise ``InputError`` unless ``value``, of the parameter ``name``, is one of ``choices``."""
     require(value in choices, f"`{name}`={value}: choose one of {', '.join(choices)}.")
+
+
+def did_you_mean(name: object, choices: Sequence[str]) -> str:
+    """A sentence that proposes the choice closest to ``name``, whatever their case; "" if none is close.
+
+    >>> did_you_mean("stsb", ["STS12", "STS-B"])
+    ' Did you mean STS-B?'
+    """
+    lower = {choice.lower(): choice for choice in choices}
+    return "".join(f" Did you mean {lower[near]}?" for near in difflib.get_close_matches(str(name).lower(), lower, n=1))
 
 
 def require(condition: object, message: str) -> None:

@@ -69,22 +69,25 @@ class TokenBatch:
         mask = pad_rows(torch.ones_like(self.ids), self.lengths)
         return pad_rows(self.ids, self.lengths, fill), mask, self.state.map(lambda x: pad_rows(x, self.lengths))
 
-    def default(self, name: str) -> Tensor:
-        """The value of a ``TokenState`` field that changes nothing; there is none for ``dropout_seed``."""
-        if name == "keep":
-            return torch.ones_like(self.ids, dtype=torch.bool)
-        if name == "feature_cutoff":
-            return self.ids.new_zeros(len(self.ids), 2)
-        if name != "position":
-            raise ValueError(f"{name} has no default")
+    def positions(self) -> Tensor:
+        """``(T,)``, the index of each token in its row."""
         start = torch.repeat_interleave(self.lengths.cumsum(0) - self.lengths, self.lengths)
         return torch.arange(len(self.ids), device=self.ids.device) - start.to(self.ids.device)
 
+    def state_field(self, name: str) -> Tensor:
+        """A field of the state; where it is not set, the value that changes nothing. ``dropout_seed`` has none."""
+        value: Tensor | None = getattr(self.state, name)
+        if value is not None:
+            return value
+        if name == "position":
+            return self.positions()
+        return {"keep": torch.ones_like(self.ids).bool(), "feature_cutoff": self.ids.new_zeros(len(self.ids), 2)}[name]
+
     @staticmethod
     def concat(parts: "Sequence[TokenBatch]") -> "TokenBatch":
-        """Concatenate the rows of all parts; a state field that only some parts have is filled with its default."""
+        """Concatenate the rows of all parts; ``state_field`` gives what only some parts have."""
         names = dict.fromkeys(name for part in parts for name in part.state.set_fields())
-        state = {name: torch.cat([_field_or_default(part, name) for part in parts]) for name in names}
+        state = {name: torch.cat([part.state_field(name) for part in parts]) for name in names}
         ids, lengths = torch.cat([part.ids for part in parts]), torch.cat([part.lengths for part in parts])
         return TokenBatch(ids, lengths, TokenState(**state))
 
@@ -93,11 +96,6 @@ class TokenBatch:
         """Make a batch of lists of token ids."""
         ids = torch.tensor([token for row in rows for token in row], dtype=torch.long)
         return TokenBatch(ids, torch.tensor([len(row) for row in rows], dtype=torch.long))
-
-
-def _field_or_default(batch: TokenBatch, name: str) -> Tensor:
-    value: Tensor | None = getattr(batch.state, name)
-    return batch.default(name) if value is None else value
 
 
 def pad_rows(flat: Tensor, lengths: Tensor, fill: int = 0) -> Tensor:
@@ -161,7 +159,7 @@ class Batch:
     example_id: Tensor  # (N,), identifies the example
     label: Tensor  # (N,), -1 where there is none: such a row is only a negative
     position: Tensor  # (N,), in the document; -1 where there is none
-    content_hash: Tensor  # (V, N), hashes each cell, so that duplicates are never used as negatives
+    content_hash: Tensor  # (V, N), of each cell's token ids or image file, so that equal inputs are never used as negatives
     num_unreadable: int = 0  # rows that were drawn and could not be read
 
     def __len__(self) -> int:
@@ -258,7 +256,8 @@ class Evaluator(Protocol):
     """A function of an encode function.
 
     Optional: ``needs``, what its source must provide ("label", "position", "pairs"); ``table(metrics) -> str``, the metrics as
-    text; ``figures(encode) -> dict[str, Figure]``.
+    text; ``figures(encode) -> dict[str, Figure]``; ``examples(encode) -> dict[str, (N,)]``, by metric the values of the N
+    examples whose mean it is.
     """
 
     def __call__(self, encode: EncodeFunction) -> dict[str, float]:

@@ -6,8 +6,7 @@ import pytest
 from hydra.errors import InstantiationException
 
 from tercet.app import components
-from tercet.app.cli import config_folder
-from tercet.app.components import build, component_key, settable_key, source_key, start_record
+from tercet.app.components import build, component_key, settable_key, start_record
 from tercet.app.error_formatting import explain
 from tercet.errors import InputError
 from tests.conftest import composed, tiny
@@ -84,7 +83,7 @@ def test_an_error_of_a_constructor_has_the_key(overrides, node, text, tmp_path):
     start_record(cfg)
     with pytest.raises(InstantiationException) as caught:
         build(functools.reduce(lambda part, name: part[name], node.split("."), cfg))
-    assert text in explain(caught.value, config_folder(), "train")
+    assert text in explain(caught.value, "train")
 
 
 class Part:
@@ -109,10 +108,10 @@ def test_an_error_of_a_method_has_the_key_of_the_object_that_raised_it():
     for used, expected in ((part, "part.size=7: too large"), (outer, "seed=1: too large"), (outer.inner, "seed=1: too large")):
         with pytest.raises(InputError) as caught:
             used.use()
-        assert explain(caught.value, "", "train").startswith(expected)
+        assert explain(caught.value, "train").startswith(expected)
     assert component_key(outer.inner) == "outer.inner"
     assert component_key("text") is None
-    assert "count=2" in explain(caught.value, "", "train")  # no key is called so: the bare name
+    assert "count=2" in explain(caught.value, "train")  # no key is called so: the bare name
 
 
 def test_what_a_partial_makes_is_recorded():
@@ -122,14 +121,6 @@ def test_what_a_partial_makes_is_recorded():
     make = build(cfg.sampler)
     assert component_key(make) == component_key(made := make(3)) == "sampler"
     assert made.size == 3
-
-
-def test_interpolations_are_followed_however_many_there_are():
-    raw = composed(*TEXT)
-    assert source_key("data.module.batch_size", raw) == "data.batch_size"
-    assert source_key("objective.encoder.tokenizer.name", raw) == "model.backbone.name"
-    assert source_key("no.such.key", raw) == "no.such.key"
-    assert source_key("logger.wandb.name", composed("logger=wandb")) == "logger.wandb.name"  # of two keys
 
 
 def test_the_record_does_not_keep_components_alive():

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import cloudpickle
+import pytest
 from hydra import compose, initialize_config_dir
 from hydra._internal.callbacks import Callbacks
 from hydra.core.hydra_config import HydraConfig
@@ -12,6 +13,7 @@ from omegaconf import OmegaConf, open_dict
 
 from tercet.app import hydra_compat
 from tercet.app.cli import config_folder
+from tests.conftest import composed
 
 
 def test_overrides_are_parsed_as_on_the_command_line():
@@ -19,6 +21,11 @@ def test_overrides_are_parsed_as_on_the_command_line():
     assert (fixed.get_key_element(), fixed.value(), fixed.is_sweep_override()) == ("a.b", 1, False)
     assert swept.is_sweep_override() and isinstance(swept.value(), ChoiceSweep)
     assert (group.key_or_group, group.package, group.input_line) == ("d", "e", "d@e=f")
+
+
+@pytest.mark.parametrize("value", ["it's", r"C:\new", r"a\'b\\", "a=b, [c]", "", "1", 1, None, True, ["a", {"b": [0.5, "x"]}]])
+def test_a_quoted_value_is_read_as_it_was(value):
+    assert hydra_compat.parse_overrides([f"key={hydra_compat.quote(value)}"])[0].value() == value
 
 
 def test_a_worker_runs_a_job_with_the_pickled_state_of_the_sweep(tmp_path):
@@ -45,6 +52,14 @@ def test_a_node_knows_its_full_key():
     cfg = OmegaConf.create({"a": {"b": [{"c": {}}]}})
     assert hydra_compat.full_key(cfg.a.b[0].c) == "a.b.0.c"
     assert (hydra_compat.full_key(cfg), hydra_compat.full_key({"a": 1})) == ("", "")
+
+
+def test_interpolations_are_followed_however_many_there_are():
+    raw = composed("data=text", "data.path=my.txt")
+    assert hydra_compat.source_key(raw, "data.module.batch_size") == "data.batch_size"
+    assert hydra_compat.source_key(raw, "objective.encoder.tokenizer.name") == "model.backbone.name"
+    assert hydra_compat.source_key(raw, "no.such.key") == "no.such.key"
+    assert hydra_compat.source_key(composed("logger=wandb"), "logger.wandb.name") == "logger.wandb.name"  # of two keys
 
 
 def test_main_runs_with_the_arguments_given(tmp_path, monkeypatch):

@@ -1,17 +1,20 @@
 """The small parts around a run."""
 
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
+from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
 import tercet
-from tercet.app import error_formatting, record, sweeps
-from tercet.app.cli import config_folder, main
+from tercet import messages
+from tercet.app import error_formatting, record
+from tercet.app.cli import main
 from tercet.app.components import takes
-from tercet.app.launch import num_processes
+from tercet.app.launch import num_processes, restored_signals
 from tercet.app.report import before_after_table
 from tercet.distributed.gather import reduce_loss
 from tercet.errors import InputError
@@ -51,21 +54,6 @@ def test_the_mean_divides_the_total_by_the_count_and_each_stat_by_its_own():
     assert float(reduce_loss(LossOutput(torch.tensor(0.0), torch.tensor(0.0)))[0]) == 0.0
 
 
-def test_a_sweep_is_summed_up():
-    runs = [{"test/a": 1.0, "before/a": 0.0, "train/loss": 9.0}, {"test/a": 3.0, "before/a": 0.0}]
-    table = sweeps.summarize(runs)
-    assert table["test/a"] == {"mean": 2.0, "sd": pytest.approx(2**0.5), "runs": 2}
-    assert "train/loss" not in table
-    assert "0.0000 ± 0.0000  →     2.0000 ± 1.4142" in sweeps.summary_table(table, 2)
-    stages = sweeps.summary_table({**table, "first/a": table["before/a"]}, 2, ["first"]).splitlines()
-    assert stages[1].split() == ["before", "→", "first", "→", "after"] and stages[2].count("→") == 2
-
-
-def test_a_setting_is_told_by_what_differs():
-    jobs = ["view=crop data=x", "view=dropout data=x"]
-    assert [sweeps.differing_overrides(job, jobs) for job in jobs] == ["view=crop", "view=dropout"]
-
-
 def test_metrics_are_written_whole(tmp_path):
     record.write_metrics(tmp_path, {"b": 1.0, "a": 2.0})
     assert (tmp_path / "metrics.json").read_text() == '{\n  "a": 2.0,\n  "b": 1.0\n}\n'
@@ -98,17 +86,43 @@ def test_processes_are_counted():
         num_processes(cfg(num_nodes=2))
 
 
-def test_known_keys_are_those_of_the_files():
-    known = error_formatting.known_keys(config_folder(), "train")
-    assert {"trainer.devices", "loss.temperature", "data.train.query", "seed", "objective", "callback.progress"} <= known
-    assert "output" not in known
+def test_signal_handlers_are_put_back_also_beside_one_that_was_installed_from_c(monkeypatch):
+    before, get = signal.getsignal(signal.SIGTERM), signal.getsignal
+    monkeypatch.setattr(signal, "getsignal", lambda number: None if number == signal.SIGHUP else get(number))
+    with restored_signals():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    assert get(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(("override", "hint"), [
+    ("model.poolng=cls", "Did you mean model.pooling?"), ("lr=1", "Did you mean optimizer.lr?"),
+    ("data.train.qery=3", "Did you mean data.train.query?"), ("objectiv=mlm", "Did you mean objective?"),
+    ("temperature=1", "Did you mean loss.temperature?"),
+    ("zzzz=1", "--cfg job"),
+])  # fmt: skip
+def test_a_mistyped_key_is_answered_with_the_nearest_of_this_configuration(override, hint):
+    with pytest.raises(ConfigCompositionException) as caught:
+        composed(override)
+    text = error_formatting.explain(caught.value, "train")
+    assert text.startswith(f"{override.split('=')[0]}: there is no such key.") and hint in text
+
+
+def test_progress_is_a_line_every_few_seconds(capsys, monkeypatch):
+    now = iter([0.0, 1.0, 6.0, 7.0, 12.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(now))
+    with messages.ProgressLines("evaluating: ", 40, "sentences") as lines:
+        for _ in range(4):
+            lines.update(10)
+    assert capsys.readouterr().err.splitlines() == [
+        "evaluating: 20 of 40 sentences, 0.1 min left", "evaluating: 40 of 40 sentences, 0.0 min left",
+    ]  # fmt: skip
 
 
 def test_errors_without_a_message_of_their_own_say_where_to_look():
-    assert error_formatting.explain(KeyError("x"), config_folder(), "train") == "KeyError: 'x' (TERCET_DEBUG=1 shows where)"
+    assert error_formatting.explain(KeyError("x"), "train") == "KeyError: 'x' (TERCET_DEBUG=1 shows where)"
     wrapped = RuntimeError("outer")
     wrapped.__cause__ = InputError("inner `size`=3")
-    assert error_formatting.explain(wrapped, config_folder(), "train") == "inner size=3"
+    assert error_formatting.explain(wrapped, "train") == "inner size=3"
 
 
 def test_the_figure_and_the_neighbours_show_the_change():

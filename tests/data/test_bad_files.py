@@ -105,8 +105,8 @@ def test_not_utf8(told):
     has(told("a.txt", "text\n".encode("utf-16")), "line 1, byte 0", "UTF-16")
 
 
-def test_not_utf8_after_the_first_block(told, monkeypatch):
-    monkeypatch.setattr("tercet.data.file_reader.BLOCK", 8)
+def test_not_utf8_after_the_first_rows(told, monkeypatch):
+    monkeypatch.setattr("tercet.data.file_reader.ROWS", 2)
     has(told("a.txt", b"one\ntwo\nthree\nfour\nfi\xffe\n"), "line 5, byte 21 (0xff)")
     has(told("a.csv", b"text\none\ntwo\nthree\nfour\nfi\xffe\n"), "line 6, byte 26 (0xff)")
 

@@ -84,8 +84,8 @@ def test_lines_end_at_line_ends_only(tmp_path):
 
 def test_lines_cross_blocks(tmp_path, monkeypatch):
     lines = [f"é{i}" * 3 for i in range(50)]
-    for block in (1, 2, 7):
-        monkeypatch.setattr("tercet.data.file_reader.BLOCK", block)
+    for rows in (1, 2, 7):
+        monkeypatch.setattr("tercet.data.file_reader.ROWS", rows)
         (tmp_path / "a.txt").write_bytes("\r\n".join(lines).encode())
         assert TextFiles(str(tmp_path / "a.txt")).rows()["text"][:] == lines
 
@@ -252,7 +252,7 @@ def test_the_fingerprint_follows_contents_and_options(text, tmp_path):
     ]
     assert len({f.fingerprint() for f in [files, *others]}) == 6
     # In every process and on every machine; a new option or version makes another one.
-    assert files.fingerprint() == "e3276afa18822a9e9bd0f6adc4fb81d4"
+    assert files.fingerprint() == "82bd0dd36ad7910aec0cb0564dfe935d"
 
 
 def test_sources_can_be_pickled_and_compared(tmp_path):
@@ -280,14 +280,14 @@ def test_real_triplets():
 
 
 def test_quoted_line_ends_cross_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr("tercet.data.file_reader.CSV_BLOCK", 64)
+    monkeypatch.setattr("tercet.data.file_reader.ROWS", 3)
     cells = [f'line one, {i}\nline "two"' for i in range(50)]
     path = write(tmp_path / "a.csv", [{"text": cell, "n": i} for i, cell in enumerate(cells)], "csv")
     assert TextFiles(str(path), position="n").rows()["text"][:] == cells
 
 
 def test_row_numbers_cross_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr("tercet.data.file_reader.CSV_BLOCK", 64)
+    monkeypatch.setattr("tercet.data.file_reader.ROWS", 3)
     (tmp_path / "a.csv").write_text("text,n\n" + "".join(f"cell,{i}\n" for i in range(70)) + ",70\n")
     with pytest.raises(InputError, match="row 71: column 'text' is empty"):
         TextFiles(str(tmp_path / "a.csv")).rows()

@@ -72,8 +72,7 @@ def test_hub_sets_are_read_as_files_are(world, monkeypatch):
     import datasets
 
     rows = datasets.Dataset(pq.read_table(world / "struct.parquet"))
-    for module in ("image_files", "file_reader"):
-        monkeypatch.setattr(f"tercet.data.{module}.open_hub", lambda path, streaming: rows)
+    monkeypatch.setattr("tercet.data.file_reader.open_hub", lambda path, streaming: rows)
     files = source("somebody/faces")
     assert pictures(batch(files, list(range(40)))) == pictures(batch(source(world / "folder"), list(range(40))))
 

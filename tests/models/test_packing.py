@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from tercet.app.components import build
 from tercet.models.engine import packing
-from tercet.models.engine.packing import Packing, attend_by_length, attend_nested, attend_padded
+from tercet.models.engine.packing import AttentionSettings, Packing, attend_by_length, attend_nested, attend_padded
 from tests.conftest import TEXTS, composed, tiny
 
 LENGTHS = [5, 5, 2, 9, 1, 9]
@@ -43,7 +43,7 @@ def test_every_way_is_each_row_alone_in_value_and_gradient(name, window, first, 
     want = row_by_row(*qkv, LENGTHS, window)
     starts = rows.starts.to(device)
     query = qkv[0][:, :, starts] if first else qkv[0]
-    got = FUNCTIONS[name](query, *qkv[1:], rows, 0.0, None, window, None)
+    got = FUNCTIONS[name](query, *qkv[1:], rows, AttentionSettings(window=window))
     want = want[:, starts] if first else want
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     weight = torch.linspace(-1, 1, want.numel(), device=device).view_as(want)
@@ -57,8 +57,8 @@ def test_every_way_is_each_row_alone_in_value_and_gradient(name, window, first, 
 def test_every_way_drops_attention_and_keeps_its_mean(name, device):
     query, key, value = (x.detach() for x in tokens(LENGTHS, device))
     rows = Packing(torch.tensor(LENGTHS))
-    want = FUNCTIONS[name](query, key, value, rows, 0.0, None, None, None)
-    drawn = torch.stack([FUNCTIONS[name](query, key, value, rows, 0.3, None, None, None) for _ in range(600)])
+    want = FUNCTIONS[name](query, key, value, rows, AttentionSettings())
+    drawn = torch.stack([FUNCTIONS[name](query, key, value, rows, AttentionSettings(0.3)) for _ in range(600)])
     sure = 6 * drawn.std(0) / 600**0.5 + 1e-4
     assert ((drawn.mean(0) - want).abs() < sure).all()
     assert drawn.std(0).min() > 0
@@ -69,12 +69,14 @@ def test_what_is_dropped_by_seed_is_the_same_however_rows_are_kept_apart(name):
     query, key, value = tokens(LENGTHS)
     rows = Packing(torch.tensor(LENGTHS))
     seed = torch.arange(sum(LENGTHS))[None] + 77
-    got = FUNCTIONS[name](query, key, value, rows, 0.3, None, None, seed)
+    got = FUNCTIONS[name](query, key, value, rows, AttentionSettings(0.3, seed=seed))
     alone, start = [], 0
     for n in LENGTHS:
         own = slice(start, start + n)
         one = Packing(torch.tensor([n]))
-        alone.append(attend_padded(*(x[:, :, own] for x in (query, key, value)), one, 0.3, None, None, seed[:, own]))
+        alone.append(
+            attend_padded(*(x[:, :, own] for x in (query, key, value)), one, AttentionSettings(0.3, seed=seed[:, own]))
+        )
         start += n
     torch.testing.assert_close(got, torch.cat(alone, 1), rtol=1e-5, atol=1e-5)
     assert not torch.allclose(got, row_by_row(query, key, value, LENGTHS), atol=1e-2)
@@ -95,7 +97,7 @@ def test_nested_rows_know_neither_windows_nor_seeds():
     rows = Packing(torch.tensor(LENGTHS))
     for window, seed in ((4, None), (None, torch.zeros(1, sum(LENGTHS), dtype=torch.long))):
         with pytest.raises(ValueError, match="nested attention"):
-            attend_nested(*tokens(LENGTHS), rows, 0.1, None, window, seed)
+            attend_nested(*tokens(LENGTHS), rows, AttentionSettings(0.1, None, window, seed))
 
 
 @pytest.mark.parametrize(
@@ -142,4 +144,7 @@ def test_nested_attention_is_verified_by_a_run(monkeypatch, caplog):
 def test_a_gpu_has_a_kernel_for_nested_rows(dtype):
     assert packing._nested_attention_works(torch.device("cuda", 0), dtype, 64)
     rows = Packing(torch.tensor([300, 9, 9]))
-    assert packing.choose_attention(torch.zeros(1, 2, 318, 64, device="cuda", dtype=dtype), rows, None, None) is attend_nested
+    assert (
+        packing.choose_attention(torch.zeros(1, 2, 318, 64, device="cuda", dtype=dtype), rows, AttentionSettings())
+        is attend_nested
+    )

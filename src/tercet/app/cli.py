@@ -100,9 +100,9 @@ def _run_composed(command: str, arguments: Sequence[str]) -> None:
     options = parser.parse_intermixed_args(list(arguments))
     folders = [a for a in options.overrides if command == "compare" and "=" not in a]
     overrides = [_model_is_a_path(a) for a in options.overrides if a not in folders]
-    overrides += [f"runs=[{','.join(map(_quoted, folders))}]"] if folders else []
+    overrides += [f"runs={hydra_compat.quote(_unquoted(folders))}"] if folders else []
     if options.config_dir:
-        overrides.append(f"hydra.searchpath=[{_quoted(str(Path(options.config_dir).resolve()))}]")
+        overrides.append(f"hydra.searchpath={hydra_compat.quote([str(Path(options.config_dir).resolve())])}")
     with initialize_config_dir(config_folder(), version_base="1.3", job_name=command):
         cfg = compose(command, overrides)
         if options.cfg:
@@ -119,11 +119,11 @@ def _model_is_a_path(override: str) -> str:
         return override
     value = override.removeprefix("model=")
     several = value.startswith("[") and value.endswith("]")
-    return f"model.path=[{','.join(map(_quoted, value[1:-1].split(',')))}]" if several else f"model.path={_quoted(value)}"
+    return f"model.path={hydra_compat.quote(_unquoted(value[1:-1].split(',')) if several else _unquoted([value])[0])}"
 
 
-def _quoted(value: str) -> str:
-    return "'" + value.strip().strip("'\"").replace("'", "\\'") + "'"
+def _unquoted(values: Sequence[str]) -> list[str]:
+    return [value.strip().strip("'\"") for value in values]
 
 
 def _job(failed: list[str]) -> Callable[[DictConfig], Any]:
@@ -149,7 +149,7 @@ def _job(failed: list[str]) -> Callable[[DictConfig], Any]:
 
 def report_error(error: Exception, command: str) -> str:
     """Print what the user can do about the error; ``TERCET_DEBUG=1`` adds the traceback."""
-    text = error_formatting.explain(error, config_folder(), command)
+    text = error_formatting.explain(error, command)
     if os.environ.get("TERCET_DEBUG"):
         traceback.print_exception(error)
     print(f"\nerror: {text}", file=sys.stderr, flush=True)  # a new line: a progress bar may stand on this one

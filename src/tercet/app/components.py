@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import re
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -13,12 +12,11 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tercet.app.hydra_compat import full_key
+from tercet.app.hydra_compat import full_key, source_key
 from tercet.errors import InputError
 
 SPECIAL = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 SCALARS = (bool, int, float, str, type(None))
-REFERENCE = re.compile(r"\$\{(\.*)([^$:]+)\}")  # one interpolation of a key and nothing more
 
 
 class _Run:
@@ -97,12 +95,16 @@ def settable_key(component: str, parameter: str) -> str | None:
     The parameter is looked for in the component's node, then in the nodes inside it, then in those around it.
     Interpolations are followed: ``data.module.batch_size`` holds ``${data.batch_size}``, which is the key to set.
     """
-    known = dict.fromkeys(key for key, _ in walk(_plain(_Run.raw, resolve=True)))
+    try:
+        plain = OmegaConf.to_container(_Run.raw, resolve=True)
+    except OmegaConfBaseException:  # something is not given, or names what is not there
+        plain = OmegaConf.to_container(_Run.raw, resolve=False)
+    known = dict.fromkeys(key for key, _ in walk(plain))
     inside = sorted((key for key in known if f"{key}.".startswith(f"{component}.")), key=lambda key: key.count("."))
     parts = component.split(".")
     around = (".".join(parts[:i]) for i in range(len(parts) - 1, 0, -1))
     keys = (_join(place, parameter) for place in (*inside, *around))
-    return next((source_key(key) for key in keys if key in known), None)
+    return next((source_key(_Run.raw, key) for key in keys if key in known), None)
 
 
 def walk(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
@@ -111,29 +113,6 @@ def walk(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
     inside = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
     for name, value in inside:
         yield from walk(value, _join(key, str(name)))
-
-
-def source_key(key: str, raw: DictConfig | None = None) -> str:
-    """The key behind an interpolation: ``data.module.batch_size`` holds ``${data.batch_size}``."""
-    config, seen = _plain(_Run.raw if raw is None else raw, resolve=False), set[str]()
-    while key not in seen:
-        seen.add(key)
-        node, parts = config, key.split(".")
-        for i, part in enumerate(parts):
-            children = {str(j): child for j, child in enumerate(node)} if isinstance(node, list) else node
-            node = children.get(part) if isinstance(children, dict) else None
-            if isinstance(node, str) and (found := REFERENCE.fullmatch(node)):
-                around = parts[: i + 1 - len(found[1])] if found[1] else []  # of a relative key: ${..name}
-                key = ".".join([*around, found[2], *parts[i + 1 :]])
-                break
-    return key
-
-
-def _plain(config: DictConfig, resolve: bool) -> Any:
-    try:
-        return OmegaConf.to_container(config, resolve=resolve)
-    except OmegaConfBaseException:  # something is not given, or names what is not there
-        return OmegaConf.to_container(config, resolve=False)
 
 
 def _join(key: str, name: str) -> str:
@@ -152,14 +131,14 @@ def check_values(cfg: DictConfig, raw: DictConfig) -> None:
         # An experiment may have set what only another choice of the group has.
         for name in () if open_ended else node.keys() - parameters.keys() - SPECIAL:
             # The name itself, also where it holds an interpolation: removing what it refers to would not help.
-            key, accepted = _join(source_key(place, raw), name), ", ".join(parameters)
+            key, accepted = _join(source_key(raw, place), name), ", ".join(parameters)
             raise InputError(
                 f"{key}={node[name]}: {target.__name__} does not take it; it takes {accepted}. Leave it out with '~{key}'."
             )
         hints = _hints(target)
         for name, value in node.items():
             if name in hints and isinstance(value, SCALARS) and not takes(hints[name], value):
-                key = source_key(_join(place, name), raw)
+                key = source_key(raw, _join(place, name))
                 raise InputError(f"{key}={value}: {_words(hints[name])} is needed here, this is {type(value).__name__}.")
 
 

@@ -4,20 +4,18 @@ import difflib
 import re
 import traceback
 from collections.abc import Iterator
-from pathlib import Path
 from types import FrameType
 
 from hydra import errors
-from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from tercet.app import components
+from tercet.app import components, hydra_compat
 from tercet.errors import InputError
 
 NOT_SETTABLE = re.compile(r"(^|\.)(_|\d|defaults\b|hydra\b)")  # keys, or their parts: _target_, an index of a list
 
 
-def explain(error: BaseException, conf: str, command: str) -> str:
+def explain(error: BaseException, command: str) -> str:
     """One message for any exception; the parameters that an ``InputError`` names become full configuration keys."""
     chain = _chain(error)
     for i, cause in enumerate(chain):
@@ -29,10 +27,10 @@ def explain(error: BaseException, conf: str, command: str) -> str:
     if isinstance(error, errors.MissingConfigException):
         return _missing_choice(error)
     if isinstance(error, errors.ConfigCompositionException):
-        return _mistyped(error, conf, command)
+        return _mistyped(error, command)
     if isinstance(error, errors.InstantiationException):
         where = re.search(r"full_key: (\S+)", str(error))
-        place = f"{components.source_key(where[1])}: " if where else ""
+        place = f"{hydra_compat.source_key(components.raw_config(), where[1])}: " if where else ""
         return place + " ".join(str(error.__cause__ or error).split())
     if isinstance(error, MissingMandatoryValue) and error.full_key:
         return f"{error.full_key} must be given: {error.full_key}=..."
@@ -88,38 +86,16 @@ def _missing_choice(error: errors.MissingConfigException) -> str:
     return f"{group}={choice}: no such choice.{hint} There are: {', '.join(options)}."
 
 
-def _mistyped(error: errors.ConfigCompositionException, conf: str, command: str) -> str:
-    text = " ".join(f"{error} {error.__cause__ or ''}".split())
+def _mistyped(error: errors.ConfigCompositionException, command: str) -> str:
+    text, cause = " ".join(f"{error} {error.__cause__ or ''}".split()), error.__cause__
     if command != "train" and "In 'data/text'" in text:  # it chooses an objective, too
         return f"data=text is for training. With `{command}` use data=table, and the same data.path and data.columns."
-    wrong = re.search(r"Could not override '([^']+)'", text) or re.search(r"Key '([^']+)' is not in struct", text)
-    key = wrong[1].lstrip("+~").split("@")[0] if wrong else ""
-    known = sorted(known_keys(conf, command))
-    if not wrong or key in known:
+    composed = hydra_compat.failed_config(cause)
+    known = sorted(key for key, _ in components.walk(composed) if key and not NOT_SETTABLE.search(key))
+    key = getattr(cause, "full_key", None)
+    if not known or not key or key in known:
         return text
-    near = difflib.get_close_matches(key, known, 1, 0.5) or [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
+    inside = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
+    near = (inside if "." not in key else []) or difflib.get_close_matches(key, known, 1, 0.5) or inside
     hint = f" Did you mean {near[0]}?" if near else ""
     return f"{key}: there is no such key.{hint} `--cfg job` prints all keys with their values."
-
-
-def known_keys(conf: str, command: str) -> set[str]:
-    """Every key that any file of the configuration defines, and every group."""
-    found: set[str] = set()
-    for path in Path(conf).rglob("*.yaml"):
-        group = path.parent.relative_to(conf).as_posix()
-        if group == "base" or (group == "." and path.stem != command):
-            continue
-        prefix = "" if group in (".", "experiment", "sweep") else f"{group}."
-        found |= {prefix.rstrip(".")} | _file_keys(path, prefix, Path(conf))
-    return found - {""}
-
-
-def _file_keys(path: Path, prefix: str, conf: Path) -> set[str]:
-    """The keys of a file and of the base files that it includes: ``/base/execution@execution``, ``/base/rows@_here_``."""
-    content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
-    found = {f"{prefix}{key}" for key, _ in components.walk(content) if key and not NOT_SETTABLE.search(key)}
-    for entry in content.get("defaults", []) if isinstance(content, dict) else ():
-        name, _, package = str(entry).partition("@")
-        if name.startswith("/base/"):
-            found |= _file_keys(conf / f"{name[1:]}.yaml", prefix if package == "_here_" else f"{prefix}{package}.", conf)
-    return found

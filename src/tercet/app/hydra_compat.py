@@ -16,12 +16,24 @@ from hydra.core.override_parser.types import Override
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, run_job, setup_globals
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, Node, OmegaConf
 
 
 def full_key(node: Any) -> str:
     """The key of a node in its configuration, as ``model.head``; empty for the root, and for what is no configuration."""
-    return re.sub(r"\[(\d+)\]", r".\1", node._get_full_key(None)) if OmegaConf.is_config(node) else ""
+    return re.sub(r"\[(\d+)\]", r".\1", node._get_full_key(None)) if isinstance(node, Node) else ""
+
+
+def source_key(config: DictConfig, key: str) -> str:
+    """The key behind interpolations: ``data.module.batch_size`` holds ``${data.batch_size}``."""
+    _, _, node = config._select_impl(key, throw_on_missing=False, throw_on_resolution_failure=False)
+    return full_key(node) or key
+
+
+def failed_config(error: BaseException | None) -> Any:
+    """The whole configuration, as plain dicts and lists, in which OmegaConf raised an error; None for other errors."""
+    node = getattr(error, "parent_node", None)
+    return None if node is None else OmegaConf.to_container(node._get_root(), resolve=False)
 
 
 def run_main(job: Callable[[DictConfig], Any], folder: str, name: str, arguments: Sequence[str]) -> None:
@@ -37,14 +49,29 @@ def plugin_folders() -> list[Path]:
     folders = []
     for entry in entry_points(group="tercet.conf"):
         package, *inside = entry.value.split(".")
-        if (spec := find_spec(package)) and spec.submodule_search_locations:
-            folders.append(Path(next(iter(spec.submodule_search_locations)), *inside))
+        if spec := find_spec(package):
+            folders += [Path(root, *inside) for root in spec.submodule_search_locations or ()]
     return folders
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[Override]:
     """Overrides as Hydra's grammar reads them: keys, values and sweeps."""
     return OverridesParser.create().parse_overrides(list(arguments))
+
+
+def quote(value: Any) -> str:
+    """A value in the grammar of Hydra's command line, where backslashes are doubled before a quote and at the end only.
+
+    >>> quote({"split": "train", "rows": [1, None]})
+    "{split:'train',rows:[1,null]}"
+    """
+    if isinstance(value, str):
+        return "'" + re.sub(r"\\+(?='|\Z)", lambda run: run[0] * 2, value).replace("'", "\\'") + "'"
+    if isinstance(value, list):
+        return f"[{','.join(map(quote, value))}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{quote(inner)}" for key, inner in value.items()) + "}"
+    return "null" if value is None else str(value)
 
 
 def process_state() -> Any:

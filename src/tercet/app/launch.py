@@ -84,14 +84,18 @@ def launch_processes(worker: Worker, cfg: DictConfig, output: Path) -> float | N
 
 @contextmanager
 def restored_signals() -> Iterator[None]:
-    """Put the signal handlers back at the end: torch's launcher leaves its own behind."""
+    """Put the signal handlers back at the end: torch's launcher leaves its own behind.
+
+    A handler that was installed from C is None in Python and cannot be put back.
+    """
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)}
     try:
         yield
     finally:
         if threading.current_thread() is threading.main_thread():
             for number, handler in before.items():
-                signal.signal(number, handler)
+                if handler is not None:
+                    signal.signal(number, handler)
 
 
 def _reported(worker: Worker, config: dict[str, Any], output: str, raw: Any) -> float | None:
@@ -104,7 +108,7 @@ def _reported(worker: Worker, config: dict[str, Any], output: str, raw: Any) -> 
     except Exception as error:
         # The first to fail knows why; the others only miss it.
         with suppress(FileExistsError), (Path(output) / "error.txt").open("x", encoding="utf-8") as file:
-            file.write(explain(error, "", "train") + "\n")
+            file.write(explain(error, "train") + "\n")
         if os.environ.get("TERCET_DEBUG"):
             raise
         raise SystemExit(1) from None

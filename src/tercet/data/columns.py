@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetInfo, Features
-from datasets.table import InMemoryTable
 
 from tercet.errors import InputError, check_choice, require
 
@@ -33,16 +32,16 @@ class Chunk(NamedTuple):
 
     name: str
     unit: str
-    number: pa.Array
+    number: Sequence[int]
     table: pa.Table
-    not_text: pa.Array | None = None
+    not_text: Any = None
     blank: int = 0
 
 
 def as_dataset(table: pa.Table, fingerprint: str, features: Mapping[str, Any] | None = None) -> Dataset:
     """A table in memory as a ``datasets.Dataset``."""
     info = DatasetInfo(features=Features(features)) if features else None
-    return Dataset(InMemoryTable(table), info=info, fingerprint=fingerprint)
+    return Dataset(table, info=info, fingerprint=fingerprint)
 
 
 def text_columns(path: str, available: Sequence[str], columns: Sequence[str]) -> tuple[str, ...]:
@@ -66,12 +65,11 @@ def check_column(where: str, available: Sequence[str], name: str, parameter: str
     return name
 
 
-def label_ids(column: Any, path: str, name: str) -> tuple[pa.Array, list[str]]:
+def label_ids(column: pa.ChunkedArray, path: str, name: str) -> tuple[pa.ChunkedArray, list[str]]:
     """Each value's position among the sorted values, as int64, and those values; null and "" become -1.
 
     Strings that are all whole numbers are sorted as numbers.
     """
-    column = plain(column)
     if pa.types.is_string(column.type):
         column = pc.utf8_trim_whitespace(column)
         column = pc.if_else(pc.equal(column, ""), None, column)
@@ -84,35 +82,12 @@ def label_ids(column: Any, path: str, name: str) -> tuple[pa.Array, list[str]]:
     return pc.fill_null(pc.index_in(column, values), -1).cast(pa.int64()), [str(value) for value in values.to_pylist()]
 
 
-def to_integers(column: Any, path: str, name: str, parameter: str, advice: str = "") -> Any:
+def to_integers(column: pa.ChunkedArray, path: str, name: str, parameter: str, advice: str = "") -> pa.ChunkedArray:
     """The column as int64; raises ``InputError`` with the first value that is no whole number."""
-    column = plain(column)
     if (numbers := _try_cast(column)) is None:
         example = next(x for x in column.to_pylist() if x is not None and _try_cast(pa.array([x], column.type)) is None)
         raise InputError(f"`{parameter}`={name}: `path`={path} holds {example!r} there; whole numbers are accepted.{advice}")
     return numbers
-
-
-def as_list(value: Any) -> list[Any]:
-    """A value of ``where``, alone or in a list."""
-    return [value] if value is None or isinstance(value, str | int | float | bool) else list(value)
-
-
-def matches_any(column: Any, values: Sequence[Any], path: str, name: str) -> Any:
-    """True where the column has one of the values, which may be written as text."""
-    column = plain(column)
-    try:
-        accepted = pa.array([None if value is None else str(value) for value in values], pa.string()).cast(column.type)
-    except pa.ArrowException as error:
-        raise InputError(f"`where`={{{name}: {values}}}: `path`={path} holds {column.type} there.") from error
-    return pc.is_in(column, value_set=accepted)
-
-
-def plain(column: Any) -> Any:
-    """One array, without dictionary; a column of strings as ``string``."""
-    column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    column = column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
-    return column.cast(pa.string()) if pa.types.is_large_string(column.type) else column
 
 
 def _try_cast(column: Any) -> Any:
@@ -122,7 +97,36 @@ def _try_cast(column: Any) -> Any:
         return None
 
 
-def files_fingerprint(kind: str, files: Sequence[Path], whole: bool) -> str:
+def where_values(where: Mapping[str, Any] | None, available: Sequence[str], path: str) -> dict[str, list[Any]]:
+    """The accepted values of each column that ``where`` names; one alone needs no list."""
+    values = {}
+    for name, value in (where or {}).items():
+        check_column(f"`path`={path}", available, str(name), "where")
+        values[str(name)] = [value] if value is None or isinstance(value, str | int | float | bool) else list(value)
+    return values
+
+
+def where_mask(table: pa.Table, where: Mapping[str, Sequence[Any]], path: str) -> Any:
+    """``(N,)``, true for rows that have one of the values, which may be written as text, in each column of ``where``."""
+    keep = np.ones(len(table), dtype=np.bool_)
+    for name, values in where.items():
+        column = table[name]
+        try:
+            accepted = pa.array([None if value is None else str(value) for value in values], pa.string()).cast(column.type)
+        except pa.ArrowException as error:
+            raise InputError(f"`where`={{{name}: {values}}}: `path`={path} holds {column.type} there.") from error
+        keep &= np.asarray(pc.is_in(column, value_set=accepted))
+    return keep
+
+
+def plain_columns(table: pa.Table) -> pa.Table:
+    """The table without dictionaries, all strings as ``string``."""
+    types = [getattr(kind, "value_type", kind) if pa.types.is_dictionary(kind) else kind for kind in table.schema.types]
+    plain = [pa.string() if pa.types.is_large_string(kind) else kind for kind in types]
+    return table.cast(pa.schema(zip(table.column_names, plain, strict=True)))
+
+
+def files_fingerprint(kind: str, files: Sequence[Path], whole: bool = True) -> str:
     """Hash the files' kind and contents in order; with ``whole`` false only their sizes, first and last MiB."""
     parts = [_hash_file(file, whole, os.stat(file).st_mtime_ns, os.stat(file).st_size) for file in files]
     return text_fingerprint(VERSION, kind, *parts)
@@ -144,23 +148,38 @@ def _hash_file(file: Path, whole: bool, modified: int, size: int) -> str:
     return digest.hexdigest()
 
 
-def check_split(split: str, held_out: int) -> None:
+def check_split(split: str, held_out: int, validation_rows: int = 0) -> None:
     """Raise ``InputError`` for an unknown split, and for a test split that has no rows."""
-    check_choice("split", split, SPLITS)
+    check_choice("split", split, (*SPLITS, "validation") if validation_rows else SPLITS)
     require(split != "test" or held_out, "`held_out`=0 leaves no test side. Use `held_out`=2 or more.")
 
 
-def split_rows(table: pa.Table, by: pa.ChunkedArray, split: str, held_out: int, path: str) -> pa.Table:
-    """The rows of a split; those of "test" are the ones with the smallest hashes of ``by (N,)``.
+def split_rows(
+    table: pa.Table, by: pa.ChunkedArray, split: str, held_out: int, path: str, validation_rows: int = 0
+) -> pa.Table:
+    """The rows of a split; those of "test" are the ones with the smallest hashes of ``by (N,)``, then come "validation"'s.
 
-    Equal values, up to case and white space, stay together. The test split has at most ``min(held_out, max(2, N // 5))`` rows.
-    It depends neither on the order of the rows nor on a seed.
+    Equal values, up to case and white space, stay together. The test split has at most ``min(held_out, max(2, N // 5))`` rows,
+    the validation split as many at most of those that are left. They depend neither on the order of the rows nor on a seed.
     """
-    if held_out == 0 or split == "all":
+    sizes = {"test": ("held_out", held_out), "validation": ("validation_rows", validation_rows)}
+    if split == "all" or not any(size for _, size in sizes.values()):
         return table
+    sides = np.full(len(by), "train", dtype="U10")
+    for side, (parameter, size) in sizes.items():
+        if size:
+            left = np.flatnonzero(sides == "train")
+            sides[left[_smallest_hashes(by.take(left), size, parameter, path)]] = side
+    return table.filter(pa.array(sides == split))
+
+
+def _smallest_hashes(by: pa.ChunkedArray, held_out: int, parameter: str, path: str) -> Any:
+    """Whether each row of ``by (N,)`` is held out, ``(N,)``; ``parameter`` is the one that asks for so many rows."""
     here, count, limit = f"`path`={path} has", len(by), min(held_out, max(2, len(by) // 5))
-    require(count >= 4, f"{here} {count} rows: one sentence teaches nothing, and `held_out`={held_out} needs 4 rows or more.")
-    require(held_out >= 2, f"`held_out`={held_out}: 0 (no test side), or 2 rows or more.")
+    require(
+        count >= 4, f"{here} {count} rows: one sentence teaches nothing, and `{parameter}`={held_out} needs 4 rows or more."
+    )
+    require(held_out >= 2, f"`{parameter}`={held_out}: 0 (none), or 2 rows or more.")
     texts = (text for chunk in by.cast(pa.string()).fill_null("").chunks for text in chunk.to_numpy(zero_copy_only=False))
     normalized = (" ".join(text.lower().split()).encode() for text in texts)
     digests = b"".join(hashlib.blake2b(text, digest_size=8).digest() for text in normalized)
@@ -174,4 +193,4 @@ def split_rows(table: pa.Table, by: pa.ChunkedArray, split: str, held_out: int, 
     advice = "Add others, or train on all of them with `split`=all and without a test source."
     most = f"at most {limit} rows (a fifth) with all that are equal"
     require(limit - left >= 2 and not chosen.all(), f"{few}, {most}. {advice}")
-    return table.filter(pa.array(chosen[group] == (split == "test")))
+    return chosen[group]

@@ -1,16 +1,17 @@
 """Labeled images in folders, Parquet files or on the hub."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Value
 
 from tercet.data import columns as cols
-from tercet.data.file_reader import DataPath, column_names, open_hub, read_chunks, resolve, visible_files
+from tercet.data.columns import Chunk
+from tercet.data.file_reader import DataPath, resolve, visible_files
 from tercet.errors import require
 from tercet.messages import warn_once
 from tercet.paths import locate
@@ -30,7 +31,8 @@ class ImageFiles:
     ``image`` and ``label`` name the columns; None: found by their usual names, or as the only column that can hold images. In
     a folder the label is the name of the folder that a file is in; a file in ``root`` itself has none. ``where`` keeps rows by
     value: ``{"split": "train"}``. With ``held_out`` above 0, the ``split`` "test" has about that many images, at most a fifth,
-    of whole labels chosen by a hash, so that no label is in both splits; "train" has the others, "all" both.
+    of whole labels chosen by a hash, so that no label is in both splits; "train" has the others, "all" both. With
+    ``validation_rows`` about as many of the other images, of whole labels too, are the ``split`` "validation".
 
     >>> import pathlib, tempfile
     >>> from PIL import Image
@@ -48,21 +50,24 @@ class ImageFiles:
     where: Mapping[str, Any] | None = field(default=None, hash=False)
     split: str = "all"
     held_out: int = 0
+    validation_rows: int = 0
     columns: ClassVar[tuple[str, ...]] = ("image",)
 
     def __post_init__(self) -> None:
-        cols.check_split(self.split, self.held_out)
-        data, here = resolve_images(self.path), f"`path`={self.path}"
-        names = ["image", "label"] if data.kind == "folder" else column_names(data)
+        cols.check_split(self.split, self.held_out, self.validation_rows)
+        schema, here = resolve_images(self.path).schema(), f"`path`={self.path}"
+        names = schema.names
         image = cols.check_column(here, names, self.image, "image") if self.image else _first(names, IMAGE_NAMES)
-        image = image or _only_image_column(data)
+        held = [field.name for field in schema if _is_bytes(field.type) or _is_struct(field.type)]
+        image = image or (held[0] if len(held) == 1 else None)
         has = f"{here} has the columns {', '.join(names)}"
         require(image, f"{has}: say which holds images with `image`=...")
         label = cols.check_column(here, names, self.label, "label") if self.label else _first(names, LABEL_NAMES)
-        advice = "Name that of the labels with `label`=..., or use `held_out`=0."
-        require(label or not self.held_out, f"`held_out`={self.held_out} holds out whole labels, but {has}. {advice}")
-        where = {cols.check_column(here, names, str(n), "where"): cols.as_list(v) for n, v in (self.where or {}).items()}
-        vars(self).update(image=image, label=label, where=where)
+        for key in ("held_out", "validation_rows"):
+            advice = f"Name that of the labels with `label`=..., or use `{key}`=0."
+            count = getattr(self, key)
+            require(label or not count, f"`{key}`={count} holds out whole labels, but {has}. {advice}")
+        vars(self).update(image=image, label=label, where=cols.where_values(self.where, names, self.path))
 
     @property
     def provides(self) -> frozenset[str]:
@@ -71,9 +76,10 @@ class ImageFiles:
 
     def rows(self) -> Dataset:
         """``image`` as ``{"bytes", "path"}``, not decoded, and ``label`` with its names."""
-        table = self._table()
-        for name, values in (self.where or {}).items():
-            table = table.filter(cols.matches_any(table[name], values, self.path, name))
+        named = [name for name in (self.image, self.label, *(self.where or ())) if name is not None]
+        tables = [chunk.table for chunk in resolve_images(self.path).chunks([], named)]
+        table = pa.concat_tables(tables, promote_options="permissive")
+        table = table.filter(pa.array(cols.where_mask(table, self.where or {}, self.path)))
         reason = f"`where`={self.where} keeps no row of" if self.where else "There is no image in"
         require(len(table), f"{reason} `path`={self.path}.")
         assert self.image is not None
@@ -82,32 +88,38 @@ class ImageFiles:
             cells["label"], names = cols.label_ids(table[self.label], self.path, self.label)
             features["label"] = ClassLabel(names=names) if names else Value("int64")
         by = table[self.label or self.image]  # without labels nothing is held out
-        rows = cols.split_rows(pa.table(cells), by, self.split, self.held_out, self.path)
+        rows = cols.split_rows(pa.table(cells), by, self.split, self.held_out, self.path, self.validation_rows)
         return cols.as_dataset(rows, self.fingerprint(), features)
-
-    def _table(self) -> pa.Table:
-        data = resolve_images(self.path)
-        if data.kind == "folder":
-            root, *files = data.files
-            labels = [None if file.parent == root else file.parent.relative_to(root).as_posix() for file in files]
-            cells = [pa.nulls(len(files), pa.binary()), pa.array(map(str, files), pa.string())]
-            return pa.table({"image": pa.StructArray.from_arrays(cells, ["bytes", "path"]), "label": labels})
-        names = [name for name in (self.image, self.label, *(self.where or ())) if name is not None]
-        tables = [chunk.table for chunk in read_chunks(data, [], names, streaming=False)]
-        return pa.concat_tables(tables, promote_options="permissive")
 
     def fingerprint(self) -> str:
         """Hash the files' contents and every option; of the images of a folder their names and sizes."""
-        data = resolve_images(self.path)
-        options = repr((*astuple(self)[1:], self.path if data.kind == "hub" else ""))
-        if data.kind == "folder":
-            root, *files = data.files
-            return cols.text_fingerprint(options, *(f"{f.relative_to(root)}{f.stat().st_size}" for f in files))
-        return cols.text_fingerprint(options, cols.files_fingerprint(data.kind, data.files, True))
+        return resolve_images(self.path).fingerprint(astuple(self)[1:])
 
 
-def resolve_images(path: str) -> DataPath:
-    """Find the images that a path names; of kind "folder", ``files`` are its root and the images."""
+class ImageFolder(NamedTuple):
+    """The ``images`` below a folder, to be read as a ``DataPath`` is."""
+
+    root: Path
+    images: list[Path]
+
+    def schema(self) -> pa.Schema:
+        """The columns."""
+        return pa.schema({"image": CELL_TYPE, "label": pa.string()})
+
+    def chunks(self, texts: Sequence[str], others: Sequence[str]) -> Iterator[Chunk]:
+        """All images, and the names of the folders they are in."""
+        labels = [None if file.parent == self.root else file.parent.relative_to(self.root).as_posix() for file in self.images]
+        cells = [{"bytes": None, "path": str(file)} for file in self.images]
+        yield Chunk(str(self.root), "row", range(len(cells)), pa.table({"image": cells, "label": labels}, self.schema()))
+
+    def fingerprint(self, options: Sequence[Any]) -> str:
+        """Hash the options, and the images' names and sizes."""
+        images = (f"{file.relative_to(self.root)}{file.stat().st_size}" for file in self.images)
+        return cols.text_fingerprint(repr((*options, "")), *images)
+
+
+def resolve_images(path: str) -> DataPath | ImageFolder:
+    """Find the images that a path names."""
     here = locate(path)
     if here.is_dir():
         files = sorted(visible_files(here))
@@ -115,12 +127,12 @@ def resolve_images(path: str) -> DataPath:
         if images:
             if others := len(files) - len(images):
                 warn_once(f"{path}: {others} of {len(files)} files are no images by their names; left out.")
-            return DataPath(path, "folder", (here, *images))
+            return ImageFolder(here, images)
         is_parquet = any(f.suffix.lower() == ".parquet" for f in files)
         require(is_parquet, f"`path`={path}: no image among {len(files)} files. `path` takes {ACCEPTED}.")
     data = resolve(path)
-    is_readable = data.kind in ("parquet", "hub")
-    require(is_readable, f"`path`={path} is of kind {data.kind}. For images `path` takes {ACCEPTED}.")
+    is_readable = data.format.kind in ("parquet", "hub")
+    require(is_readable, f"`path`={path} is of kind {data.format.kind}. For images `path` takes {ACCEPTED}.")
     return data
 
 
@@ -129,37 +141,23 @@ def _first(available: Sequence[str], names: Sequence[str]) -> str | None:
     return next((lower[name] for name in names if name in lower), None)
 
 
-def _only_image_column(data: DataPath) -> str | None:
-    """The one column that has the type of images."""
-    if data.kind == "hub":
-        features = open_hub(data.path, streaming=True).features
-        schema = features.arrow_schema if features else pa.schema([])
-    else:
-        schema = pq.read_schema(data.files[0])
-    names = [field.name for field in schema if _is_bytes(field.type) or _is_struct(field.type)]
-    return names[0] if len(names) == 1 else None
-
-
 def _is_bytes(kind: pa.DataType) -> bool:
     return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
 def _is_struct(kind: pa.DataType) -> bool:
-    return pa.types.is_struct(kind) and {"bytes", "path"} <= {field.name for field in kind}
+    return pa.types.is_struct(kind) and {"bytes", "path"} <= set(kind.names)
 
 
 def _image_cells(column: pa.ChunkedArray, path: str, name: str) -> pa.ChunkedArray:
     """Bytes, file names or structs as structs; chunk by chunk, since an array of bytes ends at 2 GB."""
     kind = column.type
-    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    is_image = is_text or _is_bytes(kind) or _is_struct(kind)
+    is_image = pa.types.is_string(kind) or _is_bytes(kind) or _is_struct(kind)
     require(is_image, f"`image`={name}: `path`={path} holds {kind} there; images are bytes or file names.")
-
-    def struct(chunk: pa.Array) -> pa.Array:
-        missing = pa.nulls(len(chunk))
-        data, file = (missing, chunk) if is_text else (chunk, missing)
-        if _is_struct(kind):
-            data, file = pc.struct_field(chunk, "bytes"), pc.struct_field(chunk, "path")
-        return pa.StructArray.from_arrays([data.cast(pa.binary()), file.cast(pa.string())], ["bytes", "path"])
-
-    return pa.chunked_array([struct(chunk) for chunk in column.chunks], type=CELL_TYPE)
+    if _is_struct(kind):
+        cells = [(pc.struct_field(chunk, "bytes"), pc.struct_field(chunk, "path")) for chunk in column.chunks]
+    else:
+        pairs = ((chunk, pa.nulls(len(chunk))) for chunk in column.chunks)
+        cells = [(missing, chunk) if pa.types.is_string(kind) else (chunk, missing) for chunk, missing in pairs]
+    arrays = [[data.cast(pa.binary()), file.cast(pa.string())] for data, file in cells]
+    return pa.chunked_array([pa.StructArray.from_arrays(both, ["bytes", "path"]) for both in arrays], type=CELL_TYPE)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
 from PIL import Image, ImageEnhance, ImageOps
 
 from tercet.data.columns import text_fingerprint
@@ -188,8 +188,9 @@ class ImageRows:
         )
 
     def _describe(self, row: int, cell: Any) -> str:
-        number, path, kind = int(self.label[row]), (cell or {}).get("path"), self.rows.features.get("label")
-        name = f" (label {kind.int2str(number)})" if isinstance(kind, ClassLabel) and number >= 0 else ""
+        number, path = int(self.label[row]), (cell or {}).get("path")
+        names = getattr(self.rows.features.get("label"), "names", None)
+        name = f" (label {names[number]})" if names and number >= 0 else ""
         return f"row {row + 1} of {len(self)}{name}{f', {path}' if path else ''}"
 
 

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
 
 from tercet.data import columns as cols
-from tercet.data.file_reader import column_names, read_chunks, resolve
+from tercet.data.file_reader import resolve
 from tercet.errors import InputError, check_choice, require
 from tercet.messages import warn_once
 
@@ -27,8 +27,9 @@ class TextFiles:
     With ``held_out`` above 0, the ``split`` "test" has that many rows, at least 2 and at most a fifth, chosen by a hash of the
     column ``held_out_by`` (None: the label where there is a position, so that documents stay whole, else the first text
     column), so that equal values are in one split; "train" has the other rows, "all" both. With ``streaming`` rows are read
-    when they are needed, and the first ``held_out`` are the test split. ``bad_rows`` is "error" or "drop": what happens to
-    rows with an empty cell, or one of more than ``max_characters``.
+    when they are needed, and the first ``held_out`` are the test split. With ``validation_rows`` as many of the other rows, a
+    fifth at most, are the ``split`` "validation". ``bad_rows`` is "error" or "drop": what happens to rows with an empty cell,
+    or one of more than ``max_characters``.
 
     >>> import pathlib, tempfile
     >>> file = pathlib.Path(tempfile.mkdtemp()) / "pairs.csv"
@@ -48,21 +49,20 @@ class TextFiles:
     bad_rows: str = "error"
     max_characters: int = 100_000
     streaming: bool = False
+    validation_rows: int = 0
 
     def __post_init__(self) -> None:
-        cols.check_split(self.split, self.held_out)
+        cols.check_split(self.split, self.held_out, self.validation_rows)
         check_choice("bad_rows", self.bad_rows, ("error", "drop"))
         require(not isinstance(self.columns, str), f"`columns`={self.columns}: a list is needed, `columns`=[{self.columns}].")
-        available = column_names(resolve(self.path))
+        available = resolve(self.path).schema().names
         columns = cols.text_columns(self.path, available, [str(name) for name in self.columns or ()])
         taken = ", ".join({"label", "position"} & set(columns))
         require(not taken, f"`columns`: a text column may not be called {taken}. Rename it.")
-        where = {str(name): cols.as_list(value) for name, value in (self.where or {}).items()}
-        named = [(key, getattr(self, key)) for key in ("label", "position", "held_out_by")]
-        for key, name in (*named, *(("where", name) for name in where)):
-            if name is not None:
+        for key in ("label", "position", "held_out_by"):
+            if (name := getattr(self, key)) is not None:
                 cols.check_column(f"`path`={self.path}", available, name, key)
-        vars(self).update(columns=columns, where=where)
+        vars(self).update(columns=columns, where=cols.where_values(self.where, available, self.path))
 
     @property
     def provides(self) -> frozenset[str]:
@@ -72,7 +72,7 @@ class TextFiles:
 
     def rows(self) -> Dataset | IterableDataset:
         """The split's rows: the text columns, then ``label`` and ``position`` if they are named."""
-        if self.streaming and self.split == "test":  # few rows; the train split of the stream leaves them out
+        if self.streaming and self.split in ("test", "validation"):  # few rows; the train split leaves them out
             return Dataset.from_list(list(self._stream()), features=self._features())
         if self.streaming:
             return IterableDataset.from_generator(self._stream, features=self._features())
@@ -83,23 +83,19 @@ class TextFiles:
             raise InputError(f"`path`={self.path}: the files' columns do not agree ({error}).") from error
         by = table[self.held_out_by or (self.label if self.position is not None else None) or self.columns[0]]
         cells, names = self._cells(table)
-        rows = cols.split_rows(cells, by, self.split, self.held_out, self.path)
+        rows = cols.split_rows(cells, by, self.split, self.held_out, self.path, self.validation_rows)
         return cols.as_dataset(rows, self.fingerprint(), self._features(names))
 
     def fingerprint(self) -> str:
         """Hash the files' contents (of a stream: their sizes and ends) and every option but where the files are."""
-        data = resolve(self.path)
-        options = (*astuple(self)[1:], self.path if not data.files else "")
-        return cols.text_fingerprint(repr(options), cols.files_fingerprint(data.kind, data.files, not self.streaming))
+        return resolve(self.path).fingerprint(astuple(self)[1:], whole=not self.streaming)
 
     def _tables(self) -> Iterator[pa.Table]:
         """The rows that ``where`` and ``bad_rows`` keep; warns of the others at the end."""
         count, blank, dropped = 0, 0, Counter[str]()
         others = [name for name in (self.label, self.position, self.held_out_by, *(self.where or ())) if name is not None]
-        for chunk in read_chunks(resolve(self.path), self.columns, others, self.streaming):
-            keep = np.ones(len(chunk.table), dtype=np.bool_)
-            for name, values in (self.where or {}).items():
-                keep &= cols.matches_any(chunk.table[name], values, self.path, name)
+        for chunk in resolve(self.path, self.streaming).chunks(self.columns, others):
+            keep = cols.where_mask(chunk.table, self.where or {}, self.path)
             count, blank = count + int(keep.sum()), blank + chunk.blank
             yield self._drop_bad_rows(chunk, keep, dropped)
         if blank:
@@ -115,7 +111,7 @@ class TextFiles:
         """The rows to ``keep``, their texts stripped, but those whose text is empty, too long or none, counted by reason."""
         table, faults = chunk.table, [] if chunk.not_text is None else [("a text cell", "not text", "", chunk.not_text)]
         for name in self.columns:
-            column, cell = cols.plain(table[name]), f"column '{name}'"
+            column, cell = table[name], f"column '{name}'"
             is_text = pa.types.is_string(column.type) or pa.types.is_null(column.type)
             require(is_text, f"{chunk.name}: {cell} holds {column.type}, not text. Name a text column in `columns`.")
             column = pc.utf8_trim_whitespace(column.cast(pa.string()))
@@ -137,9 +133,11 @@ class TextFiles:
     def _stream(self) -> Iterator[dict[str, Any]]:
         rows = (row for table in self._tables() for row in self._cells(table)[0].to_pylist())
         for number, row in enumerate(rows):
-            if self.split == "all" or (number < self.held_out) == (self.split == "test"):
+            validation = "validation" if number < self.held_out + self.validation_rows else "train"
+            side = "test" if number < self.held_out else validation
+            if self.split in ("all", side):
                 yield row
-            elif self.split == "test":
+            elif side == "train":
                 return
 
     def _cells(self, table: pa.Table) -> tuple[pa.Table, list[str]]:

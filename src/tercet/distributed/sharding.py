@@ -12,7 +12,6 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from tercet.errors import InputError
-from tercet.types import Inputs, TokenBatch
 
 if TYPE_CHECKING:  # the models import this package
     from tercet.models import Encoder
@@ -46,13 +45,13 @@ def is_sharded(module: nn.Module) -> bool:
     return any(isinstance(p, DTensor) for p in module.parameters())
 
 
-def equalized_forward(encoder: "Encoder", inputs: Inputs) -> Tensor:
+def equalized_forward(encoder: "Encoder", inputs: Any) -> Tensor:
     """``encoder(inputs)``, with the same number of forward passes in every process where the weights are sharded.
 
     Each pass gathers the layers from all processes. Processes with fewer chunks encode one row again, multiplied by zero.
     """
     more = 0
-    if isinstance(inputs, TokenBatch) and is_sharded(encoder):
+    if is_sharded(encoder):
         most = torch.tensor(own := len(encoder.execution.chunks(inputs.lengths)), device=encoder.device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
         more, row = int(most) - own, inputs.select(torch.tensor([0]))

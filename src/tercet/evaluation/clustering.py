@@ -147,14 +147,9 @@ class Clustering:
 
 def linkage_tree(z: Tensor) -> Floats:
     """Scipy's linkage of unit vectors ``(N, D)``, ``(N - 1, 4)``: the heights are mean squared distances."""
-    distance = np.empty(len(z) * (len(z) - 1) // 2)  # each pair once, row before column
-    done = 0
-    for start in range(0, len(z), 256):
-        block = (2 - 2 * (z[start : start + 256] @ z[start:].T)).clamp(0, 4).round(decimals=12).numpy()
-        for i, row in enumerate(block, start=1):
-            distance[done : done + len(row) - i] = row[i:]
-            done += len(row) - i
-    return np.asarray(linkage(distance, "average"))
+    blocks = ((2 - 2 * (z[i : i + 256] @ z[i:].T)).clamp(0, 4).round(decimals=12) for i in range(0, len(z), 256))
+    distance = torch.cat([block[torch.ones_like(block, dtype=torch.bool).triu(1)] for block in blocks])  # row before column
+    return np.asarray(linkage(distance.numpy(), "average"))
 
 
 def best_threshold(merges: Floats, label: Ints) -> float:

@@ -1,6 +1,5 @@
 """What evaluators share: embeddings from any encode function, rows of sources and of tables, groups of evaluators."""
 
-import difflib
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,13 +8,11 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import torch
 import torch.nn.functional as F
-from pyarrow import csv, json, parquet
 from torch import Tensor
 
-from tercet.errors import InputError, require
+from tercet.errors import InputError, did_you_mean, require
 from tercet.images import read_image_cell
 from tercet.messages import warn_once
 from tercet.paths import locate
@@ -161,21 +158,18 @@ def find_input(path: str | Path, parameter: str, accepted: str, suffixes: Iterab
     return file
 
 
-def read_table(path: str | Path, parameter: str, columns: Sequence[str], accepted: str) -> Any:
-    """Read a pyarrow table that has ``columns``, once each; cells of csv and tsv are text."""
+def read_table(path: str | Path, parameter: str, columns: Sequence[str], accepted: str) -> dict[str, list[Any]]:
+    """Read the cells of ``columns``, which must be there once each; cells of csv and tsv are text."""
+    from tercet.data.file_reader import FORMATS, DataPath  # imports datasets: a second
+
     file = find_input(path, parameter, accepted, TABLES)
-    suffix = file.suffix.lower()
+    data = DataPath(str(path), FORMATS[file.suffix.lower()], (file,))
     try:
-        if suffix in (".parquet", ".jsonl"):
-            table = parquet.read_table(file) if suffix == ".parquet" else json.read_json(file)
-        else:  # the word "NA" is a sentence like any other
-            parse = csv.ParseOptions(delimiter="," if suffix == ".csv" else "\t", newlines_in_values=True)
-            convert = csv.ConvertOptions(column_types=dict.fromkeys(columns, pa.string()), strings_can_be_null=False)
-            table = csv.read_csv(file, parse_options=parse, convert_options=convert)
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"`{parameter}`={path} cannot be read: {' '.join(str(error).split())}") from error
-    check_columns(table.column_names, path, parameter, columns, accepted)
-    return table
+        check_columns(data.schema().names, path, parameter, columns, accepted)
+        tables = [chunk.table for chunk in data.chunks((), columns)]
+    except InputError as error:
+        raise InputError(error.rename({"path": f"`{parameter}`", parameter: f"`{parameter}`"})) from error
+    return {name: [cell for table in tables for cell in table[name].to_pylist()] for name in columns}
 
 
 def check_columns(names: Sequence[str], path: str | Path, parameter: str, columns: Sequence[str], accepted: str) -> None:
@@ -189,29 +183,31 @@ def check_tasks(tasks: Sequence[str], known: Sequence[str]) -> None:
     """Raise ``InputError`` unless ``tasks`` is a list of known tasks without repetitions."""
     if isinstance(tasks, str) or not tasks or len(set(tasks)) < len(tasks):
         raise InputError(f"`tasks`={tasks}: a list without repetitions, of {', '.join(known)}.")
-    simple = {name.replace("-", ""): name for name in known}
     for task in tasks:
-        near = difflib.get_close_matches(str(task).upper().replace("-", ""), simple, 1)
-        hint = f" Did you mean {simple[near[0]]}?" if near else ""
-        require(task in known, f"`tasks` has {task}: there are {', '.join(known)}.{hint}")
+        require(task in known, f"`tasks` has {task}: there are {', '.join(known)}.{did_you_mean(task, known)}")
 
 
-def read_tasks(path: str | Path, columns: Sequence[str], tasks: Sequence[str], splits: Sequence[str] = ()) -> dict[str, Any]:
-    """Read the cells of each task's rows, in ``splits`` if given, and ``row``, their numbers from 1; without empty tasks."""
-    accepted = f"a .parquet, .csv, .tsv or .jsonl file with the columns {', '.join(columns)}{', or hub' if splits else ''}"
-    table = read_table(path, "path", columns, accepted)
-    cells = {name: np.array(table[name].to_pylist(), dtype=object) for name in columns}
-    cells["row"] = np.arange(1, len(table) + 1)
-    chosen = np.isin(cells["split"].astype(str), splits) if splits else np.ones(len(table), dtype=np.bool_)
-    rows = {task: np.flatnonzero(chosen & (cells["task"] == task)) for task in tasks}
-    missing, what = ", ".join(task for task in tasks if not len(rows[task])), f"{splits[0]} pairs" if splits else "rows"
-    if not any(map(len, rows.values())):
-        has = sorted({f"{t} {s}" for t, s in zip(cells["task"], cells["split"], strict=True)})
+def read_tasks(
+    path: str | Path, columns: Sequence[str], tasks: Sequence[str], splits: Sequence[str] = ()
+) -> dict[str, list[dict[str, Any]]]:
+    """Read each task's rows, of ``splits`` if given, without empty tasks: ``columns``, and ``where`` for messages."""
+    accepted = f"SentEval's folder data/downstream{', hub' if splits else ''}, or a .parquet, .csv, .tsv or .jsonl file"
+    table = read_table(path, "path", columns, f"{accepted} with the columns {', '.join(columns)}")
+    rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*table.values(), strict=True)]
+    for number, row in enumerate(rows, start=1):
+        row["where"] = f"`path`={path}, row {number} ({row['task']})"
+    found: dict[str, list[dict[str, Any]]] = {task: [] for task in tasks}
+    for row in rows:
+        if row["task"] in found and (not splits or row["split"] in splits):
+            found[row["task"]].append(row)
+    missing, what = ", ".join(task for task in tasks if not found[task]), f"{splits[0]} pairs" if splits else "rows"
+    if not any(found.values()):
+        has = sorted({f"{row['task']} {row['split']}" for row in rows})
         advice = f"It holds: {', '.join(has[:12]) or 'no rows'}. Change `tasks`{', `split`' if splits else ''} or `path`."
         raise InputError(f"`path`={path} has no {what} of {missing}. {advice}")
     if missing:
         warn_once(f"{path} has no {what} of {missing}: left out, also of the average.")
-    return {task: {name: cell[r] for name, cell in cells.items()} for task, r in rows.items() if len(r)}
+    return {task: rows for task, rows in found.items() if rows}
 
 
 def clean_sentence(cell: Any, column: str, where: str) -> str:
@@ -249,6 +245,11 @@ class EvaluatorGroup:
         suites = tuple(f"{name}/" for name in tables)
         rest = [f"{name}  {value:.4f}" for name, value in metrics.items() if not name.startswith(suites)]
         return "\n\n".join(filter(None, [*tables.values(), "\n".join(rest)]))
+
+    def examples(self, encode: EncodeFunction) -> dict[str, Any]:
+        """The members' metrics by example, where they have some."""
+        members = [getattr(evaluator, "examples", None) for evaluator in self.members.values()]
+        return {name: values for examples in members if examples for name, values in examples(encode).items()}
 
     def figures(self, encode: EncodeFunction) -> dict[str, Any]:
         """Draw the matplotlib figures of the members that have some, named ``<member>_<figure>``."""

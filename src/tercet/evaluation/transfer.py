@@ -13,6 +13,8 @@ from torch import Tensor
 
 from tercet.errors import InputError, require
 from tercet.evaluation.inputs import Strings, check_tasks, clean_sentence, encode_once, read_tasks
+from tercet.evaluation.senteval import SentEval
+from tercet.paths import locate
 from tercet.types import EncodeFunction
 
 # The splits of each task in SentEval's protocol; "all" is split by cross-validation.
@@ -43,9 +45,12 @@ class Transfer:
 
     MR, CR, SUBJ, MPQA: by ``folds``-fold cross-validation, the penalty by cross-validation within each training part; TREC,
     MRPC (a pair of vectors u, v is |u - v| and u v): by that of the training rows; SST2: by the dev rows. Folds are stratified
-    and drawn from ``seed``. ``path`` is a table with the columns task, split, sentence1, sentence2 and label. ``device`` is
-    where the classifiers are fitted: cpu, cuda, or auto. ``transfer/<task>/accuracy``, ``transfer/mrpc/f1`` of the label that
-    comes last, and ``transfer/avg/accuracy``, the unweighted mean over tasks.
+    and drawn from ``seed``. ``path`` is SentEval's folder, or a table with the columns task, split, sentence1, sentence2 and
+    label. ``device`` is where the classifiers are fitted: cpu, cuda, or auto. ``transfer/<task>/accuracy``,
+    ``transfer/mrpc/f1`` of the label that comes last, and ``transfer/avg/accuracy``, the unweighted mean over tasks.
+
+    The classifiers are the minima; SentEval looks for them by Adam and stops early. Accuracies differ by a point or so, more on
+    short vectors or few rows (``python -m benchmarks.senteval``).
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp(), "transfer.csv")
@@ -70,8 +75,12 @@ class Transfer:
     def data(self) -> dict[str, LabeledSentences]:
         """By task, read at first use."""
         tasks = [task for task in TRANSFER_TASKS if task in self.tasks]
-        rows = read_tasks(self.path, ("task", "split", "sentence1", "sentence2", "label"), tasks)
-        return {task: _labeled_sentences(self.path, task, cells) for task, cells in rows.items()}
+        if (folder := locate(str(self.path))).is_dir():
+            senteval = SentEval(folder, self.path)
+            rows = {task: senteval.transfer(task) for task in tasks}
+        else:
+            rows = read_tasks(self.path, ("task", "split", "sentence1", "sentence2", "label"), tasks)
+        return {task: _labeled_sentences(self.path, task, some) for task, some in rows.items()}
 
     def __call__(self, encode: EncodeFunction) -> dict[str, float]:
         """Measure, with one call of ``encode``."""
@@ -90,35 +99,33 @@ class Transfer:
         return metrics
 
     def _measure(self, task: str, x: Tensor, data: LabeledSentences) -> dict[str, float]:
-        y, where = data.label.to(x.device), f"`path`={self.path}, {task}"
-        rows = {name: torch.from_numpy(data.split == name).to(x.device) for name in set(data.split)}
-        if "all" in rows:
-            return {"accuracy": self._nested(x, y, where)}
-        if "dev" in rows:
-            classes = _fit_penalties(x, y, rows["train"][None])[0]
-            guess = classes[_accuracy(classes, y, rows["dev"]).argmax()]
-        else:
-            held = self._held_out(data.label, rows["train"].cpu(), self.seed, where).to(x.device)
-            classes = _fit_penalties(x, y, torch.cat([rows["train"] & ~held, rows["train"][None]]))
-            guess = classes[-1, _accuracy(classes[:-1], y, held[:, None]).mean(0).argmax()]
-        scores = {"accuracy": float(_accuracy(guess, y, rows["test"]))}
+        """Fit on the training rows of each of J test sets, with the penalty that K held-out sets of them choose."""
+        y, splits = data.label.to(x.device), self._splits(data, f"`path`={self.path}, {task}")
+        test, train, held = (rows.to(x.device) for rows in splits)
+        fitted = train[:, None] & ~held
+        if (train[:, None] & held).any():  # else they are rows of their own, and all training rows are fitted already
+            fitted = torch.cat([fitted, train[:, None]], 1)
+        classes = _fit_penalties(x, y, fitted.flatten(0, 1)).unflatten(0, fitted.shape[:2])  # (J, K or K + 1, penalties, N)
+        best = _accuracy(classes[:, : held.shape[1]], y, held[:, :, None]).mean(1).argmax(1)
+        guess = classes[torch.arange(len(test)), -1, best.cpu()]
+        scores = {"accuracy": float(_accuracy(guess, y, test).mean())}
         if data.second is not None:
             from torchmetrics.functional.classification import binary_f1_score
 
-            guessed, true = ((side[rows["test"]] == y.max()).long() for side in (guess, y))
+            guessed, true = ((side[test[0]] == y.max()).long() for side in (guess[0], y))
             scores["f1"] = float(binary_f1_score(guessed, true))
         return scores
 
-    def _nested(self, x: Tensor, y: Tensor, where: str) -> float:
-        """Mean accuracy over outer folds, each with the penalty that its own training rows choose."""
-        outer = self._held_out(y.cpu(), torch.ones(len(y), dtype=torch.bool), self.seed, where)
+    def _splits(self, data: LabeledSentences, where: str) -> tuple[Tensor, Tensor, Tensor]:
+        """The test rows ``(J, N)``, their training rows ``(J, N)``, and the rows that choose a penalty ``(J, K, N)``."""
+        rows = {name: torch.from_numpy(data.split == name)[None] for name in set(data.split)}
+        if "dev" in rows:
+            return rows["test"], rows["train"], rows["dev"][None]
+        if "test" in rows:
+            return rows["test"], rows["train"], self._held_out(data.label, rows["train"][0], self.seed, where)[None]
+        test = self._held_out(data.label, rows["all"][0], self.seed, where)
         where += ", the training part of a fold"
-        inner = torch.stack([self._held_out(y.cpu(), ~out, self.seed + 1, where) for out in outer])  # (K, K, N)
-        train = torch.cat([~outer[:, None] & ~inner, ~outer[:, None]], 1).to(x.device)
-        classes = _fit_penalties(x, y, train.flatten(0, 1)).unflatten(0, train.shape[:2])  # (K, K + 1, penalties, N)
-        best = _accuracy(classes[:, :-1], y, inner[:, :, None].to(x.device)).mean(1).argmax(1)
-        guess = classes[torch.arange(self.folds), -1, best.cpu()]
-        return float(_accuracy(guess, y, outer.to(x.device)).mean())
+        return test, ~test, torch.stack([self._held_out(data.label, ~out, self.seed + 1, where) for out in test])
 
     def _held_out(self, label: Tensor, rows: Tensor, seed: int, where: str) -> Tensor:
         """``(K, N)``: which of the ``rows`` each fold holds out."""
@@ -137,21 +144,23 @@ class Transfer:
         return "\n".join(lines)
 
 
-def _labeled_sentences(path: str | Path, task: str, cells: Mapping[str, Any]) -> LabeledSentences:
-    where = [f"`path`={path}, row {number} ({task})" for number in cells["row"]]
-    splits = TRANSFER_SPLITS[task]
-    for row, split in zip(where, cells["split"], strict=True):
-        require(split in splits, f"{row}: the split is {split!r}; {task} has {', '.join(splits)}. Correct or remove the row.")
-    if lacking := [split for split in splits if split not in cells["split"]]:
+def _labeled_sentences(path: str | Path, task: str, rows: Sequence[Mapping[str, Any]]) -> LabeledSentences:
+    """Check and convert the rows of a task."""
+    splits, sides = TRANSFER_SPLITS[task], ("sentence1", "sentence2") if task == "MRPC" else ("sentence1",)
+    if lacking := sorted(set(splits) - {row["split"] for row in rows}, key=splits.index):
         raise InputError(f"`path`={path} has no {lacking[0]} rows of {task}. Add them, or leave {task} out of `tasks`.")
-    label = np.array([str(value) if value is not None else "" for value in cells["label"]])
-    if (label == "").any():
-        raise InputError(f"{where[int((label == '').argmax())]}: there is no label. Correct or remove the row.")
-    names, number = np.unique(label, return_inverse=True)
+    sentences: list[list[str]] = []
+    for row in rows:
+        where, split = row["where"], row["split"]
+        fault = f"the split is {split!r}; {task} has {', '.join(splits)}"
+        require(split in splits, f"{where}: {fault}. Correct or remove the row.")
+        require(row["label"] not in (None, ""), f"{where}: there is no label. Correct or remove the row.")
+        sentences.append([clean_sentence(row[side], side, where) for side in sides])
+    names, label = np.unique([str(row["label"]) for row in rows], return_inverse=True)
     require(len(names) > 1, f"`path`={path}, {task}: every label is {names[0]}; there is nothing to tell apart.")
-    sides = ("sentence1", "sentence2") if task == "MRPC" else ("sentence1",)
-    first, *second = ([clean_sentence(cell, side, row) for cell, row in zip(cells[side], where, strict=True)] for side in sides)
-    return LabeledSentences(first, second[0] if second else None, torch.from_numpy(number), cells["split"].astype(str))
+    first, *second = (list(column) for column in zip(*sentences, strict=True))
+    split = np.array([row["split"] for row in rows], dtype=np.str_)
+    return LabeledSentences(first, second[0] if second else None, torch.from_numpy(label), split)
 
 
 def stratified_folds(label: Tensor, folds: int, seed: int, where: str) -> Tensor:

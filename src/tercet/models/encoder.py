@@ -1,22 +1,25 @@
 """The base class of encoders, and encoding outside training."""
 
+import sys
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tercet.distributed.gather import gather_rows, rank, world_size
 from tercet.errors import require
+from tercet.messages import ProgressLines
 from tercet.models.engine.chunking import AutoChunks, Execution
 from tercet.models.engine.packing import layer_stack
 from tercet.models.pooling import POOLINGS, Head
-from tercet.types import Inputs, Item, TokenBatch
+from tercet.models.prompts import Prompts
+from tercet.types import Inputs, Item
 
 if TYPE_CHECKING:
     from tercet.models.text import TextEncoder
@@ -41,11 +44,11 @@ class Encoder(nn.Module):
         self.auto_chunks = AutoChunks()
 
     @abstractmethod
-    def run(self, inputs: Inputs, execution: Execution) -> Tensor:
+    def run(self, inputs: Any, execution: Execution) -> Tensor:
         """``(N, D)``, in the order of the rows, computed as ``execution`` says."""
 
     @abstractmethod
-    def prepare(self, items: Sequence[Item]) -> Inputs:
+    def prepare(self, items: Sequence[Item]) -> Any:
         """Texts, or the bytes of image files, as the input of ``forward``."""
 
     @abstractmethod
@@ -66,39 +69,33 @@ class Encoder(nn.Module):
         """``(N, D)``, in the order of the rows."""
         return self.run(inputs, self.execution_for(inputs))
 
-    def execution_for(self, inputs: Inputs) -> Execution:
+    def execution_for(self, inputs: Any) -> Execution:
         """``execution``, with a number for ``chunk_tokens="auto"`` that is measured on the first batch."""
-        if not isinstance(inputs, TokenBatch):
-            return self.execution
         return self.auto_chunks.resolve(self.execution, self, lambda x: self.run(x, self.execution.unchunked()), inputs)
 
     def encode(
         self, items: Sequence[Item], batch_size: int | None = None, normalize: bool | None = None, progress: bool = False,
-        tokens: int | None = None,
+        tokens: int | None = None, prompt: str | None = None,
     ) -> Tensor:  # fmt: skip
         """Encode texts, or the bytes of image files: ``(N, D)`` float32 on the CPU, without dropout and gradient.
 
         Equal items are encoded once. ``batch_size`` and ``tokens`` limit the rows and tokens of one forward pass;
         ``normalize`` scales embeddings to length 1 or not, None does what the model was saved with. ``progress`` shows a bar.
+        ``prompt`` is put before each text, in place of the model's own.
         """
-        parts = [part for part in self.modules() if isinstance(part, PoolingMixin)]
-        before = [part.normalize for part in parts]
-        can = parts or normalize is None
-        require(can, f"`normalize`={normalize}: this model's normalization is fixed. Leave `normalize` out.")
+        parts, texts = self.parts(), self.text_parts()
+        fixed = f"`normalize`={normalize}: this model's normalization is fixed. Leave `normalize` out."
+        require(parts or normalize is None, fixed)
+        require(texts or prompt is None, f"`prompt`={prompt!r}: this model's prompt is fixed, or it reads images.")
+        given = None if prompt is None else replace(Prompts.of(prompt), pooled=all(part.prompts.pooled for part in texts))
         label = "encoding" if progress else None
         encode = CachedEncoder(self, tokens=tokens, batch_size=batch_size, progress=label, distributed=False)
-        try:
-            for part in parts:
-                part.normalize = part.normalize if normalize is None else normalize
+        with _replaced(parts, "normalize", normalize), _replaced(texts, "prompts", given):
             return encode(items)
-        finally:
-            for part, own in zip(parts, before, strict=True):
-                part.normalize = own
 
     def encoding_chunks(self, items: list[Item], tokens: int | None, batch_size: int | None) -> Chunks:
         """The items in chunks, each item in one."""
-        inputs = self.prepare(items)
-        assert isinstance(inputs, TokenBatch)
+        inputs: Any = self.prepare(items)
         tokens = tokens or (2048 if self.device.type == "cpu" else 65536)  # small chunks stay in a CPU's cache
         return replace(self.execution, chunk_tokens=tokens, chunk_rows=batch_size).chunks(inputs.lengths), inputs.select
 
@@ -124,9 +121,13 @@ class Encoder(nn.Module):
         """Whether an embedding depends on the other rows of its chunk in the current mode (batch normalization)."""
         return False
 
-    def text_parts(self) -> "list[TextEncoder]":
-        """The text encoders that this encoder consists of."""
+    def parts(self) -> "list[PoolingMixin]":
+        """The encoders with one backbone each that this encoder consists of; none for an exported model."""
         return []
+
+    def text_parts(self) -> "list[TextEncoder]":
+        """Those of ``parts`` that read texts."""
+        return [part for part in self.parts() if part.tokenizer is not None]  # type: ignore[misc]
 
     def token_info(self) -> "TokenInfo | None":
         """What views of texts need to know of the tokenizer; None for images."""
@@ -138,8 +139,23 @@ class Encoder(nn.Module):
         return layer_stack(parts[0].backbone) if len(parts) == 1 else None
 
 
+@contextmanager
+def _replaced(parts: Sequence[Any], name: str, value: Any) -> Iterator[None]:
+    """Set an attribute of all parts for a while; None leaves it."""
+    before = [getattr(part, name) for part in parts]
+    try:
+        for part in parts if value is not None else ():
+            setattr(part, name, value)
+        yield
+    finally:
+        for part, own in zip(parts, before, strict=True):
+            setattr(part, name, own)
+
+
 class PoolingMixin:
     """What ``TextEncoder`` and ``ImageEncoder`` share: a backbone of width H, pooling, a head and normalization."""
+
+    tokenizer: PreTrainedTokenizerBase | None = None
 
     def _set_parts(self, backbone: PreTrainedModel, hidden: int, pooling: str, head: Head | None, normalize: bool) -> None:
         # transformers returns pretrained models in evaluation mode, and Lightning would train them so, without dropout.
@@ -164,7 +180,11 @@ class PoolingMixin:
             return z
         return nn.functional.normalize(z.unflatten(-1, (self.num_outputs, -1)), dim=-1).flatten(-2)  # each output by itself
 
-    def shared_settings(self) -> dict[str, Any]:
+    def parts(self) -> "list[PoolingMixin]":
+        """Itself."""
+        return [self]
+
+    def settings(self) -> dict[str, Any]:
         """The settings of both."""
         return {"pooling": self.pooling, "head": self.head.settings(), "normalize": self.normalize}
 
@@ -215,13 +235,18 @@ class CachedEncoder:
         self.encoder.train(training)
         return num_outputs
 
+    def _progress_bar(self, total: int) -> "tqdm[Any] | ProgressLines":
+        hidden, unit = not self.progress or rank() > 0, self.encoder.unit
+        if hidden or sys.stderr.isatty():
+            return tqdm(total=total, desc=self.progress, unit=f" {unit}", disable=hidden, leave=False, mininterval=0.5)
+        return ProgressLines(f"{self.progress}: ", total, unit)
+
     def _encode(self, items: list[Item]) -> Tensor:
         encoder = self.encoder
         chunks, load = encoder.encoding_chunks(items, self.tokens, self.batch_size)
         first, world = (rank(), world_size()) if self.distributed else (0, 1)
         z = [torch.zeros(0, encoder.dim, device=encoder.device)]  # a process may have no chunk
-        hidden, unit = not self.progress or rank() > 0, f" {encoder.unit}"
-        with tqdm(total=len(items), desc=self.progress, unit=unit, disable=hidden, leave=False, mininterval=0.5) as bar:
+        with self._progress_bar(len(items)) as bar:
             for rows in chunks[first::world]:
                 inputs = load(rows).to(encoder.device)
                 with self.precision():

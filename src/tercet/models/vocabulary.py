@@ -1,8 +1,8 @@
 """Word vocabularies, and their expansion with pretrained vectors."""
 
-import json
+import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from tercet.errors import InputError, require
 from tercet.models.encoder import Encoder
-from tercet.models.folder import build_encoder
+from tercet.models.pooling import Head
 from tercet.models.text import DualEncoder, TextEncoder
 from tercet.models.words import WordModel, WordVectors, read_vectors
 from tercet.types import Source
@@ -96,7 +96,7 @@ def expand_vocabulary(encoder: Encoder, vectors: WordVectors) -> tuple[Encoder, 
     encoder learns no word vectors, or shares fewer words with ``vectors`` than a map needs.
     """
     parts = encoder.text_parts()
-    learns = parts and all(isinstance(part.backbone, WordModel) for part in parts)
+    learns = parts and all(part.word_level for part in parts)
     require(learns, "This model learns no word vectors: only a word-level one does (GRU, LSTM, bag of words).")
     made, shared, new, fits = zip(*(_expand(part, vectors) for part in parts), strict=True)
     return DualEncoder(*made) if len(made) == 2 else made[0], Expansion(shared[-1], new[-1], fits)
@@ -104,8 +104,7 @@ def expand_vocabulary(encoder: Encoder, vectors: WordVectors) -> tuple[Encoder, 
 
 def _expand(part: TextEncoder, vectors: WordVectors) -> tuple[TextEncoder, int, int, float]:
     """The expanded encoder, the number of shared and new words, and the fit."""
-    backbone, ids = part.backbone, part.tokenizer.get_vocab()
-    assert isinstance(backbone, WordModel)
+    backbone, ids = cast(WordModel, part.backbone), part.tokenizer.get_vocab()
     table = backbone.embeddings.trained
     if table is None:
         raise InputError("This model's word vectors are all pretrained; there is nothing to map to.")
@@ -137,9 +136,8 @@ def _keeps_whole(tokenizer: PreTrainedTokenizerBase, word: str) -> bool:
 
 def _with_words(part: TextEncoder, words: list[str], table: Tensor) -> TextEncoder:
     """The same encoder with other words, of which the first two stay, and another table of learned vectors."""
-    before, spec = part.tokenizer.get_vocab(), json.loads(part.tokenizer.backend_tokenizer.to_str())
-    spec["model"]["vocab"] = {word: i for i, word in enumerate(words)}
-    replaced = Tokenizer.from_str(json.dumps(spec))
+    before, replaced = part.tokenizer.get_vocab(), copy.deepcopy(part.tokenizer.backend_tokenizer)
+    replaced.model = models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNKNOWN)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=replaced, unk_token=UNKNOWN, pad_token=PAD)
     backbone: Any = part.backbone  # a WordModel
     values = {**backbone.config.to_dict(), "vocab_size": len(tokenizer), "trained_words": len(table)}
@@ -152,7 +150,7 @@ def _with_words(part: TextEncoder, words: list[str], table: Tensor) -> TextEncod
         fixed[ids] = backbone.embeddings.fixed.weight.detach().cpu()[rows]
         weights["embeddings.fixed.weight"] = fixed
     new.load_state_dict(weights)
-    made = build_encoder(new, tokenizer, part.settings())
-    assert isinstance(made, TextEncoder)
+    head = Head(**part.head.settings())
+    made = TextEncoder(new, tokenizer, part.pooling, head, part.normalize, part.max_length)
     made.head.load_state_dict(part.head.state_dict())
     return made

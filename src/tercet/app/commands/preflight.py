@@ -27,25 +27,22 @@ SAMPLE = 256  # items that an evaluation encodes
 
 
 class SampledEncoder:
-    """An encode function that encodes the first ``SAMPLE`` items and returns random vectors for the others.
+    """An encode function that encodes the first ``SAMPLE`` items, in ``seconds``, and returns random vectors for the others.
 
-    ``items`` are the distinct ones that it was called with; ``seconds`` is the time for the ``encoded`` ones.
+    ``items`` are the distinct ones that it was called with.
     """
 
     def __init__(self, encode: CachedEncoder) -> None:
-        self.encode, self.num_outputs = encode, encode.num_outputs
+        self.encode, self.num_outputs, self.seconds = encode, encode.num_outputs, 0.0
         self.items: set[Item] = set()
-        self.seconds, self.encoded = 0.0, 0
 
     def __call__(self, items: Sequence[Item]) -> torch.Tensor:
         """Embed N items: ``(N, D)``."""
         start = time.perf_counter()
-        own = list(items[: max(2, SAMPLE - self.encoded)])
-        z = self.encode(own)
-        if new := len(set(own) - self.items):
-            self.seconds, self.encoded = self.seconds + time.perf_counter() - start, self.encoded + new
+        z = self.encode(items[: max(2, SAMPLE - len(self.encode.cache))])
+        self.seconds += time.perf_counter() - start
         self.items |= set(items)
-        random = torch.randn(len(items) - len(own), z.shape[1], generator=torch.Generator().manual_seed(0))
+        random = torch.randn(len(items) - len(z), z.shape[1], generator=torch.Generator().manual_seed(0))
         return torch.cat([z, torch.nn.functional.normalize(random, dim=-1)])
 
 
@@ -73,7 +70,7 @@ def preflight(cfg: DictConfig, objective: Contrastive, data: DataModule, evaluat
         if evaluator is not None:
             run_evaluator(evaluator, objective, sampled)
         items += times * len(sampled.items)
-    each = sampled.seconds / max(1, sampled.encoded)
+    each = sampled.seconds / max(1, len(sampled.encode.cache))
     training, evaluating = steps * seconds, each * items
     parameters = sum(p.numel() for p in objective.parameters())
     trained = sum(p.numel() for p in objective.parameters() if p.requires_grad)

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 
 from tercet.app import record
 from tercet.app.commands import train
+from tercet.app.hydra_compat import quote
 from tercet.errors import require
 from tercet.messages import print_status
 from tercet.paths import check_writable
@@ -83,25 +84,16 @@ def compose_stage(stage: DictConfig, start: str | None, folder: Path) -> DictCon
     settings: Any = OmegaConf.to_container(stage, resolve=True)
     for key, value in settings.items():  # {objective: mlm, data: {where: {a: 1}}} is objective=mlm data.where={a:1}
         inner = {f"{key}.{name}": x for name, x in value.items()} if isinstance(value, dict) else {key: value}
-        own |= {name: f"{name}={_quoted(x)}" for name, x in inner.items()}
-    return compose("train", [*(own | given).values(), f"init_from={_quoted(start)}", f"output_dir={_quoted(str(folder))}"])
-
-
-def _quoted(value: Any) -> str:
-    """A value in the grammar of Hydra's command line."""
-    if isinstance(value, str):
-        return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
-    if isinstance(value, list):
-        return f"[{','.join(map(_quoted, value))}]"
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{_quoted(inner)}" for key, inner in value.items()) + "}"
-    return "null" if value is None else str(value)
+        own |= {name: f"{name}={quote(x)}" for name, x in inner.items()}
+    return compose("train", [*(own | given).values(), f"init_from={quote(start)}", f"output_dir={quote(str(folder))}"])
 
 
 def _finish(cfg: DictConfig, output: Path, columns: dict[str, dict[str, float]], model: str) -> float | None:
     """Write the table, figure and metrics of all stages; the last stage's model is the run's."""
     metrics = {f"{stage}/{name}": x for stage, column in columns.items() for name, x in column.items()}
     metrics |= {f"test/{name}": x for name, x in list(columns.values())[-1].items()}
+    last = record.read_metrics(Path(model).parent)
+    metrics |= {name: x for name, x in last.items() if name.startswith("val/")}
     if record.is_main_process():
         OmegaConf.save(cfg, output / "config.yaml", resolve=True)
         (output / "model").unlink(missing_ok=True)

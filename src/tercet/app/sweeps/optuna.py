@@ -31,13 +31,12 @@ class OptunaSweeper(Sweeper):
 
     ``params`` and the command line say what is searched: ``interval(1e-5, 1e-3)``, ``tag(log, interval(…))`` for a
     logarithmic scale, ``range(1, 5)``, ``choice(cls, mean)`` or a list. The study is ``study.db`` in the sweep's folder: the
-    same command there makes the trials that are missing. With a ``monitor`` and ``prune``, a trial that validates worse
-    than the median of the earlier ones is stopped.
+    same command there makes the trials that are missing.
     """
 
-    def __init__(self, trials: int, jobs: int, direction: Direction, seed: int, prune: bool, params: dict[str, str]) -> None:
+    def __init__(self, trials: int, jobs: int, direction: Direction, seed: int, params: dict[str, str]) -> None:
         check_choice("hydra.sweeper.direction", direction, get_args(Direction))
-        self.trials, self.jobs, self.direction, self.seed, self.prune = trials, jobs, direction, seed, prune
+        self.trials, self.jobs, self.direction, self.seed = trials, jobs, direction, seed
         self.params = dict(params or {})
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
@@ -62,34 +61,23 @@ class OptunaSweeper(Sweeper):
         study.sampler = optuna.samplers.TPESampler(seed=self.seed + len(study.trials))
         print_status(f"{len(study.trials)} of {self.trials} trials are there; the study is {storage}")
         while (left := self.trials - sum(trial.state.is_finished() for trial in study.trials)) > 0:
-            self._run(study, [study.ask(space) for _ in range(min(left, self.jobs))], fixed, storage)
+            self._run(study, [study.ask(space) for _ in range(min(left, self.jobs))], fixed)
         if study.best_trials:
             best = study.best_trial
             chosen = " ".join(f"{name}={value}" for name, value in best.params.items())
             print_status(f"best of {len(study.trials)} trials: number {best.number}, {best.value:.4f} with {chosen}")
 
-    def _run(self, study: "Study", trials: Sequence["Trial"], fixed: list[str], storage: str) -> None:
+    def _run(self, study: "Study", trials: Sequence["Trial"], fixed: list[str]) -> None:
         from optuna.trial import TrialState
 
-        jobs = [[*fixed, *(f"{name}={value}" for name, value in t.params.items()), *self._pruning(t, storage)] for t in trials]
+        jobs = [[*fixed, *(f"{name}={value}" for name, value in trial.params.items())] for trial in trials]
         for trial, job in zip(trials, self.launcher.launch(jobs, initial_job_idx=trials[0].number), strict=True):
             value: Any = job.return_value
-            if value is None or math.isnan(value):
-                study.tell(trial, state=TrialState.FAIL)
-            elif "pruned" in trial.user_attrs:
-                study.tell(trial, state=TrialState.PRUNED)
-            else:
-                study.tell(trial, value)
-            need = "name one, as optimized_metric=test/sts/avg/spearman_all."
+            pruned, failed = "pruned" in trial.user_attrs, value is None or math.isnan(value)
+            state = TrialState.FAIL if failed else TrialState.PRUNED if pruned else TrialState.COMPLETE
+            study.tell(trial, value if state == TrialState.COMPLETE else None, state)
+            need = "name one, as optimized_metric=val/sts/stsb/spearman."
             require(value is not None, f"sweep=optuna searches for the best optimized_metric, which is null: {need}")
-
-    def _pruning(self, trial: "Trial", storage: str) -> list[str]:
-        monitor = OmegaConf.select(self.cfg, "monitor")
-        if not self.prune or not monitor:
-            return []
-        target = f"{pruning_callback.__module__}.{pruning_callback.__name__}"
-        values = {"_target_": target, "storage": storage, "number": trial.number, "monitor": monitor}
-        return [f"+callback.prune.{name}={value}" for name, value in values.items()]
 
     def _split_arguments(self, arguments: list[str]) -> tuple[dict[str, "BaseDistribution"], list[str]]:
         """Distributions of the keys that are searched, and the overrides that are the same in all trials."""
@@ -111,19 +99,24 @@ def to_distribution(override: Override) -> "BaseDistribution":
     return CategoricalDistribution(list(override.sweep_string_iterator()))
 
 
-def pruning_callback(storage: str, number: int, monitor: str) -> "pl.Callback":
-    """A callback that reports ``monitor`` to trial ``number`` after each validation, and stops training if it is pruned."""
+def pruning_callback(storage: str, number: int, monitor: str | None) -> "pl.Callback":
+    """A callback that reports ``monitor`` to trial ``number`` after each validation, and stops training if it is pruned.
+
+    Optuna's median rule: a trial whose value is worse than the median of the earlier trials at the same step is stopped.
+    """
     from pytorch_lightning.callbacks import LambdaCallback
 
     def report(trainer: "pl.Trainer", _: "pl.LightningModule") -> None:
-        stop = trainer.is_global_zero and monitor in trainer.callback_metrics and _report(trainer, storage, number, monitor)
+        fits = monitor and trainer.state.fn == "fit" and trainer.is_global_zero  # not the validation after training
+        value = trainer.callback_metrics.get(f"{monitor}") if fits else None
+        stop = value is not None and _report(storage, number, f"{monitor}", float(value), trainer.global_step)
         if trainer.strategy.broadcast(stop):  # the first process decides for all
             trainer.should_stop = True
 
     return LambdaCallback(on_validation_end=report)
 
 
-def _report(trainer: "pl.Trainer", storage: str, number: int, monitor: str) -> bool:
+def _report(storage: str, number: int, monitor: str, value: float, step: int) -> bool:
     import optuna
 
     from tercet.messages import warn_once
@@ -131,8 +124,8 @@ def _report(trainer: "pl.Trainer", storage: str, number: int, monitor: str) -> b
     store = optuna.storages.RDBStorage(storage)
     trial_id = store.get_trial_id_from_study_id_trial_number(store.get_study_id_from_name(STUDY), number)
     trial = optuna.Trial(optuna.load_study(study_name=STUDY, storage=store), trial_id)
-    trial.report(float(trainer.callback_metrics[monitor]), trainer.global_step)
+    trial.report(value, step)
     if stop := trial.should_prune():
-        trial.set_user_attr("pruned", trainer.global_step)
-        warn_once(f"trial {number} is stopped at step {trainer.global_step}: {monitor} is below the median.")
+        trial.set_user_attr("pruned", step)
+        warn_once(f"trial {number} is stopped at step {step}: {monitor} is below the median.")
     return stop

@@ -118,7 +118,7 @@ def lost_job_result(job: DictConfig, error: Exception) -> JobReturn:
     why = f"job {number} was ended from outside ({type(error).__name__}: often there was too little memory). {folder} holds "
     why += f"what was saved; the sweep's command with hydra.sweep.dir={folder.parent} resume=true goes on."
     if cause := getattr(error, "cause", None):  # an exception of the worker
-        why = f"job {number}: {explain(cause, '', 'train')}"
+        why = f"job {number}: {explain(cause, 'train')}"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "error.txt").write_text(why + "\n", encoding="utf-8")
     print(f"\nerror: {why}", file=sys.stderr, flush=True)

@@ -2,7 +2,7 @@
 
 import ctypes
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,9 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from tercet.errors import check_choice, require
 from tercet.messages import warn_once
-from tercet.types import Images, Inputs, TokenBatch
+from tercet.types import TokenBatch
 
-LAYOUTS = ("auto", "packed", "sorted", "padded")
+Embed = Callable[[TokenBatch], Tensor]  # n rows to (n, ...)
+LAYOUTS = ("auto", "packed", "sorted", "padded", "equal_length")
 DROPOUTS = ("auto", "torch", "deterministic")
 
 SHARE = 0.5  # of free memory for a chunk: the loss and the temporaries of the backward pass need room beside it
@@ -33,7 +34,8 @@ class Execution:
     """Settings of a forward pass. They change speed and memory, not the result.
 
     ``layout`` of texts: ``packed`` concatenates rows and computes no padding; ``sorted`` orders rows by length, so that
-    little of a chunk is padding; ``padded`` keeps the order; ``auto`` is packed if the backbone can, else sorted.
+    little of a chunk is padding; ``padded`` keeps the order; ``equal_length`` runs rows of one length at a time, for backbones
+    whose states depend on padding. ``auto`` is the first of packed, sorted and equal_length that the backbone can.
     ``dropout``: ``deterministic`` makes masks a function of (seed, step, row, view, layer), the same for any number of
     processes and any chunks; ``torch`` is torch's own; ``auto`` is deterministic on a CPU, where it is the faster one, if the
     backbone can pack. ``chunk_tokens``: the most tokens of one chunk of texts, padding included, "auto" for what fits into
@@ -73,7 +75,8 @@ class Execution:
         for i, n in enumerate(lengths[order].tolist()):
             longest, real = max(longest, n), real + n
             used = real if self.layout == "packed" else longest * (i + 1 - start)
-            if i > start and (used > tokens or i - start >= rows):
+            shorter = self.layout == "equal_length" and n < longest
+            if i > start and (used > tokens or i - start >= rows or shorter):
                 cuts.append(i)
                 start, longest, real = i, n, n
         return list(order.tensor_split(cuts))
@@ -84,59 +87,49 @@ class Execution:
             return int(lengths.sum())
         return sum(len(rows) * int(lengths[rows].max()) for rows in self.chunks(lengths) if len(rows))
 
-    def run(self, function: Callable[[Any], Tensor], inputs: Inputs) -> Tensor:
-        """Apply ``n rows of texts -> (n, ...)``, or ``pixels (n, C, S, S) -> (n, ...)``, to all rows, in their order."""
-        if isinstance(inputs, Images):
-            parts = inputs.pixels.split(self.chunk_rows or max(1, len(inputs)))
-            return torch.cat([self._apply(function, part) for part in parts])
-        chunks = self.chunks(inputs.lengths)
-        done = torch.cat([self._apply(function, inputs.select(rows)) for rows in chunks])
+    def run(self, function: Embed, rows: TokenBatch) -> Tensor:
+        """Apply ``n rows -> (n, ...)`` to all rows, in their order."""
+        chunks = self.chunks(rows.lengths)
+        done = self.run_parts(function, (rows.select(chunk) for chunk in chunks))
         return done[torch.argsort(torch.cat(chunks)).to(done.device, non_blocking=True)]
 
-    def _apply(self, function: Callable[[Any], Tensor], part: TokenBatch | Tensor) -> Tensor:
-        if not (self.recompute and torch.is_grad_enabled()):
-            return function(part)
+    def run_parts(self, function: Callable[[Any], Tensor], parts: Iterable[Any]) -> Tensor:
+        """Apply ``function`` to each part and concatenate the results."""
 
-        def trim_and_call(part: Any) -> Tensor:  # called twice for a chunk: again in the backward pass
+        def trim_and_call(part: Any) -> Tensor:  # called twice for a part: again in the backward pass
             trim_heap()
             return function(part)
 
-        return checkpoint(trim_and_call, part, use_reentrant=False)  # type: ignore[no-any-return]
+        if not (self.recompute and torch.is_grad_enabled()):
+            return torch.cat([function(part) for part in parts])
+        return torch.cat([checkpoint(trim_and_call, part, use_reentrant=False) for part in parts])
 
 
 DEFAULT_EXECUTION = Execution()
 
 
 class AutoChunks:
-    """Resolves ``chunk_tokens="auto"``: the number is measured on the first batch and kept."""
+    """Resolves ``chunk_tokens="auto"``: the number is measured on the longest rows of the first batch and kept."""
 
     tokens: int | None = None
 
-    def resolve(
-        self, execution: Execution, module: nn.Module, function: Callable[[TokenBatch], Tensor], rows: TokenBatch
-    ) -> Execution:
-        """``execution`` with a number for ``chunk_tokens``: the activations of ``function`` of ``module`` on ``rows`` fit."""
+    def resolve(self, execution: Execution, module: nn.Module, embed: Embed, rows: TokenBatch) -> Execution:
+        """``execution`` with a number of tokens whose activations under ``embed`` of ``module`` fit into memory."""
         if execution.chunk_tokens != "auto":
             return execution
         if self.tokens is None:
-            self.tokens = max_chunk_tokens(module, function, rows)
+            order, device = torch.argsort(rows.lengths, descending=True), rows.ids.device
+            sample = rows.select(order[: max(1, int((rows.lengths[order].cumsum(0) <= SAMPLE).sum()))])
+            activations = saved_activation_bytes(module, embed, sample)
+            weights = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
+            room = SHARE * max(0, free_memory(device) - STATES * weights)
+            most = int(room / max(1.0, activations / len(sample.ids)))
+            self.tokens = max(int(rows.lengths.max()), min(most, CACHED) if device.type == "cpu" else most)
             warn_once(f"chunk_tokens=auto is {self.tokens:,} here.")
         return replace(execution, chunk_tokens=self.tokens)
 
 
-def max_chunk_tokens(module: nn.Module, embed: Callable[[TokenBatch], Tensor], rows: TokenBatch) -> int:
-    """Number of tokens whose activations under ``embed`` fit into memory, measured on the longest of ``rows``."""
-    order = torch.argsort(rows.lengths, descending=True)
-    sample = rows.select(order[: max(1, int((rows.lengths[order].cumsum(0) <= SAMPLE).sum()))])
-    activations = saved_activation_bytes(module, embed, sample)
-    weights = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
-    device = sample.ids.device
-    room = SHARE * max(0, free_memory(device) - STATES * weights)
-    most = int(room / max(1.0, activations / len(sample.ids)))
-    return max(int(rows.lengths.max()), min(most, CACHED) if device.type == "cpu" else most)
-
-
-def saved_activation_bytes(module: nn.Module, embed: Callable[[TokenBatch], Tensor], rows: TokenBatch) -> int:
+def saved_activation_bytes(module: nn.Module, embed: Embed, rows: TokenBatch) -> int:
     """Bytes that autograd saves in one forward pass, without the weights. Random states are left unchanged."""
     own = {p.untyped_storage().data_ptr() for p in module.parameters()}
     sizes: dict[int, int] = {}

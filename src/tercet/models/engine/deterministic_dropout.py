@@ -1,7 +1,7 @@
 """Dropout that is cheap on a CPU and whose masks can be a function of the row, the same for any number of processes."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -87,10 +87,8 @@ def replace_dropouts(module: nn.Module) -> DropoutSeeds:
 def with_dropout_seeds(batch: Batch, seed: int, step: int) -> Batch:
     """The batch with a seed for each token of its texts: a function of (``seed``, ``step``, example, view, position)."""
     row = derive_seed(derive_seed(torch.full_like(batch.example_id, seed), step), batch.example_id)
-    views = list(batch.views)
+    views = list(cast(tuple[TokenBatch, ...], batch.views))  # images have no such dropout
     for number, view in enumerate(views):
-        if isinstance(view, TokenBatch):
-            tokens = torch.repeat_interleave(derive_seed(row, number), view.lengths.to(row.device), output_size=len(view.ids))
-            seeds = derive_seed(tokens, view.default("position"))
-            views[number] = replace(view, state=replace(view.state, dropout_seed=seeds))
+        tokens = torch.repeat_interleave(derive_seed(row, number), view.lengths.to(row.device), output_size=len(view.ids))
+        views[number] = replace(view, state=replace(view.state, dropout_seed=derive_seed(tokens, view.positions())))
     return replace(batch, views=tuple(views))

@@ -6,9 +6,9 @@ normalization and dropout process real tokens only, and no model is reimplemente
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +47,15 @@ class Packing:
         return longest >= LONG and 2 * int(self.lengths.square().sum()) <= len(self.lengths) * longest**2
 
 
+class AttentionSettings(NamedTuple):
+    """What a layer of the model asks of attention."""
+
+    dropout: float = 0.0
+    scale: float | None = None  # of the scores; None is d ** -0.5
+    window: int | None = None  # only tokens that are nearer than this are seen
+    seed: Tensor | None = None  # one for each query, determines what is dropped; None draws from torch
+
+
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
     dropout: float = 0.0, packing: Packing | None = None, sliding_window: int | None = None, **others: Any,
@@ -58,78 +67,74 @@ def attention(
     if packing is None:
         options = {"dropout": dropout, "scaling": scaling, **others}
         return compat.sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    seed = None
-    if packing.dropout_seeds is not None and packing.dropout_seeds.seed is not None and dropout > 0:
-        seed = derive_seed(packing.dropout_seeds.seed, compat.module_number(module))
+    seed = packing.dropout_seeds.seed if packing.dropout_seeds is not None and dropout > 0 else None
+    seed = None if seed is None else derive_seed(seed, compat.module_number(module))
+    settings = AttentionSettings(dropout, scaling, sliding_window, seed)
     if not packing.packed:
-        return _attend(query, key, value, attention_mask, dropout, scaling, seed).transpose(1, 2), None
+        return _attend(query, key, value, attention_mask, settings).transpose(1, 2), None
     if (hidden := packing.all_hidden) is not None:  # the query is of first tokens only, keys and values are of all
         shape = (key.shape[1], key.shape[3])
         projections = (getattr(module, name) for name in key_value_names(module) or ())
         key, value = (project(hidden).unflatten(-1, shape).transpose(1, 2) for project in projections)
         packing.all_hidden = None
-    attend = choose_attention(query, packing, sliding_window, seed)
-    return attend(query, key, value, packing, dropout, scaling, sliding_window, seed), None
+    return choose_attention(query, packing, settings)(query, key, value, packing, settings), None
 
 
-def choose_attention(query: Tensor, packing: Packing, window: int | None, seed: Tensor | None) -> Callable[..., Tensor]:
+def choose_attention(query: Tensor, packing: Packing, settings: AttentionSettings) -> Callable[..., Tensor]:
     """The fastest implementation for these rows on this device; all give the same result."""
     if not query.is_cuda:
         return attend_by_length
-    nested = window is None and seed is None and packing.padding_is_wasteful
+    nested = settings.window is None and settings.seed is None and packing.padding_is_wasteful
     works = nested and _nested_attention_works(query.device, query.dtype, query.shape[-1])
     return attend_nested if works else attend_padded
 
 
-def attend_by_length(
-    q: Tensor, k: Tensor, v: Tensor, rows: Packing, dropout: float, scale: float | None, window: int | None, seed: Tensor | None
-) -> Tensor:
+def attend_by_length(q: Tensor, k: Tensor, v: Tensor, rows: Packing, settings: AttentionSettings) -> Tensor:
     """One dense call, without a mask, for each run of rows of equal length. Fastest on a CPU."""
     tokens = [n * length for n, length in rows.groups]
     queries = tokens if q.shape[2] == k.shape[2] else [n for n, _ in rows.groups]
-    seeds = [None] * len(tokens) if seed is None else seed[0].split(queries)
+    seeds = [None] * len(tokens) if settings.seed is None else settings.seed[0].split(queries)
     splits = q[0].split(queries, 1), k[0].split(tokens, 1), v[0].split(tokens, 1)
     parts = []
     for *qkv, s, (n, length) in zip(*splits, seeds, rows.groups, strict=True):
         q, k, v = (x.unflatten(1, (n, -1)).transpose(0, 1) for x in qkv)
-        mask = _window_mask(q.shape[2], length, window, q.device)
-        out = _attend(q, k, v, mask, dropout, scale, None if s is None else s.unflatten(0, (n, -1)))
-        parts.append(out.transpose(1, 2).flatten(0, 1))
+        mask = _window_mask(q.shape[2], length, settings.window, q.device)
+        own = settings._replace(seed=None if s is None else s.unflatten(0, (n, -1)))
+        parts.append(_attend(q, k, v, mask, own).transpose(1, 2).flatten(0, 1))
     return torch.cat(parts)[None]
 
 
-def attend_padded(
-    q: Tensor, k: Tensor, v: Tensor, rows: Packing, dropout: float, scale: float | None, window: int | None, seed: Tensor | None
-) -> Tensor:
+def attend_padded(q: Tensor, k: Tensor, v: Tensor, rows: Packing, settings: AttentionSettings) -> Tensor:
     """Pad for the attention alone and call it once: in short rows it is a few percent of the work, and calls cost more."""
-    queries = rows.lengths if q.shape[2] == k.shape[2] else torch.ones_like(rows.lengths)
-    lengths = (queries, rows.lengths, rows.lengths)
-    q, k, v = (pad_rows(x[0].transpose(0, 1), n).transpose(1, 2) for x, n in zip((q, k, v), lengths, strict=True))
+    queries, (q, k, v) = _split_rows(pad_rows, q, k, v, rows)
     mask = (torch.arange(k.shape[2]) < rows.lengths[:, None]).to(q.device, non_blocking=True)[:, None, None]
-    if (near := _window_mask(q.shape[2], k.shape[2], window, q.device)) is not None:
+    if (near := _window_mask(q.shape[2], k.shape[2], settings.window, q.device)) is not None:
         mask = mask & near
-    out = _attend(q, k, v, mask, dropout, scale, None if seed is None else pad_rows(seed[0], queries))
-    return unpad_rows(out.transpose(1, 2), queries)[None]
+    if settings.seed is not None:
+        settings = settings._replace(seed=pad_rows(settings.seed[0], queries))
+    return unpad_rows(_attend(q, k, v, mask, settings).transpose(1, 2), queries)[None]
 
 
-def attend_nested(
-    q: Tensor, k: Tensor, v: Tensor, rows: Packing, dropout: float, scale: float | None, window: int | None, seed: Tensor | None
-) -> Tensor:
-    """One call on nested tensors, without padding; supports neither ``window`` nor ``seed``."""
-    if window is not None or seed is not None:
+def attend_nested(q: Tensor, k: Tensor, v: Tensor, rows: Packing, settings: AttentionSettings) -> Tensor:
+    """One call on nested tensors, without padding; supports neither a window nor seeds."""
+    if settings.window is not None or settings.seed is not None:
         raise ValueError("nested attention supports neither a window nor dropout by seed.")
+    _, (q, k, v) = _split_rows(_jagged, q, k, v, rows)
+    return _attend(q, k, v, None, settings).transpose(1, 2).values()[None]
+
+
+def _split_rows(split: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, rows: Packing) -> tuple[Tensor, list[Tensor]]:
+    """The number of queries of each row, and query, key and value as ``(n, heads, L, d)``."""
     queries = rows.lengths if q.shape[2] == k.shape[2] else torch.ones_like(rows.lengths)
     lengths = (queries, rows.lengths, rows.lengths)
-    q, k, v = (_jagged(x[0].transpose(0, 1), n) for x, n in zip((q, k, v), lengths, strict=True))
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale).transpose(1, 2).values()[None]
+    return queries, [split(x[0].transpose(0, 1), n).transpose(1, 2) for x, n in zip((q, k, v), lengths, strict=True)]
 
 
 def _jagged(tokens: Tensor, lengths: Tensor) -> Tensor:
-    """``(T, heads, d)`` to a nested ``(n, heads, L, d)``; the extremes of L are passed, so that no device is read."""
+    """``(T, heads, d)`` to a nested ``(n, L, heads, d)``; the extremes of L are passed, so that no device is read."""
     ends = F.pad(lengths.cumsum(0), (1, 0)).to(tokens.device, non_blocking=True)
     least, most = int(lengths.min()), int(lengths.max())
-    jagged = torch.nested.nested_tensor_from_jagged(tokens.contiguous(), ends, min_seqlen=least, max_seqlen=most)
-    return jagged.transpose(1, 2)
+    return torch.nested.nested_tensor_from_jagged(tokens.contiguous(), ends, min_seqlen=least, max_seqlen=most)
 
 
 @cache
@@ -139,18 +144,15 @@ def _nested_attention_works(device: torch.device, dtype: torch.dtype, d: int) ->
     with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         q, k, v = (torch.randn(1, 2, 49, d, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
         try:
-            got, want = (f(q, k, v, rows, 0.0, None, None, None) for f in (attend_nested, attend_padded))
+            got, want = (attend(q, k, v, rows, AttentionSettings()) for attend in (attend_nested, attend_padded))
             gradients = [torch.autograd.grad(out.float().square().sum(), (q, k, v)) for out in (got, want)]
-            dropped = attend_nested(q, k, v, rows, 0.5, None, None, None)
+            dropped = attend_nested(q, k, v, rows, AttentionSettings(0.5))
             dropped.sum().backward()
         except RuntimeError as error:  # raised by torch where it has no kernel
             warn_once(f"Attention pads its rows: nested tensors do not run here ({str(error).splitlines()[0]}).")
             return False
-
-    def close(a: Tensor, b: Tensor) -> bool:
-        tolerance = 1e-4 if dtype == torch.float32 else 0.05
-        return torch.allclose(a.float(), b.float(), tolerance, tolerance)
-
+    tolerance = 1e-4 if dtype == torch.float32 else 0.05
+    close = partial(torch.allclose, rtol=tolerance, atol=tolerance)
     # Without dropout two views would be equal.
     return close(got, want) and all(map(close, *gradients)) and not close(dropped, want)
 
@@ -163,17 +165,15 @@ def _window_mask(queries: int, length: int, window: int | None, device: torch.de
     return (position[:queries, None] - position).abs() < window
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, scale: float | None, seed: Tensor | None
-) -> Tensor:
-    """Attention of ``(n, heads, L, d)``; ``seed (n, L)``, one for each query, determines what is dropped."""
-    if seed is None:
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, scale=scale)
-    scores = (q * (scale or q.shape[-1] ** -0.5)) @ k.transpose(-1, -2)
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, settings: AttentionSettings) -> Tensor:
+    """Attention of ``(n, heads, L, d)``, with seeds ``(n, L)``."""
+    if settings.seed is None:
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=settings.dropout, scale=settings.scale)
+    scores = (q * (settings.scale or q.shape[-1] ** -0.5)) @ k.transpose(-1, -2)
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     heads = torch.arange(q.shape[1], device=q.device)[:, None]
-    return apply_dropout(scores.softmax(-1), dropout, derive_seed(seed[:, None], heads)) @ v
+    return apply_dropout(scores.softmax(-1), settings.dropout, derive_seed(settings.seed[:, None], heads)) @ v
 
 
 def key_value_names(module: nn.Module) -> tuple[str, str] | None:
@@ -203,8 +203,8 @@ def _select_first_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: dict[
         return None  # the last: this hook has run, for another encoder of the same backbone
     starts = packing.starts.to(args[0].device, non_blocking=True)
     packing.all_hidden = args[0]
-    if packing.dropout_seeds is not None and packing.dropout_seeds.seed is not None:
-        packing.dropout_seeds.seed = packing.dropout_seeds.seed[:, starts]
+    if (seeds := packing.dropout_seeds) is not None and seeds.seed is not None:
+        seeds.seed = seeds.seed[:, starts]
     return (args[0][:, starts], *args[1:]), kwargs
 
 

@@ -3,6 +3,7 @@
 tests/models/test_transformers_compat.py checks each of them and names what broke after an upgrade.
 """
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,24 @@ def attention_name(model: PreTrainedModel) -> str:
     return str(model.config._attn_implementation)
 
 
+def first_position(model: PreTrainedModel) -> int:
+    """The position of a row's first token: in RoBERTa and relatives positions start after the padding's index."""
+    tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
+    found = (getattr(table, "padding_idx", None) for table in tables)
+    return next((index + 1 for index in found if index is not None), 0)
+
+
+def max_tokens(model: PreTrainedModel) -> int:
+    """The most tokens of a row that the model has positions for; XLNet has no limit and says -1, T5 says nothing."""
+    positions = getattr(model.config, "max_position_embeddings", None) or 0
+    return positions - first_position(model) if positions > 0 else 10**9
+
+
+def pooler_is_optional(model: PreTrainedModel) -> bool:
+    """Whether the model runs without its pooler; SqueezeBERT's forward pass calls it always."""
+    return "add_pooling_layer" in inspect.signature(type(model).__init__).parameters
+
+
 def no_attention_mask(model: PreTrainedModel) -> dict[str, None] | None:
     """The value of ``attention_mask`` with which the model makes no mask: one None for each type of layer, if it has types."""
     layer_types = getattr(model.config, "layer_types", None)
@@ -45,8 +64,11 @@ def pretrained_source(model: PreTrainedModel) -> str:
 
 
 def find_file(source: str, file: str) -> Path | None:
-    """The path of a file of a folder or hub id; None if the model has no such file. OSError if the hub cannot be reached."""
-    found = cached_file(source, file, _raise_exceptions_for_missing_entries=False)
+    """The path of a file of a folder or hub id; None if there is no such file, or the hub cannot be reached."""
+    try:
+        found = cached_file(source, file, _raise_exceptions_for_missing_entries=False)
+    except OSError:
+        return None  # loading the weights, which follows, explains what is wrong
     return Path(found) if found else None
 
 
