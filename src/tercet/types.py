@@ -256,7 +256,8 @@ class Evaluator(Protocol):
     """A function of an encode function.
 
     Optional: ``needs``, what its source must provide ("label", "position", "pairs"); ``table(metrics) -> str``, the metrics as
-    text; ``figures(encode) -> dict[str, Figure]``.
+    text; ``figures(encode) -> dict[str, Figure]``; ``examples(encode) -> dict[str, (N,)]``, by metric the values of the N
+    examples whose mean it is.
     """
 
     def __call__(self, encode: EncodeFunction) -> dict[str, float]:

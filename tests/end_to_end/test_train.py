@@ -2,6 +2,7 @@
 
 import csv
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -11,7 +12,7 @@ from tests.end_to_end.conftest import FAST, write_texts
 
 
 def test_ones_own_text_in_one_line(small):
-    result = small()
+    result = small("callback.progress.seconds=0")
     assert result.code == 0, result.terminal
     metrics = result.metrics()
     for name in (
@@ -29,6 +30,17 @@ def test_ones_own_text_in_one_line(small):
     assert config.data.batch_size == 4
     assert "code " in (result.output / "revision.txt").read_text()
     assert (result.output / "checkpoints" / "last.ckpt").is_file()
+    modes = {path.relative_to(result.output): path.stat().st_mode for path in result.output.rglob("*") if path.is_file()}
+    assert len(set(modes.values())) == 1, f"who may read one file may read all: {modes}"
+    lines = [line for line in result.terminal.splitlines() if line.startswith("step ")]
+    assert [line[:11] for line in lines] == ["step 1 of 2", "step 2 of 2"], "the output is no terminal"
+    assert ", loss " in lines[0] and "it/s" not in result.terminal
+    before, after = (metrics[f"{stage}/retrieval/text/recall@1"] for stage in ("before", "test"))
+    headline = f"retrieval/text/recall@1: {before:.4f} → {after:.4f}"
+    assert headline in result.terminal and ("Worse than before training" in result.terminal) == (after < before)
+    assert "<title>my.txt</title>" in (result.output / "report.html").read_text()
+    with np.load(result.output / "examples.npz") as examples:
+        assert examples["retrieval/text/mrr"].mean() == pytest.approx(metrics["test/retrieval/text/mrr"])
 
 
 def test_the_model_folder_opens_in_sentence_transformers(small):

@@ -15,6 +15,7 @@ from tercet.app.hydra_compat import config_folders
 from tercet.app.launch import num_devices, num_processes, started_by_launcher
 from tercet.app.record import ARTIFACTS
 from tercet.errors import InputError, require
+from tercet.messages import warn_once
 from tercet.models.folder import DTYPES
 
 NEEDS = {  # what a component can declare that it needs, and how a user provides it
@@ -208,6 +209,9 @@ def _trainer(cfg: DictConfig) -> None:
             "model.execution.recompute=true model.execution.chunk_tokens=4096, which needs no more memory.",
             stacklevel=2,
         )
+    if str(cfg.optimized_metric).startswith("test/"):
+        why = "settings that are chosen by a test look better than they are on other data"
+        warn_once(f"optimized_metric={cfg.optimized_metric}: {why}. Choose by validation, as val/sts/stsb/spearman.")
     measured = OmegaConf.select(cfg, "validation.members") != {} and str(cfg.monitor).startswith("val/")
     example = "as evaluation@validation=stsb_dev monitor=val/sts/stsb/spearman."
     require(measured or not cfg.monitor, f"monitor={cfg.monitor}: a metric that the validation measures is needed, {example}")

@@ -246,6 +246,11 @@ class EvaluatorGroup:
         rest = [f"{name}  {value:.4f}" for name, value in metrics.items() if not name.startswith(suites)]
         return "\n\n".join(filter(None, [*tables.values(), "\n".join(rest)]))
 
+    def examples(self, encode: EncodeFunction) -> dict[str, Any]:
+        """The members' metrics by example, where they have some."""
+        members = [getattr(evaluator, "examples", None) for evaluator in self.members.values()]
+        return {name: values for examples in members if examples for name, values in examples(encode).items()}
+
     def figures(self, encode: EncodeFunction) -> dict[str, Any]:
         """Draw the matplotlib figures of the members that have some, named ``<member>_<figure>``."""
         figures = {name: draw(encode) for name, e in self.members.items() if (draw := getattr(e, "figures", None))}

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import pearsonr, spearmanr
+from scipy.stats import pearsonr, rankdata, spearmanr, zscore
 from torch import Tensor
 
 from tercet.errors import InputError, check_choice, require
@@ -124,13 +124,29 @@ class STS:
                 values = {kind: values[f"{kind}_all"] for kind in ("spearman", "pearson")}
             metrics |= {f"{self._prefix(task)}/{name}": value for name, value in values.items()}
             if task == "STS-B":
-                close = torch.from_numpy(p.gold > 4)  # the positives of SimCSE, section 2.3
+                close = torch.from_numpy(p.gold > 4)  # the positives of SimCSE, section 3, footnote 3
                 metrics |= {f"{self._prefix(task)}/alignment": alignment(x[close], y[close])} if close.any() else {}
                 metrics[f"{self._prefix(task)}/uniformity"] = uniformity(embed(list(dict.fromkeys((*p.first, *p.second)))))
         if len(found) > 1:
             shared = [name for name in CORRELATIONS if all(name in values for values in found)]
             metrics |= {f"{self._prefix('avg')}/{name}": float(np.mean([values[name] for values in found])) for name in shared}
         return metrics
+
+    def examples(self, encode: EncodeFunction) -> dict[str, Floats]:
+        """Each pair's part in Spearman's correlation, ``(N,)``: the product of its standardized ranks, whose mean it is."""
+        embed = encode_once(encode, [text for p in self.pairs.values() for text in (*p.first, *p.second)])
+        parts = {}
+        for task, p in self.pairs.items():
+            cosine = _cosine(embed(p.first).double(), embed(p.second).double()).numpy()
+            varies = np.ptp(cosine) > 0  # else 0, as in ``correlations``
+            parts[task] = zscore(rankdata(cosine)) * zscore(rankdata(p.gold)) if varies else np.zeros(len(cosine))
+        values = {f"{self._prefix(task)}/spearman{'' if task in UNDIVIDED else '_all'}": part for task, part in parts.items()}
+        if len(parts) > 1:  # so weighted that the mean over all pairs is the mean of the tasks
+            count = sum(map(len, parts.values())) / len(parts)
+            values[f"{self._prefix('avg')}/spearman_all"] = np.concatenate(
+                [part * count / len(part) for part in parts.values()]
+            )
+        return values
 
     def _prefix(self, task: str) -> str:
         return f"sts/{TASK_KEYS[task]}{'_hub' if self.path == 'hub' else ''}"

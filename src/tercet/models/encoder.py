@@ -1,5 +1,6 @@
 """The base class of encoders, and encoding outside training."""
 
+import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tercet.distributed.gather import gather_rows, rank, world_size
 from tercet.errors import require
+from tercet.messages import ProgressLines
 from tercet.models.engine.chunking import AutoChunks, Execution
 from tercet.models.engine.packing import layer_stack
 from tercet.models.pooling import POOLINGS, Head
@@ -233,13 +235,18 @@ class CachedEncoder:
         self.encoder.train(training)
         return num_outputs
 
+    def _progress_bar(self, total: int) -> "tqdm[Any] | ProgressLines":
+        hidden, unit = not self.progress or rank() > 0, self.encoder.unit
+        if hidden or sys.stderr.isatty():
+            return tqdm(total=total, desc=self.progress, unit=f" {unit}", disable=hidden, leave=False, mininterval=0.5)
+        return ProgressLines(f"{self.progress}: ", total, unit)
+
     def _encode(self, items: list[Item]) -> Tensor:
         encoder = self.encoder
         chunks, load = encoder.encoding_chunks(items, self.tokens, self.batch_size)
         first, world = (rank(), world_size()) if self.distributed else (0, 1)
         z = [torch.zeros(0, encoder.dim, device=encoder.device)]  # a process may have no chunk
-        hidden, unit = not self.progress or rank() > 0, f" {encoder.unit}"
-        with tqdm(total=len(items), desc=self.progress, unit=unit, disable=hidden, leave=False, mininterval=0.5) as bar:
+        with self._progress_bar(len(items)) as bar:
             for rows in chunks[first::world]:
                 inputs = load(rows).to(encoder.device)
                 with self.precision():

@@ -4,6 +4,7 @@ transformers opens the folder too, and sentence-transformers (``modules.json``),
 """
 
 import re
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any, cast
@@ -70,6 +71,8 @@ def save_model(encoder: Encoder, path: str | Path, dtype: str = "float32") -> No
         for name, part in zip(PARTS, parts, strict=True):
             save_model(part, folder / name, dtype)
     write_json(folder / SETTINGS, {"version": VERSION, **encoder.settings()})
+    for weights in folder.rglob("*.safetensors"):  # which safetensors lets nobody but the owner read
+        shutil.copymode(folder / SETTINGS, weights)
 
 
 def _save_part(part: Any, folder: Path, dtype: torch.dtype) -> None:

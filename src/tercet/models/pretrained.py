@@ -116,15 +116,19 @@ def add_lowercase(tokenizer: PreTrainedTokenizerBase) -> None:
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     require(backend is not None, "do_lower_case: this tokenizer is not one of the tokenizers library. Lowercase the texts.")
     if not lowercases(tokenizer):
-        own: Any = backend.normalizer
-        backend.normalizer = Sequence([Lowercase(), *(own if isinstance(own, Sequence) else [own] if own else [])])
+        backend.normalizer = Sequence([Lowercase(), *_steps(backend.normalizer)])
 
 
 def lowercases(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether a step of its own lowercases texts."""
-    normalizer: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
-    steps = normalizer if isinstance(normalizer, Sequence) else [normalizer]
-    return any(isinstance(step, Lowercase) for step in steps)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return any(isinstance(step, Lowercase) for step in _steps(getattr(backend, "normalizer", None)))
+
+
+def _steps(normalizer: Any) -> list[Any]:
+    if isinstance(normalizer, Sequence):
+        return [normalizer[i] for i in range(len(normalizer))]
+    return [normalizer] if normalizer else []
 
 
 def read_json(source: str, file: str) -> Any:

@@ -112,8 +112,9 @@ class TextEncoder(PoolingMixin, Encoder):
     def settings(self) -> dict[str, Any]:
         """How embeddings are made, as plain values."""
         lower = lowercases(self.tokenizer) and not self.word_level
-        optional: dict[str, Any] = {"prompts": self.prompts.settings() if self.prompts.texts else None, "similarity": self.similarity}
-        optional["lower_case"] = lower or None  # the tokenizer's own class may not keep that
+        prompts = self.prompts.settings() if self.prompts.texts else None
+        # The tokenizer's own class may not keep that it lowercases.
+        optional = {"prompts": prompts, "similarity": self.similarity, "lower_case": lower or None}
         given = {name: value for name, value in optional.items() if value is not None}
         return {"kind": self.kind, **super().settings(), "max_length": self.max_length, **given}
 

@@ -29,9 +29,9 @@ UNSUPPORTED = (
 class MaskedLM:
     """Settings of masked language modeling as an auxiliary loss: the total is contrast + ``weight`` * masked LM.
 
-    The weight is 0.1 in SimCSE (arXiv:2104.08821, section 6.3); 0 turns it off. ``probability`` is the share of tokens that are
-    chosen; 80 % of them become the mask token, 10 % a random token, 10 % stay (Devlin et al. 2019). Every view has its own
-    choice. With ``whole_words`` all tokens of a word are chosen or none. The loss costs a second forward pass.
+    The weight is 0.1 in SimCSE (arXiv:2104.08821, appendix A and Table D.2); 0 turns it off. ``probability`` is the share of
+    tokens that are chosen; 80 % of them become the mask token, 10 % a random token, 10 % stay (Devlin et al. 2019). Every view
+    has its own choice. With ``whole_words`` all tokens of a word are chosen or none. The loss costs a second forward pass.
 
     >>> MaskedLM(weight=0.1).probability
     0.15
