@@ -1,6 +1,7 @@
 """Prompts: set in the configuration, used in training by column, applied by encode, saved, and read again."""
 
 import json
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -8,9 +9,10 @@ import torch
 from datasets import Dataset
 
 from tercet.app.components import build
+from tercet.app.config_checks import check_model
 from tercet.data import TextTransform
 from tercet.errors import InputError
-from tercet.models import DualEncoder, load, save_model
+from tercet.models import DualEncoder, TextEncoder, load, load_backbone, load_tokenizer, save_model
 from tercet.models.prompts import Prompts
 from tests.conftest import TEXTS, composed, tiny
 
@@ -73,8 +75,14 @@ def test_what_takes_no_prompt_says_so(encoder):
         encoder.prompts = Prompts({"q": "x"}, "q", pooled=False)
 
 
-def test_what_a_run_says_of_dropout_is_true_where_it_trains(encoder):
-    assert "dropout is by (seed, step, row)" in encoder.describe_execution("cpu")
-    assert "dropout is torch's" in encoder.describe_execution("cuda")
-    fixed = encoder_of("model.execution.dropout=deterministic")
-    assert "dropout is by (seed, step, row)" in fixed.describe_execution("cuda")
+def test_a_prompt_that_the_backbone_was_made_with_is_said(tmp_path):
+    save_model(encoder_of("model.prompt='query: '"), tmp_path)
+    data = SimpleNamespace(transform=SimpleNamespace(max_length=8))
+    for prompt in ("", "query: "):
+        encoder = TextEncoder(load_backbone(str(tmp_path)), load_tokenizer(str(tmp_path)), prompt=prompt)
+        objective = SimpleNamespace(encoder=encoder, makes_views=False)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            check_model(objective, data, several=False)
+        said = [str(warning.message) for warning in caught if "set model.prompt" in str(warning.message)]
+        assert bool(said) is not bool(prompt)

@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTo
 from tercet.errors import InputError
 from tercet.models import load, load_backbone, load_tokenizer, save_model
 from tercet.models.folder import KEY, encoder_spec, load_checkpoint_encoder
+from tercet.training.masked_lm import MaskedLM
 
 TEXTS = ["A man plays.", "WHO is Anna, and where?", "one two three four five six", "x", "B"]
 HIDDEN = 12
@@ -250,6 +251,19 @@ def test_what_a_folder_says_beside_its_vectors_is_kept(parts, tmp_path):
     assert opened["embeddinggemma-300m"].truncate_dim == 5
 
 
+def test_a_folder_that_is_written_again_keeps_nothing_of_before(parts, tmp_path):
+    save_model(load(write(LAYOUTS["instructor-base"], parts, tmp_path / "first")), tmp_path / "model")
+    plain = load(write(LAYOUTS["all-MiniLM-L6-v2"], parts, tmp_path / "second"))
+    save_model(plain, tmp_path / "model")
+    close(load(tmp_path / "model").encode(TEXTS), plain.encode(TEXTS))
+    close(by_sentence_transformers(tmp_path / "model"), plain.encode(TEXTS))
+
+
+def test_another_similarity_is_said(parts, tmp_path, caplog):
+    load(write(LAYOUTS["multi-qa-mpnet-base-dot-v1"], parts, tmp_path))
+    assert "similarity function is dot; evaluations compare embeddings by the cosine" in caplog.text
+
+
 def test_prompts_of_encode(parts, tmp_path):
     model = load(write(LAYOUTS["mxbai-embed-large-v1"], parts, tmp_path))
     bare = model.encode(TEXTS, prompt="")
@@ -275,6 +289,7 @@ def test_lowercase_and_the_inner_folder_are_read_for_training_too(parts, tmp_pat
         ({"2_Dense/config.json": {"out_features": 8, "use_residual": True}}, "its module Dense has {.use_residual"),
         ({"2_Dense/config.json": {"out_features": 8, "module_input_name": "token_embeddings"}}, "module_input_name"),
         ({"sentence_bert_config.json": {"transformer_task": "fill-mask"}}, "its transformer has {'transformer_task'"),
+        ({"sentence_bert_config.json": {"modality_config": {"image": {}}}}, "it reads image; tercet reads texts"),
         ({"sentence_bert_config.json": {"query_length": 32}}, "its transformer has {'query_length': 32}"),
         ({"config_sentence_transformers.json": {"model_type": "SparseEncoder"}}, "it is a SparseEncoder"),
         ({"modules.json": [{"path": "", "type": V2 + "WordEmbeddings"}]}, "its module 0, .*WordEmbeddings"),
@@ -346,5 +361,6 @@ def test_weights_are_float32_and_saved_as_asked(parts, tmp_path, dtype):
         assert {x.dtype for x in load_file(tmp_path / name / "model.safetensors").values()} == {saved}
         assert AutoModel.from_pretrained(tmp_path / name).dtype == saved
         close(load(tmp_path / name).encode(TEXTS), model.encode(TEXTS))
+    assert {p.dtype for p in MaskedLM(weight=0.1).build(load(folder)).parameters()} == {torch.float32}
     with pytest.raises(InputError, match="dtype=float64"):
         save_model(model, tmp_path / "x", "float64")

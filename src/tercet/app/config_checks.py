@@ -16,7 +16,9 @@ from tercet.app.launch import num_devices, num_processes, started_by_launcher
 from tercet.app.record import ARTIFACTS
 from tercet.errors import InputError, require
 from tercet.messages import warn_once
+from tercet.models.engine.transformers_compat import pretrained_source
 from tercet.models.folder import DTYPES
+from tercet.models.sentence_transformers import default_prompt
 
 NEEDS = {  # what a component can declare that it needs, and how a user provides it
     "label": "labels: data.label=<column>",
@@ -180,6 +182,9 @@ def check_model(objective: Any, data: Any, several: bool) -> None:
     for part in encoder.text_parts():
         length, longest = data.transform.max_length, part.token_info().max_length
         require(length <= longest, f"data.max_length={length}, but the backbone takes {longest} tokens at most.")
+        own = default_prompt(pretrained_source(part.backbone))
+        if own and part.prompts.text != own:
+            warnings.warn(f"The backbone's folder puts {own!r} before each text: set model.prompt to do so.", stacklevel=2)
     if encoder.mixes_rows():
         _batch_norm(encoder.execution, several)
     if objective.makes_views and objective.view.identical and not encoder.has_dropout():
@@ -219,12 +224,8 @@ def _trainer(cfg: DictConfig) -> None:
     require(cfg.monitor or not early, f"callback=early_stopping needs a metric to watch: set monitor, {example}")
     known = f"save_dtype={cfg.save_dtype}: choose one of {', '.join(DTYPES)}."
     require(cfg.save_dtype in DTYPES, known)
-    if runs_on_cpu(cfg) and "16" in str(cfg.trainer.precision) and not torch.cpu.get_capabilities().get("avx512_bf16"):
+    accelerator = cfg.trainer.accelerator
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
+    if on_cpu and "16" in str(cfg.trainer.precision) and not torch.cpu.get_capabilities().get("avx512_bf16"):
         why = "this CPU computes no half precision itself; steps get many times slower. Use trainer.precision=32-true."
         warnings.warn(f"trainer.precision={cfg.trainer.precision}: {why}", stacklevel=2)
-
-
-def runs_on_cpu(cfg: DictConfig) -> bool:
-    """Whether the trainer uses the CPU."""
-    accelerator = cfg.trainer.accelerator
-    return accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())

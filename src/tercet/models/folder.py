@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from tercet.errors import InputError, check_choice, require
 from tercet.images import PixelFormat
+from tercet.messages import warn_once
 from tercet.models import onnx
 from tercet.models.encoder import Encoder
 from tercet.models.engine.transformers_compat import find_file
@@ -95,7 +96,7 @@ def _save_part(part: Any, folder: Path, dtype: torch.dtype) -> None:
         })  # fmt: skip
         return
     part.tokenizer.save_pretrained(folder)
-    write_modules(part, folder)
+    write_modules(part, folder, dtype)
 
 
 def load_folder(path_or_id: str, pooling: str | None = None) -> tuple[Encoder, str]:
@@ -159,6 +160,8 @@ def build_encoder(
         add_lowercase(tokenizer)
     encoder = TextEncoder(backbone, tokenizer, max_length=settings["max_length"], **shared)
     encoder.prompts, encoder.similarity = Prompts(**settings.get("prompts", {})), settings.get("similarity")
+    if encoder.similarity:
+        warn_once(f"This model's similarity function is {encoder.similarity}; evaluations compare embeddings by the cosine.")
     return encoder
 
 
@@ -233,6 +236,7 @@ def encoder_from_spec(spec: dict[str, Any]) -> Encoder:
         return DualEncoder(*parts)
     with tempfile.TemporaryDirectory() as folder:
         for name, text in (("config.json", spec["config"]), *spec["tokenizer"].items()):
+            require(name == Path(name).name, f"it names the file {name}, outside of its own folder")
             (Path(folder) / name).write_text(text, encoding="utf-8")
         config = AutoConfig.from_pretrained(folder)
         backbone = backbone_class(config).from_config(config, dtype=torch.float32)

@@ -47,7 +47,6 @@ POOLINGS: dict[str, Pooling] = {
 }
 WORD_ONLY_POOLINGS = frozenset({"final", "sum"})  # for word-level encoders only
 WORD_POOLINGS = ("final", "mean", "sum", "max")  # all that a word-level encoder can have
-MASKED = frozenset({"mean", "weighted_mean", "max"})  # poolings that can leave out the tokens of a prompt
 NEEDS_FIRST = frozenset({"cls", "cls_pooler"})  # poolings that read first tokens only
 NEEDS_ALL_LAYERS = frozenset({"first_last", "static_last", "top_two"})
 
@@ -108,26 +107,6 @@ class Head(nn.Module):
         return out
 
 
-class UnitLength(nn.Module):
-    """Scale rows to length 1."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(N, D) -> (N, D)``."""
-        return nn.functional.normalize(x, dim=-1)
-
-
-class Truncate(nn.Module):
-    """Keep the first ``dim`` columns."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.dim = dim
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(N, D) -> (N, dim)``."""
-        return x[..., : self.dim]
-
-
 class LayeredHead(Head):
     """The layers after pooling that a folder of sentence-transformers has, where ``Head`` cannot describe them; in order.
 
@@ -148,13 +127,18 @@ class LayeredHead(Head):
         """Make the layers once H is known."""
         made: list[nn.Module] = []
         for layer in self.layers:
-            if layer["type"] == "Dense":
-                linear = nn.Linear(hidden, layer["dim"], bias=layer["bias"])
-                made.append(nn.Sequential(linear, getattr(nn, layer["activation"])()))
-            else:
-                made.append(Truncate(layer["dim"]) if layer["type"] == "Truncate" else UnitLength())
+            dense = layer["type"] == "Dense"
+            parts = [nn.Linear(hidden, layer["dim"], layer["bias"]), getattr(nn, layer["activation"])()] if dense else []
+            made.append(nn.Sequential(*parts))
             hidden = layer.get("dim", hidden)
-        self.layer = nn.Sequential(*made)
+        self.layer = nn.ModuleList(made)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, H) -> (N, D)``."""
+        modules: Any = self.layer
+        for layer, module in zip(self.layers, modules, strict=True):
+            x = nn.functional.normalize(x, dim=-1) if layer["type"] == "Normalize" else module(x)[..., : layer["dim"]]
+        return x
 
     def width(self, hidden: int) -> int:
         """The number of output columns for H input columns."""

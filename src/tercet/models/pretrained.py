@@ -56,7 +56,7 @@ def resolve_source(name: str, parameter: str = "name") -> str:
 
 def load_pretrained(loader: Any, name: str, parameter: str = "name", **options: Any) -> Any:
     """``loader.from_pretrained`` of a folder, package or hub id; ``InputError`` naming ``parameter`` if that fails."""
-    source = resolve_source(name, parameter)
+    source, options = resolve_source(name, parameter), {"trust_remote_code": False, **options}
     folder = transformer_folder(source)
     if Path(source).is_dir():
         source = str(Path(source) / folder)
@@ -106,29 +106,28 @@ def transformer_folder(source: str) -> str:
 
 def transformer_settings(source: str) -> dict[str, Any]:
     """How a model of sentence-transformers tokenizes; empty where the folder does not say."""
-    folder = transformer_folder(source)
-    files = (f"{folder}/{name}" if folder else name for name in TRANSFORMER_SETTINGS)
+    if read_json(source, MODULES) is None:
+        return {}
+    files = (str(Path(transformer_folder(source)) / name) for name in TRANSFORMER_SETTINGS)
     return next((found for file in files if (found := read_json(source, file))), {})
 
 
-def add_lowercase(tokenizer: PreTrainedTokenizerBase) -> None:
+def add_lowercase(tokenizer: Any) -> None:
     """Make the tokenizer lowercase texts first, as ``do_lower_case`` of sentence-transformers does."""
-    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    require(backend is not None, "do_lower_case: this tokenizer is not one of the tokenizers library. Lowercase the texts.")
-    if not lowercases(tokenizer):
-        backend.normalizer = Sequence([Lowercase(), *_steps(backend.normalizer)])
-
-
-def lowercases(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a step of its own lowercases texts."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    return any(isinstance(step, Lowercase) for step in _steps(getattr(backend, "normalizer", None)))
+    if backend is None:
+        raise InputError(
+            "do_lower_case: this tokenizer is not of the tokenizers library, which lowercases. Lowercase the texts."
+        )
+    if not lowercases(tokenizer):
+        backend.normalizer = Sequence([Lowercase(), *([backend.normalizer] if backend.normalizer else [])])
 
 
-def _steps(normalizer: Any) -> list[Any]:
-    if isinstance(normalizer, Sequence):
-        return [normalizer[i] for i in range(len(normalizer))]
-    return [normalizer] if normalizer else []
+def lowercases(tokenizer: Any) -> bool:
+    """Whether a step of its own lowercases texts first."""
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    first = normalizer[0] if isinstance(normalizer, Sequence) and len(normalizer) else normalizer
+    return isinstance(first, Lowercase)
 
 
 def read_json(source: str, file: str) -> Any:

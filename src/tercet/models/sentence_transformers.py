@@ -3,6 +3,7 @@
 Everything that a folder says is kept, with the same embeddings, or refused by its name.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tercet.errors import InputError, require
-from tercet.messages import warn_once
 from tercet.models.engine.transformers_compat import find_file
 from tercet.models.pooling import NEEDS_ALL_LAYERS
 from tercet.models.pretrained import MODULES, read_json, transformer_settings, write_json
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 MODEL_SETTINGS = "config_sentence_transformers.json"
 POOLINGS = {"cls": "cls", "mean": "mean", "max": "max", "lasttoken": "last", "weightedmean": "weighted_mean"}  # ours
 _POOLING_MODES = {**{ours: mode for mode, ours in POOLINGS.items()}, "cls_pooler": "cls"}  # others average: "mean"
-_MODE_FLAGS = {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens", "lasttoken": "lasttoken",
-               "weightedmean": "weightedmean_tokens"}  # fmt: skip
 ACTIVATIONS = ("Identity", "Tanh", "ReLU", "GELU", "SiLU", "Sigmoid")  # modules of torch.nn without arguments
 _HEADS = {"Identity": "linear", "Tanh": "mlp"}  # the kind of ``Head`` for an activation
 # Settings of a transformer with the values that change no embedding; ``max_seq_length`` and ``do_lower_case`` are kept.
@@ -37,7 +35,7 @@ _NO_EFFECT: dict[str, tuple[Any, ...]] = {
 _Module = tuple[str, dict[str, Any], dict[str, Tensor]]  # kind, configuration, weights
 
 
-def write_modules(encoder: "TextEncoder", folder: Path) -> None:
+def write_modules(encoder: "TextEncoder", folder: Path, dtype: torch.dtype) -> None:
     """Add to a model folder what sentence-transformers needs to give the same embeddings, or to refuse it."""
     if encoder.word_level or (encoder.normalize and encoder.num_outputs > 1):
         refuse_to_open(folder, encoder)
@@ -54,15 +52,14 @@ def write_modules(encoder: "TextEncoder", folder: Path) -> None:
         if config:
             write_json(folder / path / "config.json", config)
         if weights:
-            save_file({k: v.cpu().contiguous() for k, v in weights.items()}, folder / path / "model.safetensors")
+            own = {name: x.to("cpu", dtype).contiguous() for name, x in weights.items()}
+            save_file(own, folder / path / "model.safetensors")
         modules.append({"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"})
     write_json(folder / MODULES, modules)
-    said = {
+    write_json(folder / MODEL_SETTINGS, {
         "prompts": dict(encoder.prompts.texts), "default_prompt_name": encoder.prompts.default,
-        "similarity_fn_name": encoder.similarity, "truncate_dim": _truncated(encoder),
-    }  # fmt: skip
-    if any(said.values()):
-        write_json(folder / MODEL_SETTINGS, {name: value for name, value in said.items() if value is not None})
+        "similarity_fn_name": encoder.similarity or "cosine", "truncate_dim": _truncated(encoder),
+    })  # fmt: skip
 
 
 def refuse_to_open(folder: Path, encoder: Any) -> None:
@@ -86,10 +83,8 @@ def _modules(encoder: "TextEncoder") -> Iterator[_Module]:
         config = {"word_embedding_dimension": hidden, "num_hidden_layers": layers, "layer_start": 0}
         yield "WeightedLayerPooling", config, {"layer_weights": weight}
     mode = _POOLING_MODES.get(encoder.pooling, "mean")
-    flags: dict[str, Any] = {f"pooling_mode_{flag}": mode == name for name, flag in _MODE_FLAGS.items()}
-    if not encoder.prompts.pooled:
-        flags["include_prompt"] = False
-    yield "Pooling", {"word_embedding_dimension": hidden, **flags}, {}
+    prompt = {} if encoder.prompts.pooled else {"include_prompt": False}
+    yield "Pooling", {"word_embedding_dimension": hidden, "pooling_mode": mode, **prompt}, {}
     if encoder.pooling == "cls_pooler":
         yield _dense(encoder.backbone.pooler.dense, "Tanh")  # type: ignore[union-attr]
     head: Any = encoder.head
@@ -126,7 +121,7 @@ def read_modules(source: str, name: str, chosen: str | None = None) -> dict[str,
     pooling: dict[str, Any] | None = None
     for i, module in enumerate(modules):
         kind = module["type"].rsplit(".", 1)[-1]
-        config = read_json(source, f"{module['path']}/config.json") or {} if i else {}
+        config = read_json(source, str(Path(module["path"]) / "config.json")) or {} if i else {}
         place = kind == "Transformer" if not i else (kind == "Pooling") == (pooling is None)
         known = module["type"].startswith("sentence_transformers.") and kind in ("Transformer", "Pooling", "Dense", "Normalize")
         require(known and place, f"{what}: its module {i}, {module['type']}, is not one that tercet can run at this place.")
@@ -169,7 +164,7 @@ def _layer(kind: str, config: Mapping[str, Any], what: str) -> dict[str, Any]:
 
 def _weights_file(source: str, path: str, what: str) -> Path:
     for file in ("model.safetensors", "pytorch_model.bin"):
-        if found := find_file(source, f"{path}/{file}"):
+        if found := find_file(source, str(Path(path) / file)):
             return found
     raise InputError(f"{what}: {path} has no weights (model.safetensors or pytorch_model.bin).")
 
@@ -177,8 +172,8 @@ def _weights_file(source: str, path: str, what: str) -> Path:
 def _pooling_of_module(config: Mapping[str, Any], what: str) -> str:
     modes = config.get("pooling_mode")
     if modes is None:
-        names = {f"pooling_mode_{flag}": mode for mode, flag in _MODE_FLAGS.items()}
-        modes = [names.get(key, key) for key, on in config.items() if key.startswith("pooling_mode_") and on] or ["mean"]
+        flags = [key.removeprefix("pooling_mode_") for key, on in config.items() if key.startswith("pooling_mode_") and on]
+        modes = [re.sub("_tokens?$", "", flag) for flag in flags] or ["mean"]  # mean_tokens, cls_token, lasttoken
     modes = [modes] if isinstance(modes, str) else list(modes)
     known = len(modes) == 1 and modes[0] in POOLINGS
     advice = f"tercet runs one of {', '.join(POOLINGS)}. Another can be chosen by `pooling`, and gives other embeddings"
@@ -189,7 +184,9 @@ def _pooling_of_module(config: Mapping[str, Any], what: str) -> str:
 def _transformer(source: str, what: str) -> dict[str, Any]:
     """How texts are tokenized."""
     found = transformer_settings(source)
-    text = (found.get("modality_config") or {}).get("text", {})
+    modalities = found.get("modality_config") or {"text": {}}
+    require("text" in modalities, f"{what}: it reads {', '.join(modalities)}; tercet reads texts from such folders.")
+    text = modalities["text"]
     changed = {key: value for key in _NO_EFFECT if (value := found.get(key)) not in (None, *_NO_EFFECT[key])}
     output = text.get("method_output_name", "last_hidden_state")
     if (text.get("method", "forward"), output) != ("forward", "last_hidden_state"):
@@ -197,6 +194,12 @@ def _transformer(source: str, what: str) -> dict[str, Any]:
     require(not changed, f"{what}: its transformer has {changed}, which tercet cannot run.")
     lower = {"lower_case": True} if found.get("do_lower_case") else {}
     return {"max_length": found.get("max_seq_length"), **lower}
+
+
+def default_prompt(source: str) -> str:
+    """The prompt that a folder or hub id puts before each text; empty where it has none."""
+    found = (read_json(source, MODEL_SETTINGS) if source else None) or {}
+    return str((found.get("prompts") or {}).get(found.get("default_prompt_name"), ""))
 
 
 def _model(source: str, pooling: Mapping[str, Any], layers: list[dict[str, Any]], what: str) -> dict[str, Any]:
@@ -210,8 +213,6 @@ def _model(source: str, pooling: Mapping[str, Any], layers: list[dict[str, Any]]
     default = found.get("default_prompt_name")
     prompts = Prompts(texts, default if default in texts else None, pooling.get("include_prompt", True))
     settings: dict[str, Any] = {"prompts": prompts.settings()} if texts else {}
-    similarity = found.get("similarity_fn_name") or "cosine"
-    if similarity != "cosine":
-        warn_once(f"{what}: its similarity function is {similarity}; evaluations here compare by the cosine.")
-        settings["similarity"] = similarity
+    if found.get("similarity_fn_name") not in (None, "cosine"):
+        settings["similarity"] = found["similarity_fn_name"]
     return settings

@@ -15,7 +15,7 @@ from tercet.models.encoder import Encoder, PoolingMixin
 from tercet.models.engine.backbone_runner import BackboneRunner
 from tercet.models.engine.chunking import DEFAULT_EXECUTION, Execution
 from tercet.models.engine.transformers_compat import pooler_is_optional
-from tercet.models.pooling import MASKED, NEEDS_ALL_LAYERS, NEEDS_FIRST, POOLINGS, WORD_POOLINGS, Head
+from tercet.models.pooling import NEEDS_ALL_LAYERS, NEEDS_FIRST, POOLINGS, WORD_POOLINGS, Head
 from tercet.models.pretrained import lowercases
 from tercet.models.prompts import Prompts, prompt_length
 from tercet.models.words import WordModel
@@ -80,8 +80,8 @@ class TextEncoder(PoolingMixin, Encoder):
 
     @prompts.setter
     def prompts(self, prompts: Prompts) -> None:
-        out = not prompts.pooled and bool(prompts.text)
-        can = not out or self.pooling in MASKED
+        out = not prompts.pooled and bool(prompts.text) and self.pooling != "last"  # no prompt stands there
+        can = not out or self.pooling not in NEEDS_FIRST
         require(can, f"`pooling`={self.pooling} cannot leave out the tokens of a prompt. Use `pooling`=mean.")
         self._prompts, self.unpooled = prompts, prompt_length(self.tokenizer, prompts.text) if out else 0
 
@@ -111,26 +111,20 @@ class TextEncoder(PoolingMixin, Encoder):
 
     def settings(self) -> dict[str, Any]:
         """How embeddings are made, as plain values."""
-        lower = lowercases(self.tokenizer) and not self.word_level
-        prompts = self.prompts.settings() if self.prompts.texts else None
-        # The tokenizer's own class may not keep that it lowercases.
-        optional = {"prompts": prompts, "similarity": self.similarity, "lower_case": lower or None}
-        given = {name: value for name, value in optional.items() if value is not None}
-        return {"kind": self.kind, **super().settings(), "max_length": self.max_length, **given}
+        prompts = {"prompts": self.prompts.settings()} if self.prompts.texts else {}
+        similarity = {"similarity": self.similarity} if self.similarity else {}
+        lower = {"lower_case": True} if lowercases(self.tokenizer) else {}  # its class does not keep that in a folder
+        return {"kind": self.kind, **super().settings(), "max_length": self.max_length, **prompts, **similarity, **lower}
 
     @property
     def deterministic_dropout(self) -> bool:
         """Whether dropout draws from seeds: where it is chosen, and by default on a CPU, where it costs less than torch's."""
-        return self._draws_from_seeds()
-
-    def _draws_from_seeds(self, device: str | None = None) -> bool:
-        on_cpu = (device or self.device.type) == "cpu"
-        chosen = {"deterministic": True, "auto": on_cpu, "torch": False}[self.execution.dropout]
+        chosen = {"deterministic": True, "auto": self.device.type == "cpu", "torch": False}[self.execution.dropout]
         return chosen and self.runner.dropout_seeds is not None
 
-    def describe_execution(self, device: str | None = None) -> str:
-        """The layout and the dropout in use, on ``device`` where that is not the present one."""
-        dropout = "by (seed, step, row)" if self._draws_from_seeds(device) else "torch's"
+    def describe_execution(self) -> str:
+        """The layout and the dropout in use."""
+        dropout = "by (seed, step, row)" if self.deterministic_dropout else "torch's"
         reason = {"sorted": self.runner.cannot_pack, "equal_length": self.runner.cannot_pad}.get(self.execution.layout)
         how = "run by equal length" if self.execution.layout == "equal_length" else self.execution.layout
         return f"rows are {how}{f' ({reason})' if reason else ''}, dropout is {dropout}"
