@@ -16,6 +16,9 @@ from tercet.app.launch import num_devices, num_processes, started_by_launcher
 from tercet.app.record import ARTIFACTS
 from tercet.errors import InputError, require
 from tercet.messages import warn_once
+from tercet.models.engine.transformers_compat import pretrained_source
+from tercet.models.folder import DTYPES
+from tercet.models.sentence_transformers import default_prompt
 
 NEEDS = {  # what a component can declare that it needs, and how a user provides it
     "label": "labels: data.label=<column>",
@@ -179,6 +182,9 @@ def check_model(objective: Any, data: Any, several: bool) -> None:
     for part in encoder.text_parts():
         length, longest = data.transform.max_length, part.token_info().max_length
         require(length <= longest, f"data.max_length={length}, but the backbone takes {longest} tokens at most.")
+        own = default_prompt(pretrained_source(part.backbone))
+        if own and part.prompts.text != own:
+            warnings.warn(f"The backbone's folder puts {own!r} before each text: set model.prompt to do so.", stacklevel=2)
     if encoder.mixes_rows():
         _batch_norm(encoder.execution, several)
     if objective.makes_views and objective.view.identical and not encoder.has_dropout():
@@ -216,7 +222,10 @@ def _trainer(cfg: DictConfig) -> None:
     require(measured or not cfg.monitor, f"monitor={cfg.monitor}: a metric that the validation measures is needed, {example}")
     early = cfg.callback.early_stopping
     require(cfg.monitor or not early, f"callback=early_stopping needs a metric to watch: set monitor, {example}")
-    on_cpu = cfg.trainer.accelerator == "cpu" or (cfg.trainer.accelerator == "auto" and not torch.cuda.is_available())
+    known = f"save_dtype={cfg.save_dtype}: choose one of {', '.join(DTYPES)}."
+    require(cfg.save_dtype in DTYPES, known)
+    accelerator = cfg.trainer.accelerator
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
     if on_cpu and "16" in str(cfg.trainer.precision) and not torch.cpu.get_capabilities().get("avx512_bf16"):
         why = "this CPU computes no half precision itself; steps get many times slower. Use trainer.precision=32-true."
         warnings.warn(f"trainer.precision={cfg.trainer.precision}: {why}", stacklevel=2)

@@ -16,6 +16,8 @@ from tercet.models.engine.backbone_runner import BackboneRunner
 from tercet.models.engine.chunking import DEFAULT_EXECUTION, Execution
 from tercet.models.engine.transformers_compat import pooler_is_optional
 from tercet.models.pooling import NEEDS_ALL_LAYERS, NEEDS_FIRST, POOLINGS, WORD_POOLINGS, Head
+from tercet.models.pretrained import lowercases
+from tercet.models.prompts import Prompts, prompt_length
 from tercet.models.words import WordModel
 from tercet.rng import derive_seed
 from tercet.types import Item, TokenBatch
@@ -29,7 +31,8 @@ class TextEncoder(PoolingMixin, Encoder):
     """Encoder of texts by any text backbone of transformers, or a word-level one: ``TokenBatch -> (N, D)``.
 
     ``normalize`` scales embeddings to length 1. Texts are cut at ``max_length`` tokens, special ones included; None is the
-    backbone's limit. ``compile`` runs the backbone through torch.compile with dynamic shapes.
+    backbone's limit. ``compile`` runs the backbone through torch.compile with dynamic shapes. ``prompt`` is put before each
+    text; a list has one for each column of the training rows, and ``encode`` takes the first.
 
     >>> from tercet.models import make_tokenizer, random_backbone
     >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
@@ -44,6 +47,7 @@ class TextEncoder(PoolingMixin, Encoder):
     def __init__(
         self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pooling: str = "mean", head: Head | None = None,
         normalize: bool = False, max_length: int | None = None, execution: Execution = DEFAULT_EXECUTION, compile: bool = False,
+        prompt: str | Sequence[str] | None = None,
     ) -> None:  # fmt: skip
         name, word_level = type(backbone).__name__, isinstance(backbone, WordModel)
         choose, choices = ("for a word-level encoder choose", WORD_POOLINGS) if word_level else ("choose", tuple(POOLINGS))
@@ -66,6 +70,26 @@ class TextEncoder(PoolingMixin, Encoder):
         self.runner = BackboneRunner(backbone, int(tokenizer.pad_token_id or 0), compile, token_types(tokenizer, backbone))
         self.set_max_length(max_length)
         self.execution = self.runner.resolve(execution)
+        self.similarity: str | None = None  # the function that sentence-transformers compares embeddings with; None: cosine
+        self.prompts = Prompts.of(prompt)
+
+    @property
+    def prompts(self) -> Prompts:
+        """The prompts; setting them raises ``InputError`` where the pooling cannot leave out their tokens."""
+        return self._prompts
+
+    @prompts.setter
+    def prompts(self, prompts: Prompts) -> None:
+        out = not prompts.pooled and bool(prompts.text) and self.pooling != "last"  # no prompt stands there
+        can = not out or self.pooling not in NEEDS_FIRST
+        require(can, f"`pooling`={self.pooling} cannot leave out the tokens of a prompt. Use `pooling`=mean.")
+        self._prompts, self.unpooled = prompts, prompt_length(self.tokenizer, prompts.text) if out else 0
+
+    def pool(self, output: Any, mask: Tensor) -> Tensor:
+        """Hidden states ``(n, L, H)`` and ``mask (n, L)`` to ``(n, D)``; a prompt that is not pooled does not count."""
+        if self.unpooled:
+            mask = mask * (torch.arange(mask.shape[1], device=mask.device) >= self.unpooled)
+        return super().pool(output, mask)
 
     def set_max_length(self, max_length: int | None) -> None:
         """Cut texts at ``max_length`` tokens, or where the backbone's positions end; None is the limit of both parts."""
@@ -82,12 +106,15 @@ class TextEncoder(PoolingMixin, Encoder):
         return execution.run(lambda rows: self.pool(*self.runner(rows, *options)), inputs)
 
     def prepare(self, items: Sequence[Item]) -> TokenBatch:
-        """Token ids with special tokens, cut at ``max_length``."""
-        return tokenize(self.tokenizer, items, self.max_length)
+        """Token ids with special tokens and the prompt, cut at ``max_length``."""
+        return tokenize(self.tokenizer, self.prompts.add(items), self.max_length)
 
     def settings(self) -> dict[str, Any]:
         """How embeddings are made, as plain values."""
-        return {"kind": self.kind, **super().settings(), "max_length": self.max_length}
+        prompts = {"prompts": self.prompts.settings()} if self.prompts.texts else {}
+        similarity = {"similarity": self.similarity} if self.similarity else {}
+        lower = {"lower_case": True} if lowercases(self.tokenizer) else {}  # its class does not keep that in a folder
+        return {"kind": self.kind, **super().settings(), "max_length": self.max_length, **prompts, **similarity, **lower}
 
     @property
     def deterministic_dropout(self) -> bool:
@@ -132,6 +159,7 @@ class DualEncoder(Encoder):
             same_tokens, kind = part.tokenizer.get_vocab() == tokenizer.get_vocab(), part.head.kind
             require(same_tokens, f"`{name}.tokenizer` is not `tokenizer`: both encoders read the same tokens.")
             require(part.num_outputs == 1, f"`{name}.head.kind`={kind}: each encoder has one output. Use linear, mlp or none.")
+            require(not part.prompts.texts, f"`{name}.prompt`: two encoders take no prompts. Put them into the data.")
         require(f.dim == g.dim, f"`f` has {f.dim} columns, `g` {g.dim}: their product needs equally many.")
         super().__init__(f.execution)
         # One copy of equal pretrained word vectors, as in the authors' code: they are large and are not trained.

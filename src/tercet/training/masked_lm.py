@@ -70,7 +70,7 @@ class MaskedLMHead(nn.Module):
         kind, source = backbone.config.model_type, pretrained_source(backbone)
         decodes = getattr(backbone.config, "is_encoder_decoder", False)
         require(not decodes, UNSUPPORTED.format(f"that of {kind} is a decoder, which generates the text"))
-        lm = load_pretrained(AutoModelForMaskedLM, source) if source else None
+        lm = load_pretrained(AutoModelForMaskedLM, source, dtype=torch.float32) if source else None
         try:
             lm = lm or AutoModelForMaskedLM.from_config(backbone.config)
         except ValueError as error:

@@ -87,8 +87,6 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
     objective: Contrastive = build(cfg.objective)
     if cfg.init_from:
         print_status(initialize_from(objective.encoder, cfg.init_from))
-    if plan := objective.encoder.describe_execution():
-        print_status(plan)
     check_model(objective, data, launch.started_by_launcher())
     evaluation = Evaluation(build(cfg.validation), build(cfg.test))
     if cfg.check:
@@ -178,7 +176,7 @@ def write_results(
     encoder = gather_weights(objective.encoder)
     if not trainer.is_global_zero:
         return
-    save_model(encoder, output / "model")
+    save_model(encoder, output / "model", cfg.save_dtype)
     record.write_metrics(output, metrics)
     before, after = (record.stage_metrics(metrics, stage) for stage in ("before", "test"))
     report.write_report(output, cfg, metrics)
