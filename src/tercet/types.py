@@ -159,7 +159,7 @@ class Batch:
     example_id: Tensor  # (N,), identifies the example
     label: Tensor  # (N,), -1 where there is none: such a row is only a negative
     position: Tensor  # (N,), in the document; -1 where there is none
-    content_hash: Tensor  # (V, N), hashes each cell, so that duplicates are never used as negatives
+    content_hash: Tensor  # (V, N), of each cell's token ids or image file, so that equal inputs are never used as negatives
     num_unreadable: int = 0  # rows that were drawn and could not be read
 
     def __len__(self) -> int:

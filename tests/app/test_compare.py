@@ -94,6 +94,7 @@ def test_equal_settings_are_rarely_called_ahead(settings, seeds):
 def test_other_examples_are_another_uncertainty(tmp_path):
     compared = lay_settings(tmp_path, {"1": (0.8, 0.8), "2": (0.5, 0.5)})
     assert "examples" not in compare.ranking_table(compared, "test/a").splitlines()[1], "no run has values by example"
+    compare.compare_examples.cache_clear()
     rng = np.random.default_rng(0)
     for i, folder in enumerate(sorted(tmp_path.iterdir())):
         values = {"a": (rng.uniform(size=200) < (0.8 if i < 2 else 0.5)).astype("float32")}
@@ -103,6 +104,7 @@ def test_other_examples_are_another_uncertainty(tmp_path):
     head, *_, row = compare.ranking_table(compared, "test/a").splitlines()[1:]
     assert "examples" in head and "0.0002" in row, "none of 9,999 resamples is so far apart"
     np.savez_compressed(tmp_path / "20" / record.EXAMPLES, a=np.ones(7))
+    compare.compare_examples.cache_clear()
     assert compared.leads("test/a")[("2",)].examples_p is None, "other examples"
 
 

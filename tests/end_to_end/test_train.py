@@ -70,6 +70,17 @@ def test_a_train_only_head_is_kept_but_not_exported(small):
     assert encoder.train()(encoder.prepare(TEXTS)).shape == (12, 16)
 
 
+def test_classification_leaves_its_layer_out_of_the_model(run):
+    result = run("data.path={folder}/labels.csv", "data.columns=[text]", "data.label=topic", "objective=classification",
+                 "evaluation@test=nearest_neighbor", "trainer.max_epochs=1", "trainer.log_every_n_steps=1")  # fmt: skip
+    assert result.code == 0, result.terminal
+    weights = torch.load(result.output / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert weights["classifier.weight"].shape == (3, 32) and weights["classes"].tolist() == [0, 1, 2]
+    assert {"train/accuracy", "test/nearest_neighbor/text/recall@1"} <= result.metrics().keys()
+    names = {path.name for path in (result.output / "model").iterdir()}
+    assert "model.safetensors" in names and "head.safetensors" not in names
+
+
 def test_pairs_with_masked_lm_a_label_and_both_directions(command, tmp_path):
     path = tmp_path / "pairs.csv"
     with path.open("w", newline="") as file:

@@ -89,13 +89,6 @@ def test_what_takes_no_prompt_says_so(encoder):
         encoder.prompts = Prompts({"q": "x"}, "q", pooled=False)
 
 
-def test_what_a_run_says_of_dropout_is_true_where_it_trains(encoder):
-    assert "dropout is by (seed, step, row)" in encoder.describe_execution("cpu")
-    assert "dropout is torch's" in encoder.describe_execution("cuda")
-    fixed = encoder_of("model.execution.dropout=deterministic")
-    assert "dropout is by (seed, step, row)" in fixed.describe_execution("cuda")
-
-
 def test_a_prompt_that_the_backbone_was_made_with_is_said(tmp_path):
     save_model(encoder_of("model.prompt='query: '"), tmp_path)
     data = SimpleNamespace(transform=SimpleNamespace(max_length=8))

@@ -224,12 +224,8 @@ def _trainer(cfg: DictConfig) -> None:
     require(cfg.monitor or not early, f"callback=early_stopping needs a metric to watch: set monitor, {example}")
     known = f"save_dtype={cfg.save_dtype}: choose one of {', '.join(DTYPES)}."
     require(cfg.save_dtype in DTYPES, known)
-    if runs_on_cpu(cfg) and "16" in str(cfg.trainer.precision) and not torch.cpu.get_capabilities().get("avx512_bf16"):
+    accelerator = cfg.trainer.accelerator
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
+    if on_cpu and "16" in str(cfg.trainer.precision) and not torch.cpu.get_capabilities().get("avx512_bf16"):
         why = "this CPU computes no half precision itself; steps get many times slower. Use trainer.precision=32-true."
         warnings.warn(f"trainer.precision={cfg.trainer.precision}: {why}", stacklevel=2)
-
-
-def runs_on_cpu(cfg: DictConfig) -> bool:
-    """Whether the trainer uses the CPU."""
-    accelerator = cfg.trainer.accelerator
-    return accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())

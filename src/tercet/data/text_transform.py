@@ -23,9 +23,11 @@ from tercet.errors import require
 from tercet.paths import check_writable
 from tercet.types import Batch, BatchIndices, Source, TokenBatch
 
+FORMAT = 2  # of cached rows: in the first one ``content_v`` was a hash of the text
+
 
 def content_hash(data: bytes) -> int:
-    """A signed 64-bit hash of a cell, the same in every run and process."""
+    """A signed 64-bit hash of what the model gets of a cell, the same in every run and process."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 
@@ -78,15 +80,17 @@ class TextTransform:
         return TokenRows(Dataset.from_file(str(path)), len(columns))
 
     def tokenize_rows(self, rows: dict[str, list[Any]], columns: Sequence[str]) -> dict[str, list[Any]]:
-        """For each column v ``ids_v`` and ``content_v``, a hash; ``label`` and ``position``, -1 where there is none."""
+        """For each column v ``ids_v`` and their hash ``content_v``; ``label`` and ``position``, -1 where there is none.
+
+        Texts that differ only in what the tokenizer drops (case, what is cut off) are the same input, with the same hash.
+        """
         size, prompts = len(rows[columns[0]]), self.prompts(columns)
         out = {name: rows.get(name, [-1] * size) for name in ("label", "position")}
         for v, column in enumerate(columns):
-            texts = rows[column]
-            prompted = [prompts[v] + text for text in texts] if prompts[v] else texts
-            encoded = self.tokenizer(prompted, truncation=True, max_length=self.max_length, return_attention_mask=False)
+            texts = [prompts[v] + text for text in rows[column]] if prompts[v] else rows[column]
+            encoded = self.tokenizer(texts, truncation=True, max_length=self.max_length, return_attention_mask=False)
             out[f"ids_{v}"] = encoded["input_ids"]
-            out[f"content_{v}"] = [content_hash(text.encode()) for text in texts]
+            out[f"content_{v}"] = [content_hash(np.array(ids, dtype="<i4").tobytes()) for ids in encoded["input_ids"]]
         return out
 
     def prompts(self, columns: Sequence[str]) -> list[str]:
@@ -112,7 +116,7 @@ class TextTransform:
         else:  # truncation and padding are those of the tokenizer's last call
             state = str({k: v for k, v in json.loads(fast.to_str()).items() if k not in ("truncation", "padding")})
         prompts = f"{self.prompts(columns)}" if self.prompt else ""
-        return hashlib.blake2b(f"{state}{list(columns)}{self.max_length}{prompts}".encode(), digest_size=8).hexdigest()
+        return hashlib.blake2b(f"{FORMAT}{state}{list(columns)}{self.max_length}{prompts}".encode(), digest_size=8).hexdigest()
 
 
 class TokenRows:

@@ -49,8 +49,8 @@ class Transfer:
     label. ``device`` is where the classifiers are fitted: cpu, cuda, or auto. ``transfer/<task>/accuracy``,
     ``transfer/mrpc/f1`` of the label that comes last, and ``transfer/avg/accuracy``, the unweighted mean over tasks.
 
-    SentEval looks for the same minimum by Adam and stops early, on rows that it holds out of the last fit; accuracies differ
-    by less than a point (``python -m benchmarks.senteval``).
+    The classifiers are the minima; SentEval looks for them by Adam and stops early. Accuracies differ by a point or so, more on
+    short vectors or few rows (``python -m benchmarks.senteval``).
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp(), "transfer.csv")

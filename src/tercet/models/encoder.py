@@ -109,9 +109,9 @@ class Encoder(nn.Module):
         """Whether dropout draws from seeds that come with the tokens."""
         return next((part.deterministic_dropout for part in self.text_parts()), False)
 
-    def describe_execution(self, device: str | None = None) -> str:
-        """One line on how rows are run, on ``device`` where that is not the present one; empty if there is no choice."""
-        return next((part.describe_execution(device) for part in self.text_parts()), "")
+    def describe_execution(self) -> str:
+        """One line on how rows are run; empty if there is no choice."""
+        return next((part.describe_execution() for part in self.text_parts()), "")
 
     def has_dropout(self) -> bool:
         """Whether training applies any dropout, which makes two views of one text differ."""

@@ -120,16 +120,12 @@ class TextEncoder(PoolingMixin, Encoder):
     @property
     def deterministic_dropout(self) -> bool:
         """Whether dropout draws from seeds: where it is chosen, and by default on a CPU, where it costs less than torch's."""
-        return self._draws_from_seeds()
-
-    def _draws_from_seeds(self, device: str | None = None) -> bool:
-        on_cpu = (device or self.device.type) == "cpu"
-        chosen = {"deterministic": True, "auto": on_cpu, "torch": False}[self.execution.dropout]
+        chosen = {"deterministic": True, "auto": self.device.type == "cpu", "torch": False}[self.execution.dropout]
         return chosen and self.runner.dropout_seeds is not None
 
-    def describe_execution(self, device: str | None = None) -> str:
-        """The layout and the dropout in use, on ``device`` where that is not the present one."""
-        dropout = "by (seed, step, row)" if self._draws_from_seeds(device) else "torch's"
+    def describe_execution(self) -> str:
+        """The layout and the dropout in use."""
+        dropout = "by (seed, step, row)" if self.deterministic_dropout else "torch's"
         reason = {"sorted": self.runner.cannot_pack, "equal_length": self.runner.cannot_pad}.get(self.execution.layout)
         how = "run by equal length" if self.execution.layout == "equal_length" else self.execution.layout
         return f"rows are {how}{f' ({reason})' if reason else ''}, dropout is {dropout}"

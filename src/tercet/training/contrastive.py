@@ -14,6 +14,7 @@ from tercet.distributed import contrast, reduce_loss
 from tercet.distributed.sharding import equalized_forward, reshard, shard
 from tercet.errors import require
 from tercet.losses import InfoNCE
+from tercet.messages import print_status
 from tercet.models import CachedEncoder, Encoder
 from tercet.models.engine.deterministic_dropout import with_dropout_seeds
 from tercet.models.folder import KEY, encoder_spec
@@ -91,7 +92,9 @@ class ObjectiveHooks(EvaluationHooks):
         return frozenset()
 
     def on_fit_start(self: Any) -> None:
-        """Use one seed in all processes: the first one's of ``seed_everything``."""
+        """Say how rows run on the device, and use one seed in all processes: the first one's of ``seed_everything``."""
+        if plan := self.encoder.describe_execution():
+            print_status(plan)
         self.seed = int(self.trainer.strategy.broadcast(torch.initial_seed() % (1 << 62)))
 
     def configure_optimizers(self: Any) -> OptimizerLRScheduler:

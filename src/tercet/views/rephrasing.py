@@ -1,7 +1,9 @@
 """Views that say a text in other words: synonyms of a list, and predictions of a masked language model."""
 
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from itertools import groupby, product
+from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,15 +18,7 @@ from tercet.views.text_views import RowView, TokenInfo, TokenLayout, repeat_toke
 MLM_ROWS = 32  # of one forward pass of a masked language model, whose logits are as wide as the vocabulary
 
 
-class SynonymTable(NamedTuple):
-    """Synonyms of W words as token ids: those of word w are ``first[w]`` to ``first[w] + number[w]`` of S synonyms."""
-
-    word: Tensor  # (W,), hashes, ascending
-    first: Tensor  # (W,)
-    number: Tensor  # (W,)
-    start: Tensor  # (S,), in ``ids``
-    length: Tensor  # (S,)
-    ids: Tensor  # of all synonyms, one after the other
+Tokens = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -49,7 +43,7 @@ class Synonyms(RowView):
     path: str
     rate: float = 0.3
     lines: tuple[tuple[str, ...], ...] = field(init=False, repr=False)
-    tables: dict[int, SynonymTable] = field(init=False, repr=False, compare=False, default_factory=dict)
+    tables: dict[int, dict[Tokens, list[Tokens]]] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         require(0 <= self.rate <= 1, f"Synonyms with `rate`={self.rate}: a rate from 0 to 1.")
@@ -65,58 +59,49 @@ class Synonyms(RowView):
     def _edit(self, inputs: TokenBatch, at: TokenLayout, seed: Tensor, info: TokenInfo) -> TokenBatch:
         if id(info.tokenizer) not in self.tables:
             self.tables[id(info.tokenizer)] = self._table(info)
-        ids, table = inputs.ids, SynonymTable(*(x.to(inputs.ids.device) for x in self.tables[id(info.tokenizer)]))
-        token = torch.arange(len(ids), device=ids.device)
-        number = at.word + (at.num_words.cumsum(0) - at.num_words)[at.row]  # of the word, over all rows
-        begins = at.content & (number != torch.cat([number.new_tensor([-1]), number.masked_fill(~at.content, -1)[:-1]]))
-        place = token - torch.where(begins, token, 0).cummax(0).values  # in the word
-        hashes = torch.zeros_like(ids).index_add(0, number[at.content], derive_seed(ids, place)[at.content])[number]
-        word = torch.searchsorted(table.word, hashes).clamp(max=len(table.word) - 1)
-        chosen = at.content & (table.word[word] == hashes) & (uniform(seed[at.row], 2 * at.word) < self.rate)
-        drawn = (uniform(seed[at.row], 2 * at.word + 1) * table.number[word]).long()
-        synonym = table.first[word] + drawn
-        repeats = torch.where(chosen, table.length[synonym] * begins, 1)
-        lengths = torch.zeros_like(at.num_words).index_add(0, at.row, repeats)
-        chosen &= (lengths <= info.max_length)[at.row]
-        repeats = torch.where(chosen, repeats, 1)
-        out = repeat_tokens(inputs, repeats, at.row)
-        source = token.repeat_interleave(repeats)
-        inside = torch.arange(len(source), device=ids.device) - (repeats.cumsum(0) - repeats)[source]
-        new = table.ids[(table.start[synonym][source] + inside).clamp(max=len(table.ids) - 1)]
-        return replace(out, ids=torch.where(chosen[source], new, out.ids))
+        table = self.tables[id(info.tokenizer)]
+        draws = (uniform(seed[at.row], 2 * at.word + i).tolist() for i in (0, 1))
+        columns = at.row.tolist(), at.word.masked_fill(~at.content, -1).tolist(), inputs.ids.tolist(), *draws
+        repeats, ids = list[int](), list[int]()
+        for _, row in groupby(zip(*columns, strict=True), itemgetter(0)):
+            words = [list(word) for _, word in groupby(row, itemgetter(1))]
+            before = [tuple(token[2] for token in word) for word in words]
+            after = [self._replace(word[0], tokens, table) for word, tokens in zip(words, before, strict=True)]
+            after = after if sum(map(len, after)) <= info.max_length else before
+            for old, new in zip(before, after, strict=True):  # the first token of a word is repeated, the others go
+                repeats += [1] * len(old) if old == new else [len(new), *[0] * (len(old) - 1)]
+                ids += new
+        device = inputs.ids.device
+        return replace(
+            repeat_tokens(inputs, torch.tensor(repeats, device=device), at.row), ids=torch.tensor(ids, device=device)
+        )
 
-    def _table(self, info: TokenInfo) -> SynonymTable:
-        """The list in the tokens of a tokenizer, with and without a space before each word."""
-        found: dict[int, dict[tuple[int, ...], None]] = {}
-        several = 0
-        for word, *synonyms in self.lines:
-            for change in (str, str.capitalize):
-                for space in ("", " "):
-                    key, *values = (_tokens(info, space + change(text)) for text in (word, *synonyms))
-                    if not key or bool(info.word_start[list(key[1:])].any()):
-                        several += change is str and not space
-                        continue
-                    hashed = int(derive_seed(torch.tensor(key), torch.arange(len(key))).sum())
-                    found.setdefault(hashed, {}).update(dict.fromkeys(value for value in values if value))
-        usable = sorted((word, list(values)) for word, values in found.items() if values)
-        require(usable, f"`path`={self.path}: no word of it is a word of the tokenizer.")
-        if several:
+    def _replace(self, token: tuple[Any, ...], word: Tokens, table: dict[Tokens, list[Tokens]]) -> Tokens:
+        *_, chance, which = token
+        found = table.get(word, []) if chance < self.rate else []
+        return found[int(which * len(found))] if found else word
+
+    def _table(self, info: TokenInfo) -> dict[Tokens, list[Tokens]]:
+        """The list in the tokens of a tokenizer, with and without a capital, and a space, before each word."""
+        require(info.tokenizer is not None, "Synonyms: the tokenizer of the texts is not known.")
+        found: dict[Tokens, list[Tokens]] = {}
+        known = set[str]()
+        for (word, *synonyms), change, space in product(self.lines, (str, str.capitalize), ("", " ")):
+            key, *values = (self._tokens(info, space + change(text)) for text in (word, *synonyms))
+            if key and not bool(info.word_start[list(key[1:])].any()):
+                known.add(word)
+                found[key] = list(dict.fromkeys([*found.get(key, []), *filter(None, values)]))
+        require(known, f"`path`={self.path}: no word of it is a word of the tokenizer.")
+        if several := len(self.lines) - len(known):
             warn_once(
                 f"{self.path}: {several} of {len(self.lines)} words are several or unknown to the tokenizer: never found."
             )
-        count = torch.tensor([len(values) for _, values in usable])
-        flat = [value for _, values in usable for value in values]
-        length = torch.tensor([len(value) for value in flat])
-        ids = torch.tensor([token for value in flat for token in value])
-        word_hashes = torch.tensor([word for word, _ in usable])
-        return SynonymTable(word_hashes, count.cumsum(0) - count, count, length.cumsum(0) - length, length, ids)
+        return found
 
-
-def _tokens(info: TokenInfo, text: str) -> tuple[int, ...]:
-    """The ids of a text without special tokens; none where it holds an unknown one."""
-    require(info.tokenizer is not None, "Synonyms: the tokenizer of the texts is not known.")
-    ids = info.tokenizer(text, add_special_tokens=False)["input_ids"]
-    return () if info.tokenizer.unk_token_id in ids else tuple(ids)
+    def _tokens(self, info: TokenInfo, text: str) -> Tokens:
+        """The ids of a text without special tokens; none where it holds an unknown one."""
+        ids = info.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return () if info.tokenizer.unk_token_id in ids else tuple(ids)
 
 
 @dataclass(frozen=True)

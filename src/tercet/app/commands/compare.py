@@ -5,11 +5,13 @@ by the first one only, corrected for the number of pairs of settings: which one 
 """
 
 import csv
+import functools
 import json
 import math
 import shlex
 import statistics
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -52,15 +54,6 @@ class Run:
     overrides: dict[str, str]
     command: str
     optimized: str | None
-
-    def examples(self, metric: str) -> "np.ndarray[tuple[int], np.dtype[np.float64]] | None":
-        """The values of a test metric by example, whose mean it is; None where the run has none."""
-        path = self.folder / record.EXAMPLES
-        if not metric.startswith("test/") or not path.is_file():
-            return None
-        with np.load(path) as values:
-            name = metric.removeprefix("test/")
-            return values[name].astype(np.float64) if name in values else None
 
 
 class Lead(NamedTuple):
@@ -115,25 +108,31 @@ class Comparison:
         leads = {}
         for other in others:
             pair = best, other
-            chance = self._over_examples(best, other, metric)
+            folders = [tuple(run.folder for run in self.runs[setting]) for setting in pair]
+            chance = compare_examples(*folders, metric.removeprefix("test/")) if metric.startswith("test/") else None
             corrected = None if chance is None else min(1.0, chance * math.comb(len(ranked), 2))
             leads[other] = Lead(pairs.get(pair), adjusted.get(pair), signs.get(pair), corrected)
         return leads
-
-    def _over_examples(self, best: Setting, other: Setting, metric: str) -> float | None:
-        """The p value of randomization over the test's examples, of values that are averaged over seeds; None without them."""
-        measured = [[run.examples(metric) for run in self.runs[setting]] for setting in (best, other)]
-        sides = [[values for values in side if values is not None] for side in measured]
-        if (
-            sides != measured or len({len(values) for side in sides for values in side}) > 1
-        ):  # not measured, or on other examples
-            return None
-        return randomization_test(*(np.mean(side, axis=0) for side in sides))
 
     def label(self, setting: Setting, short: bool = False) -> str:
         """``key=value`` of each axis; a ``short`` label has the last word of each key."""
         pairs = zip(self.axes, setting, strict=True)
         return " ".join(f"{axis.split('.')[-1] if short else axis}={value}" for axis, value in pairs) or "all runs"
+
+
+@functools.cache
+def compare_examples(best: tuple[Path, ...], other: tuple[Path, ...], metric: str) -> float | None:
+    """The p value of randomization over the test's examples, of values that are averaged over the runs in these folders.
+
+    None where a run has no values by example, or those of other examples.
+    """
+    sides: list[list[Any]] = [[], []]
+    for side, folders in zip(sides, (best, other), strict=True):
+        for path in (folder / record.EXAMPLES for folder in folders):
+            with np.load(path) if path.is_file() else nullcontext({}) as values:
+                side.append(values[metric].astype(np.float64) if metric in values else np.zeros(0))
+    sizes = {len(values) for side in sides for values in side}
+    return randomization_test(*(np.mean(side, axis=0) for side in sides)) if len(sizes) == 1 and sizes != {0} else None
 
 
 def run(cfg: DictConfig, output: Path) -> None:

@@ -13,7 +13,7 @@ from tercet.app import launch, record, report
 from tercet.app.commands.evaluate import initialize_from
 from tercet.app.commands.preflight import preflight
 from tercet.app.components import build, check_values, find_targets, start_record
-from tercet.app.config_checks import check_config, check_model, runs_on_cpu
+from tercet.app.config_checks import check_config, check_model
 from tercet.distributed.sharding import gather_weights, load_state
 from tercet.errors import require
 from tercet.messages import print_status, silence_libraries, warn_once
@@ -87,8 +87,6 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
     objective: Contrastive = build(cfg.objective)
     if cfg.init_from:
         print_status(initialize_from(objective.encoder, cfg.init_from))
-    if plan := objective.encoder.describe_execution("cpu" if runs_on_cpu(cfg) else "cuda"):
-        print_status(plan)
     check_model(objective, data, launch.started_by_launcher())
     evaluation = Evaluation(build(cfg.validation), build(cfg.test))
     if cfg.check:
