@@ -12,7 +12,8 @@ from tercet.app.components import build
 from tercet.app.config_checks import check_model
 from tercet.data import TextTransform
 from tercet.errors import InputError
-from tercet.models import DualEncoder, TextEncoder, load, load_backbone, load_tokenizer, save_model
+from tercet.evaluation import Retrieval
+from tercet.models import CachedEncoder, DualEncoder, TextEncoder, load, load_backbone, load_tokenizer, save_model
 from tercet.models.prompts import Prompts
 from tests.conftest import TEXTS, composed, tiny
 
@@ -65,6 +66,19 @@ def test_encode_applies_it_and_a_folder_keeps_it(tmp_path, overrides, prompts, d
     assert (said["prompts"], said["default_prompt_name"]) == (prompts, default)
     assert load(tmp_path).prompts == Prompts(prompts, default)
     torch.testing.assert_close(load(tmp_path).encode(TEXTS), want)
+
+
+def test_retrieval_takes_the_prompts_of_both_columns():
+    queries, documents = TEXTS[:6], TEXTS[6:]
+    evaluate = Retrieval({"question": queries, "answer": documents}, ks=[1, 2])
+    bare, both = encoder_of(), CachedEncoder(encoder_of(BOTH))
+    prompts = {**dict.fromkeys(queries, "query: "), **dict.fromkeys(documents, "passage: ")}
+    by_hand = evaluate(lambda texts: bare.encode([prompts[text] + text for text in texts]))
+    assert evaluate(both) == pytest.approx(by_hand)
+    assert both.for_column(1) is both.for_column(1) and both.for_column(0) is both
+    assert both.encoder.prompts.default == "query"
+    one = CachedEncoder(encoder_of("model.prompt='Title: '"))
+    assert one.for_column(0) is one.for_column(1) is one
 
 
 def test_what_takes_no_prompt_says_so(encoder):

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
+from tercet.app.commands.evaluate import initialize_from
 from tercet.errors import InputError
 from tercet.images import PixelFormat
 from tercet.models import (
@@ -158,6 +160,18 @@ def test_weights_that_a_checkpoint_lacks_are_named(encoder, tmp_path):
     torch.save(content, tmp_path / "x.ckpt")
     with pytest.raises(InputError, match=rf"x.ckpt: it lacks weights of the model: {name.removeprefix('encoder.')}"):
         load(tmp_path / "x.ckpt")
+
+
+def test_init_from_reads_the_model_whole(encoder, tmp_path):
+    save_model(encoder, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({f"module.{k}": x for k, x in weights.items()}, tmp_path / "model.safetensors", {"format": "pt"})
+    other = text(normalize=False, prompt="query: ")
+    assert initialize_from(other, str(tmp_path)).endswith("its prompt is '', here 'query: '")
+    torch.testing.assert_close(other.encode(TEXTS, prompt=""), encoder.encode(TEXTS))
+    save_file({k: x for k, x in weights.items() if "layer.0" not in k}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"init_from=.*it lacks weights of the model: encoder.layer.0"):
+        initialize_from(other, str(tmp_path))
 
 
 def test_a_head_without_its_file_is_refused(tmp_path):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizer, SqueezeBertConfig, SqueezeBertModel
 
 from tercet.errors import InputError
 from tercet.models import load, load_backbone, load_tokenizer, save_model
@@ -364,3 +364,17 @@ def test_weights_are_float32_and_saved_as_asked(parts, tmp_path, dtype):
     assert {p.dtype for p in MaskedLM(weight=0.1).build(load(folder)).parameters()} == {torch.float32}
     with pytest.raises(InputError, match="dtype=float64"):
         save_model(model, tmp_path / "x", "float64")
+
+
+def test_a_pooler_that_cannot_be_left_out_is_not_used_without_its_weights(parts, tmp_path):
+    sizes = {"hidden_size": HIDDEN, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    groups = {f"{name}_groups": 1 for name in ("q", "k", "v", "post_attention", "intermediate", "output")}
+    config = SqueezeBertConfig(vocab_size=500, embedding_size=HIDDEN, **sizes, **groups)
+    SqueezeBertModel(config).save_pretrained(tmp_path)
+    load_tokenizer(str(parts)).save_pretrained(tmp_path)
+    assert load(tmp_path, pooling="cls_pooler").pooling == "cls_pooler"
+    weights = {k: v for k, v in load_file(tmp_path / "model.safetensors").items() if "pooler" not in k}
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    assert load(tmp_path).encode(TEXTS).isfinite().all()
+    with pytest.raises(InputError, match="pooling=cls_pooler: SqueezeBertModel has no pooler"):
+        load(tmp_path, pooling="cls_pooler")

@@ -45,6 +45,16 @@ def as_embeddings(encode: EncodeFunction, items: Sequence[Item], suite: str | No
     return z
 
 
+def embed_columns(encode: EncodeFunction, *columns: Sequence[Item]) -> list[Tensor]:
+    """Encode the columns of pairs, ``(N, D)`` each; by one call, unless ``encode.for_column`` has prompts for each of them."""
+    of_column = getattr(encode, "for_column", lambda column: encode)
+    encoders = [of_column(i) for i in range(len(columns))]
+    if all(one is encode for one in encoders):
+        z = as_embeddings(encode, [item for column in columns for item in column])
+        return list(z.split([len(column) for column in columns]))
+    return [as_embeddings(one, column) for one, column in zip(encoders, columns, strict=True)]
+
+
 def encode_unit(encode: EncodeFunction, items: Sequence[Item], suite: str) -> Tensor:
     """Encode to unit vectors ``(N, D)`` in float64; a row of zeros stays 0. Raises ``InputError`` where one is not finite."""
     return F.normalize(as_embeddings(encode, items, suite).double(), dim=-1)

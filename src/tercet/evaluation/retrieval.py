@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from tercet.evaluation.inputs import Rows, as_embeddings, check_ranks, check_source, distinct, text_pairs
+from tercet.evaluation.inputs import Rows, check_ranks, check_source, distinct, embed_columns, text_pairs
 from tercet.types import EncodeFunction
 
 TIE = 1e-6  # cosines that differ by less are equal: float32 rounds those of equal rows apart, depending on their position
@@ -40,13 +40,13 @@ class Retrieval:
         check_ranks(self.ks)
 
     def __call__(self, encode: EncodeFunction) -> dict[str, float]:
-        """Measure, with one call of ``encode``."""
+        """Measure, with one call of ``encode``; a model with a prompt for queries or documents uses it."""
         return {name: float(values.mean()) for name, values in self.examples(encode).items()}
 
     def examples(self, encode: EncodeFunction) -> dict[str, Tensor]:
         """The metrics of each query, ``(Q,)``, whose means ``__call__`` returns."""
         queries, documents, relevant = self._texts()
-        x, y = as_embeddings(encode, [*queries, *documents]).split([len(queries), len(documents)])
+        x, y = embed_columns(encode, queries, documents)
         values = query_metrics(relevant_ranks(x, y, relevant), self.ks)
         return {f"retrieval/{self.name}/{metric}": of_queries for metric, of_queries in values.items()}
 

@@ -209,7 +209,9 @@ class CachedEncoder:
     batch_size: int | None = None
     progress: str | None = None
     distributed: bool = True
+    prompts: Prompts | None = None  # in place of the model's own
     cache: dict[Item, Tensor] = field(default_factory=dict, init=False)
+    columns: dict[int, "CachedEncoder"] = field(default_factory=dict, init=False)  # those with a prompt of their own
 
     @torch.no_grad()
     def __call__(self, items: Sequence[Item]) -> Tensor:
@@ -227,6 +229,14 @@ class CachedEncoder:
         finally:
             self.encoder.train(training)
 
+    def for_column(self, column: int) -> "CachedEncoder":
+        """The encode function for a column of pairs, with the column's prompt; itself where that is the model's own."""
+        own = [part.prompts for part in self.encoder.text_parts()]
+        prompts = own[0].of_column(column) if len(own) == 1 else None
+        if prompts is None or prompts == own[0]:
+            return self
+        return self.columns.setdefault(column, replace(self, prompts=prompts))
+
     @property
     def num_outputs(self) -> int:
         """That of the encoder in evaluation mode."""
@@ -242,6 +252,10 @@ class CachedEncoder:
         return ProgressLines(f"{self.progress}: ", total, unit)
 
     def _encode(self, items: list[Item]) -> Tensor:
+        with _replaced(self.encoder.text_parts(), "prompts", self.prompts):
+            return self._encode_with_prompts(items)
+
+    def _encode_with_prompts(self, items: list[Item]) -> Tensor:
         encoder = self.encoder
         chunks, load = encoder.encoding_chunks(items, self.tokens, self.batch_size)
         first, world = (rank(), world_size()) if self.distributed else (0, 1)

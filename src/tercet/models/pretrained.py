@@ -93,8 +93,9 @@ def load_whole_model(
         model, found = load_pretrained(backbone_class(config), name, parameter, key_mapping={WRAPPERS: ""}, **options)
     missing = found["missing_keys"]
     check_found(f"`{parameter}`={name}", [key for key in missing if not re.search(unused, key)])
-    if any(re.match(UNUSED, key) for key in missing) and pooler_is_optional(model):
-        model.pooler = None
+    if any(re.match(UNUSED, key) for key in missing):
+        model.pooler = None if pooler_is_optional(model) else model.pooler
+        model.lacks_pooler = True  # where a forward pass needs one, its output must not be used
     return cast(PreTrainedModel, model)
 
 

@@ -1,7 +1,7 @@
 """Prompts: texts that a model puts before the texts that it encodes."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -40,6 +40,11 @@ class Prompts:
     def text(self) -> str:
         """The default prompt; empty where there is none."""
         return self.texts[self.default] if self.default is not None else ""
+
+    def of_column(self, column: int) -> "Prompts":
+        """The prompts with that of a column of pairs as the default: "query" of the first, else "document", where there are."""
+        names = ("query",) if column == 0 else (f"column_{column + 1}", "document", "passage", "corpus")
+        return replace(self, default=next((name for name in names if name in self.texts), self.default))
 
     def add(self, items: Sequence[Item]) -> Sequence[Item]:
         """The items with the default prompt before each text."""

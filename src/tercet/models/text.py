@@ -53,7 +53,8 @@ class TextEncoder(PoolingMixin, Encoder):
         choose, choices = ("for a word-level encoder choose", WORD_POOLINGS) if word_level else ("choose", tuple(POOLINGS))
         require(pooling in choices, f"`pooling`={pooling}: {choose} one of {', '.join(choices)}.")
         has_pooler, is_recurrent = (getattr(backbone, part, None) is not None for part in ("pooler", "recurrent"))
-        require(pooling != "cls_pooler" or has_pooler, f"`pooling`=cls_pooler: {name} has no pooler. Use `pooling`=cls.")
+        can_pool = has_pooler and not getattr(backbone, "lacks_pooler", False)
+        require(pooling != "cls_pooler" or can_pool, f"`pooling`=cls_pooler: {name} has no pooler. Use `pooling`=cls.")
         require(pooling != "final" or is_recurrent, f"`pooling`=final: {name} is not recurrent. Use `pooling`=mean.")
         require(pooling != "sum" or word_level, "`pooling`=sum is for word-level encoders. Use `pooling`=mean.")
         pieces, words = len(tokenizer), backbone.config.vocab_size

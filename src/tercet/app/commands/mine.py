@@ -40,6 +40,7 @@ class MiningPairs:
     positives: list[str]
     keys: list[str]
     allowed: Callable[[Tensor, Tensor], Tensor]
+    column: int = 0  # of the rows that positives and keys are from, for their prompt
 
 
 def run(cfg: DictConfig, output: Path) -> None:
@@ -88,7 +89,7 @@ def pairs_of_columns(first: list[str], second: list[str]) -> MiningPairs:
     pairs |= {(n, place[a]) for a, n in number.items() if a in place}
     known = torch.tensor([a * len(keys) + b for a, b in pairs])
     anchor = torch.tensor([number[a] for a in first])
-    return MiningPairs(first, second, keys, lambda rows, at: ~torch.isin(anchor[rows, None] * len(keys) + at, known))
+    return MiningPairs(first, second, keys, lambda rows, at: ~torch.isin(anchor[rows, None] * len(keys) + at, known), 1)
 
 
 def pairs_of_labels(texts: list[str], label: "np.ndarray[tuple[int], np.dtype[np.int64]]", seed: int) -> MiningPairs:
@@ -110,7 +111,9 @@ def pairs_of_labels(texts: list[str], label: "np.ndarray[tuple[int], np.dtype[np
 
 def mine_negatives(pairs: MiningPairs, encode: CachedEncoder, guard: FalseNegativeFilter, count: int, skip: int) -> pa.Table:
     """Mine a table with one row per anchor and negative, the nearest negative first."""
-    x, y, keys = (F.normalize(encode(texts), dim=-1) for texts in (pairs.anchors, pairs.positives, pairs.keys))
+    queries, documents = (encode.for_column(0), encode.for_column(pairs.column)) if pairs.column else (encode, encode)
+    x = F.normalize(queries(pairs.anchors), dim=-1)
+    y, keys = (F.normalize(documents(texts), dim=-1) for texts in (pairs.positives, pairs.keys))
     own = (x * y).sum(1)
     scores, at = hard_negatives(x, keys, pairs.allowed, guard.limit(own), count + skip)
     row, column = (at[:, skip:] >= 0).nonzero(as_tuple=True)

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from tercet.evaluation.figures import ACCENT, GRAY, make_axes
+from tercet.evaluation.inputs import embed_columns
 from tercet.messages import warn_once
 from tercet.training.callbacks.evaluation import Evaluation
 from tercet.training.loggers import FIGURE, TABLE, has_images, log_to_all
@@ -104,8 +105,7 @@ class BeforeAfter(pl.Callback):
         if self.source is None or len(self.source.columns) < 2:
             return
         queries, documents = self.texts
-        encode = pl_module.cached_encoder
-        x, y = F.normalize(encode(queries), dim=-1), F.normalize(encode(documents), dim=-1)
+        x, y = (F.normalize(z, dim=-1) for z in embed_columns(pl_module.cached_encoder, queries, documents))
         self.scores[str(pl_module.stage)] = x @ y.T
         if len(self.scores) == 2 and trainer.is_global_zero:
             publish_figure(trainer, "before_after", draw_before_after(*self.scores.values()))
