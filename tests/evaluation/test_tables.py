@@ -52,5 +52,5 @@ def test_an_object_that_is_too_deep(tmp_path):
     """pyarrow's reader ends the process with a segmentation fault here."""
     path = tmp_path / "sts.jsonl"
     path.write_text('{"task": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
-    with pytest.raises(InputError, match="sts.jsonl: line 1"):
+    with pytest.raises(InputError, match=r"sts\.jsonl: line 1"):
         STS(path, ["STS-B"])(words)
