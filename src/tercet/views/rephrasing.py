@@ -156,7 +156,7 @@ class MLMReplacement(RowView):
             raise InputError("MLMReplacement: the tokenizer has no mask token. Use Synonyms.")
         same = load_tokenizer(self.name).get_vocab() == info.tokenizer.get_vocab()
         require(same, f"MLMReplacement with `name`={self.name}: its vocabulary is not that of the encoder.")
-        options = {"dtype": torch.float32, "output_loading_info": True}
+        options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
         model, report = load_pretrained(AutoModelForMaskedLM, self.name, **options)
         missing = ", ".join(sorted(report["missing_keys"]))
         require(not missing, f"MLMReplacement with `name`={self.name}: it has no language-model head ({missing} are missing).")
