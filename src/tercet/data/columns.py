@@ -148,23 +148,38 @@ def _hash_file(file: Path, whole: bool, modified: int, size: int) -> str:
     return digest.hexdigest()
 
 
-def check_split(split: str, held_out: int) -> None:
+def check_split(split: str, held_out: int, validation_rows: int = 0) -> None:
     """Raise ``InputError`` for an unknown split, and for a test split that has no rows."""
-    check_choice("split", split, SPLITS)
+    check_choice("split", split, (*SPLITS, "validation") if validation_rows else SPLITS)
     require(split != "test" or held_out, "`held_out`=0 leaves no test side. Use `held_out`=2 or more.")
 
 
-def split_rows(table: pa.Table, by: pa.ChunkedArray, split: str, held_out: int, path: str) -> pa.Table:
-    """The rows of a split; those of "test" are the ones with the smallest hashes of ``by (N,)``.
+def split_rows(
+    table: pa.Table, by: pa.ChunkedArray, split: str, held_out: int, path: str, validation_rows: int = 0
+) -> pa.Table:
+    """The rows of a split; those of "test" are the ones with the smallest hashes of ``by (N,)``, then come "validation"'s.
 
-    Equal values, up to case and white space, stay together. The test split has at most ``min(held_out, max(2, N // 5))`` rows.
-    It depends neither on the order of the rows nor on a seed.
+    Equal values, up to case and white space, stay together. The test split has at most ``min(held_out, max(2, N // 5))`` rows,
+    the validation split as many at most of those that are left. They depend neither on the order of the rows nor on a seed.
     """
-    if held_out == 0 or split == "all":
+    sizes = {"test": ("held_out", held_out), "validation": ("validation_rows", validation_rows)}
+    if split == "all" or not any(size for _, size in sizes.values()):
         return table
+    sides = np.full(len(by), "train", dtype="U10")
+    for side, (parameter, size) in sizes.items():
+        if size:
+            left = np.flatnonzero(sides == "train")
+            sides[left[_smallest_hashes(by.take(left), size, parameter, path)]] = side
+    return table.filter(pa.array(sides == split))
+
+
+def _smallest_hashes(by: pa.ChunkedArray, held_out: int, parameter: str, path: str) -> Any:
+    """Whether each row of ``by (N,)`` is held out, ``(N,)``; ``parameter`` is the one that asks for so many rows."""
     here, count, limit = f"`path`={path} has", len(by), min(held_out, max(2, len(by) // 5))
-    require(count >= 4, f"{here} {count} rows: one sentence teaches nothing, and `held_out`={held_out} needs 4 rows or more.")
-    require(held_out >= 2, f"`held_out`={held_out}: 0 (no test side), or 2 rows or more.")
+    require(
+        count >= 4, f"{here} {count} rows: one sentence teaches nothing, and `{parameter}`={held_out} needs 4 rows or more."
+    )
+    require(held_out >= 2, f"`{parameter}`={held_out}: 0 (none), or 2 rows or more.")
     texts = (text for chunk in by.cast(pa.string()).fill_null("").chunks for text in chunk.to_numpy(zero_copy_only=False))
     normalized = (" ".join(text.lower().split()).encode() for text in texts)
     digests = b"".join(hashlib.blake2b(text, digest_size=8).digest() for text in normalized)
@@ -178,4 +193,4 @@ def split_rows(table: pa.Table, by: pa.ChunkedArray, split: str, held_out: int, 
     advice = "Add others, or train on all of them with `split`=all and without a test source."
     most = f"at most {limit} rows (a fifth) with all that are equal"
     require(limit - left >= 2 and not chosen.all(), f"{few}, {most}. {advice}")
-    return table.filter(pa.array(chosen[group] == (split == "test")))
+    return chosen[group]

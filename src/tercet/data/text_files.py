@@ -27,8 +27,9 @@ class TextFiles:
     With ``held_out`` above 0, the ``split`` "test" has that many rows, at least 2 and at most a fifth, chosen by a hash of the
     column ``held_out_by`` (None: the label where there is a position, so that documents stay whole, else the first text
     column), so that equal values are in one split; "train" has the other rows, "all" both. With ``streaming`` rows are read
-    when they are needed, and the first ``held_out`` are the test split. ``bad_rows`` is "error" or "drop": what happens to
-    rows with an empty cell, or one of more than ``max_characters``.
+    when they are needed, and the first ``held_out`` are the test split. With ``validation_rows`` as many of the other rows, a
+    fifth at most, are the ``split`` "validation". ``bad_rows`` is "error" or "drop": what happens to rows with an empty cell,
+    or one of more than ``max_characters``.
 
     >>> import pathlib, tempfile
     >>> file = pathlib.Path(tempfile.mkdtemp()) / "pairs.csv"
@@ -48,9 +49,10 @@ class TextFiles:
     bad_rows: str = "error"
     max_characters: int = 100_000
     streaming: bool = False
+    validation_rows: int = 0
 
     def __post_init__(self) -> None:
-        cols.check_split(self.split, self.held_out)
+        cols.check_split(self.split, self.held_out, self.validation_rows)
         check_choice("bad_rows", self.bad_rows, ("error", "drop"))
         require(not isinstance(self.columns, str), f"`columns`={self.columns}: a list is needed, `columns`=[{self.columns}].")
         available = resolve(self.path).schema().names
@@ -70,7 +72,7 @@ class TextFiles:
 
     def rows(self) -> Dataset | IterableDataset:
         """The split's rows: the text columns, then ``label`` and ``position`` if they are named."""
-        if self.streaming and self.split == "test":  # few rows; the train split of the stream leaves them out
+        if self.streaming and self.split in ("test", "validation"):  # few rows; the train split leaves them out
             return Dataset.from_list(list(self._stream()), features=self._features())
         if self.streaming:
             return IterableDataset.from_generator(self._stream, features=self._features())
@@ -81,7 +83,7 @@ class TextFiles:
             raise InputError(f"`path`={self.path}: the files' columns do not agree ({error}).") from error
         by = table[self.held_out_by or (self.label if self.position is not None else None) or self.columns[0]]
         cells, names = self._cells(table)
-        rows = cols.split_rows(cells, by, self.split, self.held_out, self.path)
+        rows = cols.split_rows(cells, by, self.split, self.held_out, self.path, self.validation_rows)
         return cols.as_dataset(rows, self.fingerprint(), self._features(names))
 
     def fingerprint(self) -> str:
@@ -131,9 +133,11 @@ class TextFiles:
     def _stream(self) -> Iterator[dict[str, Any]]:
         rows = (row for table in self._tables() for row in self._cells(table)[0].to_pylist())
         for number, row in enumerate(rows):
-            if self.split == "all" or (number < self.held_out) == (self.split == "test"):
+            validation = "validation" if number < self.held_out + self.validation_rows else "train"
+            side = "test" if number < self.held_out else validation
+            if self.split in ("all", side):
                 yield row
-            elif self.split == "test":
+            elif side == "train":
                 return
 
     def _cells(self, table: pa.Table) -> tuple[pa.Table, list[str]]:
