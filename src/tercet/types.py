@@ -159,7 +159,7 @@ class Batch:
     example_id: Tensor  # (N,), identifies the example
     label: Tensor  # (N,), -1 where there is none: such a row is only a negative
     position: Tensor  # (N,), in the document; -1 where there is none
-    content_hash: Tensor  # (V, N), hashes each cell, so that duplicates are never used as negatives
+    content_hash: Tensor  # (V, N), of each cell's token ids or image file, so that equal inputs are never used as negatives
     num_unreadable: int = 0  # rows that were drawn and could not be read
 
     def __len__(self) -> int:
@@ -197,7 +197,10 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """A loss summed over the anchors of one call: the mean is ``loss_sum`` / ``normalizer``, both scalars."""
+    """A loss summed over the anchors of one call: the mean is ``loss_sum`` / ``normalizer``, both scalars.
+
+    A loss that is not divided has the normalizer 0 (in every process: below 1 nothing is divided).
+    """
 
     loss_sum: Tensor
     normalizer: Tensor
@@ -253,7 +256,8 @@ class Evaluator(Protocol):
     """A function of an encode function.
 
     Optional: ``needs``, what its source must provide ("label", "position", "pairs"); ``table(metrics) -> str``, the metrics as
-    text; ``figures(encode) -> dict[str, Figure]``.
+    text; ``figures(encode) -> dict[str, Figure]``; ``examples(encode) -> dict[str, (N,)]``, by metric the values of the N
+    examples whose mean it is.
     """
 
     def __call__(self, encode: EncodeFunction) -> dict[str, float]:

@@ -1,12 +1,14 @@
-"""Comparison of runs: grouping by overrides, paired bootstrap, and variance explained by each axis."""
+"""Comparison of runs: grouping by overrides, uncertainty over seeds and over examples, variance explained by each axis."""
 
 import csv
 import itertools
 import json
-import statistics
+from pathlib import Path
 
+import numpy as np
 import pytest
 
+from tercet.app import record
 from tercet.app.commands import compare
 from tercet.errors import InputError
 
@@ -52,29 +54,69 @@ def test_the_table_names_the_best_and_what_explains_it(sweep):
     assert "best run" in text and "loss.temperature=0.2 model.pooling=mean" in text
 
 
-def test_the_sentence_says_who_is_ahead_and_whether_it_is_sure(tmp_path):
-    for setting, values in {"1": (1.0, 1.2, 1.1), "2": (1.1, 1.1, 1.1), "3": (0.1, 0.2, 0.3)}.items():
+def lay_settings(folder, settings, metric="test/a", **more):
+    for setting, values in settings.items():
         for seed, value in enumerate(values):
-            lay(
-                tmp_path / f"{setting}{seed}",
-                seed,
-                {"test/a": value + (setting == "1") * 0.01, "test/loss": value},
-                f"x={setting}",
-            )
-    sentence = compare.describe_best(compare.group_runs(compare.read_runs([tmp_path])), "test/a")
-    assert sentence.startswith("x=1: test/a 1.1100 ± 0.1000, not surely ahead of x=2 by +0.0100 [")
-    two = compare.group_runs([r for r in compare.read_runs([tmp_path]) if r.overrides["x"] != "2"])
-    assert "x=3: test/loss 0.2000 ± 0.1000, ahead of x=1 by -0.9" in compare.describe_best(two, "test/loss")
+            lay(folder / f"{setting}{seed}", seed, {metric: value, "test/loss": value}, f"x={setting}", **more)
+    return compare.group_runs(compare.read_runs([folder]))
 
 
-@pytest.mark.parametrize("n", [2, 3, 5])
-def test_the_bootstrap_of_few_seeds_is_the_whole_distribution(n):
-    d = [0.3, -0.1, 0.2, 0.05, -0.4][:n]
-    means = sorted(statistics.fmean(pick) for pick in itertools.product(d, repeat=n))
-    mean, low, high, share = compare.paired_bootstrap(d)
-    assert mean == pytest.approx(statistics.fmean(d))
-    assert share == pytest.approx(sum((m > 1e-12) + (abs(m) < 1e-12) / 2 for m in means) / len(means), abs=1e-2)
-    assert means[0] <= low <= mean <= high <= means[-1]
+def test_the_sentence_says_who_is_ahead_and_whether_it_is_sure(tmp_path):
+    compared = lay_settings(tmp_path, {"1": (1.01, 1.21, 1.11), "2": (1.1, 1.1, 1.1), "3": (0.1, 0.301, 0.2)})
+    sentence = compare.describe_best(compared, "test/a")
+    assert sentence.startswith(
+        "x=1: test/a 1.1100 ± 0.1000, not surely ahead of x=2 by +0.0100 [-0.2384, +0.2584] over 3 seeds"
+    )
+    assert "p 0.88 corrected for 3 pairs of settings" in sentence
+    assert "x=3: test/loss 0.2003 ± 0.1005, ahead of x=2 by -0.8997" in compare.describe_best(compared, "test/loss")
+    rows = compare.ranking_table(compared, "test/a").splitlines()
+    assert [row.split()[0] for row in rows[2:]] == ["1", "2", "3"]
+    assert not rows[3].endswith("behind") and rows[4].endswith("behind"), "all three seeds agree to a thousandth"
+    assert "sign test" in rows[1] and " 0.75 " in rows[4], "0.25, for three pairs"
+
+
+def test_one_seed_is_no_verdict(tmp_path):
+    compared = lay_settings(tmp_path, {"1": (2.0,), "2": (1.0,)})
+    assert compare.describe_best(compared, "test/a").endswith("before x=2 (no two seeds in common: this is no verdict).")
+    assert "behind" not in compare.ranking_table(compared, "test/a")
+
+
+@pytest.mark.parametrize(("settings", "seeds"), [(2, 3), (4, 5)])
+def test_equal_settings_are_rarely_called_ahead(settings, seeds):
+    rng, false = np.random.default_rng(settings * seeds), 0
+    for _ in range(400):
+        values = rng.normal(size=(settings, seeds)) + rng.normal(size=seeds)
+        runs = [compare.Run(Path(), j, {"test/a": x}, {"x": str(i)}, "", None) for (i, j), x in np.ndenumerate(values)]
+        false += any(lead.is_sure for lead in compare.group_runs(runs).leads("test/a").values())
+    assert false <= 24
+
+
+def test_other_examples_are_another_uncertainty(tmp_path):
+    compared = lay_settings(tmp_path, {"1": (0.8, 0.8), "2": (0.5, 0.5)})
+    assert "examples" not in compare.ranking_table(compared, "test/a").splitlines()[1], "no run has values by example"
+    compare.compare_examples.cache_clear()
+    rng = np.random.default_rng(0)
+    for i, folder in enumerate(sorted(tmp_path.iterdir())):
+        values = {"a": (rng.uniform(size=200) < (0.8 if i < 2 else 0.5)).astype("float32")}
+        np.savez_compressed(folder / record.EXAMPLES, **values)
+    lead = compared.leads("test/a")[("2",)]
+    assert lead.examples_p < 0.001
+    head, *_, row = compare.ranking_table(compared, "test/a").splitlines()[1:]
+    assert "examples" in head and "0.0002" in row, "none of 9,999 resamples is so far apart"
+    np.savez_compressed(tmp_path / "20" / record.EXAMPLES, a=np.ones(7))
+    compare.compare_examples.cache_clear()
+    assert compared.leads("test/a")[("2",)].examples_p is None, "other examples"
+
+
+def test_what_validation_chose_is_tested_and_not_ranked_by_its_test(tmp_path):
+    for setting, value, test in (("1", 0.9, 0.5), ("2", 0.8, 0.7)):
+        for seed in (1, 2):
+            metrics = {"val/a": value + seed / 100, "test/a": test, "test/b": 0.25}
+            lay(tmp_path / f"{setting}{seed}", seed, metrics, f"x={setting}", optimized="val/a")
+    compared = compare.group_runs(compare.read_runs([tmp_path]))
+    assert compared.metrics() == ["val/a"]
+    text = compare.comparison_text(compared, compared.metrics())
+    assert "tests of x=1, which val/a has chosen:\n  test/a  0.5000 ± 0.0000\n  test/b  0.2500" in text
 
 
 def test_all_metrics_of_all_runs_are_in_the_csv(sweep, tmp_path):
@@ -91,6 +133,12 @@ def test_one_optimized_metric_is_the_table(tmp_path):
     compared = compare.group_runs(compare.read_runs([tmp_path / "a", tmp_path / "b"]))
     assert compared.metrics() == ["test/b"]
     assert "no two seeds in common" in compare.comparison_text(compared, compared.metrics())
+
+
+def test_a_callback_that_changes_training_is_a_setting_and_one_that_draws_is_not(tmp_path):
+    for i, more in enumerate((["callback=hard_labels"], ["callback.figures=null"])):
+        lay(tmp_path / str(i), 1, {"test/a": 1.0}, "data=x", *more)
+    assert compare.group_runs(compare.read_runs([tmp_path])).axes == ("callback",)
 
 
 def test_a_folder_without_runs_is_named(tmp_path):

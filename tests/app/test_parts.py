@@ -10,6 +10,7 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
 import tercet
+from tercet import messages
 from tercet.app import error_formatting, record
 from tercet.app.cli import main
 from tercet.app.components import takes
@@ -104,6 +105,17 @@ def test_a_mistyped_key_is_answered_with_the_nearest_of_this_configuration(overr
         composed(override)
     text = error_formatting.explain(caught.value, "train")
     assert text.startswith(f"{override.split('=')[0]}: there is no such key.") and hint in text
+
+
+def test_progress_is_a_line_every_few_seconds(capsys, monkeypatch):
+    now = iter([0.0, 1.0, 6.0, 7.0, 12.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(now))
+    with messages.ProgressLines("evaluating: ", 40, "sentences") as lines:
+        for _ in range(4):
+            lines.update(10)
+    assert capsys.readouterr().err.splitlines() == [
+        "evaluating: 20 of 40 sentences, 0.1 min left", "evaluating: 40 of 40 sentences, 0.0 min left",
+    ]  # fmt: skip
 
 
 def test_errors_without_a_message_of_their_own_say_where_to_look():

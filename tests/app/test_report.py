@@ -32,7 +32,9 @@ class Balanced(HTMLParser):
 
 
 def settings(**more):
-    return OmegaConf.create({"name": "toy", "seed": 3, "expected": {}, "optimized_metric": None, "command": [], **more})
+    return OmegaConf.create(
+        {"name": "toy", "seed": 3, "expected": {}, "optimized_metric": None, "command": [], "data": {"name": "x"}, **more}
+    )
 
 
 @pytest.fixture
@@ -78,10 +80,11 @@ def test_curves_are_drawn_to_their_bounds():
 @pytest.mark.parametrize(
     ("expected", "command", "note"),
     [
-        ([0.48, 0.01], ["experiment=toy", "seed=3"], "as expected."),
-        ([0.4, 0.01], ["num_threads=1", "callback.progress=null"], "not as expected"),
-        ([0.4, None], ["experiment=toy"], "The paper reports 0.4000."),
-        ([0.4, 0.01], ["optimizer.lr=1"], None),
+        ([[0.48, 0.01, 3, "here"]], ["experiment=toy", "seed=3"], "lie between 0.4303 and 0.5297: as expected."),
+        ([[0.4, 0.01, 3, "here"]], ["num_threads=1", "callback.progress=null"], "not as expected"),
+        ([[0.47, 0.01, 3, "here"]], ["seed=3"], "over 3 seeds"),  # three sd, and within what three seeds predict
+        ([[0.4, None, 1, "paper"], [0.5, 0.01, 50, "others"]], ["experiment=toy"], "paper: 0.4000. others: 0.5000 ± 0.0100"),
+        ([[0.4, 0.01, 3, "here"]], ["optimizer.lr=1"], None),
     ],
 )
 def test_the_result_is_about_the_experiment_as_it_is(expected, command, note):
@@ -89,6 +92,27 @@ def test_the_result_is_about_the_experiment_as_it_is(expected, command, note):
     assert result.headline.startswith("a: 0.2500 → 0.5000")
     assert (note in result.note) if note else not result.note
     assert result.unexpected == (note == "not as expected")
+
+
+@pytest.mark.parametrize(("name", "worse"), [("x/recall@1", True), ("x/alignment", False)])
+def test_a_run_that_got_worse_says_so_first(name, worse):
+    headline = report.run_result(settings(), {f"test/{name}": 0.4}, {name: 0.5}, {name: 0.4}).headline
+    assert headline.startswith("Worse than before training: ") == worse
+    assert headline.endswith(f"{name}: 0.5000 → 0.4000")
+
+
+def test_the_metric_that_was_selected_on_validation_is_shown_for_the_test():
+    after = {"a": 0.5, "b": 2.0}
+    result = report.run_result(settings(optimized_metric="val/b"), {**METRICS, "val/b": 1.0}, BEFORE, after)
+    assert result.headline == "b: 2.0000"
+
+
+@pytest.mark.parametrize(("command", "title"), [
+    ([], "toy"), (["experiment=toy", "data.path=my.csv"], "toy"), (["data=text", "data.path=a/my.csv"], "my.csv"),
+    (["data=captions"], "captions"), (["optimizer.lr=1"], "toy"),
+])  # fmt: skip
+def test_the_title_is_what_the_user_named(command, title):
+    assert report.run_title(settings(command=command, data={"path": "a/my.csv", "name": "captions"})) == title
 
 
 def test_without_curves_and_figures_the_page_is_shorter(folder):

@@ -15,7 +15,7 @@ from tercet.images import PixelFormat
 
 OFF = Augmentation(flip=0, crop=1, color=0, erase=0, jpeg=0)
 ALL = Augmentation(flip=0.5, crop=0.3, color=0.4, erase=0.5, jpeg=0.5)
-ONE = {"flip": 1, "crop": 0.3, "color": 0.4, "erase": 1, "jpeg": 1}
+ONE = {"flip": 1, "crop": 0.3, "color": 0.4, "erase": 1, "jpeg": 1, "cutoff": 1}
 
 
 def noise(mode="RGB", width=40, height=40):
@@ -103,6 +103,22 @@ def test_a_rectangle_of_2_to_20_percent_is_erased(mode):
     assert 0.015 < min(shares) < 0.04 and 0.17 < max(shares) < 0.22
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_cutoff_sets_the_pixels_of_a_rectangle_to_zero(mode):
+    before = np.asarray(noise(mode, 64, 64)).reshape(64, 64, -1) | 1  # no pixel is 0
+    picture = Image.fromarray(before.squeeze())
+    shares = []
+    for seed in range(100):
+        after = np.asarray(look(replace(OFF, cutoff=1), picture, seed, 64)).reshape(64, 64, -1)
+        changed = (after != before).any(-1)
+        rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
+        assert changed[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all() and not after[changed].any()
+        shares.append(changed.mean())
+    assert 0.015 < min(shares) < 0.06 and 0.15 < max(shares) < 0.22
+    seen = [look(replace(OFF, cutoff=0.3), picture, seed, 64).tobytes() != picture.tobytes() for seed in range(300)]
+    assert 0.22 < np.mean(seen) < 0.38
+
+
 def test_compression_costs_little_of_a_smooth_picture():
     x = np.linspace(0, math.pi, 64)
     smooth = Image.fromarray((np.outer(np.sin(x), np.sin(x)) * 255).astype(np.uint8))
@@ -113,7 +129,7 @@ def test_compression_costs_little_of_a_smooth_picture():
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [*((k, v) for k in ("flip", "color", "erase", "jpeg") for v in (-0.1, 1.1, math.nan)),
+    [*((k, v) for k in ("flip", "color", "erase", "jpeg", "cutoff") for v in (-0.1, 1.1, math.nan)),
      ("crop", 0), ("crop", 1.1), ("crop", math.nan)],
 )  # fmt: skip
 def test_wrong_settings_name_their_key(key, value):

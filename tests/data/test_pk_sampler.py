@@ -66,6 +66,14 @@ def test_facenets_batch():
         assert set(counts.values()) == {40}
 
 
+def test_facenets_batch_with_random_negatives():
+    """40 people with 40 faces each, and 200 faces of others, none of which has a positive."""
+    sampler = make([60] * 300, 1800, 40, distractors=200)
+    for _, draw in zip(range(2), drawn(sampler), strict=False):
+        counts = Counter(sampler.values[row] for row in draw.rows)
+        assert Counter(counts.values()) == {40: 40, 1: 200}
+
+
 def test_every_label_comes_before_any_comes_again():
     sampler = make([4] * 12, 8, 2)
     batches = [Counter(int(sampler.values[row]) for row in draw.rows) for draw in drawn(sampler)]

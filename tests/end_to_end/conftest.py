@@ -76,9 +76,17 @@ def small(command, tmp_path):
 def run(command, tmp_path):
     """``run(*overrides)``: three epochs of a few batches with dropout, a checkpoint every second step."""
     write_texts(tmp_path / "my.txt")
+    texts = (tmp_path / "my.txt").read_text().replace(",", "").splitlines()
+    (tmp_path / "labels.csv").write_text(
+        "\n".join(["text,topic", *(f"{x},{'abc'[i % 3]}" for i, x in enumerate(texts))]) + "\n"
+    )
     few = [o for o in FAST if "max_steps" not in o]
-    every = ["save_every=2", "measure_before=false", "trainer.max_epochs=3", "logger=none"]
-    return lambda *more: command("train", *tiny("data=text", f"data.path={tmp_path / 'my.txt'}", *few, *every, *more))
+    every = ["save_every=2", "measure_before=false", "trainer.max_epochs=3", "logger=none", f"data.path={tmp_path}/my.txt"]
+
+    def run(*more):
+        return command("train", *tiny("data=text", *few, *every, *(o.replace("{folder}", str(tmp_path)) for o in more)))
+
+    return run
 
 
 @pytest.fixture

@@ -73,6 +73,12 @@ CASES = {
                                  ["test.source.path={folder}/mine.csv", "does not exist"]),
     "labels for a sampler": ([*OWN, "objective=facenet", "evaluation@test=heldout"],
                              ["PKBatchSampler", "data.label=<column>", "sampler=random"]),
+    "labels for classification": ([*OWN, "objective=classification"], ["Classification", "labels: data.label=<column>"]),
+    "a batch without repeats that is too large": (
+        ["data=text", "data.path={folder}/answers.csv", "data.columns=[question,answer]", "objective=simcse_sup",
+         "sampler=no_duplicates"], ["data.batch_size=4", "only 2 different texts"]),
+    "a list of synonyms that is not there": (
+        [*OWN, "view=synonyms", "view.second.0.path={folder}/none.tsv"], ["view.second.0.path={folder}/none.tsv", "no such"]),
     "positives that the loss does not take": ([*OWN, "loss=context"], ["ContextLoss", "loss=infonce"]),
     "a part of a view": ([*OWN, "view=token_cutoff", "view.second.0.rate=2"], ["view.second.0.rate=2"]),
     "a masked LM without a mask": ([*OWN, "objective.mlm.probability=1.5"], ["objective.mlm.probability=1.5"]),
@@ -85,6 +91,8 @@ def folder(tmp_path):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "one.txt").write_text("A single sentence.\n")
     (tmp_path / "pairs.csv").write_text("question,answer\n" + "".join(f"q {i},a {i}\n" for i in range(9)))
+    answers = "".join(f"{'who' if i < 9 else 'what'},a {i}\n" for i in range(18))
+    (tmp_path / "answers.csv").write_text("question,answer\nwhere,here\n" + answers + "where,there\n")
     (tmp_path / "hole.csv").write_text("question,answer\nwho,he\nwhat,\n" + "".join(f"q {i},a {i}\n" for i in range(9)))
     (tmp_path / "latin.txt").write_bytes("Fine.\nCafé.\nFine.\n".encode("latin-1"))
     (tmp_path / "nul.txt").write_bytes(b"Fine.\nNot\x00fine.\n")

@@ -1,10 +1,12 @@
 """``python -m tercet mine``: a file that training takes."""
 
+import pyarrow as pa
 import pyarrow.csv
 import pyarrow.parquet as pq
 import pytest
 
-from tercet.app.commands.mine import KINDS
+from tercet.app.commands.mine import KINDS, write_table
+from tercet.errors import InputError
 from tests.conftest import MINILM
 
 PAIRS = [(f"how do I {verb} my {thing}?", f"You {verb} the {thing} in the {place} menu.")
@@ -37,7 +39,9 @@ def test_pairs_get_the_nearest_answer_of_another_question(command, pairs, tmp_pa
 
         rows = [json.loads(line) for line in target.read_text().splitlines()]
     else:
-        options = pyarrow.csv.ParseOptions(delimiter="," if ending == ".csv" else "\t")
+        options = pyarrow.csv.ParseOptions(
+            delimiter="," if ending == ".csv" else "\t", quote_char='"' if ending == ".csv" else False
+        )
         rows = pyarrow.csv.read_csv(target, parse_options=options).to_pylist()
     assert len(rows) == len(PAIRS) + 2
     known = {(q, a) for q, a in PAIRS} | {(PAIRS[0][0], "The car opens with a key."), ("Unrelated?", PAIRS[1][1])}
@@ -48,6 +52,14 @@ def test_pairs_get_the_nearest_answer_of_another_question(command, pairs, tmp_pa
     assert "car" in first["negative"]
     assert 0 < first["negative_cosine"] < first["positive_cosine"] + 0.3
     assert f"data.path={target}" in said.terminal
+
+
+def test_a_tsv_is_not_quoted_and_holds_no_tabs(tmp_path):
+    texts = {"anchor": ['"A" is quoted', "b"], "positive": ["c", 'd"'], "negative": ["e", "f"]}
+    write_table(pa.table({**texts, "positive_cosine": pa.array([0.5, 0.25], pa.float32())}), tmp_path / "hard.tsv")
+    assert (tmp_path / "hard.tsv").read_text().splitlines()[1:] == ['"A" is quoted\tc\te\t0.5', 'b\td"\tf\t0.25']
+    with pytest.raises(InputError, match=r"'a\\tb' holds a tab or a line end"):
+        write_table(pa.table({"anchor": ["a\tb"]}), tmp_path / "hard.tsv")
 
 
 def test_the_file_is_trained_on(command, pairs, tmp_path):

@@ -13,6 +13,7 @@ from tercet.training import SimCSEUnsup
 from tests.end_to_end.conftest import assert_same_weights
 
 SLOW = pytest.mark.slow  # the same at another place
+LABELED = ["data.path={folder}/labels.csv", "data.columns=[text]", "data.label=topic", "evaluation@test=none"]
 STREAM = ["data.streaming=true", "data.held_out=4"]
 
 
@@ -23,6 +24,8 @@ STREAM = ["data.streaming=true", "data.held_out=4"]
         ("simcse_unsup", 8, []),
         pytest.param("simcse_unsup", 15, [], marks=SLOW),
         ("mlm", 10, []),
+        ("classification", 10, LABELED),
+        ("simcse_unsup", 10, ["sampler=no_duplicates"]),
         *(("simcse_unsup", stop, STREAM) for stop in (3, 8, 15)),
     ],
 )  # 8 batches are an epoch

@@ -2,6 +2,7 @@
 
 import csv
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -11,7 +12,7 @@ from tests.end_to_end.conftest import FAST, write_texts
 
 
 def test_ones_own_text_in_one_line(small):
-    result = small()
+    result = small("callback.progress.seconds=0")
     assert result.code == 0, result.terminal
     metrics = result.metrics()
     for name in (
@@ -29,6 +30,17 @@ def test_ones_own_text_in_one_line(small):
     assert config.data.batch_size == 4
     assert "code " in (result.output / "revision.txt").read_text()
     assert (result.output / "checkpoints" / "last.ckpt").is_file()
+    modes = {path.relative_to(result.output): path.stat().st_mode for path in result.output.rglob("*") if path.is_file()}
+    assert len(set(modes.values())) == 1, f"who may read one file may read all: {modes}"
+    lines = [line for line in result.terminal.splitlines() if line.startswith("step ")]
+    assert [line[:11] for line in lines] == ["step 1 of 2", "step 2 of 2"], "the output is no terminal"
+    assert ", loss " in lines[0] and "it/s" not in result.terminal
+    before, after = (metrics[f"{stage}/retrieval/text/recall@1"] for stage in ("before", "test"))
+    headline = f"retrieval/text/recall@1: {before:.4f} → {after:.4f}"
+    assert headline in result.terminal and ("Worse than before training" in result.terminal) == (after < before)
+    assert "<title>my.txt</title>" in (result.output / "report.html").read_text()
+    with np.load(result.output / "examples.npz") as examples:
+        assert examples["retrieval/text/mrr"].mean() == pytest.approx(metrics["test/retrieval/text/mrr"])
 
 
 def test_the_model_folder_opens_in_sentence_transformers(small):
@@ -37,19 +49,36 @@ def test_the_model_folder_opens_in_sentence_transformers(small):
     from tercet.app.commands.evaluate import open_model
     from tercet.models import CachedEncoder
 
-    result = small("model.pooling=cls", "model.head.kind=mlp", "model.head.dim=16", "model.normalize=true")
-    theirs = torch.tensor(SentenceTransformer(str(result.output / "model"), device="cpu").encode(TEXTS))
+    head = ["model.head.kind=mlp", "model.head.dim=16", "model.normalize=true"]
+    result = small("model.pooling=cls", *head, "model.prompt='query: '")
+    opened = SentenceTransformer(str(result.output / "model"), device="cpu")
+    assert opened.prompts["default"] == "query: "
+    theirs = torch.tensor(opened.encode(TEXTS))
     for name in (result.output, result.output / "model", result.output / "checkpoints" / "last.ckpt"):
         torch.testing.assert_close(CachedEncoder(open_model(str(name), None, "cpu"))(TEXTS), theirs, rtol=0, atol=1e-5)
 
 
 def test_a_train_only_head_is_kept_but_not_exported(small):
+    from safetensors.torch import load_file
+
     from tercet.models.folder import load_folder
 
-    result = small("model.head.kind=mlp", "model.head.dim=16", "model.head.train_only=true")
+    result = small("model.head.kind=mlp", "model.head.dim=16", "model.head.train_only=true", "save_dtype=bfloat16")
+    assert load_file(result.output / "model" / "head.safetensors")["layer.0.bias"].dtype == torch.bfloat16
     encoder, _ = load_folder(str(result.output / "model"))
     assert encoder.eval()(encoder.prepare(TEXTS)).shape == (12, 32)
     assert encoder.train()(encoder.prepare(TEXTS)).shape == (12, 16)
+
+
+def test_classification_leaves_its_layer_out_of_the_model(run):
+    result = run("data.path={folder}/labels.csv", "data.columns=[text]", "data.label=topic", "objective=classification",
+                 "evaluation@test=nearest_neighbor", "trainer.max_epochs=1", "trainer.log_every_n_steps=1")  # fmt: skip
+    assert result.code == 0, result.terminal
+    weights = torch.load(result.output / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert weights["classifier.weight"].shape == (3, 32) and weights["classes"].tolist() == [0, 1, 2]
+    assert {"train/accuracy", "test/nearest_neighbor/text/recall@1"} <= result.metrics().keys()
+    names = {path.name for path in (result.output / "model").iterdir()}
+    assert "model.safetensors" in names and "head.safetensors" not in names
 
 
 def test_pairs_with_masked_lm_a_label_and_both_directions(command, tmp_path):

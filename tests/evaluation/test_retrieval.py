@@ -15,8 +15,12 @@ from torchmetrics.functional.retrieval import (
 
 from tercet.errors import InputError
 from tercet.evaluation import Retrieval
-from tercet.evaluation.retrieval import relevant_ranks, retrieval_metrics
+from tercet.evaluation.retrieval import query_metrics, relevant_ranks
 from tests.evaluation.fakes import Counted, Listed, broken, collapsed, noise, words
+
+
+def means(ranks, ks):
+    return {name: float(values.mean()) for name, values in query_metrics(ranks, ks).items()}
 
 
 def world(seed, queries, documents, most=4):
@@ -67,7 +71,7 @@ def test_metrics_are_those_of_torchmetrics(seed, most):
         "ndcg@10": lambda p, t: retrieval_normalized_dcg(p, t, 10),
         "map": retrieval_average_precision,
     }
-    found = retrieval_metrics(relevant_ranks(x, y, relevant), [1, 3])
+    found = means(relevant_ranks(x, y, relevant), [1, 3])
     assert found.keys() == expected.keys()
     for name, measure in expected.items():
         mean = sum(float(measure(p, t)) for p, t in zip(cosine, target, strict=True)) / 7
@@ -75,7 +79,7 @@ def test_metrics_are_those_of_torchmetrics(seed, most):
 
 
 def test_a_known_case():
-    found = retrieval_metrics([torch.tensor([2, 4]), torch.tensor([1])], [1, 2])
+    found = means([torch.tensor([2, 4]), torch.tensor([1])], [1, 2])
     assert found["recall@1"] == 0.5
     assert found["recall@2"] == 1
     assert found["mrr"] == 0.75
@@ -85,8 +89,8 @@ def test_a_known_case():
 
 
 def test_ndcg_stops_at_ten():
-    assert retrieval_metrics([torch.tensor([11])], [1])["ndcg@10"] == 0
-    assert retrieval_metrics([torch.arange(1, 31)], [1])["ndcg@10"] == pytest.approx(1)
+    assert means([torch.tensor([11])], [1])["ndcg@10"] == 0
+    assert means([torch.arange(1, 31)], [1])["ndcg@10"] == pytest.approx(1)
 
 
 N = 60

@@ -41,7 +41,7 @@ def fails(path, message, tasks=("STS12",)):
 
 def test_no_such_file(tmp_path, monkeypatch):
     monkeypatch.setenv("TERCET_DATA", str(tmp_path))
-    fails("none.parquet", r"path=none.parquet does not exist \(looked for .*none.parquet\)\. It takes a .parquet")
+    fails("none.parquet", r"path=none.parquet does not exist \(looked for .*none.parquet\)\. It takes SentEval")
 
 
 def test_relative_paths_start_in_the_data_folder(tmp_path, monkeypatch):
@@ -51,12 +51,12 @@ def test_relative_paths_start_in_the_data_folder(tmp_path, monkeypatch):
 
 
 def test_a_folder(tmp_path):
-    fails(tmp_path, r"is a folder")
+    fails(tmp_path, r"is a folder without STS/STS12-en-test/STS.input.MSRpar.txt. It takes SentEval's folder data/downstream")
 
 
 def test_an_unknown_ending(tmp_path):
     (tmp_path / "sts.xlsx").write_bytes(b"PK")
-    fails(tmp_path / "sts.xlsx", r"ends in '.xlsx'. It takes a .parquet, .csv")
+    fails(tmp_path / "sts.xlsx", r"ends in '.xlsx'. It takes SentEval.*a .parquet, .csv")
 
 
 @pytest.mark.parametrize("kind", ["parquet", "csv", "jsonl", "tsv"])
@@ -148,10 +148,14 @@ def hub(monkeypatch):
 def test_the_hub_gives_the_same_but_no_subsets(hub, tmp_path):
     tasks = ["STS12", "STS-B"]
     found, local = (STS(path, tasks, "test")(words) for path in ("hub", write(tmp_path / "toy.parquet")))
-    assert found.items() < local.items()
-    assert local.keys() - found.keys() == {
+    renamed = {name.replace("_hub/", "/"): value for name, value in found.items()}
+    assert not renamed.keys() & found.keys()  # no name under which a paper's number is expected
+    assert renamed.items() < local.items()
+    assert local.keys() - renamed.keys() == {
         f"sts/{t}/{kind}_{over}" for t in ("sts12", "avg") for kind in ("spearman", "pearson") for over in ("mean", "wmean")
     }
+    table = STS("hub", tasks, "test").table(found)
+    assert "of the hub's sets: not the pairs of published tables" in table and "Spearman mean" not in table
     assert hub == [("mteb/sts12-sts", "test"), ("mteb/stsbenchmark-sts", "test")]
 
 
@@ -162,4 +166,4 @@ def test_the_hubs_dev_is_called_validation(hub):
 
 def test_a_hub_that_cannot_be_reached(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    fails("hub", r"path=hub: mteb/sts12-sts, split test, cannot be loaded \(.*\). Set path to a table with the columns")
+    fails("hub", r"path=hub: mteb/sts12-sts, split test, cannot be loaded \(.*\). Set path to SentEval's folder or a table")

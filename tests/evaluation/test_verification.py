@@ -15,7 +15,14 @@ from sklearn.metrics import roc_auc_score
 
 from tercet.errors import InputError
 from tercet.evaluation import EvaluatorGroup, Verification
-from tercet.evaluation.verification import PAIR_COLUMNS, Roc, accuracy_threshold, fold_thresholds, verification_metrics
+from tercet.evaluation.verification import (
+    PAIR_COLUMNS,
+    FacePairs,
+    Roc,
+    accuracy_threshold,
+    fold_thresholds,
+    verification_metrics,
+)
 from tests.evaluation.fakes import Counted
 
 PEOPLE = ("Ann_Lee", "Bo", "Cy_de_la_Mer", "Di", "Ed", "Flo", "Gus", "Hal")
@@ -80,14 +87,25 @@ def test_every_form_is_the_same(world, path, pairs):
     assert list(zip(evaluator.protocol.fold, evaluator.protocol.same, strict=True)) == [(r[0], r[1]) for r in rows()]
     found = evaluator(faces)
     assert found["verification/toy/accuracy"] == found["verification/toy/auc"] == 1
-    assert found["verification/toy/accuracy_sem"] == found["verification/toy/eer"] == found["verification/toy/far"] == 0
+    assert found["verification/toy/eer"] == found["verification/toy/far"] == 0
     assert found["verification/toy/val@far1e-3"] == found["verification/toy/val@far1e-3_high"] == 1
     assert found["verification/toy/val@far1e-3_low"] == pytest.approx(4 / (4 + 1.959964**2))  # Wilson 1927, all of 4
 
 
 def test_names(world):
-    names = ("accuracy", "accuracy_sem", "threshold", "auc", "eer", "val@far1e-3", "val@far1e-3_low", "val@far1e-3_high", "far")
+    names = ("accuracy", "threshold", "auc", "eer", "val@far1e-3", "val@far1e-3_low", "val@far1e-3_high", "far")
     assert set(make(world)(faces)) == {f"verification/toy/{name}" for name in names}
+
+
+def test_a_standard_error_needs_three_folds():
+    pairs = FacePairs(np.repeat([1, 2, 3], 4), np.tile([True, True, False, False], 3), *np.zeros((2, 12), int), [])
+    distance = np.where(pairs.same, 0.5, 1.5)
+    distance[[0, 1, 4]] = 2  # accuracies of 1/2, 3/4 and 1
+    found = verification_metrics(pairs, distance, np.ones(12))
+    assert found["accuracy"] == 0.75
+    assert found["accuracy_sem"] == pytest.approx(0.25 / 3**0.5)
+    two = FacePairs(pairs.fold[:8], pairs.same[:8], pairs.first[:8], pairs.second[:8], [])
+    assert "accuracy_sem" not in verification_metrics(two, distance[:8], np.ones(8))
 
 
 def test_each_image_is_encoded_once_and_read_lazily(world):

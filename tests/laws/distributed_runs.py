@@ -17,7 +17,7 @@ from tercet.losses.triplet_mining import MININGS
 from tercet.models import load_tokenizer
 from tercet.training.datamodule import DataModule
 from tercet.training.lightning_compat import FSDP2
-from tests.conftest import MINILM, TEXTS, choices, composed, tiny
+from tests.conftest import MINILM, NEEDED, TEXTS, choices, composed, tiny
 
 OBJECTIVES = choices("objective")
 SETTINGS = {
@@ -72,6 +72,7 @@ def has(objective, overrides):
 
 CASES = [(o, s) for o in OBJECTIVES for s in SETTINGS if has(o, SETTINGS[s])]
 CASES += [("facenet", f"loss.mining={mining}") for mining in MININGS if mining != "semihard"]
+CASES += [("facenet", "loss.divide_by=sum")]
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,8 @@ def config(objective, *overrides):
     Batches of whole windows have no uneven size: their sampler has tests of its own.
     """
     sampler = ["sampler=random"] if "Window" in defaults(objective).sampler._target_ else []
-    return composed(*tiny(f"objective={objective}", "model.backbone.dropout=0", *sampler, *overrides))
+    needed = [*sampler, *NEEDED.get(objective, ())]
+    return composed(*tiny(f"objective={objective}", "model.backbone.dropout=0", *needed, *overrides))
 
 
 def data(cfg, folder, batch_size):
@@ -134,7 +136,7 @@ def step(objective, settings, folder, world, batch_size, steps=2):
     cfg = config(objective, *SETTINGS.get(settings, [settings]))
     pl.seed_everything(0, verbose=False)
     module = build(cfg.objective)
-    if module.mlm is not None:
+    if getattr(module, "mlm", None) is not None:
         module.mlm.corrupt = first_token_masked  # its draws, too, differ between processes
     module.optimizer = lambda m: torch.optim.SGD(m.parameters(), lr=0.1)
     counting, start = Counting(), {n: p.detach().clone() for n, p in module.named_parameters()}

@@ -9,7 +9,7 @@ from tercet.models import Execution
 from tercet.models.engine.deterministic_dropout import with_dropout_seeds
 from tercet.models.pooling import POOLINGS, WORD_ONLY_POOLINGS
 from tercet.types import Batch, TokenBatch
-from tests.conftest import MINILM, TEXTS, choices, composed, tiny
+from tests.conftest import MINILM, NEEDED, TEXTS, choices, composed, tiny
 
 
 def from_scratch(kind, **config):
@@ -50,11 +50,14 @@ def gradients(module, batch, seed):
 
 def objective(name, recompute, tokens, dropout_rate=0.1, mlm=0.1, layout="auto", dropout="auto"):
     torch.manual_seed(0)
-    cfg = composed(*tiny(f"objective={name}"))  # composed once for all settings, which is faster than to give them as overrides
+    cfg = composed(
+        *tiny(f"objective={name}", *NEEDED.get(name, ()))
+    )  # composed once for all settings, which is faster than to give them as overrides
     execution = {"layout": layout, "dropout": dropout, "chunk_tokens": tokens, "recompute": recompute}
     settings = {f"model.execution.{key}": value for key, value in execution.items()}
     for key, value in {**settings, "model.backbone.dropout": dropout_rate, "objective.mlm.weight": mlm}.items():
-        OmegaConf.update(cfg, key, value)
+        if OmegaConf.select(cfg, key.rsplit(".", 1)[0]) is not None:
+            OmegaConf.update(cfg, key, value)
     return build(cfg.objective)
 
 

@@ -9,7 +9,7 @@ from tercet.types import Embeddings
 from tests.conftest import choices, composed
 
 LOSSES = choices("loss")
-TRIPLET = ([], ["loss.form=softplus", "loss.divide_by=pairs", "loss.tile=2"])
+TRIPLET = ([], ["loss.form=softplus", "loss.divide_by=pairs", "loss.tile=2"], ["loss.divide_by=sum"])
 VARIANTS = {
     "infonce": [[], ["loss.learn_temperature=true"], ["loss.direction=both"], ["loss.similarity=dot", "loss.temperature=1"],
                 ["loss.hard_negative_weight=1.5"], ["loss.label_smoothing=0.1"]],

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tercet.errors import InputError
-from tercet.losses import InfoNCE
+from tercet.losses import InfoNCE, TripletLoss
 from tercet.types import Embeddings
 from tests.laws.test_loss import rows
 
@@ -31,7 +31,7 @@ def row_loss(batch, i, a, b, settings, hard):
         if batch.example_id[i] == batch.example_id[j] or same_label:
             positives.append(s)
             everyone.append(s)
-        elif int(batch.content_hash[b, j]) not in mine:
+        elif int(batch.content_hash[b, j]) not in mine and batch.content_hash[a, j] != batch.content_hash[a, i]:
             everyone.append(s)
         if hard and int(batch.content_hash[2, j]) not in mine:
             extra = settings["hard_negative_weight"] if batch.example_id[i] == batch.example_id[j] else 0.0
@@ -65,6 +65,32 @@ def test_a_duplicate_is_never_a_negative():
     loss = InfoNCE().double()
     first = slice(0, 1)
     torch.testing.assert_close(loss(near.select(first), near).loss_sum, loss(twin.select(first), twin).loss_sum)
+
+
+QUESTIONS, ANSWERS = torch.tensor([7, 7, 7, 8, 9, 9]), torch.tensor([1, 2, 3, 4, 5, 4])
+
+
+@pytest.mark.parametrize("loss", [InfoNCE(), InfoNCE(direction="both"), InfoNCE(similarity="dot", temperature=1.0),
+                                  TripletLoss(mining="all", margin=4.0)], ids=str)  # fmt: skip
+def test_an_answer_is_no_negative_of_its_question(loss):
+    """Neither the other answers of the question, nor the other questions of the answer (the fourth is given twice)."""
+    z = torch.randn(2, 6, 5, dtype=torch.float64, requires_grad=True)
+    ids, none = torch.arange(6), torch.full((6,), -1)
+    batch = Embeddings(z, ids, none, none, torch.stack([QUESTIONS, ANSWERS]))
+    for row, others in ((0, [1, 2]), (3, [5]), (4, [5])):
+        (slope,) = torch.autograd.grad(loss.double()(batch.select(ids[row : row + 1]), batch).loss_sum, z, retain_graph=True)
+        assert not slope[1, others].any(), "a positive of an equal question"
+        assert slope[1, [j for j in range(6) if j not in (row, *others)]].any(1).all(), "the others are negatives"
+
+
+def test_with_the_question_as_label_all_answers_are_positives():
+    z = torch.randn(2, 6, 5, dtype=torch.float64)
+    ids, content = torch.arange(6), torch.stack([QUESTIONS, ANSWERS])
+    batch = Embeddings(z, ids, QUESTIONS, ids, content)
+    loss = InfoNCE().double()
+    x, y = torch.nn.functional.normalize(z, dim=-1)
+    log_p = (x[0] @ y.T / 0.05).log_softmax(0)
+    torch.testing.assert_close(loss(batch.select(ids[:1]), batch).loss_sum, -log_p[:3].mean())
 
 
 def test_the_learned_temperature_moves_and_is_bounded():

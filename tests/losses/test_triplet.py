@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tercet.errors import InputError
-from tercet.losses import TripletLoss
+from tercet.losses import TripletLoss, mine
 from tercet.losses.triplet_mining import MININGS, ONE_NEGATIVE
 from tercet.types import Embeddings
 from tests.losses.triplet_twin import batches, twin
@@ -19,7 +19,7 @@ FORMS = ("hinge", "softplus")
 SETTINGS = st.fixed_dictionaries(
     {
         "margin": st.sampled_from([0.2, 1.0, 4.0]),  # 1 is a distance between corners: ties with the margin
-        "divide_by": st.sampled_from(["active", "pairs"]),
+        "divide_by": st.sampled_from(["active", "pairs", "sum"]),
     }
 )
 
@@ -158,12 +158,22 @@ def test_half_precision_is_scored_in_float32(dtype):
     torch.testing.assert_close(got[2].float(), expected[2], rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("mining", MININGS)
+def test_the_sum_of_the_equation_is_not_divided(mining):
+    """Equation 3 literally: the mean over active triplets times their number."""
+    z, labels = torch.randn(20, 4, dtype=torch.float64), torch.arange(20) % 4
+    mean, total = (float(TripletLoss(mining=mining, divide_by=kind)(z, labels)) for kind in ("active", "sum"))
+    number = sum(found.shape[1] for found in mine(z, labels, mining=mining))
+    assert number > 1 and total == pytest.approx(number * mean)
+    assert TripletLoss(divide_by="sum").collapsed_loss is None
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"mining": "semi"}, "mining=semi: choose one of semihard, easy_positive, batch_hard, all_semihard"),
         ({"form": "relu"}, "form=relu: choose one of hinge, softplus"),
-        ({"divide_by": "all"}, "divide_by=all: choose one of active, pairs"),
+        ({"divide_by": "all"}, "divide_by=all: choose one of active, pairs, sum"),
         ({"margin": -0.1}, "margin=-0.1: "),
         ({"margin": 5}, "margin=5: "),
         ({"margin": float("nan")}, "margin=nan: "),

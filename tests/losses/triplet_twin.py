@@ -20,12 +20,13 @@ class Cells:
     label: torch.Tensor
     view: torch.Tensor
     content_hash: torch.Tensor
+    example: torch.Tensor
 
 
 def cells(e, views):
     pairs = [(v, i) for v in range(min(views, len(e.z))) for i in range(len(e))]
     v, i = torch.tensor(pairs, dtype=torch.long).view(-1, 2).unbind(1)
-    return Cells(normalize(e.z[v, i], dim=-1), e.example_id[i], e.label[i], v, e.content_hash[v, i])
+    return Cells(normalize(e.z[v, i], dim=-1), e.example_id[i], e.label[i], v, e.content_hash[v, i], e.content_hash[:2, i])
 
 
 def roles(a, k):
@@ -34,7 +35,9 @@ def roles(a, k):
     same_label = (a.label[:, None] == k.label) & (k.label >= 0)
     related = (same_id | same_label) & (k.view < 2)  # the third view is a negative, even of its own example
     itself = same_id & (a.view[:, None] == k.view)
-    return related & ~itself, ~related & (a.content_hash[:, None] != k.content_hash)
+    copy = a.content_hash[:, None] == k.content_hash
+    shared = (a.example[:, :, None] == k.example[:, None]).any(0) & (k.view < 2)  # the question, or the answer
+    return related & ~itself, ~related & ~copy & ~shared
 
 
 def chosen(near, far, positive, negative, mining, fallback):
@@ -73,7 +76,7 @@ def twin(anchors, keys, margin, mining, fallback, form, divide_by):
     if mining == "all_semihard" or form == "hinge":
         mined = mined & (gap > 0)
     loss = gap if form == "hinge" else softplus(gap)
-    return loss[mined].sum(), int(mined.sum() if divide_by == "active" else pairs.sum())
+    return loss[mined].sum(), {"active": int(mined.sum()), "pairs": int(pairs.sum()), "sum": 0}[divide_by]
 
 
 # The 24 corners of the 24-cell: distances are 0, 1, 2, 3 or 4 without rounding, so that ties are ties.

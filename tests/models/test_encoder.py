@@ -77,7 +77,8 @@ def pool_by_row(pooling, states, mask):
     for i, row in enumerate(mask.bool()):
         layer = {"first_last": 1, "static_last": 0, "top_two": -2}.get(pooling, -1)
         hidden = (states[layer][i][row] + states[-1][i][row]) / 2
-        picked = {"cls": hidden[0], "max": hidden.max(0).values, "last": hidden[-1]}
+        weighted = sum((t + 1) * h for t, h in enumerate(hidden)) / sum(range(1, len(hidden) + 1))
+        picked = {"cls": hidden[0], "max": hidden.max(0).values, "last": hidden[-1], "weighted_mean": weighted}
         out.append(picked.get(pooling, hidden.mean(0)))
     return torch.stack(out)
 

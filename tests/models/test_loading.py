@@ -7,7 +7,7 @@ import torch
 
 from tercet.errors import InputError
 from tercet.models import load, save_model
-from tercet.models.folder import KEY, SETTINGS, encoder_spec
+from tercet.models.folder import KEY, SETTINGS, VERSION, encoder_spec
 from tests.conftest import MINILM, TEXTS
 
 
@@ -33,7 +33,7 @@ def test_a_run_is_its_model_folder_or_its_newest_checkpoint(encoder, tmp_path):
 def test_files_without_a_version_are_read_and_later_ones_are_refused(encoder, tmp_path):
     save_model(encoder, tmp_path / "model")
     settings = json.loads((tmp_path / "model" / SETTINGS).read_text())
-    assert settings.pop("version") == 1
+    assert settings.pop("version") == VERSION
     (tmp_path / "model" / SETTINGS).write_text(json.dumps(settings))
     assert torch.equal(load(tmp_path / "model").encode(TEXTS), encoder.encode(TEXTS))
     (tmp_path / "model" / SETTINGS).write_text(json.dumps({**settings, "version": 99}))
@@ -66,3 +66,19 @@ def test_what_cannot_be_opened_is_explained(encoder, tmp_path):
 def test_a_device_that_is_missing_is_named():
     with pytest.raises(InputError, match="device=cuda, but torch sees no GPU"):
         load(MINILM, device="cuda")
+
+
+@pytest.mark.parametrize("name", ["../x.txt", "/tmp/x.txt", "inner/x.txt"])
+def test_a_checkpoint_writes_nothing_outside_of_its_folder(encoder, tmp_path, name):
+    write_checkpoint(encoder, tmp_path / "x.ckpt", tokenizer={name: "x"})
+    with pytest.raises(InputError, match=r"it names the file .*x\.txt, outside of its own folder"):
+        load(tmp_path / "x.ckpt")
+
+
+def test_code_in_a_folder_is_not_run(tmp_path, capsys):
+    config = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "AutoModel": "mine.Model"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "mine.py").write_text("print('this was run')")
+    with pytest.raises(InputError, match=r"could not be read as a model.*custom code"):
+        load(tmp_path)
+    assert "this was run" not in capsys.readouterr().out

@@ -12,6 +12,7 @@ from tercet.data import samplers as batches_module
 from tercet.data.samplers import RandomBatchSampler, rank_slice
 from tercet.data.text_transform import TextTransform, content_hash
 from tercet.errors import InputError
+from tercet.losses import InfoNCE
 from tercet.models import load_tokenizer
 from tercet.training.datamodule import DataModule, RunLength
 from tests.conftest import MINILM, TEXTS, Ids
@@ -91,7 +92,7 @@ def test_a_batch_holds_what_the_rows_say(pieces, tmp_path, workers):
         for v, column in enumerate("ab"):
             ids = pieces(rows[column][uid], truncation=True, max_length=16)["input_ids"]
             assert batch.views[v].rows()[i].tolist() == ids
-            assert int(batch.content_hash[v, i]) == content_hash(rows[column][uid].encode())
+            assert int(batch.content_hash[v, i]) == content_hash(torch.tensor(ids, dtype=torch.int32).numpy().tobytes())
         assert int(batch.label[i]) == rows["label"][uid]
     assert batch.position.tolist() == batch.example_id.tolist()
 
@@ -178,3 +179,15 @@ def test_equal_texts_share_a_content_and_others_do_not():
     assert len(set(hashes.values())) == len(TEXTS)
     assert content_hash(TEXTS[0].encode()) == hashes[TEXTS[0]]
     assert datasets.Features({"x": datasets.Value("int64")}).encode_example({"x": min(hashes.values())})
+
+
+def test_texts_that_are_one_input_are_no_negatives(pieces):
+    """Equal after tokenizing: another case, other spaces, another end that is cut off."""
+    fox = "The quick brown fox jumps over it"
+    texts = [fox, fox.upper(), fox.lower(), fox.replace(" ", "  "), f"{fox} again", f"{fox}, and again"]
+    rows = TextTransform(pieces, 8).tokenize_rows({"text": texts}, ["text"])
+    assert len(set(rows["content_0"])) == 1
+    assert len(set(TextTransform(pieces, 10).tokenize_rows({"text": texts}, ["text"])["content_0"])) == 3
+    queries, documents = torch.randn(2, len(texts), 4)
+    assert InfoNCE()(queries, documents, content=rows["content_0"]) == 0
+    assert InfoNCE()(queries, documents) > 0

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tercet.app.components import build
 from tercet.errors import InputError
 from tercet.rng import derive_seed, uniform
-from tercet.types import RATE_SCALE, TokenBatch, _field_or_default
+from tercet.types import RATE_SCALE, TokenBatch
 from tercet.views import Crop, Deletion, FeatureCutoff, Masking, Repetition, Shuffle, SpanCutoff, TokenCutoff, TokenInfo, Views
 from tests.conftest import choices, composed
 
@@ -34,7 +34,7 @@ def seeds(n, seed=7):
 
 def cut(inputs, names):
     """A batch as one (ids, what travels along) per row."""
-    more = {name: _field_or_default(inputs, name).split(inputs.lengths.tolist()) for name in names}
+    more = {name: inputs.state_field(name).split(inputs.lengths.tolist()) for name in names}
     return [(row.tolist(), *(more[name][i].tolist() for name in names)) for i, row in enumerate(inputs.rows())]
 
 
@@ -167,8 +167,10 @@ def test_a_rate_that_leaves_nothing_is_refused(kind, rate):
 
 
 @pytest.mark.parametrize("name", choices("view"))
-def test_every_configuration_builds(name):
-    views = build(composed(f"view={name}", "objective=simcse_unsup").view)
+def test_every_configuration_builds(name, tmp_path):
+    (tmp_path / "synonyms.tsv").write_text("big\tlarge\n")
+    needed = [f"view.second.0.path={tmp_path}/synonyms.tsv"] if name == "synonyms" else []
+    views = build(composed(f"view={name}", "objective=simcse_unsup", *needed).view)
     assert views.identical == (name == "dropout")
 
 

@@ -15,6 +15,10 @@ from tercet.app.hydra_compat import config_folders
 from tercet.app.launch import num_devices, num_processes, started_by_launcher
 from tercet.app.record import ARTIFACTS
 from tercet.errors import InputError, require
+from tercet.messages import warn_once
+from tercet.models.engine.transformers_compat import pretrained_source
+from tercet.models.folder import DTYPES
+from tercet.models.sentence_transformers import default_prompt
 
 NEEDS = {  # what a component can declare that it needs, and how a user provides it
     "label": "labels: data.label=<column>",
@@ -96,7 +100,10 @@ def _batches(cfg: DictConfig, objective: Any, data: Any) -> None:
         other = choices("sampler", lambda s: _declared(s, "needs") <= given)
         where = f"{sampler.__name__} needs what data={data.name} does not provide"
         raise InputError(f"{where}: {_words(missing)}. Or use another sampler: {other}.")
-    if missing := _batch_needs(objective, count) - _declared(sampler, "provides"):
+    needed = _batch_needs(objective, count)
+    if given is not None and (missing := needed & {"label"} - given):
+        raise InputError(f"{objective.__name__} needs what data={data.name} does not provide: {_words(missing)}.")
+    if missing := needed - _declared(sampler, "provides") - {"label"}:
         fitting = choices("sampler", lambda s: missing <= _declared(s, "provides"))
         advice = f"{sampler.__name__} leaves that to chance. Use {fitting or 'another sampler'}."
         raise InputError(f"{objective.__name__} on {count} column(s) needs {_words(missing)}. {advice}")
@@ -175,6 +182,9 @@ def check_model(objective: Any, data: Any, several: bool) -> None:
     for part in encoder.text_parts():
         length, longest = data.transform.max_length, part.token_info().max_length
         require(length <= longest, f"data.max_length={length}, but the backbone takes {longest} tokens at most.")
+        own = default_prompt(pretrained_source(part.backbone))
+        if own and part.prompts.text != own:
+            warnings.warn(f"The backbone's folder puts {own!r} before each text: set model.prompt to do so.", stacklevel=2)
     if encoder.mixes_rows():
         _batch_norm(encoder.execution, several)
     if objective.makes_views and objective.view.identical and not encoder.has_dropout():
@@ -204,12 +214,18 @@ def _trainer(cfg: DictConfig) -> None:
             "model.execution.recompute=true model.execution.chunk_tokens=4096, which needs no more memory.",
             stacklevel=2,
         )
+    if str(cfg.optimized_metric).startswith("test/"):
+        why = "settings that are chosen by a test look better than they are on other data"
+        warn_once(f"optimized_metric={cfg.optimized_metric}: {why}. Choose by validation, as val/sts/stsb/spearman.")
     measured = OmegaConf.select(cfg, "validation.members") != {} and str(cfg.monitor).startswith("val/")
     example = "as evaluation@validation=stsb_dev monitor=val/sts/stsb/spearman."
     require(measured or not cfg.monitor, f"monitor={cfg.monitor}: a metric that the validation measures is needed, {example}")
     early = cfg.callback.early_stopping
     require(cfg.monitor or not early, f"callback=early_stopping needs a metric to watch: set monitor, {example}")
-    on_cpu = cfg.trainer.accelerator == "cpu" or (cfg.trainer.accelerator == "auto" and not torch.cuda.is_available())
+    known = f"save_dtype={cfg.save_dtype}: choose one of {', '.join(DTYPES)}."
+    require(cfg.save_dtype in DTYPES, known)
+    accelerator = cfg.trainer.accelerator
+    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
     if on_cpu and "16" in str(cfg.trainer.precision) and not torch.cpu.get_capabilities().get("avx512_bf16"):
         why = "this CPU computes no half precision itself; steps get many times slower. Use trainer.precision=32-true."
         warnings.warn(f"trainer.precision={cfg.trainer.precision}: {why}", stacklevel=2)

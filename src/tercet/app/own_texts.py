@@ -28,8 +28,10 @@ def choose_by_columns(cfg: DictConfig) -> DictConfig:
     if "objective" not in given:
         chosen.append(f"objective={objective_for(source)}")
         cfg = _compose_again(cfg, command + chosen)
-    if not given & {"selection", "monitor", "evaluation@validation"}:
-        chosen.append(f"selection={selection_for(get_class(cfg.objective._target_), len(source.columns))}")
+    if "selection" not in given:
+        own = given & {"monitor", "evaluation@validation"}
+        fitting = "none" if own else selection_for(get_class(cfg.objective._target_), len(source.columns))
+        chosen.append(f"selection={fitting}")
         cfg = _compose_again(cfg, command + chosen)
     if chosen:
         print_status(f"{' '.join(chosen)}, by the text columns: {', '.join(source.columns)}")

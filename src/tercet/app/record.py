@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
@@ -18,6 +19,7 @@ from tercet.app.components import walk
 from tercet.distributed.gather import rank
 from tercet.messages import describe_logger, log_errors
 
+EXAMPLES = "examples.npz"  # test metrics by example: names as in metrics.json without their stage
 ARTIFACTS = ("record", "model", "checkpoints")
 RECORD = (".yaml", ".txt", ".json", ".html", ".csv", ".png", ".md", ".patch")
 KEYS_WITHOUT_EFFECT = (  # keys, or their beginnings, that change no result
@@ -114,6 +116,14 @@ def write_metrics(output: Path, values: Metrics, name: str = "metrics.json") -> 
     partial = output / f".{name}.{os.getpid()}"
     partial.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     partial.replace(output / name)
+
+
+def write_examples(output: Path, evaluator: Any, encode: Any) -> None:
+    """Write the test's metrics by example, where the evaluator has some; ``compare`` asks what other examples would change."""
+    examples = evaluator.examples(encode) if hasattr(evaluator, "examples") else {}
+    values: Any = {name: np.asarray(x, np.float32) for name, x in examples.items()}
+    if values and is_main_process():
+        np.savez_compressed(output / EXAMPLES, **values)
 
 
 def first_difference(run: Path, cfg: DictConfig, counts: Callable[[str], bool]) -> str | None:

@@ -11,10 +11,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from omegaconf import DictConfig, OmegaConf
 
 from tercet.app.record import KEYS_WITHOUT_EFFECT, Metrics, stage_metrics
+from tercet.evaluation.significance import prediction_interval
 
 CURVES = (  # columns of metrics.csv, or how they begin
     "train/loss", "train/accuracy", "train/alignment", "train/uniformity", "train/active", "train/gradient_norm", "val/", "lr",
 )  # fmt: skip
+LESS_IS_BETTER = ("alignment", "uniformity", "loss", "perplexity", "forgotten")  # metrics, by how their names end
 SPEED = ("sentences_per_second", "tokens_per_second", "images_per_second", "padding", "waiting", "memory_gb", "skipped")
 
 
@@ -44,8 +46,8 @@ def write_report(output: Path, cfg: DictConfig, metrics: Metrics) -> None:
     _render(
         "run.html.j2",
         output / "report.html",
-        title=str(cfg.name),
-        subtitle=f"run {output.name}, seed {cfg.seed}",
+        title=run_title(cfg),
+        subtitle=f"experiment {cfg.name}, run {output.name}, seed {cfg.seed}",
         result=run_result(cfg, metrics, before, after),
         metrics=[(n, format_number(before.get(n)), format_number(after[n]), changes.get(n, "")) for n in names],
         charts=read_charts(output / "metrics.csv"),
@@ -71,27 +73,45 @@ def _render(template: str, path: Path, **values: Any) -> None:
     path.write_text(environment.get_template(template).render(values), encoding="utf-8")
 
 
+def run_title(cfg: DictConfig) -> str:
+    """What the run is about: the experiment or name that was given, else the file or the data set."""
+    given = dict(str(override).lstrip("+").partition("=")[::2] for override in cfg.command or [])
+    if "experiment" in given or "name" in given:
+        return str(cfg.name)
+    if "data.path" in given:
+        return Path(str(cfg.data.path)).name
+    return str(cfg.data.name) if "data" in given else str(cfg.name)
+
+
 def run_result(cfg: DictConfig, metrics: Metrics, before: Metrics, after: Metrics) -> Result:
     """The main metric before and after training, compared with ``expected`` where the experiment runs unchanged.
 
-    The main metric is the first that was measured of: ``expected``, ``optimized_metric``, the metrics of the test suite.
+    The main metric is the first that was measured of: ``expected``, ``optimized_metric`` (of the test suite, where it is one of
+    validation), the metrics of the test suite.
     """
-    candidates = (*cfg.expected, cfg.optimized_metric, *(f"test/{name}" for name in after))
-    main = next((name for name in candidates if name in metrics), None)
+    optimized = str(cfg.optimized_metric).replace("val/", "test/", 1)
+    main = next((name for name in (*cfg.expected, optimized, *(f"test/{name}" for name in after)) if name in metrics), None)
     if main is None:
         return Result("No test metric was measured.")
     name, value = main.removeprefix("test/"), metrics[main]
     start = f"{format_number(before[name])} → " if name in before else ""
-    headline = f"{name}: {start}{format_number(value)}"
+    loss = (before.get(name, value) - value) * (-1 if name.endswith(LESS_IS_BETTER) else 1)
+    headline = f"{'Worse than before training: ' if loss > 0 else ''}{name}: {start}{format_number(value)}"
     without_effect = (*KEYS_WITHOUT_EFFECT, "experiment", "seed", "sweep")
     if main not in cfg.expected or not all(o.lstrip("+").startswith(without_effect) for o in cfg.command or []):
         return Result(headline)
-    mean, sd = cfg.expected[main]
-    if sd is None:  # a number from a paper
-        return Result(f"{headline}.", f"The paper reports {format_number(mean)}.")
-    unexpected = abs(value - mean) > 3 * sd
-    note = f"Expected {format_number(mean)} ± {format_number(sd)} over seeds: {'not ' if unexpected else ''}as expected."
-    return Result(f"{headline}.", note, unexpected)
+    notes, unexpected = [], False
+    for mean, sd, count, source in cfg.expected[main]:
+        if sd is None:  # how far runs differ is not known
+            notes.append(f"{source}: {format_number(mean)}{f' over {count} seeds' if count > 1 else ''}.")
+            continue
+        low, high = prediction_interval(mean, sd, count)
+        outside = not low <= value <= high
+        further = f"95 % of further runs lie between {format_number(low)} and {format_number(high)}"
+        verdict = f"{'not ' if outside else ''}as expected"
+        notes.append(f"{source}: {format_number(mean)} ± {format_number(sd)} over {count} seeds; {further}: {verdict}.")
+        unexpected |= outside
+    return Result(f"{headline}.", " ".join(notes), unexpected)
 
 
 def _encode_images(paths: Sequence[Path]) -> dict[str, str]:

@@ -27,7 +27,8 @@ class Books:
     ``label`` is the document, ``position`` the number of the sentence in it. Left out are Project Gutenberg's license, lines
     without a letter and, counted in a warning, sentences of more than ``max_characters`` (their neighbors are then two
     positions apart) and files without a sentence. ``language`` is a code such as en or de. With ``held_out`` above 0, the
-    ``split`` "test" has whole books of at most that many sentences, "train" the other books.
+    ``split`` "test" has whole books of at most that many sentences, "train" the other books; with ``validation_rows`` some of
+    these are the ``split`` "validation".
 
     >>> import pathlib, tempfile
     >>> folder = pathlib.Path(tempfile.mkdtemp())
@@ -40,12 +41,13 @@ class Books:
     language: str = "en"
     split: str = "all"
     held_out: int = 0
+    validation_rows: int = 0
     max_characters: int = 1000
     columns: ClassVar[tuple[str, ...]] = ("text",)
     provides: ClassVar[frozenset[str]] = frozenset({"label", "position", "all_rows"})
 
     def __post_init__(self) -> None:
-        check_choice("split", self.split, SPLITS)
+        check_choice("split", self.split, (*SPLITS, "validation") if self.validation_rows else SPLITS)
         require(self.max_characters >= 1, f"`max_characters`={self.max_characters}: 1 or more.")
         require(re.fullmatch("[a-z]{2,3}", self.language), f"`language`={self.language}: a code as en, de or fr.")
         try:
@@ -60,7 +62,7 @@ class Books:
         data = resolve(self.path)
         table, names = _read(data, files_fingerprint("txt", data.files), self.language, self.max_characters)
         by = pa.chunked_array([np.array(names, dtype=object)[table["label"].to_numpy()]])
-        rows = split_rows(table, by, self.split, self.held_out, self.path)
+        rows = split_rows(table, by, self.split, self.held_out, self.path, self.validation_rows)
         features = {"text": Value("string"), "label": ClassLabel(names=names), "position": Value("int64")}
         return as_dataset(rows, self.fingerprint(), features)
 

@@ -31,7 +31,8 @@ class ImageFiles:
     ``image`` and ``label`` name the columns; None: found by their usual names, or as the only column that can hold images. In
     a folder the label is the name of the folder that a file is in; a file in ``root`` itself has none. ``where`` keeps rows by
     value: ``{"split": "train"}``. With ``held_out`` above 0, the ``split`` "test" has about that many images, at most a fifth,
-    of whole labels chosen by a hash, so that no label is in both splits; "train" has the others, "all" both.
+    of whole labels chosen by a hash, so that no label is in both splits; "train" has the others, "all" both. With
+    ``validation_rows`` about as many of the other images, of whole labels too, are the ``split`` "validation".
 
     >>> import pathlib, tempfile
     >>> from PIL import Image
@@ -49,10 +50,11 @@ class ImageFiles:
     where: Mapping[str, Any] | None = field(default=None, hash=False)
     split: str = "all"
     held_out: int = 0
+    validation_rows: int = 0
     columns: ClassVar[tuple[str, ...]] = ("image",)
 
     def __post_init__(self) -> None:
-        cols.check_split(self.split, self.held_out)
+        cols.check_split(self.split, self.held_out, self.validation_rows)
         schema, here = resolve_images(self.path).schema(), f"`path`={self.path}"
         names = schema.names
         image = cols.check_column(here, names, self.image, "image") if self.image else _first(names, IMAGE_NAMES)
@@ -61,8 +63,10 @@ class ImageFiles:
         has = f"{here} has the columns {', '.join(names)}"
         require(image, f"{has}: say which holds images with `image`=...")
         label = cols.check_column(here, names, self.label, "label") if self.label else _first(names, LABEL_NAMES)
-        advice = "Name that of the labels with `label`=..., or use `held_out`=0."
-        require(label or not self.held_out, f"`held_out`={self.held_out} holds out whole labels, but {has}. {advice}")
+        for key in ("held_out", "validation_rows"):
+            advice = f"Name that of the labels with `label`=..., or use `{key}`=0."
+            count = getattr(self, key)
+            require(label or not count, f"`{key}`={count} holds out whole labels, but {has}. {advice}")
         vars(self).update(image=image, label=label, where=cols.where_values(self.where, names, self.path))
 
     @property
@@ -84,7 +88,7 @@ class ImageFiles:
             cells["label"], names = cols.label_ids(table[self.label], self.path, self.label)
             features["label"] = ClassLabel(names=names) if names else Value("int64")
         by = table[self.label or self.image]  # without labels nothing is held out
-        rows = cols.split_rows(pa.table(cells), by, self.split, self.held_out, self.path)
+        rows = cols.split_rows(pa.table(cells), by, self.split, self.held_out, self.path, self.validation_rows)
         return cols.as_dataset(rows, self.fingerprint(), features)
 
     def fingerprint(self) -> str:

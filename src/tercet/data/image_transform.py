@@ -25,12 +25,13 @@ ASPECT = 3 / 4
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random changes of an image, in the order crop, flip, color, jpeg, erase; 0 turns one off, except ``crop``: 1.
+    """Random changes of an image, in the order crop, flip, color, jpeg, erase, cutoff; 0 turns one off, except ``crop``: 1.
 
     ``crop``: a random part of at least this share of the area, or as much of it as a square holds, with an aspect ratio of at
     most 1 to max(``crop``, 3/4), is resized to S x S. ``flip``: the probability of a mirror image. ``color``: brightness,
     contrast and saturation change by up to this share. ``jpeg``: the probability of JPEG compression of quality 10 to 90.
-    ``erase``: the probability that a rectangle of 2 to 20 % of the area becomes noise.
+    ``erase``: the probability that a rectangle of 2 to 20 % of the area becomes noise; ``cutoff``: that the pixels of one
+    become 0 (DeVries and Taylor 2017, arXiv:1708.04552).
 
     >>> picture = Image.new("RGB", (50, 40))
     >>> Augmentation(crop=0.6)(picture, 32, np.random.default_rng(0)).size
@@ -42,9 +43,10 @@ class Augmentation:
     color: float = 0.0
     erase: float = 0.0
     jpeg: float = 0.0
+    cutoff: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("flip", "color", "erase", "jpeg"):
+        for name in ("flip", "color", "erase", "jpeg", "cutoff"):
             require(0 <= getattr(self, name) <= 1, f"`{name}`={getattr(self, name)}: from 0 (off) to 1.")
         require(0 < self.crop <= 1, f"`crop`={self.crop}: a share of the area, above 0, up to 1 (off).")
 
@@ -64,7 +66,11 @@ class Augmentation:
             file = io.BytesIO()
             picture.save(file, "jpeg", quality=int(rng.integers(QUALITY[0], QUALITY[1] + 1)))
             picture = Image.open(file).convert(picture.mode)
-        return _erase(picture, rng) if rng.random() < self.erase else picture
+        if rng.random() < self.erase:
+            picture = _erase(picture, rng, 256)
+        if self.cutoff and rng.random() < self.cutoff:
+            picture = _erase(picture, rng, 1)
+        return picture
 
 
 def _box(width: int, height: int, crop: float, rng: np.random.Generator) -> tuple[float, float, float, float]:
@@ -78,7 +84,8 @@ def _box(width: int, height: int, crop: float, rng: np.random.Generator) -> tupl
     return left, top, min(width, left + wide), min(height, top + high)
 
 
-def _erase(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
+def _erase(picture: Image.Image, rng: np.random.Generator, values: int) -> Image.Image:
+    """Fill a random rectangle with noise, of as many ``values`` from 0."""
     area = picture.width * picture.height * rng.uniform(*ERASED)
     ratio = math.exp(rng.uniform(math.log(0.3), math.log(1 / 0.3)))
     width = max(1, min(picture.width, round(math.sqrt(area * ratio))))
@@ -86,7 +93,7 @@ def _erase(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
     left, top = (int(rng.integers(0, most + 1)) for most in (picture.width - width, picture.height - height))
     shape = (height, width, 3) if picture.mode == "RGB" else (height, width)
     out = picture.copy()
-    out.paste(Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)), (left, top))
+    out.paste(Image.fromarray(rng.integers(0, values, shape, dtype=np.uint8)), (left, top))
     return out
 
 

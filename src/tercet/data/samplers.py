@@ -1,8 +1,8 @@
-"""Batch samplers: random rows, P labels with K rows each, windows of consecutive sentences."""
+"""Batch samplers: random rows, rows that share no text, P labels with K rows each, windows of consecutive sentences."""
 
 from collections.abc import Callable, Iterator, Sized
 from functools import reduce
-from itertools import islice
+from itertools import chain, count, islice
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Sampler
 
 from tercet.distributed.gather import rank, world_size
-from tercet.errors import require
+from tercet.errors import InputError, require
 from tercet.messages import warn_once
 from tercet.types import BatchDataset, BatchIndices
 
@@ -71,6 +71,62 @@ class RandomBatchSampler(SeededBatchSampler):
             yield self._share(order[number * self.batch_size : (number + 1) * self.batch_size], number)
 
 
+class NoDuplicatesBatchSampler(SeededBatchSampler):
+    """Batches in which no two rows share the text of their anchor or positive, the first two columns.
+
+    Rows come in shuffled passes over all of them. One that shares a text with a row of the batch waits for the next batch;
+    where many wait, rows of the next pass fill the batches of the epoch, which has as many as ``RandomBatchSampler``. A batch
+    is short where no other row fits. Texts are compared by ``dataset.content_hash (V, N)``.
+
+    >>> from types import SimpleNamespace
+    >>> dataset = SimpleNamespace(content_hash=torch.tensor([[7, 7, 8, 9], [1, 2, 3, 4]]))  # a question with two answers
+    >>> [batch.rows for batch in NoDuplicatesBatchSampler(dataset, batch_size=2, seed=0)]
+    [[2, 0], [1, 3]]
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"all_rows"})
+
+    def __init__(self, dataset: BatchDataset, batch_size: int, seed: int) -> None:
+        super().__init__(batch_size, seed)
+        content = getattr(dataset, "content_hash", None)
+        if content is None:
+            raise InputError("NoDuplicatesBatchSampler compares texts, and these rows are images. Use RandomBatchSampler.")
+        self.texts: list[tuple[int, ...]] = list(zip(*content[:2].tolist(), strict=True))
+        most = min(len(set(column)) for column in zip(*self.texts, strict=True))
+        advice = f"Use `batch_size`={most} or less, or a sampler that repeats texts, as RandomBatchSampler"
+        require(batch_size <= most, f"`batch_size`={batch_size}, but a column has only {most} different texts. {advice}.")
+
+    def __len__(self) -> int:
+        return len(self.texts) // self.batch_size
+
+    def __iter__(self) -> Iterator[BatchIndices]:
+        for number, rows in zip(range(len(self)), self.batches(), strict=False):
+            yield self._share(np.array(rows), number)
+
+    def batches(self) -> Iterator[list[int]]:
+        """The epoch's global batches, without end."""
+        rng = np.random.default_rng([self.seed, self.epoch])
+        passes = (row for _ in count() for row in rng.permutation(len(self.texts)).tolist())
+        waiting: dict[int, None] = {}  # rows in the order in which they came
+        while True:
+            batch, texts = dict[int, None](), set[int]()
+            for row in chain(list(waiting), islice(passes, 2 * len(self.texts))):  # a whole pass is among them
+                if texts.isdisjoint(self.texts[row]):
+                    batch[row] = None
+                    texts.update(self.texts[row])
+                    waiting.pop(row, None)
+                    if len(batch) == self.batch_size:
+                        break
+                elif row not in batch:
+                    waiting[row] = None
+            else:
+                short = (
+                    f"a batch has {len(batch)} rows, not `batch_size`={self.batch_size}: each other row shares a text with one"
+                )
+                warn_once(f"NoDuplicatesBatchSampler: {short}.")
+            yield list(batch)
+
+
 class ResumableSampler(Sampler[BatchIndices]):
     """The rest of an epoch of ``sampler``, for a run that is resumed in its middle after ``done()`` batches."""
 
@@ -97,8 +153,9 @@ class PKBatchSampler(SeededBatchSampler):
     FaceNet's batch (arXiv:1503.03832, section 3.2) has 1,800 rows, 40 of each label. Labels come in shuffled passes over all
     of them. A label gives K rows that it has not given before, as long as it has any; one with fewer than K rows gives those
     that it has and leaves room for more labels, so that a batch is always full. Distractors are rows whose label occurs once
-    or that have none; then rows of other labels; then rows of labels in the batch. No row is in a batch twice. Set
-    ``neighbors`` (label to its confusable labels, nearest first) to make such labels follow each other in a pass.
+    or that have none; then random rows of other labels, one of each before any gives a second (which would be its positive);
+    then rows of labels in the batch. No row is in a batch twice. Set ``neighbors`` (label to its confusable labels, nearest
+    first) to make such labels follow each other in a pass.
 
     >>> from types import SimpleNamespace
     >>> dataset = SimpleNamespace(label=torch.tensor([0, 0, 1, 1, 2, 2]))
@@ -182,7 +239,9 @@ class PKBatchSampler(SeededBatchSampler):
             return single
         left = np.setdiff1d(np.arange(self.size), np.concatenate([single, taken]))
         same = np.isin(self.values[left], self.values[taken])
-        more = np.concatenate([rng.permutation(left[~same]), rng.permutation(left[same])])
+        others = rng.permutation(left[~same])
+        first = np.sort(np.unique(self.values[others], return_index=True)[1])  # a row of each label
+        more = np.concatenate([others[first], np.delete(others, first), rng.permutation(left[same])])
         return np.concatenate([single, more[: count - len(single)]])
 
     def _labels(self, rng: np.random.Generator) -> Iterator[int]:

@@ -23,9 +23,11 @@ from tercet.errors import require
 from tercet.paths import check_writable
 from tercet.types import Batch, BatchIndices, Source, TokenBatch
 
+FORMAT = 2  # of cached rows: in the first one ``content_v`` was a hash of the text
+
 
 def content_hash(data: bytes) -> int:
-    """A signed 64-bit hash of a cell, the same in every run and process."""
+    """A signed 64-bit hash of what the model gets of a cell, the same in every run and process."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 
@@ -38,6 +40,7 @@ def cache_folder(cache: str | None) -> Path:
 class TextTransform:
     """Turns rows of text into token ids, with special tokens, of at most ``max_length`` tokens.
 
+    ``prompt`` is put before each text: one for all columns, or a list with one for each.
     The ids of a source are made once and kept in the folder ``cache`` (None: ``TERCET_CACHE``, else ``~/.cache/tercet``).
 
     >>> from tokenizers import Tokenizer, models, pre_tokenizers
@@ -52,6 +55,7 @@ class TextTransform:
     tokenizer: PreTrainedTokenizerBase
     max_length: int = 32
     cache: str | None = None
+    prompt: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         require(self.max_length >= 3, f"`max_length`={self.max_length}: at least 3 tokens, two of which are special.")
@@ -76,15 +80,26 @@ class TextTransform:
         return TokenRows(Dataset.from_file(str(path)), len(columns))
 
     def tokenize_rows(self, rows: dict[str, list[Any]], columns: Sequence[str]) -> dict[str, list[Any]]:
-        """For each column v ``ids_v`` and ``content_v``, a hash; ``label`` and ``position``, -1 where there is none."""
-        size = len(rows[columns[0]])
+        """For each column v ``ids_v`` and their hash ``content_v``; ``label`` and ``position``, -1 where there is none.
+
+        Texts that differ only in what the tokenizer drops (case, what is cut off) are the same input, with the same hash.
+        """
+        size, prompts = len(rows[columns[0]]), self.prompts(columns)
         out = {name: rows.get(name, [-1] * size) for name in ("label", "position")}
         for v, column in enumerate(columns):
-            texts = rows[column]
+            texts = [prompts[v] + text for text in rows[column]] if prompts[v] else rows[column]
             encoded = self.tokenizer(texts, truncation=True, max_length=self.max_length, return_attention_mask=False)
             out[f"ids_{v}"] = encoded["input_ids"]
-            out[f"content_{v}"] = [content_hash(text.encode()) for text in texts]
+            out[f"content_{v}"] = [content_hash(np.array(ids, dtype="<i4").tobytes()) for ids in encoded["input_ids"]]
         return out
+
+    def prompts(self, columns: Sequence[str]) -> list[str]:
+        """The prompt of each column; ``InputError`` unless there is one for all, or one for each."""
+        if self.prompt is None or isinstance(self.prompt, str):
+            return [self.prompt or ""] * len(columns)
+        fault = f"`prompt` has {len(self.prompt)} texts, and the rows {len(columns)} columns ({', '.join(columns)})"
+        require(len(self.prompt) == len(columns), f"{fault}. Give one for each, or one text for all.")
+        return list(self.prompt)
 
     def features(self, columns: Sequence[str]) -> Features:
         """The types of the columns in the cache."""
@@ -100,7 +115,8 @@ class TextTransform:
             state = f"{type(self.tokenizer)}{self.tokenizer.name_or_path}"
         else:  # truncation and padding are those of the tokenizer's last call
             state = str({k: v for k, v in json.loads(fast.to_str()).items() if k not in ("truncation", "padding")})
-        return hashlib.blake2b(f"{state}{list(columns)}{self.max_length}".encode(), digest_size=8).hexdigest()
+        prompts = f"{self.prompts(columns)}" if self.prompt else ""
+        return hashlib.blake2b(f"{FORMAT}{state}{list(columns)}{self.max_length}{prompts}".encode(), digest_size=8).hexdigest()
 
 
 class TokenRows:
@@ -121,6 +137,11 @@ class TokenRows:
     def position(self) -> Tensor:
         """``(N,)``, -1 where there is none."""
         return _tensor(self.rows["position"][:])
+
+    @property
+    def content_hash(self) -> Tensor:
+        """``(V, N)``, equal for equal texts."""
+        return torch.stack([_tensor(self.rows[f"content_{v}"][:]) for v in range(self.num_views)])
 
     def __getitem__(self, indices: BatchIndices) -> Batch:
         return collate(self.rows[indices.rows], torch.tensor(indices.rows), self.num_views)

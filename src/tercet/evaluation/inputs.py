@@ -190,10 +190,12 @@ def check_tasks(tasks: Sequence[str], known: Sequence[str]) -> None:
 def read_tasks(
     path: str | Path, columns: Sequence[str], tasks: Sequence[str], splits: Sequence[str] = ()
 ) -> dict[str, list[dict[str, Any]]]:
-    """Read each task's rows, of ``splits`` if given: ``columns`` and ``row``, their numbers from 1; without empty tasks."""
-    accepted = f"a .parquet, .csv, .tsv or .jsonl file with the columns {', '.join(columns)}{', or hub' if splits else ''}"
-    table = read_table(path, "path", columns, accepted)
-    rows = [dict(zip(columns, cells, strict=True), row=i) for i, cells in enumerate(zip(*table.values(), strict=True), start=1)]
+    """Read each task's rows, of ``splits`` if given, without empty tasks: ``columns``, and ``where`` for messages."""
+    accepted = f"SentEval's folder data/downstream{', hub' if splits else ''}, or a .parquet, .csv, .tsv or .jsonl file"
+    table = read_table(path, "path", columns, f"{accepted} with the columns {', '.join(columns)}")
+    rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*table.values(), strict=True)]
+    for number, row in enumerate(rows, start=1):
+        row["where"] = f"`path`={path}, row {number} ({row['task']})"
     found: dict[str, list[dict[str, Any]]] = {task: [] for task in tasks}
     for row in rows:
         if row["task"] in found and (not splits or row["split"] in splits):
@@ -243,6 +245,11 @@ class EvaluatorGroup:
         suites = tuple(f"{name}/" for name in tables)
         rest = [f"{name}  {value:.4f}" for name, value in metrics.items() if not name.startswith(suites)]
         return "\n\n".join(filter(None, [*tables.values(), "\n".join(rest)]))
+
+    def examples(self, encode: EncodeFunction) -> dict[str, Any]:
+        """The members' metrics by example, where they have some."""
+        members = [getattr(evaluator, "examples", None) for evaluator in self.members.values()]
+        return {name: values for examples in members if examples for name, values in examples(encode).items()}
 
     def figures(self, encode: EncodeFunction) -> dict[str, Any]:
         """Draw the matplotlib figures of the members that have some, named ``<member>_<figure>``."""

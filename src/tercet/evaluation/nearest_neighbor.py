@@ -26,7 +26,8 @@ class NearestNeighbor:
     has, can be found but are no queries. ``nearest_neighbor/<name>/...``, means over queries, of which R items have the label:
     ``recall@k`` (is any of the k nearest of the label?), ``r_precision`` (the share of the R nearest that are), ``map@r``
     (1/R sum over i <= R of P(i) rel(i); Musgrave et al. 2020, arXiv:2003.08505, eq. 2), and ``knn_accuracy`` (is the label the
-    ``majority_label`` of the ``neighbors`` nearest?).
+    ``majority_label`` of the ``neighbors`` nearest? A tie of votes goes to the larger sum of cosines). Items of equal cosine
+    come in the order of a hash of their contents, on which labels have no influence.
 
     >>> source = {"text": ["ab", "aab", "cd", "dd"], "label": [0, 0, 1, 1]}
     >>> encode = lambda texts: torch.tensor([[text.count(letter) for letter in "abcd"] for text in texts])
@@ -48,6 +49,14 @@ class NearestNeighbor:
 
     def __call__(self, encode: EncodeFunction) -> dict[str, float]:
         """Measure, with one call of ``encode``."""
+        names, values = self._measure_queries(encode)
+        return dict(zip(names, values.mean(1).tolist(), strict=True))
+
+    def examples(self, encode: EncodeFunction) -> dict[str, Tensor]:
+        """The metrics of each query, ``(Q,)``, whose means ``__call__`` returns; in an order that the labels determine."""
+        return dict(zip(*self._measure_queries(encode), strict=True))
+
+    def _measure_queries(self, encode: EncodeFunction) -> tuple[list[str], Tensor]:
         suite = f"nearest_neighbor of {self.name}"
         items = read_labeled_items(self.source, suite)
         label, own, pool = self._pool(items, suite)
@@ -65,11 +74,14 @@ class NearestNeighbor:
             warn_once(f"{suite}: {count - labeled} of {count} items have no label; they are no queries.")
         z = encode_unit(encode, [*(() if self.reference is None else items.items), *pool.items], suite).float()
         x, y = (z, z) if self.reference is None else z.split([len(items.label), len(pool.label)])
-        metrics = self._measure(x[chosen], y, own[chosen], label[chosen], pool.label, relevant[chosen])
-        return {f"nearest_neighbor/{self.name}/{metric}": value for metric, value in metrics.items()}
+        names = [*(f"recall@{k}" for k in self.ks), "r_precision", "map@r", "knn_accuracy"]
+        values = self._measure(x[chosen], y, own[chosen], label[chosen], pool.label, relevant[chosen])
+        return [f"nearest_neighbor/{self.name}/{metric}" for metric in names], values
 
-    def _measure(self, x: Tensor, y: Tensor, own: Tensor, label: Tensor, labels: Tensor, relevant: Tensor) -> dict[str, float]:
+    def _measure(self, x: Tensor, y: Tensor, own: Tensor, label: Tensor, labels: Tensor, relevant: Tensor) -> Tensor:
         """The metrics of queries ``x (Q, D)``, of labels ``label (Q,)``, in a pool ``y (M, D)``, of labels ``labels (M,)``.
+
+        A row for each metric, a column for each query, those with the fewest relevant items first.
 
         ``own (Q,)`` is a query's index in the pool or -1, ``relevant (Q,)`` is R.
         """
@@ -85,8 +97,7 @@ class NearestNeighbor:
             vote = majority_label(found_label[:, : self.neighbors], cosine[:, : self.neighbors])
             recalls = [(hit[:, :k].sum(1) > 0).double() for k in self.ks]
             parts.append(torch.stack([*recalls, within.sum(1) / r, average, (vote == label[rows]).double()]))
-        names = [*(f"recall@{k}" for k in self.ks), "r_precision", "map@r", "knn_accuracy"]
-        return dict(zip(names, torch.cat(parts, 1).mean(1).tolist(), strict=True))
+        return torch.cat(parts, 1)
 
     def _pool(self, items: LabeledItems, suite: str) -> tuple[Tensor, Tensor, LabeledItems]:
         """The items' labels in the numbering of the pool, their own indices in it (-1: none), and the pool."""

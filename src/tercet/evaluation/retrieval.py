@@ -41,10 +41,14 @@ class Retrieval:
 
     def __call__(self, encode: EncodeFunction) -> dict[str, float]:
         """Measure, with one call of ``encode``."""
+        return {name: float(values.mean()) for name, values in self.examples(encode).items()}
+
+    def examples(self, encode: EncodeFunction) -> dict[str, Tensor]:
+        """The metrics of each query, ``(Q,)``, whose means ``__call__`` returns."""
         queries, documents, relevant = self._texts()
         x, y = as_embeddings(encode, [*queries, *documents]).split([len(queries), len(documents)])
-        metrics = retrieval_metrics(relevant_ranks(x, y, relevant), self.ks)
-        return {f"retrieval/{self.name}/{metric}": value for metric, value in metrics.items()}
+        values = query_metrics(relevant_ranks(x, y, relevant), self.ks)
+        return {f"retrieval/{self.name}/{metric}": of_queries for metric, of_queries in values.items()}
 
     def _texts(self) -> tuple[list[str], list[str], list[list[int]]]:
         """Distinct queries, distinct documents, and each query's relevant documents by index."""
@@ -80,14 +84,14 @@ def relevant_ranks(x: Tensor, y: Tensor, relevant: Sequence[Sequence[int]], bloc
     return out
 
 
-def retrieval_metrics(ranks: Sequence[Tensor], ks: Sequence[int]) -> dict[str, float]:
-    """The metrics of each query's ranks of relevant documents; torchmetrics takes 15 times as long, and ranks ties by index."""
+def query_metrics(ranks: Sequence[Tensor], ks: Sequence[int]) -> dict[str, Tensor]:
+    """``(Q,)``, from each query's ranks of relevant documents; torchmetrics takes 15 times as long, and ranks ties by index."""
     first = torch.stack([r[0] for r in ranks])
-    metrics = {f"recall@{k}": float((first <= k).double().mean()) for k in ks}
-    metrics["mrr"] = float((1 / first.double()).mean())
+    metrics = {f"recall@{k}": (first <= k).double() for k in ks}
+    metrics["mrr"] = 1 / first.double()
     both = [(r, torch.arange(1, len(r) + 1)) for r in ranks]  # the ranks found, and the best
-    metrics["ndcg@10"] = float(torch.stack([_gain(r[r <= 10]) / _gain(best[:10]) for r, best in both]).mean())
-    metrics["map"] = float(torch.stack([(best / r.double()).mean() for r, best in both]).mean())
+    metrics["ndcg@10"] = torch.stack([_gain(r[r <= 10]) / _gain(best[:10]) for r, best in both])
+    metrics["map"] = torch.stack([(best / r.double()).mean() for r, best in both])
     return metrics
 
 

@@ -9,17 +9,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import pearsonr, spearmanr
+from scipy.stats import pearsonr, rankdata, spearmanr, zscore
 from torch import Tensor
 
 from tercet.errors import InputError, check_choice, require
 from tercet.evaluation.alignment_uniformity import alignment, uniformity
 from tercet.evaluation.inputs import Floats, Strings, check_tasks, clean_sentence, encode_once, read_tasks
+from tercet.evaluation.senteval import COUNTS, SentEval
 from tercet.messages import warn_once
+from tercet.paths import locate
 from tercet.types import EncodeFunction
 
 STS_COLUMNS = ("task", "subset", "split", "sentence1", "sentence2", "score")
-# The hub's copies do not say which subset a pair is from.
+# mteb's copies: raw text where SentEval's is tokenized and in lower case, all 9,927 pairs of SICK-R, no subsets.
 HUB = {f"STS{year}": f"mteb/sts{year}-sts" for year in range(12, 17)}
 HUB |= {"STS-B": "mteb/stsbenchmark-sts", "SICK-R": "mteb/sickr-sts"}
 STS_TASKS = tuple(HUB)
@@ -64,13 +66,15 @@ def correlations(scores: Floats, gold: Floats, subset: Strings | None) -> dict[s
 class STS:
     r"""Correlates cosines with gold scores, without a regressor and without truncating sentences.
 
-    ``path`` is a table with the columns task, subset, split, sentence1, sentence2, score (parquet, csv, tsv, jsonl), or "hub":
-    mteb's public sets, which lack the subsets and so ``_mean`` and ``_wmean`` of the years. ``split`` is test, or dev.
+    ``path`` is SentEval's folder data/downstream, which has the pairs of published tables; a table with the columns task,
+    subset, split, sentence1, sentence2, score (parquet, csv, tsv, jsonl); or "hub": mteb's public sets, of other text and
+    partly other pairs, so that their metrics have other names, ``sts/<task>_hub/...``. ``split`` is test, or dev.
 
-    ``sts/<task>/<spearman|pearson>_<all|mean|wmean>``; STS-B and SICK-R are one set, so that all three are equal, also
-    ``spearman`` and ``pearson``. ``sts/avg/...`` is the unweighted mean over several tasks of every name that all have; the
-    paper's average is of scores rounded to two decimals. A cosine that does not exist is 0; equal cosines correlate 0.
-    ``sts/stsb/alignment`` is over pairs with a gold score above 4 (if any), ``uniformity`` over all STS-B sentences.
+    ``sts/<task>/<spearman|pearson>_<all|mean|wmean>``; of STS-B and SICK-R, which are one set each, ``spearman`` and
+    ``pearson``. ``sts/avg/<...>_<all|mean|wmean>`` is the unweighted mean over several tasks, where those two count for all
+    three ways, and the hub has ``_all`` only; the paper's average is of scores rounded to two decimals. A cosine that does not
+    exist is 0; equal cosines correlate 0. ``sts/stsb/alignment`` is over pairs with a gold score above 4 (if any),
+    ``uniformity`` over all STS-B sentences.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp(), "sts.csv")
@@ -96,9 +100,17 @@ class STS:
         """By task, in the paper's order, read at first use; without pairs that have no gold score, as in SentEval."""
         tasks = [task for task in STS_TASKS if task in self.tasks]
         if self.path == "hub":
-            return {task: _sts_pairs(f"hub ({HUB[task]})", task, _load_hub(task, self.split)) for task in tasks}
-        rows = read_tasks(self.path, STS_COLUMNS, tasks, STS_SPLITS[self.split])
-        return {task: _sts_pairs(self.path, task, some) for task, some in rows.items()}
+            rows = {task: _load_hub(task, self.split) for task in tasks}
+        elif (folder := locate(str(self.path))).is_dir():
+            senteval = SentEval(folder, self.path)
+            rows = {task: senteval.sts(task, self.split) for task in tasks}
+        else:
+            rows = read_tasks(self.path, STS_COLUMNS, tasks, STS_SPLITS[self.split])
+        pairs = {task: _sts_pairs(self.path, task, some) for task, some in rows.items()}
+        counts = {task: (len(p.gold), COUNTS[task][self.split]) for task, p in pairs.items()}
+        if other := ", ".join(f"{task} {count:,} for {known:,}" for task, (count, known) in counts.items() if count != known):
+            warn_once(f"{self.path}: other numbers of pairs than SentEval's ({other}): not comparable with published results.")
+        return pairs
 
     def __call__(self, encode: EncodeFunction) -> dict[str, float]:
         """Measure, with one call of ``encode``."""
@@ -108,16 +120,36 @@ class STS:
         for task, p in self.pairs.items():
             x, y = embed(p.first).double(), embed(p.second).double()
             found.append(values := correlations(_cosine(x, y).numpy(), p.gold, p.subset))
-            plain = {kind: values[f"{kind}_all"] for kind in ("spearman", "pearson") if task in UNDIVIDED}
-            metrics |= {f"sts/{TASK_KEYS[task]}/{name}": value for name, value in (values | plain).items()}
+            if task in UNDIVIDED:
+                values = {kind: values[f"{kind}_all"] for kind in ("spearman", "pearson")}
+            metrics |= {f"{self._prefix(task)}/{name}": value for name, value in values.items()}
             if task == "STS-B":
-                close = torch.from_numpy(p.gold > 4)  # the positives of SimCSE, section 2.3
-                metrics |= {"sts/stsb/alignment": alignment(x[close], y[close])} if close.any() else {}
-                metrics["sts/stsb/uniformity"] = uniformity(embed(list(dict.fromkeys((*p.first, *p.second)))))
+                close = torch.from_numpy(p.gold > 4)  # the positives of SimCSE, section 3, footnote 3
+                metrics |= {f"{self._prefix(task)}/alignment": alignment(x[close], y[close])} if close.any() else {}
+                metrics[f"{self._prefix(task)}/uniformity"] = uniformity(embed(list(dict.fromkeys((*p.first, *p.second)))))
         if len(found) > 1:
             shared = [name for name in CORRELATIONS if all(name in values for values in found)]
-            metrics |= {f"sts/avg/{name}": float(np.mean([values[name] for values in found])) for name in shared}
+            metrics |= {f"{self._prefix('avg')}/{name}": float(np.mean([values[name] for values in found])) for name in shared}
         return metrics
+
+    def examples(self, encode: EncodeFunction) -> dict[str, Floats]:
+        """Each pair's part in Spearman's correlation, ``(N,)``: the product of its standardized ranks, whose mean it is."""
+        embed = encode_once(encode, [text for p in self.pairs.values() for text in (*p.first, *p.second)])
+        parts = {}
+        for task, p in self.pairs.items():
+            cosine = _cosine(embed(p.first).double(), embed(p.second).double()).numpy()
+            varies = np.ptp(cosine) > 0  # else 0, as in ``correlations``
+            parts[task] = zscore(rankdata(cosine)) * zscore(rankdata(p.gold)) if varies else np.zeros(len(cosine))
+        values = {f"{self._prefix(task)}/spearman{'' if task in UNDIVIDED else '_all'}": part for task, part in parts.items()}
+        if len(parts) > 1:  # so weighted that the mean over all pairs is the mean of the tasks
+            count = sum(map(len, parts.values())) / len(parts)
+            values[f"{self._prefix('avg')}/spearman_all"] = np.concatenate(
+                [part * count / len(part) for part in parts.values()]
+            )
+        return values
+
+    def _prefix(self, task: str) -> str:
+        return f"sts/{TASK_KEYS[task]}{'_hub' if self.path == 'hub' else ''}"
 
     def figures(self, encode: EncodeFunction) -> dict[str, Any]:
         """Draw ``sts_gold``: the cosine of each pair over its gold score, a panel for each task."""
@@ -129,24 +161,36 @@ class STS:
 
     def table(self, metrics: Mapping[str, float]) -> str:
         """Format the paper's table, of metrics named as they were returned."""
+        if self.path == "hub":
+            table = sts_table({name.replace("_hub/", "/"): value for name, value in metrics.items()})
+            return f"STS, {self.split} split, x100, of the hub's sets: not the pairs of published tables\n{table}"
         return f"STS, {self.split} split, x100\n{sts_table(metrics)}"
 
 
 def sts_table(metrics: Mapping[str, float], prefix: str = "") -> str:
     """Format SimCSE's table as plain text, times 100; ``prefix``, as ``test/``, is before ``sts/`` in the names of metrics.
 
-    >>> print(sts_table({f"sts/{TASK_KEYS[task]}/spearman_all": 0.76254 for task in (*STS_TASKS, "avg")}))
-                     STS12   STS13   STS14   STS15   STS16   STS-B  SICK-R    Avg.
-    Spearman all     76.25   76.25   76.25   76.25   76.25   76.25   76.25   76.25
+    >>> print(sts_table({"sts/sts12/spearman_all": 0.76254, "sts/stsb/spearman": 0.5, "sts/avg/spearman_all": 0.63127}))
+                     STS12   STS-B    Avg.
+    Spearman all     76.25   50.00   63.13
+    Not measured: STS13, STS14, STS15, STS16, SICK-R. The paper's average is over all 7 tasks.
     """
-    present = [task for task in STS_TASKS if f"{prefix}sts/{TASK_KEYS[task]}/spearman_all" in metrics]
+
+    def value(key: str, name: str) -> float | None:  # of a set without subsets there is one of each kind
+        plain, _, over = name.partition("_")
+        names = (f"{prefix}sts/{key}/{name}" for name in (plain, f"{plain}_{over or 'all'}"))
+        return next((metrics[name] for name in names if name in metrics), None)
+
+    present = [task for task in STS_TASKS if value(TASK_KEYS[task], "spearman") is not None]
     columns = {task: TASK_KEYS[task] for task in present} | ({"Avg.": "avg"} if len(present) > 1 else {})
     lines = [" " * 14 + "".join(f"{title:>8}" for title in columns)]
-    for name in CORRELATIONS[:4]:  # those that the paper reports
-        values = [metrics.get(f"{prefix}sts/{column}/{name}") for column in columns.values()]
-        if any(value is not None for value in values):
-            cells = ("-" if value is None else f"{100 * value:.2f}" for value in values)
-            lines.append(f"{name.replace('_', ' ').capitalize():<14}" + "".join(f"{cell:>8}" for cell in cells))
+    reported: Sequence[str] = ("spearman", "pearson")
+    if not set(present) <= set(UNDIVIDED):  # those that the paper reports, as far as there are some
+        keys = [f"{prefix}sts/{key}" for key in columns.values()]
+        reported = [name for name in CORRELATIONS[:4] if any(f"{key}/{name}" in metrics for key in keys)]
+    for name in reported:
+        cells = ["-" if (x := value(key, name)) is None else f"{100 * x:.2f}" for key in columns.values()]
+        lines.append(f"{name.replace('_', ' ').capitalize():<14}" + "".join(f"{cell:>8}" for cell in cells))
     if missing := [task for task in STS_TASKS if task not in present]:
         lines.append(f"Not measured: {', '.join(missing)}. The paper's average is over all {len(STS_TASKS)} tasks.")
     return "\n".join(lines)
@@ -166,9 +210,9 @@ def _load_hub(task: str, split: str) -> list[dict[str, Any]]:
         rows = datasets.load_dataset(name, split=part).select_columns(["sentence1", "sentence2", "score"])
     except Exception as error:  # the libraries below raise dozens of kinds
         fault = f"{name}, split {part}, cannot be loaded ({' '.join(str(error).split())})"
-        advice = f"Set `path` to a table with the columns {', '.join(STS_COLUMNS)}, or leave {task} out of `tasks`."
+        advice = f"Set `path` to SentEval's folder or a table ({', '.join(STS_COLUMNS)}), or leave {task} out of `tasks`."
         raise InputError(f"`path`=hub: {fault}. {advice}") from error
-    return [dict(row, row=number) for number, row in enumerate(rows, start=1)]
+    return [dict(row, where=f"`path`=hub ({name}), row {number}") for number, row in enumerate(rows, start=1)]
 
 
 def _sts_pairs(path: str | Path, task: str, rows: Sequence[Mapping[str, Any]]) -> STSPairs:
@@ -176,8 +220,8 @@ def _sts_pairs(path: str | Path, task: str, rows: Sequence[Mapping[str, Any]]) -
     divided = task not in UNDIVIDED and "subset" in rows[0]
     kept: list[list[Any]] = []
     for row in rows:
-        where = f"`path`={path}, row {row['row']} ({task})"
-        score, part = _gold_score(row["score"], where), row["subset"] if divided else task
+        where, part = row["where"], row["subset"] if divided else task
+        score = _gold_score(row["score"], where)
         if not math.isnan(score):
             require(part, f"{where}: the subset is empty. {task} is scored by subset: correct the row.")
             sides = [clean_sentence(row[side], side, where) for side in ("sentence1", "sentence2")]

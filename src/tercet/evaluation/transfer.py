@@ -13,6 +13,8 @@ from torch import Tensor
 
 from tercet.errors import InputError, require
 from tercet.evaluation.inputs import Strings, check_tasks, clean_sentence, encode_once, read_tasks
+from tercet.evaluation.senteval import SentEval
+from tercet.paths import locate
 from tercet.types import EncodeFunction
 
 # The splits of each task in SentEval's protocol; "all" is split by cross-validation.
@@ -43,9 +45,12 @@ class Transfer:
 
     MR, CR, SUBJ, MPQA: by ``folds``-fold cross-validation, the penalty by cross-validation within each training part; TREC,
     MRPC (a pair of vectors u, v is |u - v| and u v): by that of the training rows; SST2: by the dev rows. Folds are stratified
-    and drawn from ``seed``. ``path`` is a table with the columns task, split, sentence1, sentence2 and label. ``device`` is
-    where the classifiers are fitted: cpu, cuda, or auto. ``transfer/<task>/accuracy``, ``transfer/mrpc/f1`` of the label that
-    comes last, and ``transfer/avg/accuracy``, the unweighted mean over tasks.
+    and drawn from ``seed``. ``path`` is SentEval's folder, or a table with the columns task, split, sentence1, sentence2 and
+    label. ``device`` is where the classifiers are fitted: cpu, cuda, or auto. ``transfer/<task>/accuracy``,
+    ``transfer/mrpc/f1`` of the label that comes last, and ``transfer/avg/accuracy``, the unweighted mean over tasks.
+
+    The classifiers are the minima; SentEval looks for them by Adam and stops early. Accuracies differ by a point or so, more on
+    short vectors or few rows (``python -m benchmarks.senteval``).
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp(), "transfer.csv")
@@ -70,7 +75,11 @@ class Transfer:
     def data(self) -> dict[str, LabeledSentences]:
         """By task, read at first use."""
         tasks = [task for task in TRANSFER_TASKS if task in self.tasks]
-        rows = read_tasks(self.path, ("task", "split", "sentence1", "sentence2", "label"), tasks)
+        if (folder := locate(str(self.path))).is_dir():
+            senteval = SentEval(folder, self.path)
+            rows = {task: senteval.transfer(task) for task in tasks}
+        else:
+            rows = read_tasks(self.path, ("task", "split", "sentence1", "sentence2", "label"), tasks)
         return {task: _labeled_sentences(self.path, task, some) for task, some in rows.items()}
 
     def __call__(self, encode: EncodeFunction) -> dict[str, float]:
@@ -142,7 +151,7 @@ def _labeled_sentences(path: str | Path, task: str, rows: Sequence[Mapping[str, 
         raise InputError(f"`path`={path} has no {lacking[0]} rows of {task}. Add them, or leave {task} out of `tasks`.")
     sentences: list[list[str]] = []
     for row in rows:
-        where, split = f"`path`={path}, row {row['row']} ({task})", row["split"]
+        where, split = row["where"], row["split"]
         fault = f"the split is {split!r}; {task} has {', '.join(splits)}"
         require(split in splits, f"{where}: {fault}. Correct or remove the row.")
         require(row["label"] not in (None, ""), f"{where}: there is no label. Correct or remove the row.")

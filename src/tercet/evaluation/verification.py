@@ -123,7 +123,9 @@ def verification_metrics(pairs: FacePairs, distance: Floats, threshold: Floats) 
     roc = Roc.from_distances(distance, pairs.same)
     val, far = roc.val_at(FAR)
     low, high = binomtest(round(val * roc.same), roc.same).proportion_ci(method="wilson")  # as if pairs were independent
-    metrics = {"accuracy": float(accuracy.mean()), "accuracy_sem": float(accuracy.std(ddof=1) / np.sqrt(len(accuracy)))}
+    metrics = {"accuracy": float(accuracy.mean())}
+    if len(accuracy) > 2:  # of two folds it is half their difference, 0 where they happen to agree
+        metrics["accuracy_sem"] = float(accuracy.std(ddof=1) / np.sqrt(len(accuracy)))
     metrics |= {"threshold": float(np.mean([threshold[mask][0] for mask in masks])), "auc": roc.auc(), "eer": roc.eer()}
     return metrics | {"val@far1e-3": val, "val@far1e-3_low": float(low), "val@far1e-3_high": float(high), "far": far}
 
@@ -135,9 +137,9 @@ class Verification:
     ``path`` holds the faces: a parquet table (identity, image_no, image) or a folder (Name/Name_0001.jpg). ``pairs`` is
     LFW's pairs.txt or a table (fold, same, identity1, image1, identity2, image2); ``folds`` names the folds to use, 2 or more.
 
-    ``verification/<name>/...``: ``accuracy`` with its standard error over folds ``accuracy_sem``, the mean ``threshold``;
-    over the pairs of all folds together ``auc``, ``eer`` and ``val@far1e-3``, VAL at the largest threshold with a FAR of 1e-3
-    at most, with Wilson's 95 % interval ``_low``, ``_high`` for independent pairs; and ``far``, the FAR there.
+    ``verification/<name>/...``: ``accuracy`` and, of 3 folds or more, its standard error over folds ``accuracy_sem``; the mean
+    ``threshold``; over the pairs of all folds together ``auc``, ``eer`` and ``val@far1e-3``, VAL at the largest threshold with
+    a FAR of 1e-3 at most, with Wilson's 95 % interval ``_low``, ``_high`` for independent pairs; and ``far``, the FAR there.
 
     >>> import io, tempfile
     >>> from PIL import Image

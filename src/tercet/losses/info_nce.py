@@ -27,8 +27,9 @@ class InfoNCE(nn.Module):
 
     Anchors are view 0; keys are view 1 and, as negatives for all anchors, views 2 and on (their eq. 5), whose logit on
     the anchor's own row gets ``hard_negative_weight`` = log alpha added (their eq. 8). P(i) is the row's own key and,
-    where there are labels, every key of the same label. A key that is no positive but holds the same content as the
-    anchor or its positive is left out.
+    where there are labels, every key of the same label. A key that is no positive is left out where it holds the same
+    content as the anchor or its positive, or is the positive of a row with an equal anchor: of several answers to one
+    question none is a negative of the question. With the question as the label all of them are positives.
 
     With one view this is SupCon (Khosla et al. 2020, arXiv:2004.11362, eq. 2): anchors and keys are the same rows, P(i)
     are the other rows of the label, and a row is no key of its own. A row without a positive is only a negative.
@@ -138,7 +139,7 @@ class InfoNCE(nn.Module):
         if self.hard_negative_weight and len(views) > 1:
             where = own[0].repeat(len(views) - 1), torch.cat([own[1] + n * block for block in range(1, len(views))])
             logits = logits.index_put(where, logits.new_tensor(self.hard_negative_weight), accumulate=True)
-        left_out = _left_out(anchors, keys, positive, own, views, {a, b})
+        left_out = _left_out(anchors, keys, positive, own, views, a)
         if len(left_out[0]):
             # Not -inf: the gradient of a block whose keys are all left out would be NaN.
             logits = logits.index_put(left_out, logits.new_tensor(torch.finfo(logits.dtype).min))
@@ -175,11 +176,15 @@ def _positives(anchors: Embeddings, keys: Embeddings, own: Pairs) -> Pairs:
     return torch.cat([own[0][alone], row]), torch.cat([own[1][alone], column])
 
 
-def _left_out(anchors: Embeddings, keys: Embeddings, positive: Pairs, own: Pairs, views: Sequence[int], ab: set[int]) -> Pairs:
-    """Keys that hold the content of the anchor or its positive and are no positives; with one view also the row itself."""
+def _left_out(anchors: Embeddings, keys: Embeddings, positive: Pairs, own: Pairs, views: Sequence[int], a: int) -> Pairs:
+    """Keys that are no positives, but equal the anchor or its positive, or are the positive of an equal anchor.
+
+    The first of ``views`` holds the positives; with one view the row itself is left out as well.
+    """
     width = len(keys) * len(views)
-    found = [own[0] * width + own[1]] if len(keys.z) == 1 else []
-    for (block, view), mine in product(enumerate(views), ab):
+    row, column = own if len(keys.z) == 1 else equal_pairs(anchors.content_hash[a], keys.content_hash[a])
+    found = [row * width + column]
+    for (block, view), mine in product(enumerate(views), {a, views[0]}):
         row, column = equal_pairs(anchors.content_hash[mine], keys.content_hash[view])
         found.append(row * width + column + len(keys) * block)
     places = torch.cat(found).unique()

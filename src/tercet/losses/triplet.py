@@ -26,7 +26,9 @@ class TripletLoss(nn.Module):
         [ ||a - p||^2 - ||a - n||^2 + margin ]_+        on the unit sphere; ``margin`` is on squared distance
 
     The positives of a row share its label, or are the other view of the same example; its negatives are all others, but
-    never rows of its own content. Views from the third on are negatives for all rows, including their own example.
+    never rows of its own content, nor the views of an example that shares its first or its second view with the row's (of
+    several answers to one question none is a negative). Views from the third on are negatives for all rows, including
+    their own example.
 
     ``mining`` is which negatives each pair (a, p) of the batch gets; of equally near ones any:
 
@@ -40,7 +42,7 @@ class TripletLoss(nn.Module):
     ``form`` "softplus" is log(1 + exp(x)) in place of [x]_+, with margin 0 the soft margin of Hermans et al. Where a pair
     gets many negatives it costs O(N^2 K) time, K rows of a label; the "hinge" costs O(N^2 log N). ``divide_by`` "active"
     is the mean over triplets with a loss (pytorch-metric-learning's default), "pairs" over mined pairs (a, p), with a
-    loss or not (TensorFlow Addons and sentence-transformers, with ``fallback``).
+    loss or not (TensorFlow Addons and sentence-transformers, with ``fallback``); "sum" divides by nothing, as eq. 3.
 
     ``tile`` anchor rows (None chooses) are scored at a time, in O(tile · N) memory. The gradient is exact; it cannot be
     differentiated again. An embedding that is not finite makes the loss NaN. Half precision is scored in float32.
@@ -61,7 +63,7 @@ class TripletLoss(nn.Module):
         super().__init__()
         check_choice("mining", mining, MININGS)
         check_choice("form", form, ("hinge", "softplus"))
-        check_choice("divide_by", divide_by, ("active", "pairs"))
+        check_choice("divide_by", divide_by, ("active", "pairs", "sum"))
         require(0 <= margin <= 4, f"`margin`={margin}: a number from 0 to 4, on squared distances; 0.2 in the paper.")
         one = mining in ("semihard", "easy_positive")
         useless = margin == 0 and (mining == "all_semihard" or (one and form == "hinge" and not fallback))
@@ -70,8 +72,9 @@ class TripletLoss(nn.Module):
         require(tile is None or tile >= 1, f"`tile`={tile}: a number of anchor rows above 0, or null.")
         self.margin, self.mining, self.fallback = margin, mining, fallback
         self.form, self.divide_by, self.tile = form, divide_by, tile
-        # The loss of three equal embeddings, at which a collapsed encoder stays.
-        self.collapsed_loss = margin if form == "hinge" else float(F.softplus(torch.tensor(float(margin))))
+        # The loss of three equal embeddings, at which a collapsed encoder stays; a sum depends on their number as well.
+        collapsed = margin if form == "hinge" else float(F.softplus(torch.tensor(float(margin))))
+        self.collapsed_loss = None if divide_by == "sum" else collapsed
 
     def forward(
         self, z: Embeddings | Tensor, labels: Embeddings | base.Integers | None = None, *,
@@ -81,7 +84,7 @@ class TripletLoss(nn.Module):
 
         ``z (N, D)`` or, with V views of each example, ``(V, N, D)``; ``labels (N,)``, below 0 for none. ``ids (N,)`` are equal
         for rows of one example, ``content (N,)`` or ``(V, N)`` for equal items, which are no negatives of each other; left
-        out, all are distinct. The normalizer of a sum is the number of active triplets or of mined pairs.
+        out, all are distinct. The normalizer of a sum is the number of active triplets or of mined pairs, 0 for "sum".
         """
         if not isinstance(z, Embeddings) or not isinstance(labels, Embeddings):
             return base.mean_loss(self, _labeled_embeddings(z, labels, ids, content))
@@ -91,7 +94,7 @@ class TripletLoss(nn.Module):
         loss_sum, active, mined, pairs, triplets, near, far, negatives = out
         possible = mined if self.mining in ONE_NEGATIVE else triplets
         stats = {"active": (active, possible), "positive_distance": (near, pairs), "negative_distance": (far, negatives)}
-        count = active if self.divide_by == "active" else mined
+        count = {"active": active, "pairs": mined, "sum": torch.zeros_like(active)}[self.divide_by]
         return LossOutput(loss_sum, count, {name: torch.stack(pair) for name, pair in stats.items()})
 
 
@@ -140,9 +143,10 @@ class _FlatRows:
     view: Tensor  # tells the views of an example apart
     group: Tensor
     content: Tensor
+    example: Tensor  # (n, 2), the content of the first two views of the example; (n, 1) where there is one view
 
     def at(self, which: Tensor | slice) -> "_FlatRows":
-        return _FlatRows(self.z[which], self.example_id[which], self.view[which], self.group[which], self.content[which])
+        return _FlatRows(**{name: x[which] for name, x in vars(self).items()})
 
 
 def _flatten_views(e: Embeddings, views: int) -> _FlatRows:
@@ -150,7 +154,8 @@ def _flatten_views(e: Embeddings, views: int) -> _FlatRows:
     own = torch.where(e.label >= 0, e.label, -2 - e.example_id)  # without a label, the views of an example are a group
     group = torch.cat([own if v < 2 else torch.full_like(own, -1) for v in range(views)])
     view = torch.arange(views, device=z.device).repeat_interleave(len(e))
-    return _FlatRows(z, e.example_id.repeat(views), view, group, e.content_hash[:views].flatten())
+    example = e.content_hash[:2].T.repeat(views, 1)
+    return _FlatRows(z, e.example_id.repeat(views), view, group, e.content_hash[:views].flatten(), example)
 
 
 class _TripletSum(torch.autograd.Function):
@@ -205,6 +210,9 @@ def _make_tile(anchors: _FlatRows, keys: _FlatRows, start: Tensor, end: Tensor, 
     # A hard negative of the anchor's own example is a negative, another copy of the example is not.
     distance.scatter_(1, key, own.masked_fill(place < end, torch.inf))
     distance.masked_fill_(anchors.content[:, None] == keys.content, torch.inf)
+    if keys.example.shape[1] > 1:
+        for mine, theirs in zip(anchors.example.T, keys.example.T, strict=True):
+            distance.masked_fill_((mine[:, None] == theirs) & (keys.view < 2), torch.inf)
     negative, negative_key = _sort(distance)
     num_negatives = torch.searchsorted(negative, torch.full_like(negative[:, :1], torch.inf))
     return Tile(positive, key.gather(1, order), negative, negative_key, num_negatives)

@@ -1,8 +1,9 @@
 """The base class of encoders, and encoding outside training."""
 
+import sys
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,9 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tercet.distributed.gather import gather_rows, rank, world_size
 from tercet.errors import require
+from tercet.messages import ProgressLines
 from tercet.models.engine.chunking import AutoChunks, Execution
 from tercet.models.engine.packing import layer_stack
 from tercet.models.pooling import POOLINGS, Head
+from tercet.models.prompts import Prompts
 from tercet.types import Inputs, Item
 
 if TYPE_CHECKING:
@@ -72,26 +75,23 @@ class Encoder(nn.Module):
 
     def encode(
         self, items: Sequence[Item], batch_size: int | None = None, normalize: bool | None = None, progress: bool = False,
-        tokens: int | None = None,
+        tokens: int | None = None, prompt: str | None = None,
     ) -> Tensor:  # fmt: skip
         """Encode texts, or the bytes of image files: ``(N, D)`` float32 on the CPU, without dropout and gradient.
 
         Equal items are encoded once. ``batch_size`` and ``tokens`` limit the rows and tokens of one forward pass;
         ``normalize`` scales embeddings to length 1 or not, None does what the model was saved with. ``progress`` shows a bar.
+        ``prompt`` is put before each text, in place of the model's own.
         """
-        parts = self.parts()
-        before = [part.normalize for part in parts]
-        can = parts or normalize is None
-        require(can, f"`normalize`={normalize}: this model's normalization is fixed. Leave `normalize` out.")
+        parts, texts = self.parts(), self.text_parts()
+        fixed = f"`normalize`={normalize}: this model's normalization is fixed. Leave `normalize` out."
+        require(parts or normalize is None, fixed)
+        require(texts or prompt is None, f"`prompt`={prompt!r}: this model's prompt is fixed, or it reads images.")
+        given = None if prompt is None else replace(Prompts.of(prompt), pooled=all(part.prompts.pooled for part in texts))
         label = "encoding" if progress else None
         encode = CachedEncoder(self, tokens=tokens, batch_size=batch_size, progress=label, distributed=False)
-        try:
-            for part in parts:
-                part.normalize = part.normalize if normalize is None else normalize
+        with _replaced(parts, "normalize", normalize), _replaced(texts, "prompts", given):
             return encode(items)
-        finally:
-            for part, own in zip(parts, before, strict=True):
-                part.normalize = own
 
     def encoding_chunks(self, items: list[Item], tokens: int | None, batch_size: int | None) -> Chunks:
         """The items in chunks, each item in one."""
@@ -137,6 +137,19 @@ class Encoder(nn.Module):
         """The backbone's stack of layers; None if there is not exactly one."""
         parts = self.text_parts()
         return layer_stack(parts[0].backbone) if len(parts) == 1 else None
+
+
+@contextmanager
+def _replaced(parts: Sequence[Any], name: str, value: Any) -> Iterator[None]:
+    """Set an attribute of all parts for a while; None leaves it."""
+    before = [getattr(part, name) for part in parts]
+    try:
+        for part in parts if value is not None else ():
+            setattr(part, name, value)
+        yield
+    finally:
+        for part, own in zip(parts, before, strict=True):
+            setattr(part, name, own)
 
 
 class PoolingMixin:
@@ -222,13 +235,18 @@ class CachedEncoder:
         self.encoder.train(training)
         return num_outputs
 
+    def _progress_bar(self, total: int) -> "tqdm[Any] | ProgressLines":
+        hidden, unit = not self.progress or rank() > 0, self.encoder.unit
+        if hidden or sys.stderr.isatty():
+            return tqdm(total=total, desc=self.progress, unit=f" {unit}", disable=hidden, leave=False, mininterval=0.5)
+        return ProgressLines(f"{self.progress}: ", total, unit)
+
     def _encode(self, items: list[Item]) -> Tensor:
         encoder = self.encoder
         chunks, load = encoder.encoding_chunks(items, self.tokens, self.batch_size)
         first, world = (rank(), world_size()) if self.distributed else (0, 1)
         z = [torch.zeros(0, encoder.dim, device=encoder.device)]  # a process may have no chunk
-        hidden, unit = not self.progress or rank() > 0, f" {encoder.unit}"
-        with tqdm(total=len(items), desc=self.progress, unit=unit, disable=hidden, leave=False, mininterval=0.5) as bar:
+        with self._progress_bar(len(items)) as bar:
             for rows in chunks[first::world]:
                 inputs = load(rows).to(encoder.device)
                 with self.precision():

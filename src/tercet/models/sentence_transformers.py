@@ -1,6 +1,10 @@
-"""The settings and layers of a text encoder as sentence-transformers stores them: ``modules.json`` and a folder for each."""
+"""Model folders of sentence-transformers, versions 2 to 6: what ``modules.json`` and the files beside it say of a text encoder.
 
-from collections.abc import Iterator
+Everything that a folder says is kept, with the same embeddings, or refused by its name.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,33 +15,62 @@ from torch import Tensor
 from tercet.errors import InputError, require
 from tercet.models.engine.transformers_compat import find_file
 from tercet.models.pooling import NEEDS_ALL_LAYERS
-from tercet.models.pretrained import read_json, write_json
+from tercet.models.pretrained import MODULES, read_json, transformer_settings, write_json
+from tercet.models.prompts import Prompts
 
 if TYPE_CHECKING:
     from tercet.models.text import TextEncoder
 
-_POOLING_MODES = {"cls": "cls", "cls_pooler": "cls", "max": "max", "last": "lasttoken"}  # others average: "mean"
-_MODE_FLAGS = {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens", "lasttoken": "lasttoken"}
-_MODE_POOLINGS = {"cls": "cls", "mean": "mean", "max": "max", "lasttoken": "last"}
-_ACTIVATIONS = {"linear": "torch.nn.modules.linear.Identity", "mlp": "torch.nn.modules.activation.Tanh"}  # by kind of head
-_Module = tuple[str, dict[str, Any], dict[str, Tensor]]  # of sentence-transformers: kind, configuration, weights
+MODEL_SETTINGS = "config_sentence_transformers.json"
+POOLINGS = {"cls": "cls", "mean": "mean", "max": "max", "lasttoken": "last", "weightedmean": "weighted_mean"}  # ours
+_POOLING_MODES = {**{ours: mode for mode, ours in POOLINGS.items()}, "cls_pooler": "cls"}  # others average: "mean"
+ACTIVATIONS = ("Identity", "Tanh", "ReLU", "GELU", "SiLU", "Sigmoid")  # modules of torch.nn without arguments
+_HEADS = {"Identity": "linear", "Tanh": "mlp"}  # the kind of ``Head`` for an activation
+# Settings of a transformer with the values that change no embedding; ``max_seq_length`` and ``do_lower_case`` are kept.
+_NO_EFFECT: dict[str, tuple[Any, ...]] = {
+    "transformer_task": ("feature-extraction",), "module_output_name": ("token_embeddings",), "processing_kwargs": ({},),
+    "query_length": (), "document_length": (), "query_expansion": (), "tokenizer_name_or_path": (), "model_args": ({},),
+    "tokenizer_args": ({},), "config_args": ({},), "model_kwargs": ({},), "processor_kwargs": ({},), "config_kwargs": ({},),
+}  # fmt: skip
+_Module = tuple[str, dict[str, Any], dict[str, Tensor]]  # kind, configuration, weights
 
 
-def write_modules(encoder: "TextEncoder", folder: Path) -> None:
-    """Add to a model folder what sentence-transformers needs to give the same embeddings."""
+def write_modules(encoder: "TextEncoder", folder: Path, dtype: torch.dtype) -> None:
+    """Add to a model folder what sentence-transformers needs to give the same embeddings, or to refuse it."""
+    if encoder.word_level or (encoder.normalize and encoder.num_outputs > 1):
+        refuse_to_open(folder, encoder)
+        return
     if encoder.pooling in NEEDS_ALL_LAYERS:
         write_json(folder / "config.json", {**read_json(str(folder), "config.json"), "output_hidden_states": True})
-    write_json(folder / "sentence_bert_config.json", {"max_seq_length": encoder.max_length, "do_lower_case": False})
+    settings = encoder.settings()
+    lower = settings.get("lower_case", False)
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": encoder.max_length, "do_lower_case": lower})
     modules = []
-    for i, (kind, settings, weights) in enumerate(_modules(encoder)):
+    for i, (kind, config, weights) in enumerate(_modules(encoder)):
         path = f"{i}_{kind}" if i else ""
         (folder / path).mkdir(exist_ok=True)
-        if settings:
-            write_json(folder / path / "config.json", settings)
+        if config:
+            write_json(folder / path / "config.json", config)
         if weights:
-            save_file({k: v.cpu().contiguous() for k, v in weights.items()}, folder / path / "model.safetensors")
+            own = {name: x.to("cpu", dtype).contiguous() for name, x in weights.items()}
+            save_file(own, folder / path / "model.safetensors")
         modules.append({"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"})
-    write_json(folder / "modules.json", modules)
+    write_json(folder / MODULES, modules)
+    write_json(folder / MODEL_SETTINGS, {
+        "prompts": dict(encoder.prompts.texts), "default_prompt_name": encoder.prompts.default,
+        "similarity_fn_name": encoder.similarity or "cosine", "truncate_dim": _truncated(encoder),
+    })  # fmt: skip
+
+
+def refuse_to_open(folder: Path, encoder: Any) -> None:
+    """Make sentence-transformers refuse the folder, by a module that it does not know: it would give other embeddings."""
+    kind = f"tercet.models.{type(encoder).__name__}"
+    write_json(folder / MODULES, [{"idx": 0, "name": "0", "path": "", "type": kind}])
+
+
+def _truncated(encoder: "TextEncoder") -> int | None:
+    layers = encoder.head.settings().get("layers") or [{}]
+    return layers[-1]["dim"] if layers[-1].get("type") == "Truncate" else None
 
 
 def _modules(encoder: "TextEncoder") -> Iterator[_Module]:
@@ -50,54 +83,136 @@ def _modules(encoder: "TextEncoder") -> Iterator[_Module]:
         config = {"word_embedding_dimension": hidden, "num_hidden_layers": layers, "layer_start": 0}
         yield "WeightedLayerPooling", config, {"layer_weights": weight}
     mode = _POOLING_MODES.get(encoder.pooling, "mean")
-    flags = {f"pooling_mode_{flag}": mode == name for name, flag in _MODE_FLAGS.items()}
-    yield "Pooling", {"word_embedding_dimension": hidden, **flags}, {}
+    prompt = {} if encoder.prompts.pooled else {"include_prompt": False}
+    yield "Pooling", {"word_embedding_dimension": hidden, "pooling_mode": mode, **prompt}, {}
     if encoder.pooling == "cls_pooler":
-        yield _dense(encoder.backbone.pooler.dense, "mlp")  # type: ignore[union-attr]
-    if encoder.head.layer is not None and not encoder.head.train_only:
-        yield _dense(encoder.head.layer[0], "mlp" if encoder.head.tanh else "linear")  # type: ignore[index]
+        yield _dense(encoder.backbone.pooler.dense, "Tanh")  # type: ignore[union-attr]
+    head: Any = encoder.head
+    if "layers" in head.settings():
+        for layer, module in zip(head.layers, head.layer, strict=True):
+            if layer["type"] == "Dense":
+                yield _dense(module[0], layer["activation"])
+            elif layer["type"] == "Normalize":
+                yield "Normalize", {}, {}
+    elif head.layer is not None and not head.train_only:
+        yield _dense(head.layer[0], "Tanh" if head.tanh else "Identity")
     if encoder.normalize:
         yield "Normalize", {}, {}
 
 
-def _dense(linear: Any, kind: str) -> _Module:
-    config = {"in_features": linear.in_features, "out_features": linear.out_features, "bias": True}
-    weights = {"linear.weight": linear.weight.detach(), "linear.bias": linear.bias.detach()}
-    return "Dense", {**config, "activation_function": _ACTIVATIONS[kind]}, weights
+def _dense(linear: Any, activation: str) -> _Module:
+    names = {name: "linear" if name == "Identity" else "activation" for name in ACTIVATIONS}
+    config = {"in_features": linear.in_features, "out_features": linear.out_features, "bias": linear.bias is not None}
+    weights = {f"linear.{name}": weight.detach() for name, weight in linear.named_parameters()}
+    return "Dense", {**config, "activation_function": f"torch.nn.modules.{names[activation]}.{activation}"}, weights
 
 
-def read_modules(source: str, name: str) -> dict[str, Any] | None:
-    """The settings in the files of sentence-transformers; None without such files."""
-    modules = read_json(source, "modules.json")
+def read_modules(source: str, name: str, chosen: str | None = None) -> dict[str, Any] | None:
+    """The settings in the files of sentence-transformers; None without such files. ``chosen`` is a pooling in place of theirs.
+
+    ``weights`` of the settings maps the prefix of a layer's weights in the head to their file.
+    """
+    modules = read_json(source, MODULES)
     if modules is None:
         return None
-    max_length = (read_json(source, "sentence_bert_config.json") or {}).get("max_seq_length")
-    settings: dict[str, Any] = {"pooling": None, "head": {}, "normalize": False, "max_length": max_length}
-    for module in modules[1:]:
+    what = f"`path_or_id`={name}"
+    layers: list[dict[str, Any]] = []
+    files: list[Path | None] = []
+    pooling: dict[str, Any] | None = None
+    for i, module in enumerate(modules):
         kind = module["type"].rsplit(".", 1)[-1]
-        config = read_json(source, f"{module['path']}/config.json") or {}
+        config = read_json(source, str(Path(module["path"]) / "config.json")) or {} if i else {}
+        place = kind == "Transformer" if not i else (kind == "Pooling") == (pooling is None)
+        known = module["type"].startswith("sentence_transformers.") and kind in ("Transformer", "Pooling", "Dense", "Normalize")
+        require(known and place, f"{what}: its module {i}, {module['type']}, is not one that tercet can run at this place.")
         if kind == "Pooling":
-            settings["pooling"] = _pooling_of_module(config, name)
-        elif kind == "Dense" and not settings["head"]:
-            activation, bias = config["activation_function"], config.get("bias", True)
-            heads = [head for head, function in _ACTIVATIONS.items() if function == activation]
-            found = f"its Dense has {activation}, bias {bias}; tercet runs {' and '.join(_ACTIVATIONS.values())}, with bias"
-            require(heads and bias, f"`path_or_id`={name}: {found}.")
-            settings["head"] = {"kind": heads[0], "dim": config["out_features"], "train_only": False}
-            settings["weights"] = find_file(source, f"{module['path']}/model.safetensors")
-        elif kind == "Normalize":
-            settings["normalize"] = True
-        else:
-            raise InputError(f"`path_or_id`={name}: its module {module['type']} is not one that tercet can run.")
-    return settings
+            pooling = config
+        elif i:
+            layers.append(_layer(kind, config, what))
+            files.append(_weights_file(source, module["path"], what) if kind == "Dense" else None)
+    if pooling is None:
+        raise InputError(f"{what}: it has no module that pools. Set the pooling in a folder of its own.")
+    settings = {"pooling": chosen or _pooling_of_module(pooling, what), **_transformer(source, what)}
+    settings |= _model(source, pooling, layers, what)
+    return {**settings, **_head(layers, files)}
 
 
-def _pooling_of_module(config: dict[str, Any], name: str) -> str:
+def _head(layers: list[dict[str, Any]], files: list[Path | None]) -> dict[str, Any]:
+    """The head, whether its output is normalized, and the files of its weights."""
+    normalize = bool(layers) and layers[-1]["type"] == "Normalize"
+    layers = layers[:-1] if normalize else layers
+    first = layers[0] if layers else {}
+    simple = len(layers) == 1 and first["type"] == "Dense" and first["bias"] and first["activation"] in _HEADS
+    head = {"kind": _HEADS[first["activation"]], "dim": first["dim"]} if simple else {"layers": layers} if layers else {}
+    weights = {"layer.0." if simple else f"layer.{i}.0.": file for i, file in enumerate(files) if file}
+    return {"head": head, "normalize": normalize, "weights": weights}
+
+
+def _layer(kind: str, config: Mapping[str, Any], what: str) -> dict[str, Any]:
+    own, names = "sentence_embedding", ("module_input_name", "module_output_name")
+    others = {key: value for key in names if (value := config.get(key, own)) not in (own, None)}
+    others |= {"use_residual": True} if config.get("use_residual") else {}
+    require(not others, f"{what}: its module {kind} has {others}, which tercet cannot run.")
+    if kind == "Normalize":
+        return {"type": kind}
+    path = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
+    activation = path.rsplit(".", 1)[-1]
+    known = path.startswith("torch.nn.modules.") and activation in ACTIVATIONS
+    require(known, f"{what}: its Dense has the activation {path}; tercet runs {', '.join(ACTIVATIONS)}.")
+    return {"type": kind, "dim": config["out_features"], "bias": config.get("bias", True), "activation": activation}
+
+
+def _weights_file(source: str, path: str, what: str) -> Path:
+    for file in ("model.safetensors", "pytorch_model.bin"):
+        if found := find_file(source, str(Path(path) / file)):
+            return found
+    raise InputError(f"{what}: {path} has no weights (model.safetensors or pytorch_model.bin).")
+
+
+def _pooling_of_module(config: Mapping[str, Any], what: str) -> str:
     modes = config.get("pooling_mode")
     if modes is None:
-        names = {f"pooling_mode_{flag}": mode for mode, flag in _MODE_FLAGS.items()}
-        modes = [names.get(key, key) for key, on in config.items() if key.startswith("pooling_mode_") and on]
+        flags = [key.removeprefix("pooling_mode_") for key, on in config.items() if key.startswith("pooling_mode_") and on]
+        modes = [re.sub("_tokens?$", "", flag) for flag in flags] or ["mean"]  # mean_tokens, cls_token, lasttoken
     modes = [modes] if isinstance(modes, str) else list(modes)
-    known = len(modes) == 1 and modes[0] in _MODE_POOLINGS
-    require(known, f"`path_or_id`={name}: its pooling {modes} is not one of tercet's. Set `pooling`.")
-    return _MODE_POOLINGS[modes[0]]
+    known = len(modes) == 1 and modes[0] in POOLINGS
+    advice = f"tercet runs one of {', '.join(POOLINGS)}. Another can be chosen by `pooling`, and gives other embeddings"
+    require(known, f"{what}: its pooling is {' and '.join(modes)}; {advice}.")
+    return POOLINGS[modes[0]]
+
+
+def _transformer(source: str, what: str) -> dict[str, Any]:
+    """How texts are tokenized."""
+    found = transformer_settings(source)
+    modalities = found.get("modality_config") or {"text": {}}
+    require("text" in modalities, f"{what}: it reads {', '.join(modalities)}; tercet reads texts from such folders.")
+    text = modalities["text"]
+    changed = {key: value for key in _NO_EFFECT if (value := found.get(key)) not in (None, *_NO_EFFECT[key])}
+    output = text.get("method_output_name", "last_hidden_state")
+    if (text.get("method", "forward"), output) != ("forward", "last_hidden_state"):
+        changed["modality_config"] = text
+    require(not changed, f"{what}: its transformer has {changed}, which tercet cannot run.")
+    lower = {"lower_case": True} if found.get("do_lower_case") else {}
+    return {"max_length": found.get("max_seq_length"), **lower}
+
+
+def default_prompt(source: str) -> str:
+    """The prompt that a folder or hub id puts before each text; empty where it has none."""
+    found = (read_json(source, MODEL_SETTINGS) if source else None) or {}
+    return str((found.get("prompts") or {}).get(found.get("default_prompt_name"), ""))
+
+
+def _model(source: str, pooling: Mapping[str, Any], layers: list[dict[str, Any]], what: str) -> dict[str, Any]:
+    """The prompts and the similarity function; a truncation is added to ``layers``."""
+    found = read_json(source, MODEL_SETTINGS) or {}
+    kind = found.get("model_type", "SentenceTransformer")
+    require(kind == "SentenceTransformer", f"{what}: it is a {kind}, which gives no embedding of a text.")
+    if dim := found.get("truncate_dim"):
+        layers.append({"type": "Truncate", "dim": dim})
+    texts = {key: text for key, text in (found.get("prompts") or {}).items() if text}
+    default = found.get("default_prompt_name")
+    prompts = Prompts(texts, default if default in texts else None, pooling.get("include_prompt", True))
+    settings: dict[str, Any] = {"prompts": prompts.settings()} if texts else {}
+    if found.get("similarity_fn_name") not in (None, "cosine"):
+        settings["similarity"] = found["similarity_fn_name"]
+    return settings

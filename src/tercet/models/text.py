@@ -1,5 +1,6 @@
 """Text encoders: backbone, pooling and head; two of them side by side."""
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,10 +10,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tercet.errors import require
+from tercet.messages import warn_once
 from tercet.models.encoder import Encoder, PoolingMixin
-from tercet.models.engine.backbone_runner import BackboneRunner, first_position
+from tercet.models.engine.backbone_runner import BackboneRunner
 from tercet.models.engine.chunking import DEFAULT_EXECUTION, Execution
+from tercet.models.engine.transformers_compat import pooler_is_optional
 from tercet.models.pooling import NEEDS_ALL_LAYERS, NEEDS_FIRST, POOLINGS, WORD_POOLINGS, Head
+from tercet.models.pretrained import lowercases
+from tercet.models.prompts import Prompts, prompt_length
 from tercet.models.words import WordModel
 from tercet.rng import derive_seed
 from tercet.types import Item, TokenBatch
@@ -26,7 +31,8 @@ class TextEncoder(PoolingMixin, Encoder):
     """Encoder of texts by any text backbone of transformers, or a word-level one: ``TokenBatch -> (N, D)``.
 
     ``normalize`` scales embeddings to length 1. Texts are cut at ``max_length`` tokens, special ones included; None is the
-    backbone's limit. ``compile`` runs the backbone through torch.compile with dynamic shapes.
+    backbone's limit. ``compile`` runs the backbone through torch.compile with dynamic shapes. ``prompt`` is put before each
+    text; a list has one for each column of the training rows, and ``encode`` takes the first.
 
     >>> from tercet.models import make_tokenizer, random_backbone
     >>> sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
@@ -41,6 +47,7 @@ class TextEncoder(PoolingMixin, Encoder):
     def __init__(
         self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pooling: str = "mean", head: Head | None = None,
         normalize: bool = False, max_length: int | None = None, execution: Execution = DEFAULT_EXECUTION, compile: bool = False,
+        prompt: str | Sequence[str] | None = None,
     ) -> None:  # fmt: skip
         name, word_level = type(backbone).__name__, isinstance(backbone, WordModel)
         choose, choices = ("for a word-level encoder choose", WORD_POOLINGS) if word_level else ("choose", tuple(POOLINGS))
@@ -52,15 +59,46 @@ class TextEncoder(PoolingMixin, Encoder):
         pieces, words = len(tokenizer), backbone.config.vocab_size
         advice = "Use the model's own `tokenizer.name`, or a larger `backbone.config.vocab_size`."
         require(pieces <= words, f"The tokenizer has {pieces} pieces, the backbone's vocabulary only {words}. {advice}")
-        if pooling != "cls_pooler" and hasattr(backbone, "pooler"):
-            backbone.pooler = None  # type: ignore[assignment]  # gets no gradient, for which DDP would wait
+        if pooling != "cls_pooler" and has_pooler:
+            backbone.pooler.requires_grad_(False)  # gets no gradient, for which DDP would wait
+            if pooler_is_optional(backbone):
+                backbone.pooler = None  # type: ignore[assignment]
         super().__init__(execution)
         self._set_parts(backbone, backbone.config.hidden_size, pooling, head, normalize)
         self.tokenizer: PreTrainedTokenizerBase = tokenizer
         self.word_level = word_level
-        self.max_length = max_length or max_row_length(backbone, tokenizer)
-        self.runner = BackboneRunner(backbone, int(tokenizer.pad_token_id or 0), compile)
+        self.runner = BackboneRunner(backbone, int(tokenizer.pad_token_id or 0), compile, token_types(tokenizer, backbone))
+        self.set_max_length(max_length)
         self.execution = self.runner.resolve(execution)
+        self.similarity: str | None = None  # the function that sentence-transformers compares embeddings with; None: cosine
+        self.prompts = Prompts.of(prompt)
+
+    @property
+    def prompts(self) -> Prompts:
+        """The prompts; setting them raises ``InputError`` where the pooling cannot leave out their tokens."""
+        return self._prompts
+
+    @prompts.setter
+    def prompts(self, prompts: Prompts) -> None:
+        out = not prompts.pooled and bool(prompts.text) and self.pooling != "last"  # no prompt stands there
+        can = not out or self.pooling not in NEEDS_FIRST
+        require(can, f"`pooling`={self.pooling} cannot leave out the tokens of a prompt. Use `pooling`=mean.")
+        self._prompts, self.unpooled = prompts, prompt_length(self.tokenizer, prompts.text) if out else 0
+
+    def pool(self, output: Any, mask: Tensor) -> Tensor:
+        """Hidden states ``(n, L, H)`` and ``mask (n, L)`` to ``(n, D)``; a prompt that is not pooled does not count."""
+        if self.unpooled:
+            mask = mask * (torch.arange(mask.shape[1], device=mask.device) >= self.unpooled)
+        return super().pool(output, mask)
+
+    def set_max_length(self, max_length: int | None) -> None:
+        """Cut texts at ``max_length`` tokens, or where the backbone's positions end; None is the limit of both parts."""
+        limit = self.runner.max_tokens
+        if max_length is not None and max_length > limit:
+            warn_once(
+                f"Texts are cut at {limit} tokens, not {max_length}: {type(self.backbone).__name__} has no more positions."
+            )
+        self.max_length = int(min(max_length or self.tokenizer.model_max_length, limit))
 
     def run(self, inputs: TokenBatch, execution: Execution) -> Tensor:
         """``TokenBatch -> (N, D)``."""
@@ -68,12 +106,15 @@ class TextEncoder(PoolingMixin, Encoder):
         return execution.run(lambda rows: self.pool(*self.runner(rows, *options)), inputs)
 
     def prepare(self, items: Sequence[Item]) -> TokenBatch:
-        """Token ids with special tokens, cut at ``max_length``."""
-        return tokenize(self.tokenizer, items, self.max_length)
+        """Token ids with special tokens and the prompt, cut at ``max_length``."""
+        return tokenize(self.tokenizer, self.prompts.add(items), self.max_length)
 
     def settings(self) -> dict[str, Any]:
         """How embeddings are made, as plain values."""
-        return {"kind": self.kind, **super().settings(), "max_length": self.max_length}
+        prompts = {"prompts": self.prompts.settings()} if self.prompts.texts else {}
+        similarity = {"similarity": self.similarity} if self.similarity else {}
+        lower = {"lower_case": True} if lowercases(self.tokenizer) else {}  # its class does not keep that in a folder
+        return {"kind": self.kind, **super().settings(), "max_length": self.max_length, **prompts, **similarity, **lower}
 
     @property
     def deterministic_dropout(self) -> bool:
@@ -83,17 +124,18 @@ class TextEncoder(PoolingMixin, Encoder):
 
     def describe_execution(self) -> str:
         """The layout and the dropout in use."""
-        dropout, reason = "by (seed, step, row)" if self.deterministic_dropout else "torch's", self.runner.cannot_pack
-        why = f" ({reason})" if reason and self.execution.layout == "sorted" else ""
-        return f"rows are {self.execution.layout}{why}, dropout is {dropout}"
+        dropout = "by (seed, step, row)" if self.deterministic_dropout else "torch's"
+        reason = {"sorted": self.runner.cannot_pack, "equal_length": self.runner.cannot_pad}.get(self.execution.layout)
+        how = "run by equal length" if self.execution.layout == "equal_length" else self.execution.layout
+        return f"rows are {how}{f' ({reason})' if reason else ''}, dropout is {dropout}"
 
     def token_info(self) -> TokenInfo:
         """What views of texts need to know of the tokenizer."""
         special = special_tokens(self.tokenizer)
         if self.tokenizer.unk_token_id is not None:
             special[self.tokenizer.unk_token_id] = False  # stands for a word of the text
-        longest = max_row_length(self.backbone, self.tokenizer)
-        return TokenInfo(word_starts(self.tokenizer), special, self.tokenizer.mask_token_id, longest)
+        longest = min(self.runner.max_tokens, self.tokenizer.model_max_length)
+        return TokenInfo(word_starts(self.tokenizer), special, self.tokenizer.mask_token_id, int(longest), self.tokenizer)
 
 
 class DualEncoder(Encoder):
@@ -117,6 +159,7 @@ class DualEncoder(Encoder):
             same_tokens, kind = part.tokenizer.get_vocab() == tokenizer.get_vocab(), part.head.kind
             require(same_tokens, f"`{name}.tokenizer` is not `tokenizer`: both encoders read the same tokens.")
             require(part.num_outputs == 1, f"`{name}.head.kind`={kind}: each encoder has one output. Use linear, mlp or none.")
+            require(not part.prompts.texts, f"`{name}.prompt`: two encoders take no prompts. Put them into the data.")
         require(f.dim == g.dim, f"`f` has {f.dim} columns, `g` {g.dim}: their product needs equally many.")
         super().__init__(f.execution)
         # One copy of equal pretrained word vectors, as in the authors' code: they are large and are not trained.
@@ -159,10 +202,20 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item], max_leng
     return TokenBatch.from_lists([row or unknown for row in ids["input_ids"]])
 
 
-def max_row_length(backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The most tokens of a row that the backbone takes."""
-    positions = getattr(backbone.config, "max_position_embeddings", None) or 10**9
-    return int(min(positions - first_position(backbone), tokenizer.model_max_length))
+def token_types(tokenizer: PreTrainedTokenizerBase, backbone: PreTrainedModel) -> dict[int, int] | None:
+    """The token types of a text that are not 0, by token id (2 for XLNet's ``<cls>``); None if the backbone gets no types.
+
+    ``InputError`` if the backbone takes something else from the tokenizer, as RoCBERT takes the shapes of characters.
+    """
+    accepted = inspect.signature(backbone.forward).parameters
+    made = tokenizer("a b", return_token_type_ids=True)
+    others = sorted((set(made) & set(accepted)) - {"input_ids", "attention_mask", "token_type_ids"})
+    name = type(backbone).__name__
+    require(not others, f"`tokenizer`: {name} takes {', '.join(others)} from it, which is not supported. Use another model.")
+    if "token_type_ids" not in accepted or "token_type_ids" not in made:
+        return None
+    types = {token: number for token, number in zip(made["input_ids"], made["token_type_ids"], strict=True) if number}
+    return types if types or "token_type_ids" in tokenizer.model_input_names else None
 
 
 def word_starts(tokenizer: PreTrainedTokenizerBase) -> Tensor:

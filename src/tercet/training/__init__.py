@@ -3,9 +3,9 @@
 from tercet.training.contrastive import Contrastive, Memory
 from tercet.training.datamodule import DataModule, RunLength
 from tercet.training.masked_lm import MaskedLM
-from tercet.training.objectives import FaceNet, Pretraining, QuickThoughts, SimCSESup, SimCSEUnsup
+from tercet.training.objectives import Classification, FaceNet, Pretraining, QuickThoughts, SimCSESup, SimCSEUnsup
 
 __all__ = [
-    "Contrastive", "DataModule", "FaceNet", "MaskedLM", "Memory", "Pretraining", "QuickThoughts", "RunLength", "SimCSESup",
-    "SimCSEUnsup",
+    "Classification", "Contrastive", "DataModule", "FaceNet", "MaskedLM", "Memory", "Pretraining", "QuickThoughts",
+    "RunLength", "SimCSESup", "SimCSEUnsup",
 ]  # fmt: skip

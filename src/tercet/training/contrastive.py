@@ -14,6 +14,7 @@ from tercet.distributed import contrast, reduce_loss
 from tercet.distributed.sharding import equalized_forward, reshard, shard
 from tercet.errors import require
 from tercet.losses import InfoNCE
+from tercet.messages import print_status
 from tercet.models import CachedEncoder, Encoder
 from tercet.models.engine.deterministic_dropout import with_dropout_seeds
 from tercet.models.folder import KEY, encoder_spec
@@ -85,8 +86,15 @@ class ObjectiveHooks(EvaluationHooks):
     stage = "test"
     seed = 0
 
+    @classmethod
+    def needs(cls, num_columns: int) -> frozenset[str]:
+        """What data of ``num_columns`` columns must have ("label") and their batches hold ("same_label", "adjacent")."""
+        return frozenset()
+
     def on_fit_start(self: Any) -> None:
-        """Use one seed in all processes: the first one's of ``seed_everything``."""
+        """Say how rows run on the device, and use one seed in all processes: the first one's of ``seed_everything``."""
+        if plan := self.encoder.describe_execution():
+            print_status(plan)
         self.seed = int(self.trainer.strategy.broadcast(torch.initial_seed() % (1 << 62)))
 
     def configure_optimizers(self: Any) -> OptimizerLRScheduler:
@@ -96,6 +104,23 @@ class ObjectiveHooks(EvaluationHooks):
         require(known, "The number of steps is not known, which the schedule needs. Set `trainer.max_steps`.")
         schedule = self.scheduler(optimizer, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "train/lr"}}
+
+    def configure_model(self: Any) -> None:
+        """Shard the encoder where the strategy is FSDP2."""
+        if isinstance(self.trainer.strategy, FSDP2Strategy):
+            shard(self.encoder, self.trainer.strategy.device_mesh["data_parallel"])
+
+    def seed_dropout(self: Any, batch: Batch) -> Batch:
+        """The batch, with the seeds of this step's deterministic dropout where the encoder draws from them."""
+        return with_dropout_seeds(batch, self.seed, self.global_step) if self.encoder.deterministic_dropout else batch
+
+    def log_training(self: Any, logged: dict[str, Tensor], batch: Batch) -> None:
+        """Log the step's metrics as ``train/<name>``."""
+        self.log_dict({f"train/{name}": x for name, x in logged.items()}, batch_size=len(batch))
+
+    def on_after_backward(self: Any) -> None:
+        """Free gathered weights; gradients are sharded by now."""
+        reshard(self.encoder)
 
     def on_save_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
         """Save what the encoder is built from: a checkpoint can be moved and opened alone."""
@@ -130,11 +155,6 @@ class Contrastive(ObjectiveHooks, pl.LightningModule):
         )
         self.num_unreadable = 0  # rows that could not be read so far
 
-    @classmethod
-    def needs(cls, num_columns: int) -> frozenset[str]:
-        """What a batch of ``num_columns`` columns must hold: a subset of {"same_label", "adjacent"}."""
-        return frozenset()
-
     def views(self, batch: Batch) -> Batch:
         """The views that this objective contrasts."""
         return batch
@@ -146,9 +166,7 @@ class Contrastive(ObjectiveHooks, pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """A value whose gradient, averaged over the processes, is that of the loss of the global batch."""
-        batch = self.views(batch)
-        if self.encoder.deterministic_dropout:
-            batch = with_dropout_seeds(batch, self.seed, self.global_step)
+        batch = self.seed_dropout(self.views(batch))
         anchors = self.embed(batch)
         keys, output = contrast(self.loss, anchors, None if self.memory is None else self.memory.extend_and_push)
         value, logged = reduce_loss(LossOutput(output.loss_sum, output.normalizer, {**output.stats, **_alignment(anchors)}))
@@ -160,17 +178,8 @@ class Contrastive(ObjectiveHooks, pl.LightningModule):
         self.num_unreadable += batch.num_unreadable
         if self.num_unreadable:
             logged["unreadable"] = value.new_tensor(float(self.num_unreadable))
-        self.log_dict({f"train/{name}": x for name, x in logged.items()}, batch_size=len(batch))
+        self.log_training(logged, batch)
         return value
-
-    def configure_model(self) -> None:
-        """Shard the encoder where the strategy is FSDP2."""
-        if isinstance(self.trainer.strategy, FSDP2Strategy):
-            shard(self.encoder, self.trainer.strategy.device_mesh["data_parallel"])
-
-    def on_after_backward(self) -> None:
-        """Free gathered weights; gradients are sharded by now."""
-        reshard(self.encoder)
 
 
 @torch.no_grad()

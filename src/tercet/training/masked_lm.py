@@ -1,5 +1,6 @@
 """Masked language modeling: an auxiliary loss, or continued pretraining."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -7,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForMaskedLM
-from transformers.modeling_outputs import BaseModelOutput
 
 from tercet.errors import InputError, require
 from tercet.models import Encoder, TextEncoder
@@ -29,9 +29,9 @@ UNSUPPORTED = (
 class MaskedLM:
     """Settings of masked language modeling as an auxiliary loss: the total is contrast + ``weight`` * masked LM.
 
-    The weight is 0.1 in SimCSE (arXiv:2104.08821, section 6.3); 0 turns it off. ``probability`` is the share of tokens that are
-    chosen; 80 % of them become the mask token, 10 % a random token, 10 % stay (Devlin et al. 2019). Every view has its own
-    choice. With ``whole_words`` all tokens of a word are chosen or none. The loss costs a second forward pass.
+    The weight is 0.1 in SimCSE (arXiv:2104.08821, appendix A and Table D.2); 0 turns it off. ``probability`` is the share of
+    tokens that are chosen; 80 % of them become the mask token, 10 % a random token, 10 % stay (Devlin et al. 2019). Every view
+    has its own choice. With ``whole_words`` all tokens of a word are chosen or none. The loss costs a second forward pass.
 
     >>> MaskedLM(weight=0.1).probability
     0.15
@@ -67,15 +67,24 @@ class MaskedLMHead(nn.Module):
         super().__init__()
         backbone, tokenizer = encoder.backbone, encoder.tokenizer
         require(tokenizer.mask_token_id is not None, UNSUPPORTED.format("this tokenizer has no mask token"))
-        source = pretrained_source(backbone)
-        lm = load_pretrained(AutoModelForMaskedLM, source) if source else None
+        kind, source = backbone.config.model_type, pretrained_source(backbone)
+        decodes = getattr(backbone.config, "is_encoder_decoder", False)
+        require(not decodes, UNSUPPORTED.format(f"that of {kind} is a decoder, which generates the text"))
+        lm = load_pretrained(AutoModelForMaskedLM, source, dtype=torch.float32) if source else None
         try:
             lm = lm or AutoModelForMaskedLM.from_config(backbone.config)
         except ValueError as error:
-            raise InputError(UNSUPPORTED.format(f"transformers has none for {backbone.config.model_type}")) from error
+            raise InputError(UNSUPPORTED.format(f"transformers has none for {kind}")) from error
         setattr(lm, lm.base_model_prefix, backbone)
         lm.tie_weights()
-        setattr(lm, lm.base_model_prefix, HiddenStates())  # the head alone, for the chosen tokens only
+        setattr(
+            lm, lm.base_model_prefix, HiddenStates(encoder.runner.output_type)
+        )  # the head alone, for the chosen tokens only
+        try:
+            lm.eval()(inputs_embeds=torch.zeros(1, 1, encoder.hidden))
+        except Exception as error:  # models raise errors of many types
+            reason = f"that of {kind} does not run on hidden states alone ({type(error).__name__}: {error})"
+            raise InputError(UNSUPPORTED.format(reason)) from error
         self.lm = lm.train()
         self.settings = settings
         self.execution = encoder.execution
@@ -95,6 +104,7 @@ class MaskedLMHead(nn.Module):
         chosen = (draw < self.settings.probability) & ~self.special[ids]
         action = torch.rand(ids.shape, device=ids.device)
         random_ids = torch.randint(self.num_tokens, ids.shape, device=ids.device)
+        random_ids = torch.where(self.special[random_ids], ids, random_ids)  # a pad token has no position in RoBERTa
         replaced = torch.where(action < 0.8, self.mask_id, torch.where(action < 0.9, random_ids, ids))
         return torch.where(chosen, replaced, ids), ids.masked_fill(~chosen, -100)
 
@@ -123,8 +133,12 @@ class MaskedLMHead(nn.Module):
 
 
 class HiddenStates(nn.Module):
-    """A stand-in for a language model's encoder that returns the hidden states it is given."""
+    """A stand-in for a language model's encoder that returns the hidden states it is given, as ``output_type``."""
 
-    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> BaseModelOutput:
+    def __init__(self, output_type: Callable[..., Any]) -> None:
+        super().__init__()
+        self.output_type = output_type
+
+    def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> Any:
         """``inputs_embeds (1, n, H)``."""
-        return BaseModelOutput(last_hidden_state=inputs_embeds)
+        return self.output_type(last_hidden_state=inputs_embeds)

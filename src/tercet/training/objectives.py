@@ -1,22 +1,25 @@
-"""The objectives: SimCSE, FaceNet, Quick-Thoughts, and masked language modeling."""
+"""The objectives: SimCSE, FaceNet, Quick-Thoughts, masked language modeling, and classification."""
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 
 from tercet.distributed import reduce_loss
-from tercet.errors import InputError
+from tercet.distributed.sharding import equalized_forward
+from tercet.errors import InputError, require
 from tercet.losses import ContextLoss, TripletLoss
 from tercet.models import Encoder
-from tercet.models.engine.deterministic_dropout import with_dropout_seeds
 from tercet.training.contrastive import Contrastive, Memory, ObjectiveHooks
+from tercet.training.lightning_compat import FSDP2Strategy
 from tercet.training.masked_lm import MaskedLM
 from tercet.training.optimizers import MakeOptimizer, MakeScheduler, adamw, make_scheduler
-from tercet.types import Batch, Embeddings, TokenBatch, concat_inputs
+from tercet.types import Batch, Embeddings, LossOutput, TokenBatch, concat_inputs
 from tercet.views import Views
 
 
@@ -130,9 +133,72 @@ class Pretraining(ObjectiveHooks, pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross entropy of the chosen tokens, averaged over those of the global batch."""
-        if self.encoder.deterministic_dropout:
-            batch = with_dropout_seeds(batch, self.seed, self.global_step)
-        value, logged = reduce_loss(self.mlm(concat_inputs(batch.views)))
+        value, logged = reduce_loss(self.mlm(concat_inputs(self.seed_dropout(batch).views)))
         logged["perplexity"] = logged["loss"].exp()
-        self.log_dict({f"train/{name}": x for name, x in logged.items()}, batch_size=len(batch))
+        self.log_training(logged, batch)
         return self.mlm_weight * value
+
+
+class Classification(ObjectiveHooks, pl.LightningModule):
+    """Traditional training, for comparison: cross entropy of a row's label, predicted by a linear layer on its embedding.
+
+    The logits are (W z + b) / ``temperature``; embeddings of length 1 need one below 1. The items of every column have the
+    label of their row; rows without a label (-1) are left out. The layer has a row for each of ``num_classes`` labels 0, 1, …;
+    None: for each label of the training rows. It is saved in checkpoints only: the model is the encoder.
+    """
+
+    positives: ClassVar[str] = "none"
+    classes: Tensor  # (P,), the labels, ascending
+
+    def __init__(
+        self, encoder: Encoder, optimizer: MakeOptimizer = adamw, scheduler: MakeScheduler = make_scheduler,
+        num_classes: int | None = None, temperature: float = 1.0, label_smoothing: float = 0.0,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        require(num_classes is None or num_classes >= 2, f"`num_classes`={num_classes}: 2 or more, or null.")
+        require(temperature > 0, f"`temperature`={temperature}: a number above 0 is needed.")
+        require(0 <= label_smoothing < 1, f"`label_smoothing`={label_smoothing}: 0 or more and below 1.")
+        self.encoder, self.optimizer, self.scheduler = encoder, optimizer, scheduler
+        self.temperature, self.label_smoothing = temperature, label_smoothing
+        self.classifier: nn.Linear | None = None
+        if num_classes is not None:
+            self._build(torch.arange(num_classes))
+
+    @classmethod
+    def needs(cls, num_columns: int) -> frozenset[str]:
+        """Labels."""
+        return frozenset({"label"})
+
+    def setup(self, stage: str) -> None:
+        """Find the labels of the training rows."""
+        rows: Any = getattr(getattr(self.trainer, "datamodule", None), "dataset", None)
+        if self.classifier is None and stage == "fit":
+            advice = "`num_classes`=null, but the labels are not known before training. Give their number."
+            require(rows is not None, advice)
+            labels = rows.label.unique()
+            self._build(labels[labels >= 0])
+
+    def configure_model(self) -> None:
+        """Shard the linear layer, too, where the strategy is FSDP2."""
+        super().configure_model()
+        if isinstance(self.trainer.strategy, FSDP2Strategy) and self.classifier is not None:
+            fully_shard(self.classifier, mesh=self.trainer.strategy.device_mesh["data_parallel"])
+
+    def _build(self, classes: Tensor) -> None:
+        found = f"Classification needs two labels or more; the training rows have {len(classes)}"
+        require(len(classes) > 1, f"{found}. Name the column of labels in the source's label.")
+        self.register_buffer("classes", classes)
+        self.classifier = nn.Linear(self.encoder.dim, len(classes))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Cross entropy, averaged over the labeled items of the global batch."""
+        assert self.classifier is not None
+        batch = self.seed_dropout(batch)
+        z, label = equalized_forward(self.encoder, concat_inputs(batch.views)), batch.label.repeat(len(batch.views))
+        logits = self.classifier(z).float() / self.temperature
+        target = torch.where(label >= 0, torch.searchsorted(self.classes, label), -100)  # cross entropy leaves -100 out
+        loss_sum = F.cross_entropy(logits, target, reduction="sum", label_smoothing=self.label_smoothing)
+        count, hits = (label >= 0).sum(), (logits.argmax(1) == target).sum()
+        value, logged = reduce_loss(LossOutput(loss_sum, count, {"accuracy": torch.stack([hits, count])}))
+        self.log_training(logged, batch)
+        return value

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ class TokenInfo(NamedTuple):
     """What edits need to know about a vocabulary of V tokens.
 
     ``word_start (V,)`` is true for tokens that begin a word, ``special (V,)`` for special tokens; ``mask_id`` is the mask
-    token, if there is one; a row has at most ``max_length`` tokens.
+    token, if there is one; a row has at most ``max_length`` tokens. Rephrasing needs the ``tokenizer``.
 
     >>> info = TokenInfo(word_start=torch.ones(16, dtype=torch.bool), special=torch.arange(16) < 2)
     >>> info.max_length
@@ -30,6 +30,7 @@ class TokenInfo(NamedTuple):
     special: Tensor
     mask_id: int | None = None
     max_length: int = 512
+    tokenizer: Any = None
 
 
 # The arguments of an edit in the examples below: one row of four words between two special tokens, a seed, a vocabulary of 16.

@@ -1,14 +1,21 @@
-"""The command ``compare``: finished runs in one table, with the uncertainty of the differences between settings."""
+"""The command ``compare``: finished runs in one table, with the uncertainty of the differences between settings.
+
+Two uncertainties: another training run (the seeds), and other test examples with the same models. A setting is called ahead
+by the first one only, corrected for the number of pairs of settings: which one is the best was seen in the same runs.
+"""
 
 import csv
+import functools
 import json
 import math
 import shlex
 import statistics
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -16,13 +23,22 @@ from omegaconf import DictConfig, OmegaConf
 
 from tercet.app import record, report
 from tercet.app.commands.stages import draw_stages
+from tercet.app.report import LESS_IS_BETTER
 from tercet.errors import require
+from tercet.evaluation.significance import PairedDifference, holm, paired_difference, randomization_test
 from tercet.messages import print_status
 from tercet.paths import check_writable
 
 IGNORED_KEYS = (*record.KEYS_WITHOUT_EFFECT, "seed", "hydra")
-LESS_IS_BETTER = ("alignment", "uniformity", "loss", "perplexity", "forgotten")  # metrics, by how their names end
-MAX_RESAMPLES = 10_000
+NO_SEEDS = "no two seeds in common"
+LEVEL = 0.05  # of all claims of a table together
+
+LEGEND = """\
+lead [95 %]: the difference on the seeds that both have, and Student's t interval: how far it moves with another training run.
+p, sign test: of the t test and of the exact sign test over these seeds, corrected for all pairs of settings (Holm). A setting
+is called behind where p is below 0.05. With one seed there is no verdict, and n seeds give no sign test below 2^(1-n).
+examples: paired approximate randomization over the test's examples, corrected too (Bonferroni): how it would be with other
+examples and the same trained models. It says nothing about other seeds."""
 
 Setting = tuple[str, ...]  # a value for each axis
 Summary = dict[str, dict[str, float]]  # metric -> mean, sd, runs
@@ -40,6 +56,26 @@ class Run:
     optimized: str | None
 
 
+class Lead(NamedTuple):
+    """The difference between two settings over seeds (None: fewer than two in common), and its corrected p values.
+
+    ``p`` is of the t test and ``sign_p`` of the sign test, both over seeds; ``examples_p`` of randomization over examples.
+    """
+
+    seeds: PairedDifference | None
+    p: float | None
+    sign_p: float | None
+    examples_p: float | None
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether the t interval over seeds, corrected for the number of pairs, excludes 0."""
+        return self.p is not None and self.p < LEVEL
+
+    def __str__(self) -> str:
+        return f"{self.seeds.mean:+.4f} [{self.seeds.low:+.4f}, {self.seeds.high:+.4f}]" if self.seeds else NO_SEEDS
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Runs by setting; ``axes`` are the keys whose values differ between the runs' commands, except the seed."""
@@ -55,16 +91,48 @@ class Comparison:
         return dict(sorted(measured, key=lambda pair: sign * statistics.fmean(pair[1].values())))
 
     def metrics(self) -> list[str]:
-        """The metrics of the test stage; only the optimized metric where all runs have the same one."""
+        """The optimized metric where all runs have the same one, else the metrics of the test stage."""
         runs = [run for group in self.runs.values() for run in group]
-        names = {name for run in runs for name in run.metrics if name.startswith("test/")}
-        tests, first = sorted(names, key=lambda name: (name.endswith(LESS_IS_BETTER), name)), runs[0].optimized
-        return [first] if first in tests and all(run.optimized == first for run in runs) else tests
+        names = {name for run in runs for name in run.metrics}
+        tests = sorted((n for n in names if n.startswith("test/")), key=lambda name: (name.endswith(LESS_IS_BETTER), name))
+        first = runs[0].optimized
+        return [first] if first in names and all(run.optimized == first for run in runs) else tests
+
+    def leads(self, metric: str) -> dict[Setting, "Lead"]:
+        """What the best setting is ahead by, for each other one, with p values that are corrected for all pairs of settings."""
+        ranked = self.rank(metric)
+        pairs = {pair: found for pair in combinations(ranked, 2) if (found := _on_common_seeds(*map(ranked.get, pair)))}
+        adjusted = dict(zip(pairs, holm([found.p for found in pairs.values()]), strict=True))
+        signs = dict(zip(pairs, holm([found.sign_p for found in pairs.values()]), strict=True))
+        best, *others = ranked
+        leads = {}
+        for other in others:
+            pair = best, other
+            folders = [tuple(run.folder for run in self.runs[setting]) for setting in pair]
+            chance = compare_examples(*folders, metric.removeprefix("test/")) if metric.startswith("test/") else None
+            corrected = None if chance is None else min(1.0, chance * math.comb(len(ranked), 2))
+            leads[other] = Lead(pairs.get(pair), adjusted.get(pair), signs.get(pair), corrected)
+        return leads
 
     def label(self, setting: Setting, short: bool = False) -> str:
         """``key=value`` of each axis; a ``short`` label has the last word of each key."""
         pairs = zip(self.axes, setting, strict=True)
         return " ".join(f"{axis.split('.')[-1] if short else axis}={value}" for axis, value in pairs) or "all runs"
+
+
+@functools.cache
+def compare_examples(best: tuple[Path, ...], other: tuple[Path, ...], metric: str) -> float | None:
+    """The p value of randomization over the test's examples, of values that are averaged over the runs in these folders.
+
+    None where a run has no values by example, or those of other examples.
+    """
+    sides: list[list[Any]] = [[], []]
+    for side, folders in zip(sides, (best, other), strict=True):
+        for path in (folder / record.EXAMPLES for folder in folders):
+            with np.load(path) if path.is_file() else nullcontext({}) as values:
+                side.append(values[metric].astype(np.float64) if metric in values else np.zeros(0))
+    sizes = {len(values) for side in sides for values in side}
+    return randomization_test(*(np.mean(side, axis=0) for side in sides)) if len(sizes) == 1 and sizes != {0} else None
 
 
 def run(cfg: DictConfig, output: Path) -> None:
@@ -131,7 +199,7 @@ def write_comparison(comparison: Comparison, metrics: Sequence[str], folder: Pat
 
 
 def comparison_text(comparison: Comparison, metrics: Sequence[str]) -> str:
-    """The tables of all metrics as text, and the command of the best run by the first metric."""
+    """The tables of all metrics as text, how to read them, and the command of the best run by the first metric."""
     blocks = []
     for metric in metrics:
         blocks.append(ranking_table(comparison, metric))
@@ -139,65 +207,68 @@ def comparison_text(comparison: Comparison, metrics: Sequence[str]) -> str:
             blocks.append(effects)
     if metrics:
         metric, pick = metrics[0], min if metrics[0].endswith(LESS_IS_BETTER) else max
-        runs = comparison.runs[next(iter(comparison.rank(metric)))]
-        best = pick((one for one in runs if metric in one.metrics), key=lambda one: one.metrics[metric])
+        setting = next(iter(comparison.rank(metric)))
+        runs = [one for one in comparison.runs[setting] if metric in one.metrics]
+        best = pick(runs, key=lambda one: one.metrics[metric])
+        if comparison.axes:
+            blocks.append(LEGEND)
+        if not metric.startswith("test/"):  # it has chosen the setting, whose tests are fair
+            tests = {
+                n: [one.metrics[n] for one in runs if n in one.metrics] for n in sorted(best.metrics) if n.startswith("test/")
+            }
+            lines = [f"  {name}  {format_mean_sd(values)}" for name, values in tests.items()]
+            blocks.append("\n".join([f"tests of {comparison.label(setting)}, which {metric} has chosen:", *lines]))
         blocks.append(f"best run: {best.folder}, {metric} = {best.metrics[metric]:.4f}\n  {best.command}")
     return "\n\n".join(blocks)
 
 
 def describe_best(comparison: Comparison, metric: str) -> str:
-    """A sentence: the best setting, and by how much it is ahead of the second."""
-    (first, best), *others = comparison.rank(metric).items()
+    """A sentence: the best setting, and whether it is ahead of the second."""
+    ranked = comparison.rank(metric)
+    (first, best), *others = ranked.items()
     sentence = f"{comparison.label(first)}: {metric} {format_mean_sd(best.values())}"
     if not others:
         return f"{sentence}."
-    second, (lead, _, sure) = comparison.label(others[0][0]), paired_lead(best, others[0][1])
-    if sure is None:
-        return f"{sentence}, before {second} ({lead})."
-    return f"{sentence}, {'ahead of' if sure else 'not surely ahead of'} {second} by {lead}."
+    second, lead = comparison.label(others[0][0]), comparison.leads(metric)[others[0][0]]
+    if lead.seeds is None:
+        return f"{sentence}, before {second} ({lead}: this is no verdict)."
+    found = (
+        f"{lead} over {lead.seeds.n} seeds, p {format_p(lead.p)} corrected for {math.comb(len(ranked), 2)} pairs of settings"
+    )
+    return f"{sentence}, {'ahead of' if lead.is_sure else 'not surely ahead of'} {second} by {found}."
 
 
 def ranking_table(comparison: Comparison, metric: str) -> str:
-    """A row for each setting: mean ± sd over its seeds, and the lead of the best setting on the seeds that both have."""
-    ranked = comparison.rank(metric)
-    best = next(iter(ranked.values()))
-    rows = [[*comparison.axes, "runs", "mean ± sd", "lead of the best [95 %]", "resamples that agree"]]
+    """A row for each setting: mean ± sd over its seeds, and the lead of the best setting with its p values."""
+    ranked, leads = comparison.rank(metric), comparison.leads(metric)
+    rows = [[*comparison.axes, "runs", "mean ± sd", "lead of the best [95 %]", "p", "sign test", "examples", ""]]
     for setting, values in ranked.items():
-        lead = ("", "") if values is best else paired_lead(best, values)[:2]
-        rows.append([*setting, str(len(values)), format_mean_sd(values.values()), *lead])
-    if not comparison.axes:  # one setting
-        rows = [row[:2] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lead = leads.get(setting)
+        rest = [str(lead), *map(format_p, lead[1:]), "behind" if lead.is_sure else ""] if lead else []
+        rows.append([*setting, str(len(values)), format_mean_sd(values.values()), *(rest or [""] * 5)])
+    width = len(comparison.axes) + 2 if len(ranked) == 1 else None  # one setting leads nobody
+    columns = [[row[i] for row in rows] for i in range(width or len(rows[0]))]
+    columns = [column for column in columns if any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    lines = [
+        "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in zip(*columns, strict=True)
+    ]
     return "\n".join([f"{metric}, {'less' if metric.endswith(LESS_IS_BETTER) else 'more'} is better", *lines])
 
 
-def paired_lead(best: dict[int, float], other: dict[int, float]) -> tuple[str, str, bool | None]:
-    """``best - other`` on the seeds of both: ``mean [95 %]``, the resamples that agree, and if the interval excludes 0."""
-    differences = [best[seed] - other[seed] for seed in sorted(best.keys() & other.keys())]
-    if len(differences) < 2:
-        return "no two seeds in common", "", None
-    mean, low, high, share = paired_bootstrap(differences)
-    return f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]", f"{max(share, 1 - share):.0%}", low * high > 0
+def _on_common_seeds(best: Any, other: Any) -> PairedDifference | None:
+    seeds = sorted(best.keys() & other.keys())
+    return paired_difference([best[seed] - other[seed] for seed in seeds]) if len(seeds) > 1 else None
 
 
-def paired_bootstrap(differences: Sequence[float]) -> tuple[float, float, float, float]:
-    """The mean difference over seeds, its 95 % interval, and the share of resamples with a mean above 0.
+def format_p(p: float | None) -> str:
+    """A p value with two significant digits; nothing for None.
 
-    Seeds are resampled with replacement (Efron and Tibshirani 1993, chapter 13): all ``n^n`` resamples if these are at
-    most ``MAX_RESAMPLES``, else that many at random. With three seeds an interval without 0 means only that all three agree.
-
-    >>> [round(x, 3) for x in paired_bootstrap([0.1, 0.2, 0.3])]
-    [0.2, 0.122, 0.278, 1.0]
+    >>> format_p(0.0312), format_p(0.00004), format_p(1.0), format_p(None)
+    ('0.031', '<0.0001', '1', '')
     """
-    d, n = np.asarray(differences), len(differences)
-    if n**n <= MAX_RESAMPLES:
-        picks = np.stack(np.meshgrid(*[np.arange(n)] * n), -1).reshape(-1, n)
-    else:
-        picks = np.random.default_rng(0).integers(0, n, (MAX_RESAMPLES, n))
-    means = d[picks].mean(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(d.mean()), float(low), float(high), float((means > 0).mean() + (means == 0).mean() / 2)
+    return "" if p is None else "<0.0001" if p < 1e-4 else f"{p:.2g}"
 
 
 def axis_effects(comparison: Comparison, metric: str) -> str:

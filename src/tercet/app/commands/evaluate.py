@@ -1,6 +1,7 @@
 """The command ``evaluate``: open any model by its name, also one that was not trained by Tercet, and measure it."""
 
 import difflib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from tercet.errors import InputError, require
 from tercet.messages import print_status, silence_libraries
 from tercet.models import CachedEncoder, ConcatEncoder, Encoder
 from tercet.models.folder import load_with_note
+from tercet.models.prompts import Prompts
 from tercet.paths import check_writable, locate
 from tercet.types import EncodeFunction
 
@@ -42,15 +44,18 @@ def run(cfg: DictConfig, output: Path) -> None:
 
 
 def _open_member(cfg: DictConfig, name: str) -> Encoder:
-    """The model, with the command line's ``max_length`` and ``normalize``."""
+    """The model, with the command line's ``max_length``, ``prompt`` and ``normalize``."""
     encoder = open_model(name, cfg.model.pooling, cfg.device, cfg.seed)
-    for key in ("max_length", "normalize"):
+    for key in ("max_length", "prompt", "normalize"):
         changed = not encoder.parts() and cfg.model[key] is not None
         require(not changed, f"model.{key}={cfg.model[key]}: an exported model cannot be changed. Export it anew.")
     texts, longest = encoder.text_parts(), cfg.model.max_length
     require(texts or not longest, f"model.max_length={longest} counts tokens; this model reads images.")
     for part in texts if longest else ():
-        part.max_length = longest
+        part.set_max_length(longest)
+    require(texts or not cfg.model.prompt, f"model.prompt={cfg.model.prompt} is put before texts; this model reads images.")
+    for part in texts if cfg.model.prompt is not None else ():
+        part.prompts = replace(Prompts.of(cfg.model.prompt), pooled=part.prompts.pooled)
     for each in [encoder, *texts] if cfg.model.normalize is not None else ():
         each.normalize = cfg.model.normalize
     return encoder
@@ -103,4 +108,15 @@ def initialize_from(encoder: Encoder, name: str) -> str:
         shapes = f"{there.get(key)} there and {here.get(key)} here"
         require("head." in key, f"init_from={name}: {key} is {shapes}. Use the model that it was trained with.")
     encoder.load_state_dict({**mine, **{key: value for key, value in theirs.items() if key not in reshaped}})
-    return f"init_from={name}" + ("; the head starts anew" if reshaped else "")
+    settings = {key: (theirs, ours) for key, theirs in _settings(other).items() if (ours := _settings(encoder)[key]) != theirs}
+    differ = "".join(f"; its {key} is {theirs}, here {ours}" for key, (theirs, ours) in settings.items())
+    return f"init_from={name}" + ("; the head starts anew" if reshaped else "") + differ
+
+
+def _settings(encoder: Encoder) -> dict[str, str]:
+    """What decides on embeddings beside the weights, as text."""
+    parts = encoder.text_parts()
+    return {
+        "pooling": ", ".join(part.pooling for part in encoder.parts()),
+        "prompt": repr(parts[0].prompts.text if parts else ""),
+    }

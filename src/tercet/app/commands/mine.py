@@ -126,7 +126,13 @@ def write_table(table: pa.Table, target: Path) -> None:
         pq.write_table(table, partial)
     elif target.suffix == ".jsonl":
         table.to_pandas().to_json(partial, orient="records", lines=True, force_ascii=False)
-    else:
-        options = pyarrow.csv.WriteOptions(delimiter="," if target.suffix == ".csv" else "\t")
-        pyarrow.csv.write_csv(table, partial, options)
+    elif target.suffix == ".csv":
+        pyarrow.csv.write_csv(table, partial)
+    else:  # cells of TSV are not quoted
+        columns = [[str(cell) for cell in (name, *values)] for name, values in table.to_pydict().items()]
+        broken = next((cell for column in columns for cell in column if set(cell) & set("\t\r\n")), None)
+        advice = "TSV has no quotes; use .csv, .jsonl or .parquet."
+        require(broken is None, f"output={target}: {broken!r} holds a tab or a line end. {advice}")
+        lines = map("\t".join, zip(*columns, strict=True))
+        partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="")
     partial.replace(target)

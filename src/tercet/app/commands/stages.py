@@ -92,6 +92,8 @@ def _finish(cfg: DictConfig, output: Path, columns: dict[str, dict[str, float]],
     """Write the table, figure and metrics of all stages; the last stage's model is the run's."""
     metrics = {f"{stage}/{name}": x for stage, column in columns.items() for name, x in column.items()}
     metrics |= {f"test/{name}": x for name, x in list(columns.values())[-1].items()}
+    last = record.read_metrics(Path(model).parent)
+    metrics |= {name: x for name, x in last.items() if name.startswith("val/")}
     if record.is_main_process():
         OmegaConf.save(cfg, output / "config.yaml", resolve=True)
         (output / "model").unlink(missing_ok=True)

@@ -12,17 +12,17 @@ from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, ModelCh
 from tercet.app import launch, record, report
 from tercet.app.commands.evaluate import initialize_from
 from tercet.app.commands.preflight import preflight
-from tercet.app.components import build, check_values, start_record
+from tercet.app.components import build, check_values, find_targets, start_record
 from tercet.app.config_checks import check_config, check_model
 from tercet.app.own_texts import choose_by_columns, set_run_length
 from tercet.distributed.sharding import gather_weights, load_state
 from tercet.errors import require
-from tercet.messages import print_status, silence_libraries
+from tercet.messages import print_status, silence_libraries, warn_once
 from tercet.models.engine.chunking import trim_heap
 from tercet.models.folder import read_checkpoint, save_model
 from tercet.paths import check_writable
 from tercet.training.callbacks.checkpoints import AtomicCheckpointIO, newest_checkpoint
-from tercet.training.callbacks.evaluation import START, Evaluation, evaluate_stage
+from tercet.training.callbacks.evaluation import START, Evaluation, evaluate_stage, validate
 from tercet.training.contrastive import Contrastive
 from tercet.training.datamodule import DataModule
 from tercet.training.loggers import fault_tolerant
@@ -54,12 +54,24 @@ def prepare(cfg: DictConfig, output: Path) -> tuple[DictConfig, DataModule]:
     config: Any = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     check_writable(output, "output_dir")
     silence_libraries()
+    drop_missing_validation(config)
     check_values(config, cfg)
     config.output_dir = str(output)
     data = build(config.data.module)
     build(config.validation)  # an error in it ends the run here
     check_config(config, get_class(config.objective._target_), data)
     return config, data
+
+
+def drop_missing_validation(config: DictConfig) -> None:
+    """Validate nothing where an experiment does so on rows that the data, chosen beside it, does not hold out."""
+    sources = [node["source"] for _, node in find_targets(OmegaConf.to_container(config.validation)) if "source" in node]
+    empty = [s for s in sources if s is None or (s.get("split") == "validation" and not s.get("validation_rows"))]
+    if empty and not config.monitor:
+        why = f"data={config.data.name} holds out no rows for validation, so that none choose settings"
+        warn_once(f"{why}: optimized_metric is null. evaluation@validation=stsb_dev would be one that needs no such rows.")
+        config.validation = {"_target_": "tercet.evaluation.EvaluatorGroup", "members": {}}
+        config.optimized_metric = None
 
 
 def worker(config: dict[str, Any], output: str) -> float | None:
@@ -77,8 +89,6 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
     objective: Contrastive = build(cfg.objective)
     if cfg.init_from:
         print_status(initialize_from(objective.encoder, cfg.init_from))
-    if plan := objective.encoder.describe_execution():
-        print_status(plan)
     check_model(objective, data, launch.started_by_launcher())
     validated = len(build(cfg.data.validation).rows()) if cfg.data.validation and cfg.data.validation_rows else None
     evaluation = Evaluation(build(cfg.validation), build(cfg.test), validated)
@@ -95,15 +105,21 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
     try:
         notes = record.write_start(cfg, output, data, loggers)
         metrics = evaluate_stage(trainer, objective, "before") if cfg.measure_before else {}
-        if metrics and str(cfg.optimized_metric).startswith("test/"):  # fails now rather than after training
-            optimized_value(cfg, {name.replace("before/", "test/", 1): value for name, value in metrics.items()})
+        by_validation = str(cfg.optimized_metric).startswith("val/") and cfg.optimized_metric != cfg.monitor
+        by_test = str(cfg.optimized_metric).startswith("test/")
+        if cfg.measure_before and (by_test or by_validation):  # fails now rather than after training
+            starts = {name.replace("before/", "test/", 1): value for name, value in metrics.items()}
+            optimized_value(cfg, starts | (validate(trainer, objective) if by_validation else {}))
         # Training must not depend on the random numbers that the evaluation drew.
         # Processes get different seeds: rows of two of them must not share their dropout.
         pl.seed_everything(cfg.seed + trainer.global_rank, workers=True, verbose=False)
         if resumed := newest_checkpoint(output / "checkpoints", read_checkpoint) if cfg.resume else None:
             print_status(f"resuming from {resumed}, step {read_checkpoint(resumed)['global_step']}")
         trainer.fit(objective, datamodule=data, ckpt_path=str(resumed) if resumed else None)
-        metrics |= restore_best(trainer, objective, evaluation) | evaluate_stage(trainer, objective, "test")
+        metrics |= restore_best(trainer, objective, evaluation)
+        metrics |= validate(trainer, objective) if by_validation else {}
+        metrics |= evaluate_stage(trainer, objective, "test")
+        record.write_examples(output, evaluation.test, objective.cached_encoder)
         write_results(cfg, trainer, objective, metrics, notes, output)
         trainer.strategy.barrier("written")  # the next stage reads what the first process wrote
         record.close_loggers(loggers, "finished")
@@ -170,12 +186,13 @@ def write_results(
     encoder = gather_weights(objective.encoder)
     if not trainer.is_global_zero:
         return
-    save_model(encoder, output / "model")
+    save_model(encoder, output / "model", cfg.save_dtype)
     record.write_metrics(output, metrics)
     before, after = (record.stage_metrics(metrics, stage) for stage in ("before", "test"))
     report.write_report(output, cfg, metrics)
     record.log_artifacts(trainer.loggers, output, cfg, metrics, notes)
-    print_status("\n" + report.before_after_table(before, after))
+    headline = report.run_result(cfg, metrics, before, after).headline
+    print_status(f"\n{headline}\n\n{report.before_after_table(before, after)}")
     print_status(f"\n{trainer.global_step} steps, data {notes['data']['fingerprint']}. Written to {output}:")
     for path in sorted(p for p in output.iterdir() if p.name != "hparams.yaml"):
         print_status(f"  {path.name}{'/' if path.is_dir() else ''}")

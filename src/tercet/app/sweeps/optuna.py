@@ -76,7 +76,7 @@ class OptunaSweeper(Sweeper):
             pruned, failed = "pruned" in trial.user_attrs, value is None or math.isnan(value)
             state = TrialState.FAIL if failed else TrialState.PRUNED if pruned else TrialState.COMPLETE
             study.tell(trial, value if state == TrialState.COMPLETE else None, state)
-            need = "name one, as optimized_metric=test/sts/avg/spearman_all."
+            need = "name one, as optimized_metric=val/sts/stsb/spearman."
             require(value is not None, f"sweep=optuna searches for the best optimized_metric, which is null: {need}")
 
     def _split_arguments(self, arguments: list[str]) -> tuple[dict[str, "BaseDistribution"], list[str]]:
@@ -107,7 +107,8 @@ def pruning_callback(storage: str, number: int, monitor: str | None) -> "pl.Call
     from pytorch_lightning.callbacks import LambdaCallback
 
     def report(trainer: "pl.Trainer", _: "pl.LightningModule") -> None:
-        value = trainer.callback_metrics.get(monitor) if monitor and trainer.is_global_zero else None
+        fits = monitor and trainer.state.fn == "fit" and trainer.is_global_zero  # not the validation after training
+        value = trainer.callback_metrics.get(f"{monitor}") if fits else None
         stop = value is not None and _report(storage, number, f"{monitor}", float(value), trainer.global_step)
         if trainer.strategy.broadcast(stop):  # the first process decides for all
             trainer.should_stop = True

@@ -1,6 +1,7 @@
 """Run a transformers backbone on padded or packed rows."""
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,17 +21,11 @@ from tercet.types import RATE_SCALE, TokenBatch, TokenState, pad_rows
 TOLERANCE = 1e-4  # between a packed row and the same row alone; hidden states are around 1
 
 
-def first_position(backbone: PreTrainedModel) -> int:
-    """The position of a row's first token: in RoBERTa and relatives positions start after the padding's index."""
-    after_padding = backbone.config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet")
-    return backbone.config.pad_token_id + 1 if after_padding else 0
-
-
-def backbone_inputs(backbone: PreTrainedModel, ids: Tensor, state: TokenState) -> dict[str, Any]:
+def backbone_inputs(backbone: PreTrainedModel, ids: Tensor, state: TokenState, first_position: int) -> dict[str, Any]:
     """Arguments of the backbone for ``ids (n, L)`` and their state; ``InputError`` for one that takes no positions.
 
     Word vectors are zeroed where ``keep (n, L)`` is false and in the columns of ``feature_cutoff (n, L, 2)``; ``position
-    (n, L)`` are positions.
+    (n, L)`` are positions from ``first_position``.
     """
     arguments = {"input_ids": ids}
     if state.keep is not None or state.feature_cutoff is not None:
@@ -46,31 +41,47 @@ def backbone_inputs(backbone: PreTrainedModel, ids: Tensor, state: TokenState) -
         if "position_ids" not in inspect.signature(backbone.forward).parameters:
             name = type(backbone).__name__
             raise InputError(f"A view that shuffles tokens: {name} takes no positions. Use another view or another backbone.")
-        arguments["position_ids"] = state.position + first_position(backbone)
+        arguments["position_ids"] = state.position + first_position
     return arguments
 
 
 class BackboneRunner:
-    """Runs a backbone on padded or packed rows."""
+    """Runs a backbone on padded or packed rows.
 
-    def __init__(self, backbone: PreTrainedModel, pad_id: int, compile: bool) -> None:
-        self.backbone, self.pad_id = backbone, pad_id
+    When it is made, a few rows run in every layout, so that only those are used in which a row is as it is alone.
+    ``token_types`` are the types by token id that the tokenizer gives to a text, where not 0; None passes no types.
+    """
+
+    def __init__(
+        self, backbone: PreTrainedModel, pad_id: int, compile: bool = False, token_types: Mapping[int, int] | None = None
+    ) -> None:
+        self.backbone, self.pad_id, self.token_types = backbone, pad_id, token_types
+        self.first_position = compat.first_position(backbone)
+        self.max_tokens = compat.max_tokens(backbone)
         self.dropout_seeds: DropoutSeeds | None = None  # of the backbone's dropouts, if those have been replaced
         self.can_skip_last_layer = False  # whether the last layer can compute first tokens only
-        # Why rows cannot be concatenated; empty if a forward pass has verified that they do not see each other.
-        self.cannot_pack = "it is compiled" if compile else self._enable_packing()
+        self.output_type: type[Any] = BaseModelOutputWithPooling  # of the backbone
+        self.cannot_pad = ""  # why rows cannot be padded
+        self.cannot_pack = "it is compiled"  # why rows cannot be concatenated
+        training = backbone.training
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):  # some backbones draw numbers, also in evaluation mode
+            self._verify_layouts(compile)
+        backbone.train(training)
         if compile:
             backbone.compile(dynamic=True)  # in place: the names of the weights stay as they are
 
     def resolve(self, execution: Execution) -> Execution:
         """Replace ``layout="auto"`` and install seeded dropout; ``InputError`` for what this backbone cannot do."""
-        for name, value in (("layout", "packed"), ("dropout", "deterministic")):
-            if self.cannot_pack and getattr(execution, name) == value:
-                reason = f"{type(self.backbone).__name__} cannot read packed rows: {self.cannot_pack}"
-                raise InputError(f"`execution.{name}`={value}: {reason}. Use `execution.{name}`=auto.")
+        reasons = {"packed": self.cannot_pack, "sorted": self.cannot_pad, "padded": self.cannot_pad, "equal_length": ""}
+        needed = {"layout": execution.layout, "dropout": "packed" if execution.dropout == "deterministic" else "auto"}
+        for name, layout in needed.items():
+            if reason := reasons.get(layout):
+                kind = "packed" if layout == "packed" else "padded"
+                problem = f"{type(self.backbone).__name__} cannot read {kind} rows: {reason}"
+                raise InputError(f"`execution.{name}`={getattr(execution, name)}: {problem}. Use `execution.{name}`=auto.")
         if not self.cannot_pack and execution.dropout != "torch":
             self.dropout_seeds = replace_dropouts(self.backbone)
-        best = "sorted" if self.cannot_pack else "packed"
+        best = next(layout for layout in ("packed", "sorted", "equal_length") if not reasons[layout])
         return replace(execution, layout=best if execution.layout == "auto" else execution.layout)
 
     def __call__(
@@ -89,7 +100,7 @@ class BackboneRunner:
         if self.dropout_seeds is not None:
             self.dropout_seeds.seed = state.dropout_seed
         seeds = self.dropout_seeds if state.dropout_seed is not None else None  # else dropout draws from torch's generator
-        arguments = backbone_inputs(self.backbone, ids, state)
+        arguments = {**backbone_inputs(self.backbone, ids, state, self.first_position), **self.type_arguments(ids)}
         arguments["attention_mask"] = compat.no_attention_mask(self.backbone) if packed else mask
         if packed or seeds:
             arguments["packing"] = Packing(rows.lengths, packed, first_token_only, seeds)
@@ -103,36 +114,76 @@ class BackboneRunner:
         pooled = pooler(states[-1]) if pooler is not None else None
         return BaseModelOutputWithPooling(states[-1], pooled, tuple(states)), mask.to(rows.ids.device, non_blocking=True)
 
-    def _enable_packing(self) -> str:
+    def type_arguments(self, ids: Tensor) -> dict[str, Tensor]:
+        """The argument ``token_type_ids`` for ``ids (n, L)``, where the backbone needs it."""
+        if self.token_types is None:
+            return {}
+        types = torch.zeros_like(ids)
+        for token, number in self.token_types.items():
+            types = types.masked_fill(ids == token, number)
+        return {"token_type_ids": types}
+
+    def _verify_layouts(self, compile: bool) -> None:
+        """Set what this backbone cannot do; ``InputError`` if it does not run, or a row is never as it is alone."""
+        config, name = self.backbone.config, type(self.backbone).__name__
+        lengths = torch.tensor([3, 3, 5, 4 + (getattr(config, "sliding_window", None) or 0)])  # one exceeds the window
+        lengths = lengths.clamp(max=self.max_tokens)
+        ids = 5 + torch.arange(int(lengths.sum())) % max(1, config.vocab_size - 6)  # ids below 5 are often special
+        rows = TokenBatch((ids + (ids == self.pad_id)) % config.vocab_size, lengths)
+        try:
+            self(rows.select(torch.tensor([0, 1])), packed=False)  # in training mode, which Reformer refuses
+            self.backbone.eval()
+            alone = [self._states(rows.select(torch.tensor([i])))[0] for i in range(len(rows))]
+            if self.token_types == {}:  # all types are 0: passed only where that is not what the backbone assumes
+                self.token_types = None
+                if not _close(self._states(rows.select(torch.tensor([0]))), alone[:1]):
+                    self.token_types = {}
+            pair = self._states(rows.select(torch.tensor([0, 1])))
+            # Any token may stand where a row has ended: the vector of the pad token is 0 at first, in some backbones for ever.
+            self.pad_id, pad_id = int(rows.ids[0]), self.pad_id
+            padded = self._states(rows)
+            self.pad_id = pad_id
+        except Exception as error:  # models raise errors of many types
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise InputError(f"`backbone`: {name} cannot encode rows of token ids ({reason}). Use another backbone.") from error
+        shapes = [(n, config.hidden_size) for n in lengths.tolist()]
+        if [tuple(states.shape) for states in alone] != shapes:
+            got = f"{tuple(alone[0].shape)} for a row of {shapes[0][0]} tokens"
+            raise InputError(f"`backbone`: {name} gives {got}, not a vector of {shapes[0][1]} for each. Use another backbone.")
+        if not _close(pair, alone[:2]):
+            reason = "a text's embedding would depend on the texts beside it, even on those of its own length"
+            raise InputError(f"`backbone`: {name} is not supported: {reason}. Use another backbone.")
+        self.cannot_pad = "" if _close(padded, alone) else "a row's embedding would depend on its padding"
+        if not compile:
+            self.cannot_pack = self._enable_packing(rows, alone)
+
+    def _states(self, rows: TokenBatch, packed: bool = False, first_token_only: bool = False) -> list[Tensor]:
+        """The hidden states ``(length, H)`` of each row, without padding."""
+        output: Any = self(rows, packed, first_token_only)[0]
+        self.output_type = type(output) if not packed else self.output_type
+        lengths = torch.ones_like(rows.lengths) if first_token_only else rows.lengths
+        return [states[:n] for states, n in zip(output.last_hidden_state, lengths.tolist(), strict=True)]
+
+    def _enable_packing(self, rows: TokenBatch, alone: list[Tensor]) -> str:
         """Switch the backbone to our attention. Returns why that is not possible, or an empty string."""
         if not compat.supports_custom_attention(self.backbone):
             return "it takes no attention function from outside"
-        before, training = compat.attention_name(self.backbone), self.backbone.training
+        before, reason = compat.attention_name(self.backbone), ""
         try:
             self.backbone.set_attn_implementation(NAME)
             self.can_skip_last_layer = shorten_last_layer(self.backbone)
-            reason = "" if self._packing_is_exact() else "a row's embedding would depend on its neighbors"
+            exact = _close(self._states(rows, packed=True), alone)
+            if exact and self.can_skip_last_layer:
+                exact = _close(self._states(rows, packed=True, first_token_only=True), [states[:1] for states in alone])
+            reason = "" if exact else "a row's embedding would depend on its neighbors"
         # Errors of a forward pass whose model passes on neither positions nor the packing, or shapes them otherwise.
         except (AttributeError, InputError, RuntimeError, TypeError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
         if reason:
             self.can_skip_last_layer = False
             self.backbone.set_attn_implementation(before)
-        self.backbone.train(training)
         return reason
 
-    @torch.no_grad()
-    def _packing_is_exact(self) -> bool:
-        """Whether packed rows equal the same rows alone; one of them is longer than a window of attention."""
-        config = self.backbone.eval().config
-        lengths = torch.tensor([3, 3, 5, 4 + (getattr(config, "sliding_window", None) or 0)])
-        ids = 5 + torch.arange(int(lengths.sum())) % max(1, config.vocab_size - 6)  # ids below 5 are often special
-        rows = TokenBatch((ids + (ids == self.pad_id)) % config.vocab_size, lengths)
-        for first_token_only in (False, True)[: 1 + self.can_skip_last_layer]:
-            packed: Any = self(rows, True, first_token_only)[0]
-            for i, row in enumerate(packed.last_hidden_state):
-                alone: Any = self(rows.select(torch.tensor([i])), packed=False)[0]
-                want = alone.last_hidden_state[0, : 1 if first_token_only else None]
-                if not torch.allclose(row[: len(want)], want, TOLERANCE, TOLERANCE):
-                    return False
-        return True
+
+def _close(got: list[Tensor], want: list[Tensor]) -> bool:
+    return all(a.shape == b.shape and torch.allclose(a, b, TOLERANCE, TOLERANCE) for a, b in zip(got, want, strict=True))

@@ -16,7 +16,7 @@ from tercet.messages import warn_once
 from tercet.types import TokenBatch
 
 Embed = Callable[[TokenBatch], Tensor]  # n rows to (n, ...)
-LAYOUTS = ("auto", "packed", "sorted", "padded")
+LAYOUTS = ("auto", "packed", "sorted", "padded", "equal_length")
 DROPOUTS = ("auto", "torch", "deterministic")
 
 SHARE = 0.5  # of free memory for a chunk: the loss and the temporaries of the backward pass need room beside it
@@ -34,7 +34,8 @@ class Execution:
     """Settings of a forward pass. They change speed and memory, not the result.
 
     ``layout`` of texts: ``packed`` concatenates rows and computes no padding; ``sorted`` orders rows by length, so that
-    little of a chunk is padding; ``padded`` keeps the order; ``auto`` is packed if the backbone can, else sorted.
+    little of a chunk is padding; ``padded`` keeps the order; ``equal_length`` runs rows of one length at a time, for backbones
+    whose states depend on padding. ``auto`` is the first of packed, sorted and equal_length that the backbone can.
     ``dropout``: ``deterministic`` makes masks a function of (seed, step, row, view, layer), the same for any number of
     processes and any chunks; ``torch`` is torch's own; ``auto`` is deterministic on a CPU, where it is the faster one, if the
     backbone can pack. ``chunk_tokens``: the most tokens of one chunk of texts, padding included, "auto" for what fits into
@@ -74,7 +75,8 @@ class Execution:
         for i, n in enumerate(lengths[order].tolist()):
             longest, real = max(longest, n), real + n
             used = real if self.layout == "packed" else longest * (i + 1 - start)
-            if i > start and (used > tokens or i - start >= rows):
+            shorter = self.layout == "equal_length" and n < longest
+            if i > start and (used > tokens or i - start >= rows or shorter):
                 cuts.append(i)
                 start, longest, real = i, n, n
         return list(order.tensor_split(cuts))

@@ -3,6 +3,7 @@
 tests/models/test_transformers_compat.py checks each of them and names what broke after an upgrade.
 """
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,24 @@ def supports_custom_attention(model: PreTrainedModel) -> bool:
 def attention_name(model: PreTrainedModel) -> str:
     """The name of the attention function in use."""
     return str(model.config._attn_implementation)
+
+
+def first_position(model: PreTrainedModel) -> int:
+    """The position of a row's first token: in RoBERTa and relatives positions start after the padding's index."""
+    tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
+    found = (getattr(table, "padding_idx", None) for table in tables)
+    return next((index + 1 for index in found if index is not None), 0)
+
+
+def max_tokens(model: PreTrainedModel) -> int:
+    """The most tokens of a row that the model has positions for; XLNet has no limit and says -1, T5 says nothing."""
+    positions = getattr(model.config, "max_position_embeddings", None) or 0
+    return positions - first_position(model) if positions > 0 else 10**9
+
+
+def pooler_is_optional(model: PreTrainedModel) -> bool:
+    """Whether the model runs without its pooler; SqueezeBERT's forward pass calls it always."""
+    return "add_pooling_layer" in inspect.signature(type(model).__init__).parameters
 
 
 def no_attention_mask(model: PreTrainedModel) -> dict[str, None] | None:

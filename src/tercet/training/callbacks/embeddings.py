@@ -33,21 +33,21 @@ class EmbeddedSample:
         self.scores = z[0] @ z[-1].T
         self.own = torch.eye(len(label), dtype=torch.bool)
         self.same_label = (label[:, None] == label) & (label[:, None] >= 0)
+        # Pairs of rows of one view come once; the row itself is no pair.
+        self.true = self.own if self.two_views else self.same_label.triu(1)
+        self.false = ~self.own if self.two_views else (~self.same_label).triu(1)
 
     def pairs(self) -> tuple[Tensor, Tensor]:
         """The cosines of true pairs and of false pairs."""
-        true = self.own if self.two_views else self.same_label.triu(1)
-        return self.scores[true], self.scores[~true & ~self.own]
+        return self.scores[self.true], self.scores[self.false]
 
     def notable(self, count: int) -> list[tuple[str, float, int, int]]:
         """The ``count`` true pairs that are farthest, false pairs that are nearest, and nearest rows of the first rows.
 
         Each is (kind, cosine, row of the first view, row of the last).
         """
-        same = self.own if self.two_views else self.same_label & ~self.own
-        other = ~self.own if self.two_views else (~same & ~self.own).triu(1)
         found = []
-        for kind, mask, least in (("hardest positive", same, True), ("hardest negative", other, False)):
+        for kind, mask, least in (("hardest positive", self.true, True), ("hardest negative", self.false, False)):
             order = self.scores[mask].argsort(descending=not least)[:count]
             found += [(kind, float(self.scores[i, j]), i, j) for i, j in mask.nonzero()[order].tolist()]
         nearest, at = (self.scores if self.two_views else self.scores.masked_fill(self.own, -2.0))[:count].max(1)

@@ -104,6 +104,12 @@ def run_evaluator(evaluator: Evaluator, module: pl.LightningModule, encode: Any)
         return evaluator(encode)
 
 
+def validate(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
+    """Validate ``module`` as it is with the trainer's ``Evaluation`` and return the metrics, named ``val/<metric>``."""
+    trainer.validate(module, verbose=False)
+    return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+
+
 def evaluate_stage(trainer: pl.Trainer, module: pl.LightningModule, stage: str) -> dict[str, float]:
     """Test ``module`` with the trainer's ``Evaluation`` and return the metrics, named ``<stage>/<metric>``."""
     module.stage = stage  # type: ignore[assignment]

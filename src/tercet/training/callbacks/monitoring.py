@@ -16,7 +16,7 @@ from torch.nn.utils import get_total_norm
 
 from tercet.distributed.gather import rank, world_size
 from tercet.errors import InputError, require
-from tercet.messages import warn_once
+from tercet.messages import ProgressLines, warn_once
 from tercet.types import Batch, TokenBatch, concat_inputs
 
 
@@ -109,7 +109,32 @@ class CollapseWarning(pl.Callback):
 
 
 class Progress(TQDMProgressBar):
-    """Lightning's progress bar with the loss and the sentences per second; evaluators show bars of their own."""
+    """Lightning's progress bar with the loss and the sentences per second; evaluators show bars of their own.
+
+    Where the output is no terminal there is a line every few ``seconds`` in its place.
+    """
+
+    def __init__(self, refresh_rate: int = 1, process_position: int = 0, leave: bool = False, seconds: float = 5.0) -> None:
+        super().__init__(refresh_rate, process_position, leave)
+        self.seconds = seconds
+        self.lines: ProgressLines | None = None
+
+    def init_train_tqdm(self) -> Tqdm:
+        """A bar, of a terminal."""
+        return super().init_train_tqdm() if sys.stdout.isatty() else Tqdm(disable=True)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin the bar, or the lines."""
+        super().on_train_start(trainer, pl_module)
+        if not sys.stdout.isatty() and not self.is_disabled:
+            self.lines = ProgressLines("step ", trainer.estimated_stepping_batches, "", self.seconds)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any) -> None:
+        """Update the bar, or print a line if it is due."""
+        super().on_train_batch_end(trainer, pl_module, *batch)
+        if self.lines is not None:
+            shown = (f", {name} {value}" for name, value in self.get_metrics(trainer, pl_module).items())
+            self.lines.update(trainer.global_step - self.lines.n, "".join(shown))
 
     def init_test_tqdm(self) -> Tqdm:
         """No bar: it would count the one dummy batch of an evaluation."""

@@ -1,0 +1,56 @@
+"""Prompts: texts that a model puts before the texts that it encodes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from tercet.types import Item
+
+NAMES = ("query", "document")  # of the prompts of a model's first columns, as sentence-transformers calls them
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts by name; ``encode`` puts the one named ``default`` before each text, None is none.
+
+    ``pooled`` is whether the prompt's tokens count in pooling, ``include_prompt`` of sentence-transformers.
+
+    >>> Prompts.of(["query: ", "passage: "])
+    Prompts(texts={'query': 'query: ', 'document': 'passage: '}, default='query', pooled=True)
+    """
+
+    texts: Mapping[str, str] = field(default_factory=dict)
+    default: str | None = None
+    pooled: bool = True
+
+    @staticmethod
+    def of(prompt: str | Sequence[str] | None) -> "Prompts":
+        """One prompt for all texts, or one for each column of the rows, of which the first is the default."""
+        if not prompt:
+            return Prompts()
+        if isinstance(prompt, str):
+            return Prompts({"default": prompt}, "default")
+        names = [*NAMES, *(f"column_{i}" for i in range(len(NAMES) + 1, len(prompt) + 1))]
+        texts = dict(zip(names, prompt))  # noqa: B905 - there may be one column only
+        return Prompts(texts, next(iter(texts)))
+
+    @property
+    def text(self) -> str:
+        """The default prompt; empty where there is none."""
+        return self.texts[self.default] if self.default is not None else ""
+
+    def add(self, items: Sequence[Item]) -> Sequence[Item]:
+        """The items with the default prompt before each text."""
+        return [self.text + item if isinstance(item, str) else item for item in items] if self.text else items
+
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return asdict(self)
+
+
+def prompt_length(tokenizer: PreTrainedTokenizerBase, prompt: str) -> int:
+    """The number of tokens that a prompt begins a row with: special ones at its end do not count."""
+    ids = tokenizer(prompt)["input_ids"]
+    return len(ids) - (ids[-1] in tokenizer.all_special_ids)
