@@ -118,7 +118,7 @@ def test_keys_are_recognized():
 
 def test_the_source_is_small():
     lines = {path: path.read_text(encoding="utf-8").count("\n") for path in FILES}
-    assert sum(lines.values()) <= 12_550
+    assert sum(lines.values()) <= 14_500
     assert len(FILES) <= 100
     assert not {path.name: count for path, count in lines.items() if count > 400}
     assert len(list((SOURCE / "data").rglob("*.py"))) <= 15
@@ -250,7 +250,9 @@ NEEDS = {"faces": ["model=resnet_small"], "raw_books": ["data.path=books"], "tex
 
 @pytest.mark.parametrize("data", choices("data"))
 def test_every_data_sets_values_fit_their_parameters(data):
-    cfg = composed(f"data={data}", "evaluation@test=sts", "callback.before_after=null", *NEEDS.get(data, ()))
+    cfg = composed(
+        f"data={data}", "evaluation@test=sts", "evaluation@validation=none", "callback.before_after=null", *NEEDS.get(data, ())
+    )
     check_values(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)), cfg)
 
 

@@ -12,6 +12,8 @@ from PIL import Image, ImageOps
 
 from tercet.errors import require
 
+# Of files that are taken for images, in capitals too; where a name is there with several, the first counts.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm")
 MODES = {1: "L", 3: "RGB"}
 SIDE = 112  # pixels of a thumbnail
 SMALLEST = 8  # pixels of a side; smaller images are mostly placeholders

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from tercet.errors import InputError, require
+from tercet.messages import warn_once
 
 
 def locate(path: str) -> Path:
@@ -11,6 +12,41 @@ def locate(path: str) -> Path:
     here = Path(path).expanduser()
     root = os.environ.get("TERCET_DATA")
     return here if here.is_absolute() or here.exists() or not root else Path(root) / here
+
+
+def visible_files(folder: Path) -> list[Path]:
+    """All files below a folder, sorted, but those with a name, or in a folder, that starts with a dot.
+
+    Folders that are links are followed inside of ``folder``, but nothing is read twice. Raises ``InputError`` about ``path``
+    for links that lead out of it, folders that cannot be read, and names that are not UTF-8.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"`path`={folder}: {error.filename} cannot be read ({error.strerror}). Change its permissions.")
+
+    root, seen, links, found = folder.resolve(), set[Path](), [folder], list[Path]()
+    for link in links:  # grows while it is read
+        inside, target = link.relative_to(folder).as_posix(), link.resolve()
+        outside = f"`path`={folder}: the folder {inside} is a link to {target}, which is outside. Move or copy that here."
+        require(target.is_relative_to(root), outside)
+        if target in seen:
+            warn_once(f"{folder}: {inside} is a link to {target.relative_to(root)}, which is read already; left out.")
+            continue
+        for here, folders, names in os.walk(link, onerror=refuse):
+            seen.add(Path(here).resolve())
+            inner = [Path(here, name) for name in folders if not name.startswith(".")]
+            links += [path for path in inner if path.is_symlink()]
+            folders[:] = [path.name for path in inner if path.resolve() not in seen]  # os.walk follows no links itself
+            files = [Path(here, name) for name in names if not name.startswith(".")]
+            found += [path for path in files if path.is_file()]
+            for path in files:
+                if not path.exists():
+                    warn_once(f"{folder}: {path.relative_to(folder)} is a link to nothing; left out.")
+    for name in (os.fsencode(file.relative_to(folder)) for file in found):
+        if name.decode(errors="ignore").encode() != name:
+            advice = "Rename it (for many: convmv -r -f latin1 -t utf8 --notest)."
+            raise InputError(f"`path`={folder}: the name of the file {name!r} is not UTF-8. {advice}")
+    return sorted(found)
 
 
 def check_new_folder(folder: Path, parameter: str) -> None:

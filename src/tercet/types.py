@@ -22,6 +22,8 @@ class TokenState:
     keep: Tensor | None = None  # (T,), false where the token's word vector is set to zero
     position: Tensor | None = None  # (T,), in the row
     feature_cutoff: Tensor | None = None  # (T, 2): a seed, and the rate of zeroed word-vector columns in 1 / RATE_SCALE
+    attend: Tensor | None = None  # (T,), false where the embedding layer's output is set to zero and no token attends to it
+    embedding_cutoff: Tensor | None = None  # (T, 2), as feature_cutoff, of the embedding layer's output
     dropout_seed: Tensor | None = None  # (T,), of deterministic dropout
 
     def set_fields(self) -> dict[str, Tensor]:
@@ -81,7 +83,8 @@ class TokenBatch:
             return value
         if name == "position":
             return self.positions()
-        return {"keep": torch.ones_like(self.ids).bool(), "feature_cutoff": self.ids.new_zeros(len(self.ids), 2)}[name]
+        all_tokens, nothing = torch.ones_like(self.ids).bool(), self.ids.new_zeros(len(self.ids), 2)
+        return {"keep": all_tokens, "attend": all_tokens, "feature_cutoff": nothing, "embedding_cutoff": nothing}[name]
 
     @staticmethod
     def concat(parts: "Sequence[TokenBatch]") -> "TokenBatch":

@@ -61,6 +61,19 @@ def test_ids_are_loaded(monkeypatch, online, path, expected, streaming):
     assert files.fingerprint() != TextFiles("other/data", streaming=streaming).fingerprint()
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_stream_that_does_not_know_its_columns(monkeypatch, streaming):
+    cells = [{"anchor": "a", "positive": "c", "id": 1}, {"anchor": "b", "positive": "d", "id": 2}]
+
+    def load(name, config, split, streaming):
+        return datasets.IterableDataset.from_generator(lambda: iter(cells)) if streaming else datasets.Dataset.from_list(cells)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    rows = TextFiles("some/data", label="id", streaming=streaming).rows()
+    assert [(row["anchor"], row["positive"]) for row in rows] == [("a", "c"), ("b", "d")]
+    assert [row["label"] for row in rows] == ([1, 2] if streaming else [0, 1])
+
+
 def test_a_file_before_a_hub_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner").mkdir()

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import os
 
 import numpy as np
 import pyarrow as pa
@@ -198,3 +199,107 @@ def test_a_column_of_no_images_is_found_at_once(world):
     pq.write_table(table.set_column(0, "image", pa.array([b"no image"] * 40)), world / "wrong.parquet")
     with pytest.raises(InputError, match=r"None of 16 rows.*Name the column of images"):
         ImageTransform(PIXELS, None).load(source(world / "wrong.parquet"))
+
+
+def folder_of(root, *names):
+    for i, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(picture(i))
+    return root
+
+
+def labels_of(path, **options):
+    """The label of each file of the rows, by the file's name."""
+    rows = ImageFiles(str(path), **options).rows()
+    names = rows.features["label"].names
+    return {cell["path"].rsplit("/", 1)[1]: names[i] for cell, i in zip(rows["image"], rows["label"], strict=True)}
+
+
+def test_folders_whose_names_look_like_numbers_are_labels_of_their_own(tmp_path):
+    folder_of(tmp_path, "1/a.png", "01/b.png", "001/c.png", "10/d.png")
+    assert labels_of(tmp_path) == {"a.png": "1", "b.png": "01", "c.png": "001", "d.png": "10"}
+    assert ImageFiles(str(tmp_path)).rows().features["label"].names == ["001", "01", "1", "10"]
+
+
+def test_folders_that_are_links_are_followed_inside_the_root(tmp_path, caplog):
+    root = folder_of(tmp_path / "root", "P0/a.png", ".store/P1/b.png", ".store/P1/more/c.png")
+    (root / "P1").symlink_to(root / ".store" / "P1")
+    (root / "loop").symlink_to(root)
+    (root / ".store" / "P1" / "up").symlink_to(root / ".store")
+    (root / "again").symlink_to("P0")
+    assert labels_of(root) == {"a.png": "P0", "b.png": "P1", "c.png": "P1/more"}
+    for name in ("loop", "again"):
+        assert f"{name} is a link to" in caplog.text
+    (tmp_path / "alias").symlink_to(root)
+    assert labels_of(tmp_path / "alias") == labels_of(root)
+
+
+def test_a_link_out_of_the_root_is_named(tmp_path):
+    folder_of(tmp_path, "root/P0/a.png", "elsewhere/P1/b.png")
+    (tmp_path / "root" / "P1").symlink_to(tmp_path / "elsewhere" / "P1")
+    with pytest.raises(InputError, match=r"the folder P1 is a link to .*elsewhere/P1, which is outside. Move or copy"):
+        ImageFiles(str(tmp_path / "root"))
+
+
+def test_a_link_to_nothing_and_a_folder_that_cannot_be_read_are_named(tmp_path, caplog, monkeypatch):
+    folder_of(tmp_path, "P0/a.png", "P1/b.png")
+    (tmp_path / "P2").symlink_to(tmp_path / "gone")
+    assert labels_of(tmp_path) == {"a.png": "P0", "b.png": "P1"}
+    assert "P2 is a link to nothing; left out" in caplog.text
+    scan = os.scandir
+
+    def deny(path):
+        if str(path).endswith("P1"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", deny)
+    with pytest.raises(InputError, match=r"P1 cannot be read \(Permission denied\)"):
+        ImageFiles(str(tmp_path))
+
+
+def test_a_person_in_two_splits_is_one(tmp_path, caplog):
+    folder_of(tmp_path, "train/P0/a.png", "train/P1/b.png", "test/P0/c.png", "Val/P2/d.png")
+    assert labels_of(tmp_path) == {"a.png": "P0", "b.png": "P1", "c.png": "P0", "d.png": "P2"}
+    assert "holds the splits Val, test, train; all are read" in caplog.text
+    assert labels_of(tmp_path, where={"split": "train"}) == {"a.png": "P0", "b.png": "P1"}
+    assert labels_of(tmp_path, where={"split": ["test", "Val"]}) == {"c.png": "P0", "d.png": "P2"}
+    folder_of(tmp_path, "P9/e.png")
+    with pytest.raises(InputError, match=r"the label P0 is in 2 of Val, test, train, as in splits, but 'P9/e.png' is beside"):
+        ImageFiles(str(tmp_path))
+
+
+def test_a_split_may_have_no_labels(tmp_path):
+    rows = ImageFiles(str(folder_of(tmp_path, "train/P0/a.png", "train/P1/b.png", "test/c.png"))).rows()
+    assert sorted(rows["label"]) == [-1, 0, 1]
+    assert rows.features["label"].names == ["P0", "P1"]
+
+
+def test_folders_called_as_splits_can_be_labels(tmp_path):
+    assert labels_of(folder_of(tmp_path / "a", "train/a.png", "test/b.png")) == {"a.png": "train", "b.png": "test"}
+    assert labels_of(folder_of(tmp_path / "b", "train/fast/a.png", "bus/b.png")) == {"a.png": "train/fast", "b.png": "bus"}
+
+
+def test_endings_in_capitals_are_images(tmp_path):
+    names = [f"P/{i}{end}" for i, end in enumerate((".PNG", ".Jpeg", ".pgm", ".TIFF", ".txt"))]
+    assert sorted(labels_of(folder_of(tmp_path, *names))) == ["0.PNG", "1.Jpeg", "2.pgm", "3.TIFF"]
+
+
+def test_an_image_whose_name_is_not_utf8_is_named(tmp_path):
+    folder_of(tmp_path, "P/a.png")
+    try:
+        (tmp_path / "P" / os.fsdecode(b"\xe9.png")).write_bytes(picture(0))
+    except OSError:
+        pytest.skip("the file system takes UTF-8 only")
+    with pytest.raises(InputError, match=r"name of the file b'P/\\xe9.png' is not UTF-8. Rename it"):
+        ImageFiles(str(tmp_path))
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary(), pa.binary_view()], ids=str)
+def test_bytes_of_any_type_are_images(world, kind):
+    table = pq.read_table(world / "bytes.parquet", columns=["image", "identity"]).rename_columns(["scan", "identity"])
+    typed = table.set_column(0, "scan", table["scan"].cast(kind)).set_column(1, "who", table["identity"].cast(pa.string_view()))
+    pq.write_table(typed, world / "typed.parquet")
+    files = source(world / "typed.parquet", label="who")
+    assert files.image == "scan"
+    assert pictures(batch(files, list(range(40)))) == pictures(batch(source(world / "folder"), list(range(40))))

@@ -64,7 +64,9 @@ def test_a_budgeted_search_goes_on_until_its_trials_are_made(command, tmp_path):
     rates = [trial.params["optimizer.lr"] for trial in study.trials]
     assert len(set(rates)) == 3 and all(1e-5 <= rate <= 1e-3 for rate in rates)
     assert [len(t.intermediate_values) for t in study.trials] == [4, 4, 4], "each validation is reported"
-    none = command("train", *[o for o in given if not o.startswith("optimized")], "hydra.sweeper.trials=4")
+    none = command(
+        "train", *[o for o in given if not o.startswith("optimized")], "optimized_metric=null", "hydra.sweeper.trials=4"
+    )
     assert none.code == 1 and "optimized_metric, which is null" in none.terminal
 
 

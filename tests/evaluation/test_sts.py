@@ -43,9 +43,11 @@ def write(path, rows=ROWS, columns=COLUMNS):
         pq.write_table(data, path)
     elif path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in data.to_pylist()), encoding="utf-8")
+    elif path.suffix == ".tsv":  # without quotes
+        lines = [columns, *(["" if cell is None else str(cell).replace("\t", " ") for cell in row] for row in rows)]
+        path.write_text("".join("\t".join(line) + "\n" for line in lines), encoding="utf-8")
     else:
-        mark = {".csv": ",", ".tsv": "\t"}[path.suffix]
-        pyarrow.csv.write_csv(data, path, pyarrow.csv.WriteOptions(delimiter=mark))
+        pyarrow.csv.write_csv(data, path)
     return str(path)
 
 
@@ -144,6 +146,15 @@ def test_every_format_says_the_same(toy, tmp_path, kind):
     other = write(tmp_path / f"toy.{kind}")
     tasks = ["STS12", "STS-B"]
     assert STS(other, tasks, "test")(words) == STS(toy, tasks, "test")(words)
+
+
+@pytest.mark.parametrize("kind", ["tsv", "csv", "jsonl"])
+def test_sentences_that_begin_with_a_quote_take_up_no_others(tmp_path, kind):
+    quote = {4: '"', 9: '"', 14: '"'}
+    rows = [("STS-B", "", "test", f"{quote.get(i, '')}A man {i}.", f"Someone {i}.", i % 8 * 0.7) for i in range(20)]
+    found = STS(write(tmp_path / f"toy.{kind}", rows), ["STS-B"], "test").pairs["STS-B"]
+    assert found.first == [row[3] for row in rows]
+    assert found.second == [row[4] for row in rows]
 
 
 def test_na_is_a_sentence(tmp_path):

@@ -321,3 +321,26 @@ def test_the_shared_faces(shared):
     found = evaluator(pixels)
     assert 0.55 < found["verification/lfw/accuracy"] < 0.75
     assert found["verification/lfw/far"] == 2 / 2400
+
+
+@pytest.mark.parametrize("ending", [".PNG", ".JPEG", ".pgm", ".tif"])
+def test_every_ending_of_training_images_is_found(world, ending):
+    for file in list((world / "lfw").rglob("*.jpg")):
+        file.rename(file.with_suffix(ending))
+    assert make(world, "lfw")(faces) == make(world)(faces)
+
+
+def test_people_in_folders_of_splits_are_found_and_not_twice(world):
+    (world / "lfw" / "Flo").rename(world / "Flo")
+    for part in ("train", "test"):
+        (world / "lfw" / part).mkdir()
+    for i, person in enumerate(list((world / "lfw").iterdir())):
+        if person.name not in ("train", "test"):
+            person.rename(world / "lfw" / ("train", "test")[i % 2] / person.name)
+    (world / "lfw" / ".Flo").mkdir()
+    (world / "Flo").rename(world / "lfw" / ".Flo" / "Flo")
+    (world / "lfw" / "test" / "Flo").symlink_to(world / "lfw" / ".Flo" / "Flo")
+    assert make(world, "lfw")(faces) == make(world)(faces)
+    (world / "lfw" / "Flo").mkdir()
+    (world / "lfw" / "Flo" / "Flo_0001.png").write_bytes(picture("Flo", 1))
+    fails(r"has image 1 of Flo twice, in .*Flo and .*Flo. Remove one", world, "lfw")

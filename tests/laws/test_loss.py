@@ -9,13 +9,13 @@ from tercet.types import Embeddings
 from tests.conftest import choices, composed
 
 LOSSES = choices("loss")
-TRIPLET = ([], ["loss.form=softplus", "loss.divide_by=pairs", "loss.tile=2"], ["loss.divide_by=sum"])
+TRIPLET = ([], ["loss.form=softplus", "loss.divide_by=pairs", "loss.tile=2"])
 VARIANTS = {
     "infonce": [[], ["loss.learn_temperature=true"], ["loss.direction=both"], ["loss.similarity=dot", "loss.temperature=1"],
                 ["loss.hard_negative_weight=1.5"], ["loss.label_smoothing=0.1"]],
     "context": [["loss.context=4"], ["loss.context=4", "loss.self_logit=zero"],
                 ["loss.context=8", "loss.similarity=cosine", "loss.temperature=0.05"]],
-    "triplet": [[f"loss.mining={mining}", *more] for mining in MININGS for more in TRIPLET],
+    "triplet": [["loss.divide_by=sum"], *([f"loss.mining={mining}", *more] for mining in MININGS for more in TRIPLET)],
 }  # fmt: skip
 CASES = [(name, variant) for name in LOSSES for variant in VARIANTS.get(name, [[]])]
 

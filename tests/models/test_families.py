@@ -102,6 +102,15 @@ def test_xlnet_gets_the_types_of_its_tokens():
     assert encoder_of("bert").runner.type_arguments(rows.ids[None]) == {}, "all are 0, which BERT assumes"
 
 
+def test_xlnet_keeps_its_types_in_other_libraries(tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    encoder = encoder_of("xlnet").eval()
+    save_model(encoder, tmp_path)
+    theirs = torch.tensor(SentenceTransformer(str(tmp_path), device="cpu").encode(TEXTS))
+    torch.testing.assert_close(theirs, encoder.encode(TEXTS), rtol=0, atol=1e-5)
+
+
 def test_a_tokenizer_whose_other_outputs_are_needed_is_refused():
     backbone, tokenizer = make_backbone("roc_bert"), make_tokenizer("roc_bert")
     shapes = type("Shapes", (type(tokenizer),), {"__call__": lambda self, *texts, **_: {

@@ -22,13 +22,15 @@ def tokens(lengths, device="cpu", dtype=torch.float32):
     return [torch.randn(1, 3, sum(lengths), 8, dtype=dtype).to(device).requires_grad_() for _ in range(3)]
 
 
-def row_by_row(query, key, value, lengths, window=None):
+def row_by_row(query, key, value, lengths, window=None, attend=None):
     """Attention of each row alone, written out."""
     outs, start = [], 0
     for n in lengths:
         q, k, v = (x[0, :, start : start + n] for x in (query, key, value))
         place = torch.arange(n, device=q.device)
         far = (place[:, None] - place).abs() >= (window or n)
+        if attend is not None:
+            far = far | ~attend[start : start + n]
         outs.append(((q @ k.mT / 8**0.5).masked_fill(far, -torch.inf).softmax(-1) @ v).transpose(0, 1))
         start += n
     return torch.cat(outs)[None]
@@ -91,6 +93,19 @@ def test_an_encoder_is_the_same_however_its_rows_are_kept_apart(name, pooling, m
     rows = encoder.prepare(TEXTS)
     alone = torch.cat([encoder(rows.select(torch.tensor([i]))) for i in range(len(rows))])
     torch.testing.assert_close(encoder(rows), alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize(("name", "window"), [("by_length", None), ("padded", None), ("by_length", 4), ("padded", 4)])
+def test_no_token_attends_to_one_that_is_cut(name, window, first):
+    qkv, attend = tokens(LENGTHS), torch.arange(sum(LENGTHS)) % 5 != 3
+    rows = Packing(torch.tensor(LENGTHS), first_token_only=first, attend=attend)
+    query = qkv[0][:, :, rows.starts] if first else qkv[0]
+    got = FUNCTIONS[name](query, *qkv[1:], rows, AttentionSettings(window=window))
+    want = row_by_row(*qkv, LENGTHS, window, attend)
+    torch.testing.assert_close(got, want[:, rows.starts] if first else want, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="not seen"):
+        attend_nested(*qkv, rows, AttentionSettings())
 
 
 def test_nested_rows_know_neither_windows_nor_seeds():

@@ -94,3 +94,30 @@ def test_attention_layers_are_the_modules_that_attention_functions_get():
     bert.set_attn_implementation("canary")
     bert(input_ids=torch.tensor([[5, 6]]))
     assert len(set(numbers)) == 2
+
+
+def test_positions_begin_after_the_index_of_the_padding_in_relatives_of_roberta():
+    roberta, ids = model("roberta", max_position_embeddings=9, pad_token_id=1), torch.tensor([[5, 6, 7]])
+    assert (compat.first_position(roberta), compat.max_tokens(roberta)) == (2, 7)
+    assert (compat.first_position(model()), compat.max_tokens(model())) == (0, 512)
+    want = roberta(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(roberta(input_ids=ids, position_ids=torch.tensor([[2, 3, 4]])).last_hidden_state, want)
+    with pytest.raises((IndexError, RuntimeError)):
+        roberta(input_ids=torch.full((1, 8), 5))
+
+
+def test_models_without_a_limit_say_minus_one_or_nothing():
+    assert compat.max_tokens(AutoModel.from_config(AutoConfig.for_model("xlnet", d_model=8, n_layer=1, n_head=2))) == 10**9
+
+
+def test_models_say_whether_their_pooler_is_optional():
+    ids = torch.tensor([[5, 6]])
+    for kind, optional in (("bert", True), ("squeezebert", False)):
+        made = model(kind, embedding_size=8, **{f"{part}_groups": 1 for part in "qkv"}) if kind != "bert" else model(kind)
+        assert compat.pooler_is_optional(made) is optional
+        made.pooler = None
+        if optional:
+            made(input_ids=ids)
+        else:
+            with pytest.raises(TypeError):
+                made(input_ids=ids)

@@ -6,10 +6,11 @@ from hydra.errors import InstantiationException
 
 from tercet.app.components import build
 from tercet.models import Execution
+from tercet.models.engine.deterministic_dropout import with_dropout_seeds
 from tercet.models.text import word_starts
 from tercet.rng import derive_seed
-from tercet.types import TokenBatch, TokenState
-from tercet.views import FeatureCutoff, Shuffle, TokenCutoff, TokenInfo
+from tercet.types import Batch, TokenBatch, TokenState
+from tercet.views import FeatureCutoff, Shuffle, SpanCutoff, TokenCutoff, TokenInfo
 from tests.conftest import MINILM, TEXTS, choices, composed, tiny
 from tests.laws.test_encoding import FAMILIES, encoder_of
 
@@ -45,6 +46,60 @@ def test_places_as_they_are_change_nothing_and_others_do(family):
     assert not torch.allclose(model(out), model(rows), atol=1e-3)
 
 
+def layouts(model):
+    made = [Execution("padded", "torch"), Execution("sorted", "torch", 30), Execution("equal_length", "torch")]
+    return made + [Execution("packed", "torch"), Execution("packed", "torch", 20)] * (not model.runner.cannot_pack)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize("view", [TokenCutoff(0.4, "shen"), SpanCutoff(0.4, "shen"), FeatureCutoff(0.4, "shen")], ids=str)
+def test_cutoff_as_published_is_the_same_in_every_layout(family, pooling, view):
+    model = encoder_of(family, f"model.pooling={pooling}").eval()
+    rows = model.prepare(TEXTS)
+    both = TokenBatch.concat([rows, view(rows, torch.arange(12), TokenInfo(*model.token_info()))])
+    plain, want = model.run(both, layouts(model)[0]).chunk(2)
+    torch.testing.assert_close(plain, model(rows), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(want, plain, atol=1e-3)
+    for execution in layouts(model)[1:]:
+        torch.testing.assert_close(model.run(both, execution), torch.cat([plain, want]), rtol=1e-5, atol=1e-5)
+
+
+def test_cutoff_as_published_is_attention_without_the_tokens():
+    """Written out with transformers' model: the embedding layer's output is cut, and the attention mask."""
+    model = encoder_of("bert").eval()
+    bert, rows, info = model.backbone, model.prepare(TEXTS[:1]), TokenInfo(*model.token_info())
+    attend = TokenCutoff(0.4, "shen")(rows, torch.tensor([3]), info).state.attend
+    assert 0 < (~attend).sum() <= int(0.4 * len(rows.ids))
+    x = bert.embeddings(input_ids=rows.ids[None]) * attend[:, None]
+    far = torch.where(attend, 0.0, torch.finfo(torch.float32).min)[None, None, None]
+    for layer in bert.encoder.layer:
+        x = layer(x, far)
+    got = model(TokenBatch(rows.ids, rows.lengths, TokenState(attend=attend)))
+    torch.testing.assert_close(got, x.mean(1), rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_by_seed_does_not_see_cut_tokens_either():
+    model = encoder_of("bert", "model.execution.dropout=deterministic").train()
+    ids = torch.arange(12)
+    rows = with_dropout_seeds(Batch((model.prepare(TEXTS),), ids, ids, ids, ids[None]), 1, 2).views[0]
+    rows = TokenCutoff(0.4, "shen")(rows, ids, TokenInfo(*model.token_info()))
+    want = model.run(rows, Execution("padded", "deterministic"))
+    torch.testing.assert_close(model.run(rows, Execution("packed", "deterministic")), want, rtol=1e-4, atol=1e-4)
+
+
+def test_published_feature_cutoff_zeroes_a_fixed_number_of_columns_after_normalization():
+    model = encoder_of("bert").eval()
+    seen = []
+    model.backbone.encoder.register_forward_pre_hook(lambda module, args, kwargs: seen.append(args[0]), with_kwargs=True)
+    rows = FeatureCutoff(0.4, "shen")(model.prepare(TEXTS), torch.arange(12), TokenInfo(*model.token_info()))
+    model.run(rows, Execution("padded", "torch"))
+    zero = [(seen[0][row, :n] == 0).all(0) for row, n in enumerate(rows.lengths.tolist())]
+    assert all(torch.equal((seen[0][row, :n] == 0).any(0), zero[row]) for row, n in enumerate(rows.lengths.tolist()))
+    counts = [int(columns.sum()) for columns in zero]
+    assert max(counts) <= int(0.4 * 32) and min(counts) >= 6 and len({tuple(columns.tolist()) for columns in zero}) == 12
+
+
 def test_feature_cutoff_zeroes_columns_of_the_whole_row():
     model = encoder("bert")
     rows = model.prepare(TEXTS)
@@ -62,7 +117,8 @@ def test_feature_cutoff_zeroes_columns_of_the_whole_row():
     assert len({tuple((x[row, :1] == 0).all(0).tolist()) for row in range(12)}) == 12
 
 
-@pytest.mark.parametrize("name", choices("view"))
+# Views that rephrase give tokens alone, from files of their own: test_rephrasing.py.
+@pytest.mark.parametrize("name", sorted(set(choices("view")) - {"synonyms", "mlm_replace"}))
 @pytest.mark.parametrize("family", ["bert", "gru"])
 def test_what_travels_with_tokens_survives_any_chunks(name, family):
     torch.manual_seed(0)
@@ -84,6 +140,7 @@ def test_what_travels_with_tokens_survives_any_chunks(name, family):
     "overrides, message",
     [
         ([*GRU, "view=shuffle"], "shuffles tokens: WordModel takes no positions"),
+        ([*GRU, "view=span_cutoff", "view.second.0.variant=shen"], "variant shen: WordModel has no embedding layer with norm"),
         (["model=resnet_small", "view=token_cutoff"], "the model reads images. Leave out"),
     ],
 )

@@ -19,6 +19,8 @@ BEGINS = torch.tensor([i % 2 == 0 for i in range(40)])
 SPECIAL = torch.tensor([i < 3 for i in range(40)])
 PIECES = TokenInfo(BEGINS, SPECIAL, 2, 30)
 KINDS = [TokenCutoff, SpanCutoff, FeatureCutoff, Deletion, Crop, Repetition, Masking]
+CUTOFFS = [TokenCutoff, SpanCutoff, FeatureCutoff]
+SHEN = [kind(rate, variant="shen") for kind in CUTOFFS for rate in (0.0, 0.2, 0.9)]
 ALL = [*(kind(rate) for kind in KINDS for rate in (0.0, 0.2, 0.9)), Shuffle()]
 
 contents = st.lists(st.lists(st.integers(3, 39), min_size=1, max_size=12), min_size=1, max_size=6)
@@ -50,10 +52,10 @@ def test_a_row_keeps_its_special_tokens_and_something_besides(view, lists):
         assert place[0] == 0 and place[-1] == len(ids) - 1
 
 
-@pytest.mark.parametrize("view", ALL, ids=str)
+@pytest.mark.parametrize("view", [*ALL, *SHEN], ids=str)
 @given(contents, st.randoms())
 def test_a_row_does_not_depend_on_the_others(view, lists, random):
-    n, names = len(lists), ["keep", "position", "feature_cutoff"]
+    n, names = len(lists), ["keep", "position", "feature_cutoff", "attend", "embedding_cutoff"]
     whole = cut(view(rows_of(lists), seeds(n), PIECES), names)
     order = list(range(n))
     random.shuffle(order)
@@ -61,13 +63,15 @@ def test_a_row_does_not_depend_on_the_others(view, lists, random):
     assert shuffled == [whole[i] for i in order]
 
 
-@pytest.mark.parametrize("view", [kind(0.0) for kind in KINDS if kind is not Repetition], ids=str)
+@pytest.mark.parametrize("view", [*(kind(0.0) for kind in KINDS if kind is not Repetition), *SHEN[::3]], ids=str)
 @given(contents)
 def test_a_rate_of_zero_changes_nothing(view, lists):
     out = view(rows_of(lists), seeds(len(lists)), PIECES)
     assert out.ids.tolist() == rows_of(lists).ids.tolist()
     assert out.state.keep is None or out.state.keep.all()
-    assert out.state.feature_cutoff is None or not out.state.feature_cutoff[:, 1].any()
+    assert out.state.attend is None or out.state.attend.all()
+    for cutoff in (out.state.feature_cutoff, out.state.embedding_cutoff):
+        assert cutoff is None or not cutoff[:, 1].any()
 
 
 @given(contents)
@@ -181,6 +185,30 @@ def test_the_first_token_of_a_row_begins_a_word_whatever_its_mark():
     left = [set(ids) for ids, *_ in cut(Deletion(0.5)(inputs, seeds(200), PIECES), [])]
     assert any(first in row and second not in row for row in left)
     assert any(first not in row and second in row for row in left)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.29, 0.7])
+@pytest.mark.parametrize("kind", [TokenCutoff, SpanCutoff])
+def test_cutoff_as_published_takes_a_fixed_share_of_all_tokens(kind, rate):
+    """int(rate * length): as a span, or as draws with replacement that may hit a token twice."""
+    lists, seed = [[4] * n for n in (1, 8, 18, 28)] * 100, seeds(400)
+    rows = [keep for _, keep in cut(kind(rate, variant="shen")(rows_of(lists), seed, PIECES), ["attend"])]
+    lost = [keep.count(False) for keep in rows]
+    most = [int(torch.tensor(len(keep)) * rate) for keep in rows]
+    if kind is SpanCutoff:
+        assert lost == most
+        ends = [len(keep) - keep[::-1].index(False) for keep in rows if not all(keep)]
+        assert ends == [keep.index(False) + n for keep, n in zip(rows, lost, strict=True) if n]
+    else:
+        assert all(n <= limit for n, limit in zip(lost, most, strict=True))
+        expected = sum(len(keep) * (1 - (1 - 1 / len(keep)) ** n) for keep, n in zip(rows, most, strict=True))
+        assert abs(sum(lost) / expected - 1) < 0.05
+    assert any(not keep[0] for keep in rows), "special tokens too"
+
+
+def test_a_cutoff_has_two_variants():
+    with pytest.raises(InputError, match="variant=paper: choose one of input, shen"):
+        TokenCutoff(variant="paper")
 
 
 def test_two_feature_cutoffs_in_a_look_are_refused():

@@ -13,7 +13,8 @@ import pyarrow as pa
 from datasets import ClassLabel, Dataset, Value
 
 from tercet.data.columns import SPLITS, as_dataset, files_fingerprint, split_rows, text_fingerprint
-from tercet.data.file_reader import DataPath, read_text, resolve
+from tercet.data.file_reader import DataPath, resolve
+from tercet.data.formats import read_text
 from tercet.errors import InputError, check_choice, require
 from tercet.messages import warn_once
 

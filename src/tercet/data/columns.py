@@ -15,7 +15,7 @@ from datasets import Dataset, DatasetInfo, Features
 
 from tercet.errors import InputError, check_choice, require
 
-VERSION = "files-1"  # changes when the same files give other rows
+VERSION = "files-2"  # changes when the same files give other rows
 EDGE = 1 << 20  # bytes
 SPLITS = ("train", "test", "all")
 # The usual names of pairs and triplets: SimCSE's and those of Sentence Transformers; then of single texts.
@@ -26,15 +26,15 @@ USUAL = (("sent0", "sent1", "hard_neg"), ("sent0", "sent1"), ("anchor", "positiv
 class Chunk(NamedTuple):
     """Some rows of a file, which ``name`` describes for messages.
 
-    ``number (N,)`` counts lines or rows of the file from 1, as ``unit`` says. ``not_text (N,)`` marks rows of JSON in which a
-    text cell is no string. ``blank`` lines were skipped.
+    ``number (N,)`` counts lines or rows of the file from 1, as ``unit`` says. ``not_text`` has the name of each text column of
+    JSON and a mask ``(N,)`` of its cells that are no string. ``blank`` lines were skipped.
     """
 
     name: str
     unit: str
     number: Sequence[int]
     table: pa.Table
-    not_text: Any = None
+    not_text: Sequence[tuple[str, Any]] = ()
     blank: int = 0
 
 
@@ -66,28 +66,50 @@ def check_column(where: str, available: Sequence[str], name: str, parameter: str
 
 
 def label_ids(column: pa.ChunkedArray, path: str, name: str) -> tuple[pa.ChunkedArray, list[str]]:
-    """Each value's position among the sorted values, as int64, and those values; null and "" become -1.
+    """Each value's position among the sorted values, as int64, and those values as text; null and "" become -1.
 
-    Strings that are all whole numbers are sorted as numbers.
+    Texts are compared as they are, up to white space at their ends: 7 and 007 are two labels. If all of them are whole numbers
+    they are sorted as numbers.
     """
     if pa.types.is_string(column.type):
-        column = pc.utf8_trim_whitespace(column)
-        column = pc.if_else(pc.equal(column, ""), None, column)
-        column = column if (numbers := _try_cast(column)) is None else numbers
+        column = _trim(column)
     elif pa.types.is_floating(column.type) or pa.types.is_boolean(column.type) or pa.types.is_null(column.type):
         column = to_integers(column, path, name, "label")
     is_label = pa.types.is_integer(column.type) or pa.types.is_string(column.type)
     require(is_label, f"`label`={name}: `path`={path} holds {column.type} there; labels are text or integers.")
     values = pc.unique(column).drop_null().sort()
+    if (numbers := _try_cast(values)) is not None:
+        values = values.take(pc.sort_indices(numbers))  # stable
     return pc.fill_null(pc.index_in(column, values), -1).cast(pa.int64()), [str(value) for value in values.to_pylist()]
 
 
 def to_integers(column: pa.ChunkedArray, path: str, name: str, parameter: str, advice: str = "") -> pa.ChunkedArray:
-    """The column as int64; raises ``InputError`` with the first value that is no whole number."""
+    """The column as int64; raises ``InputError`` with the first value that is no whole number of 64 bits."""
     if (numbers := _try_cast(column)) is None:
         example = next(x for x in column.to_pylist() if x is not None and _try_cast(pa.array([x], column.type)) is None)
-        raise InputError(f"`{parameter}`={name}: `path`={path} holds {example!r} there; whole numbers are accepted.{advice}")
+        accepted = "whole numbers of 64 bits are accepted"
+        raise InputError(f"`{parameter}`={name}: `path`={path} holds {example!r} there; {accepted}.{advice}")
     return numbers
+
+
+def label_numbers(column: pa.ChunkedArray, path: str, name: str, advice: str) -> pa.ChunkedArray:
+    """Labels that are numbers already, as int64; raises ``InputError`` for others. The text 007 is no number: it is not 7."""
+    column = _trim(column) if pa.types.is_string(column.type) else column
+    numbers = to_integers(column, path, name, "label", advice)
+    if pa.types.is_string(column.type) and len(others := column.filter(pc.not_equal(numbers.cast(pa.string()), column))):
+        raise InputError(f"`label`={name}: `path`={path} holds '{others[0]}' there, which is a text, not a number.{advice}")
+    return numbers
+
+
+def _trim(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Texts without white space at their ends; null where nothing is left."""
+    column = pc.utf8_trim_whitespace(column)
+    return pc.if_else(pc.equal(column, ""), None, column)
+
+
+def is_blank(column: Any) -> Any:
+    """``(N,)``, true for cells of nothing but white space and characters of no width."""
+    return pc.match_substring_regex(column, r"^[\p{Z}\p{Cf}\s\x1c-\x1f\x85]*$")
 
 
 def _try_cast(column: Any) -> Any:
@@ -119,11 +141,15 @@ def where_mask(table: pa.Table, where: Mapping[str, Sequence[Any]], path: str) -
     return keep
 
 
-def plain_columns(table: pa.Table) -> pa.Table:
-    """The table without dictionaries, all strings as ``string``."""
-    types = [getattr(kind, "value_type", kind) if pa.types.is_dictionary(kind) else kind for kind in table.schema.types]
-    plain = [pa.string() if pa.types.is_large_string(kind) else kind for kind in types]
-    return table.cast(pa.schema(zip(table.column_names, plain, strict=True)))
+def plain_schema(schema: pa.Schema) -> pa.Schema:
+    """The schema without dictionaries, all strings as ``string``, all bytes but large ones as ``binary``."""
+    types = (kind.value_type if pa.types.is_dictionary(kind) else kind for kind in schema.types)
+    plain = [pa.string() if _is_text(kind) else pa.binary() if pa.types.is_binary_view(kind) else kind for kind in types]
+    return pa.schema(zip(schema.names, plain, strict=True))
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def files_fingerprint(kind: str, files: Sequence[Path], whole: bool = True) -> str:

@@ -1,5 +1,6 @@
 """Labeled images in folders, Parquet files or on the hub."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
@@ -11,14 +12,15 @@ from datasets import ClassLabel, Dataset, Value
 
 from tercet.data import columns as cols
 from tercet.data.columns import Chunk
-from tercet.data.file_reader import DataPath, resolve, visible_files
+from tercet.data.file_reader import DataPath, resolve
 from tercet.errors import require
+from tercet.images import SUFFIXES
 from tercet.messages import warn_once
-from tercet.paths import locate
+from tercet.paths import locate, visible_files
 
-ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm"}
 IMAGE_NAMES = ("image", "img", "picture", "photo", "face", "pixels")
 LABEL_NAMES = ("label", "identity", "person", "class", "target", "category", "name")
+SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
 ACCEPTED = "a folder root/label/file, .parquet files with an image column, or a hub id (owner/name)"
 CELL = {"bytes": Value("binary"), "path": Value("string")}
 CELL_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -29,10 +31,13 @@ class ImageFiles:
     """A folder ``root/label/file``, Parquet with an image column (bytes, or ``{bytes, path}``), or a hub data set.
 
     ``image`` and ``label`` name the columns; None: found by their usual names, or as the only column that can hold images. In
-    a folder the label is the name of the folder that a file is in; a file in ``root`` itself has none. ``where`` keeps rows by
-    value: ``{"split": "train"}``. With ``held_out`` above 0, the ``split`` "test" has about that many images, at most a fifth,
-    of whole labels chosen by a hash, so that no label is in both splits; "train" has the others, "all" both. With
-    ``validation_rows`` about as many of the other images, of whole labels too, are the ``split`` "validation".
+    a folder the label is the name of the folder that a file is in; a file in ``root`` itself has none. If ``root`` holds only
+    folders such as train, val and test, with the labels' folders in them, a label is one in all of them, and they are the
+    column ``split``. ``where`` keeps rows by value: ``{"split": "train"}``.
+
+    With ``held_out`` above 0, the parameter ``split`` "test" has about that many images, at most a fifth, of whole labels
+    chosen by a hash, so that no label is in both sides; "train" has the others, "all" both. With
+    ``validation_rows`` about as many of the others, of whole labels too, are the ``split`` "validation".
 
     >>> import pathlib, tempfile
     >>> from PIL import Image
@@ -97,43 +102,62 @@ class ImageFiles:
 
 
 class ImageFolder(NamedTuple):
-    """The ``images`` below a folder, to be read as a ``DataPath`` is."""
+    """The ``images`` below the folder ``root``, to be read as a ``DataPath`` is; with ``splits`` it holds a folder for each."""
 
     root: Path
     images: list[Path]
+    splits: Sequence[str]
 
     def schema(self) -> pa.Schema:
         """The columns."""
-        return pa.schema({"image": CELL_TYPE, "label": pa.string()})
+        split = {"split": pa.string()} if self.splits else {}
+        return pa.schema({"image": CELL_TYPE, "label": pa.string()} | split)
 
     def chunks(self, texts: Sequence[str], others: Sequence[str]) -> Iterator[Chunk]:
         """All images, and the names of the folders they are in."""
-        labels = [None if file.parent == self.root else file.parent.relative_to(self.root).as_posix() for file in self.images]
+        folders = [file.parent.relative_to(self.root).parts for file in self.images]
+        labels = ["/".join(names[1:] if self.splits else names) or None for names in folders]
         cells = [{"bytes": None, "path": str(file)} for file in self.images]
-        yield Chunk(str(self.root), "row", range(len(cells)), pa.table({"image": cells, "label": labels}, self.schema()))
+        columns = {"image": cells, "label": labels} | ({"split": [names[0] for names in folders]} if self.splits else {})
+        yield Chunk(str(self.root), "row", range(len(cells)), pa.table(columns, self.schema()))
 
     def fingerprint(self, options: Sequence[Any]) -> str:
         """Hash the options, and the images' names and sizes."""
         images = (f"{file.relative_to(self.root)}{file.stat().st_size}" for file in self.images)
-        return cols.text_fingerprint(repr((*options, "")), *images)
+        return cols.text_fingerprint(cols.VERSION, repr((*options, "")), *images)
 
 
 def resolve_images(path: str) -> DataPath | ImageFolder:
     """Find the images that a path names."""
     here = locate(path)
     if here.is_dir():
-        files = sorted(visible_files(here))
-        images = [f for f in files if f.suffix.lower() in ENDINGS]
+        files = visible_files(here)
+        images = [f for f in files if f.suffix.lower() in SUFFIXES]
         if images:
             if others := len(files) - len(images):
                 warn_once(f"{path}: {others} of {len(files)} files are no images by their names; left out.")
-            return ImageFolder(here, images)
+            return ImageFolder(here, images, _find_splits(path, [file.relative_to(here).parts for file in images]))
         is_parquet = any(f.suffix.lower() == ".parquet" for f in files)
         require(is_parquet, f"`path`={path}: no image among {len(files)} files. `path` takes {ACCEPTED}.")
     data = resolve(path)
     is_readable = data.format.kind in ("parquet", "hub")
     require(is_readable, f"`path`={path} is of kind {data.format.kind}. For images `path` takes {ACCEPTED}.")
     return data
+
+
+def _find_splits(path: str, images: list[tuple[str, ...]]) -> list[str]:
+    """The splits that the folder of images ``split/label/file`` holds; none where it holds ``label/file``."""
+    splits = sorted({parts[0] for parts in images if len(parts) > 1 and parts[0].lower() in SPLIT_NAMES})
+    inside, others = ([p for p in images if (p[0] in splits) == is_inside] for is_inside in (True, False))
+    if not others and any(len(parts) > 2 for parts in inside):
+        warn_once(f"{path} holds the splits {', '.join(splits)}; all are read, unless `where` names some: {{split: train}}.")
+        return splits
+    labels = Counter(names[1:] for names in {parts[:-1] for parts in inside} if names[1:])
+    for label, count in labels.most_common(1):
+        both = f"the label {'/'.join(label)} is in {count} of {', '.join(splits)}, as in splits"
+        advice = "Name one of the splits in `path`, or move what is beside them."
+        require(count < 2, f"`path`={path}: {both}, but '{'/'.join(others[0])}' is beside these folders. {advice}")
+    return []
 
 
 def _first(available: Sequence[str], names: Sequence[str]) -> str | None:

@@ -21,8 +21,12 @@ class TextFiles:
     r"""The text columns of a file, a folder of files of one kind, or a hub data set ``owner/name[:config[:split]]``.
 
     ``columns`` are the views in order; none: found by their usual names. ``label`` names a column whose values are numbered
-    (-1 where empty), ``position`` a column of whole numbers. ``where`` keeps rows by value:
-    ``{"split": "train", "source": ["news", "speech"]}``.
+    (-1 where empty; texts are compared as they are: 007 is not 7), ``position`` a column of whole numbers. ``where`` keeps rows
+    by value: ``{"split": "train", "source": ["news", "speech"]}``.
+
+    A row of .txt and .tsv files is a line, and quotes are letters. In .csv files a cell in quotes may hold commas or line ends;
+    one that holds both, or of a file of one column line ends, is an error, as is a quote that is not closed, since it could
+    have taken up the rows after it. JSON and Parquet files hold any text.
 
     With ``held_out`` above 0, the ``split`` "test" has that many rows, at least 2 and at most a fifth, chosen by a hash of the
     column ``held_out_by`` (None: the label where there is a position, so that documents stay whole, else the first text
@@ -109,7 +113,8 @@ class TextFiles:
 
     def _drop_bad_rows(self, chunk: cols.Chunk, keep: Any, dropped: "Counter[str]") -> pa.Table:
         """The rows to ``keep``, their texts stripped, but those whose text is empty, too long or none, counted by reason."""
-        table, faults = chunk.table, [] if chunk.not_text is None else [("a text cell", "not text", "", chunk.not_text)]
+        hint = " (a cell is one text, no number and no list)"
+        table, faults = chunk.table, [(f"column '{name}'", "not text", hint, mask) for name, mask in chunk.not_text]
         for name in self.columns:
             column, cell = table[name], f"column '{name}'"
             is_text = pa.types.is_string(column.type) or pa.types.is_null(column.type)
@@ -117,7 +122,7 @@ class TextFiles:
             column = pc.utf8_trim_whitespace(column.cast(pa.string()))
             table = table.set_column(table.column_names.index(name), name, column)
             column = pc.fill_null(column, "")
-            faults.append((cell, "empty", "", pc.equal(column, "")))
+            faults.append((cell, "empty", "", cols.is_blank(column)))
             nul, long = pc.match_substring(column, "\0"), pc.greater(pc.utf8_length(column), self.max_characters)
             faults.append((cell, "text with a NUL character", " (maybe the file was UTF-16)", nul))
             faults.append((cell, f"longer than {self.max_characters} characters", " (or raise `max_characters`)", long))
@@ -145,7 +150,7 @@ class TextFiles:
         cells, names = {name: table[name] for name in self.columns}, list[str]()
         if self.label is not None and self.streaming:
             advice = " With `streaming`=false words are numbered."
-            cells["label"] = pc.fill_null(cols.to_integers(table[self.label], self.path, self.label, "label", advice), -1)
+            cells["label"] = pc.fill_null(cols.label_numbers(table[self.label], self.path, self.label, advice), -1)
         elif self.label is not None:
             cells["label"], names = cols.label_ids(table[self.label], self.path, self.label)
         if self.position is not None:

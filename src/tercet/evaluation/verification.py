@@ -16,9 +16,9 @@ from scipy.stats import binomtest
 from tercet.errors import InputError, require
 from tercet.evaluation import inputs
 from tercet.evaluation.inputs import Bools, Floats, Ints, encode_unit
-from tercet.images import PixelFormat, UnreadableImage
+from tercet.images import SUFFIXES, PixelFormat, UnreadableImage
 from tercet.messages import warn_once
-from tercet.paths import locate
+from tercet.paths import locate, visible_files
 from tercet.types import EncodeFunction
 
 FAR = 1e-3  # of the paper's tables 3 to 6
@@ -27,7 +27,6 @@ PAIRS_ACCEPTED = f"LFW's pairs.txt, or a .parquet, .csv, .tsv or .jsonl file wit
 TRUTH = {True: True, False: False, "true": True, "false": False, "1": True, "0": False}  # 1 == True
 FACE_COLUMNS = ("identity", "image_no", "image")
 FACES_ACCEPTED = f"a .parquet file with the columns {', '.join(FACE_COLUMNS)}, or a folder with Name/Name_0001.jpg"
-SUFFIXES = (".jpg", ".jpeg", ".png", ".JPG", ".webp", ".bmp")
 PROBE = PixelFormat(size=16, channels=1, mean=(0.0,), std=(1.0,))  # JPEG decodes fastest to a small size
 Face = tuple[str, int]  # a person and the number of the image, from 1
 Row = tuple[int, bool, Face, Face]  # fold, same, and the two images
@@ -277,9 +276,16 @@ def _row(row: Sequence[Any], where: str) -> Row:
 
 
 def _read_folder(root: Path, faces: Sequence[Face]) -> dict[Face, bytes]:
-    """The first of ``SUFFIXES`` counts where there are files of several."""
-    files = ((face, root / face[0] / f"{face[0]}_{face[1]:04d}{suffix}") for suffix in reversed(SUFFIXES) for face in faces)
-    return {face: file.read_bytes() for face, file in files if file.is_file()}
+    """Files ``Name/Name_0001.jpg`` at any depth; the first of ``SUFFIXES`` counts where there are files of several."""
+    wanted = {(name, f"{name}_{number:04d}"): (name, number) for name, number in faces}
+    found: dict[Face, Path] = {}
+    files = [file for file in visible_files(root) if file.suffix.lower() in SUFFIXES]
+    for file in sorted(files, key=lambda file: SUFFIXES.index(file.suffix.lower())):
+        if (face := wanted.get((file.parent.name, file.stem))) is not None:
+            other = found.setdefault(face, file)
+            twice = f"`path`={root} has image {face[1]} of {face[0]} twice, in {other.parent} and {file.parent}. Remove one."
+            require(other.parent == file.parent, twice)
+    return {face: file.read_bytes() for face, file in found.items()}
 
 
 def _read_images(file: Path, path: str | Path, wanted: set[Face]) -> dict[Face, bytes]:

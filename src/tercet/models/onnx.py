@@ -44,8 +44,9 @@ def export_onnx(encoder: Encoder, folder: Path, precision: str = "float32") -> N
     one = len(parts) == 1 and not getattr(parts[0], "word_level", False)
     require(one, "export is for texts through one transformer, and for images; this model is of another kind.")
     part, target = parts[0], folder / FILE
-    name, reason = type(part.backbone).__name__, part.runner.cannot_pad
-    require(not reason, f"export is for padded rows, which {name} cannot read: {reason}.")
+    for text in encoder.text_parts():
+        name, reason = type(text.backbone).__name__, text.runner.cannot_pad
+        require(not reason, f"export is for padded rows, which {name} cannot read: {reason}.")
     folder.mkdir(parents=True, exist_ok=True)
     onnx, quantization = _import("onnx"), _import("onnxruntime.quantization")
     _write_float32(part, target)

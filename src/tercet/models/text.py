@@ -67,7 +67,11 @@ class TextEncoder(PoolingMixin, Encoder):
         self._set_parts(backbone, backbone.config.hidden_size, pooling, head, normalize)
         self.tokenizer: PreTrainedTokenizerBase = tokenizer
         self.word_level = word_level
-        self.runner = BackboneRunner(backbone, int(tokenizer.pad_token_id or 0), compile, token_types(tokenizer, backbone))
+        types = token_types(tokenizer, backbone)
+        if types:  # for those who open a saved folder: transformers 5 returns XLNet's token types only where this asks for them
+            names = ["input_ids", "token_type_ids", "attention_mask"]
+            tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
+        self.runner = BackboneRunner(backbone, int(tokenizer.pad_token_id or 0), compile, types)
         self.set_max_length(max_length)
         self.execution = self.runner.resolve(execution)
         self.similarity: str | None = None  # the function that sentence-transformers compares embeddings with; None: cosine

@@ -9,7 +9,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import wraps
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -33,19 +33,15 @@ def fault_tolerant(logger: loggers.Logger) -> loggers.Logger:
     """The same logger, whose errors (of W&B any, of others ``OSError``) cause one warning each and do not end the run."""
     wandb = isinstance(logger, loggers.WandbLogger)
 
-    def guard(call: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(call)
-        def guarded(*args: Any, **kwargs: Any) -> Any:
-            with log_errors(describe_logger(logger), Exception if wandb else OSError):
-                if wandb:  # W&B writes in a process of its own, which does not report a full disk
-                    _check_disk(str(logger.save_dir))
-                return call(*args, **kwargs)
-
-        return guarded
+    def guarded(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with log_errors(describe_logger(logger), Exception if wandb else OSError):
+            if wandb:  # W&B writes in a process of its own, which does not report a full disk
+                _check_disk(str(logger.save_dir))
+            return call(*args, **kwargs)
 
     for name in GUARDED:
         if call := getattr(logger, name, None):
-            setattr(logger, name, guard(call))
+            setattr(logger, name, partial(guarded, call))
     return logger
 
 

@@ -1,5 +1,6 @@
 """Views that say a text in other words: synonyms of a list, and predictions of a masked language model."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import groupby, product
 from operator import itemgetter
@@ -85,8 +86,8 @@ class Synonyms(RowView):
         """The list in the tokens of a tokenizer, with and without a capital, and a space, before each word."""
         require(info.tokenizer is not None, "Synonyms: the tokenizer of the texts is not known.")
         found: dict[Tokens, list[Tokens]] = {}
-        known = set[str]()
-        for (word, *synonyms), change, space in product(self.lines, (str, str.capitalize), ("", " ")):
+        known, spellings = set[str](), list[Callable[[str], str]]([str, str.capitalize])
+        for (word, *synonyms), change, space in product(self.lines, spellings, ("", " ")):
             key, *values = (self._tokens(info, space + change(text)) for text in (word, *synonyms))
             if key and not bool(info.word_start[list(key[1:])].any()):
                 known.add(word)

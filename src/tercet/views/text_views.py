@@ -1,5 +1,6 @@
 """Two views of one text: chains of edits whose random draws depend on (seed, step, row)."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
@@ -7,12 +8,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from tercet.errors import InputError, require
+from tercet.errors import InputError, check_choice, require
 from tercet.rng import derive_seed, uniform
 from tercet.types import RATE_SCALE, TokenBatch
 
 __all__ = ["Crop", "Deletion", "FeatureCutoff", "Masking", "Repetition", "Shuffle", "SpanCutoff", "TokenCutoff",
            "TokenInfo", "View", "Views"]  # fmt: skip
+
+VARIANTS = ("input", "shen")
 
 
 class TokenInfo(NamedTuple):
@@ -130,11 +133,17 @@ def is_row_maximum(value: Tensor, content: Tensor, row: Tensor, rows: int) -> Te
 
 
 class RowView:
-    """The base of edits by the layout of rows; ``rate``, where an edit has one, is a share from 0 to below 1."""
+    """The base of edits by the layout of rows; ``rate``, where an edit has one, is a share from 0 to below 1.
+
+    ``variant`` of a cutoff: ``input`` cuts word vectors, before positions and normalization, and tokens still attend to what
+    is cut; ``shen`` cuts the output of the embedding layer, and no token attends to a token that is cut, as Shen et al. do
+    (2020, arXiv:2009.13818, and their code): a fixed number of draws with replacement, from special tokens too.
+    """
 
     def __post_init__(self) -> None:
         rate, accepted = getattr(self, "rate", 0), "a rate from 0 to below 1; a rate of 1 would leave nothing"
         require(0 <= rate < 1, f"{type(self).__name__} with `rate`={rate}: {accepted}.")
+        check_choice("variant", getattr(self, "variant", "input"), VARIANTS)
 
     def __call__(self, inputs: TokenBatch, seed: Tensor, info: TokenInfo) -> TokenBatch:
         """The edited rows."""
@@ -234,22 +243,33 @@ class Shuffle(RowView):
         return replace(inputs, state=replace(inputs.state, position=position))
 
 
-def _cut(inputs: TokenBatch, cut: Tensor) -> TokenBatch:
-    before = torch.ones_like(cut) if inputs.state.keep is None else inputs.state.keep
-    return replace(inputs, state=replace(inputs.state, keep=before & ~cut))
+def _cut(inputs: TokenBatch, cut: Tensor, field: str = "keep") -> TokenBatch:
+    return replace(inputs, state=replace(inputs.state, **{field: inputs.state_field(field) & ~cut}))
 
 
 @dataclass(frozen=True)
 class TokenCutoff(RowView):
     """Set the word vector of each token to zero with probability ``rate``, but never of all in a row (ConSERT).
 
+    With ``variant="shen"`` it is the whole vector of ``int(rate * length)`` draws, to which no token attends.
+
     >>> TokenCutoff(0.5)(*EXAMPLE).state.keep.long().tolist()
     [1, 0, 1, 1, 0, 1]
+    >>> TokenCutoff(0.5, variant="shen")(*EXAMPLE).state.attend.long().tolist()
+    [0, 1, 0, 1, 1, 0]
     """
 
     rate: float = 0.15
+    variant: str = "input"
 
     def _edit(self, inputs: TokenBatch, at: TokenLayout, seed: Tensor, info: TokenInfo) -> TokenBatch:
+        if self.variant == "shen":
+            length = inputs.lengths.to(at.row.device, non_blocking=True)[:, None]
+            number = torch.arange(int(self.rate * int(inputs.lengths.max())), device=at.row.device)
+            index = (uniform(seed[:, None], number) * length).long() + (length.cumsum(0) - length)
+            drawn = (number < (self.rate * length).long()).long()
+            cut = torch.zeros_like(at.row).index_add(0, index.flatten().clamp(max=len(at.row) - 1), drawn.flatten()) > 0
+            return _cut(inputs, cut, "attend")
         draw = uniform(seed[at.row], at.offset)
         return _cut(inputs, at.content & (draw < self.rate) & ~is_row_maximum(draw, at.content, at.row, len(inputs)))
 
@@ -258,13 +278,21 @@ class TokenCutoff(RowView):
 class SpanCutoff(RowView):
     """Set the word vectors of a share ``rate`` of consecutive tokens to zero, never of all (Shen et al., arXiv:2009.13818).
 
+    With ``variant="shen"`` it is whole vectors, also of special tokens, to which no token attends.
+
     >>> SpanCutoff(0.5)(*EXAMPLE).state.keep.long().tolist()
     [1, 1, 0, 0, 1, 1]
     """
 
     rate: float = 0.15
+    variant: str = "input"
 
     def _edit(self, inputs: TokenBatch, at: TokenLayout, seed: Tensor, info: TokenInfo) -> TokenBatch:
+        if self.variant == "shen":
+            length = inputs.lengths.to(at.row.device, non_blocking=True)
+            span = (self.rate * length).long()
+            first = (uniform(seed, 0) * (length - span)).long()
+            return _cut(inputs, (at.offset >= first[at.row]) & (at.offset < (first + span)[at.row]), "attend")
         size = at.num_content
         span = torch.minimum((self.rate * size).round().long(), (size - 1).clamp_min(0))
         start = (uniform(seed, 0) * (size - span + 1)).long()
@@ -278,16 +306,20 @@ class FeatureCutoff(RowView):
     """Set each column of the word vectors to zero with probability ``rate``, the same columns for all tokens of a row.
 
     The encoder, which knows their number, draws the columns from ``state.feature_cutoff``: a seed and the rate (ConSERT,
-    arXiv:2105.11741, section 3.2).
+    arXiv:2105.11741, section 3.2). With ``variant="shen"`` it is ``int(rate * H)`` draws of columns of the embedding layer's
+    output.
 
     >>> FeatureCutoff(0.5)(*EXAMPLE).state.feature_cutoff.shape
     torch.Size([6, 2])
     """
 
     rate: float = 0.15
+    variant: str = "input"
 
     def _edit(self, inputs: TokenBatch, at: TokenLayout, seed: Tensor, info: TokenInfo) -> TokenBatch:
+        field = "embedding_cutoff" if self.variant == "shen" else "feature_cutoff"
         message = "A view takes one FeatureCutoff. Give it the larger `rate` of the two."
-        require(inputs.state.feature_cutoff is None, message)
-        marks = torch.stack([derive_seed(seed, 0), torch.full_like(seed, round(self.rate * RATE_SCALE))], 1)
-        return replace(inputs, state=replace(inputs.state, feature_cutoff=marks[at.row]))
+        require(getattr(inputs.state, field) is None, message)
+        rate = (math.ceil if self.variant == "shen" else round)(self.rate * RATE_SCALE)  # int(rate * H) is then as in floats
+        marks = torch.stack([derive_seed(seed, 0), torch.full_like(seed, rate)], 1)
+        return replace(inputs, state=replace(inputs.state, **{field: marks[at.row]}))

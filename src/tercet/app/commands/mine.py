@@ -1,13 +1,15 @@
 """The command ``mine``: hard negatives for pairs or labeled texts, as a file to train on."""
 
+import csv
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
@@ -120,19 +122,19 @@ def mine_negatives(pairs: MiningPairs, encode: CachedEncoder, guard: FalseNegati
 
 
 def write_table(table: pa.Table, target: Path) -> None:
-    """Write a table in the format of the file's ending; the file is replaced as a whole."""
+    """Write a table in the format of the file's ending; the file is replaced as a whole.
+
+    In CSV and TSV line ends and tabs in texts become spaces: there a row is one line, and a cell of TSV cannot be quoted.
+    """
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     if target.suffix == ".parquet":
         pq.write_table(table, partial)
     elif target.suffix == ".jsonl":
         table.to_pandas().to_json(partial, orient="records", lines=True, force_ascii=False)
-    elif target.suffix == ".csv":
-        pyarrow.csv.write_csv(table, partial)
-    else:  # cells of TSV are not quoted
-        columns = [[str(cell) for cell in (name, *values)] for name, values in table.to_pydict().items()]
-        broken = next((cell for column in columns for cell in column if set(cell) & set("\t\r\n")), None)
-        advice = "TSV has no quotes; use .csv, .jsonl or .parquet."
-        require(broken is None, f"output={target}: {broken!r} holds a tab or a line end. {advice}")
-        lines = map("\t".join, zip(*columns, strict=True))
-        partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="")
+    else:
+        rows = [table.column_names, *zip(*(column.to_pylist() for column in table.columns), strict=True)]
+        style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None}
+        with partial.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n", **(style if target.suffix == ".tsv" else {}))
+            writer.writerows([re.sub(r"[\t\r\n]+", " ", str(cell)) for cell in row] for row in rows)
     partial.replace(target)

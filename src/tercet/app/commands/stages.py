@@ -103,6 +103,8 @@ def _finish(cfg: DictConfig, output: Path, columns: dict[str, dict[str, float]],
         draw_stages(columns, cfg.stages).savefig(output / "stages.png", dpi=150)
         record.write_metrics(output, metrics)
         print_status(f"\n{text}\n\nWritten to {output}: stages.txt, stages.png, metrics.json, model/")
+    if cfg.optimized_metric not in metrics and not any(o.startswith("optimized_metric=") for o in cfg.command or ()):
+        cfg.optimized_metric = None  # the experiment's, which stages of one's own need not measure
     return train.optimized_value(cfg, metrics)
 
 

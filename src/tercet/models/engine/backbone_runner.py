@@ -1,12 +1,13 @@
 """Run a transformers backbone on padded or packed rows."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -63,6 +64,7 @@ class BackboneRunner:
         self.output_type: type[Any] = BaseModelOutputWithPooling  # of the backbone
         self.cannot_pad = ""  # why rows cannot be padded
         self.cannot_pack = "it is compiled"  # why rows cannot be concatenated
+        self.compiled = compile
         training = backbone.training
         with torch.no_grad(), torch.random.fork_rng(devices=[]):  # some backbones draw numbers, also in evaluation mode
             self._verify_layouts(compile)
@@ -101,10 +103,15 @@ class BackboneRunner:
             self.dropout_seeds.seed = state.dropout_seed
         seeds = self.dropout_seeds if state.dropout_seed is not None else None  # else dropout draws from torch's generator
         arguments = {**backbone_inputs(self.backbone, ids, state, self.first_position), **self.type_arguments(ids)}
-        arguments["attention_mask"] = compat.no_attention_mask(self.backbone) if packed else mask
+        if packed:
+            arguments["attention_mask"] = compat.no_attention_mask(self.backbone)
+        else:
+            arguments["attention_mask"] = mask if state.attend is None else mask * state.attend
         if packed or seeds:
-            arguments["packing"] = Packing(rows.lengths, packed, first_token_only, seeds)
-        out: Any = self.backbone(**arguments, output_hidden_states=all_layers)
+            attend = None if state.attend is None or not packed else state.attend[0]
+            arguments["packing"] = Packing(rows.lengths, packed, first_token_only, seeds, attend)
+        with self._cut_embeddings(state):
+            out: Any = self.backbone(**arguments, output_hidden_states=all_layers)
         if not packed:
             return out, mask
         lengths = torch.ones_like(rows.lengths) if first_token_only else rows.lengths
@@ -113,6 +120,28 @@ class BackboneRunner:
         pooler = getattr(self.backbone, "pooler", None)
         pooled = pooler(states[-1]) if pooler is not None else None
         return BaseModelOutputWithPooling(states[-1], pooled, tuple(states)), mask.to(rows.ids.device, non_blocking=True)
+
+    @contextmanager
+    def _cut_embeddings(self, state: TokenState) -> Iterator[None]:
+        """Set to zero what ``attend`` and ``embedding_cutoff`` cut from the output of the embedding layer."""
+        if state.attend is None and state.embedding_cutoff is None:
+            yield
+            return
+        embeddings, name = getattr(self.backbone, "embeddings", None), type(self.backbone).__name__
+        normalized = embeddings is not None and any(isinstance(m, nn.LayerNorm) for m in embeddings.modules())
+        if embeddings is None or not normalized or self.compiled:
+            reason = "is compiled" if normalized else "has no embedding layer with normalization, whose output is cut"
+            raise InputError(f"A cutoff of variant shen: {name} {reason}. Use the variant input, or another backbone.")
+
+        def cut(module: nn.Module, args: Any, x: Tensor) -> Tensor:
+            x = x if state.attend is None else x * state.attend[..., None]
+            return x if state.embedding_cutoff is None else x * _drawn_columns(state.embedding_cutoff, x.shape[-1])
+
+        hook = embeddings.register_forward_hook(cut)
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def type_arguments(self, ids: Tensor) -> dict[str, Tensor]:
         """The argument ``token_type_ids`` for ``ids (n, L)``, where the backbone needs it."""
@@ -125,15 +154,11 @@ class BackboneRunner:
 
     def _verify_layouts(self, compile: bool) -> None:
         """Set what this backbone cannot do; ``InputError`` if it does not run, or a row is never as it is alone."""
-        config, name = self.backbone.config, type(self.backbone).__name__
-        lengths = torch.tensor([3, 3, 5, 4 + (getattr(config, "sliding_window", None) or 0)])  # one exceeds the window
-        lengths = lengths.clamp(max=self.max_tokens)
-        ids = 5 + torch.arange(int(lengths.sum())) % max(1, config.vocab_size - 6)  # ids below 5 are often special
-        rows = TokenBatch((ids + (ids == self.pad_id)) % config.vocab_size, lengths)
+        name, rows = type(self.backbone).__name__, self._sample_rows([3, 3, 5, 4])
         try:
             self(rows.select(torch.tensor([0, 1])), packed=False)  # in training mode, which Reformer refuses
             self.backbone.eval()
-            alone = [self._states(rows.select(torch.tensor([i])))[0] for i in range(len(rows))]
+            alone = self._states_alone(rows)
             if self.token_types == {}:  # all types are 0: passed only where that is not what the backbone assumes
                 self.token_types = None
                 if not _close(self._states(rows.select(torch.tensor([0]))), alone[:1]):
@@ -146,7 +171,7 @@ class BackboneRunner:
         except Exception as error:  # models raise errors of many types
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise InputError(f"`backbone`: {name} cannot encode rows of token ids ({reason}). Use another backbone.") from error
-        shapes = [(n, config.hidden_size) for n in lengths.tolist()]
+        shapes = [(n, self.backbone.config.hidden_size) for n in rows.lengths.tolist()]
         if [tuple(states.shape) for states in alone] != shapes:
             got = f"{tuple(alone[0].shape)} for a row of {shapes[0][0]} tokens"
             raise InputError(f"`backbone`: {name} gives {got}, not a vector of {shapes[0][1]} for each. Use another backbone.")
@@ -156,6 +181,14 @@ class BackboneRunner:
         self.cannot_pad = "" if _close(padded, alone) else "a row's embedding would depend on its padding"
         if not compile:
             self.cannot_pack = self._enable_packing(rows, alone)
+
+    def _sample_rows(self, lengths: list[int]) -> TokenBatch:
+        size, most = self.backbone.config.vocab_size, torch.tensor(lengths).clamp(max=self.max_tokens)
+        ids = 5 + torch.arange(int(most.sum())) % max(1, size - 6)  # ids below 5 are often special
+        return TokenBatch((ids + (ids == self.pad_id)) % size, most)
+
+    def _states_alone(self, rows: TokenBatch) -> list[Tensor]:
+        return [self._states(rows.select(torch.tensor([i])))[0] for i in range(len(rows))]
 
     def _states(self, rows: TokenBatch, packed: bool = False, first_token_only: bool = False) -> list[Tensor]:
         """The hidden states ``(length, H)`` of each row, without padding."""
@@ -173,6 +206,10 @@ class BackboneRunner:
             self.backbone.set_attn_implementation(NAME)
             self.can_skip_last_layer = shorten_last_layer(self.backbone)
             exact = _close(self._states(rows, packed=True), alone)
+            if exact and (window := getattr(self.backbone.config, "sliding_window", None)):
+                rows = self._sample_rows([3, 4 + window])  # one exceeds the window of attention
+                alone = self._states_alone(rows)
+                exact = _close(self._states(rows, packed=True), alone)
             if exact and self.can_skip_last_layer:
                 exact = _close(self._states(rows, packed=True, first_token_only=True), [states[:1] for states in alone])
             reason = "" if exact else "a row's embedding would depend on its neighbors"
@@ -183,6 +220,15 @@ class BackboneRunner:
             self.can_skip_last_layer = False
             self.backbone.set_attn_implementation(before)
         return reason
+
+
+def _drawn_columns(cutoff: Tensor, columns: int) -> Tensor:
+    """``(n, L, 2)``, a seed and a rate, to ``(n, L, H)``: false in the columns that rate · H draws with replacement hit."""
+    seed, rate = cutoff[..., None].unbind(-2)
+    number = torch.arange(columns, device=cutoff.device)
+    drawn = number < rate * columns // RATE_SCALE
+    hits = torch.zeros(drawn.shape, device=cutoff.device)
+    return hits.scatter_add(-1, (uniform(seed, number) * columns).long(), drawn.float()) == 0
 
 
 def _close(got: list[Tensor], want: list[Tensor]) -> bool:

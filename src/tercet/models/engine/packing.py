@@ -34,6 +34,7 @@ class Packing:
     packed: bool = True  # rows are concatenated, in shape (1, T); otherwise they are padded
     first_token_only: bool = False  # the last layer computes the first token of each row and no other
     dropout_seeds: DropoutSeeds | None = None  # of deterministic dropout; None for torch's
+    attend: Tensor | None = None  # (T,), of packed rows: false for tokens that no token attends to
     all_hidden: Tensor | None = field(default=None, init=False)  # of all tokens, for a layer whose input is the first tokens
 
     def __post_init__(self) -> None:
@@ -84,7 +85,7 @@ def choose_attention(query: Tensor, packing: Packing, settings: AttentionSetting
     """The fastest implementation for these rows on this device; all give the same result."""
     if not query.is_cuda:
         return attend_by_length
-    nested = settings.window is None and settings.seed is None and packing.padding_is_wasteful
+    nested = settings.window is None and settings.seed is None and packing.attend is None and packing.padding_is_wasteful
     works = nested and _nested_attention_works(query.device, query.dtype, query.shape[-1])
     return attend_nested if works else attend_padded
 
@@ -94,11 +95,15 @@ def attend_by_length(q: Tensor, k: Tensor, v: Tensor, rows: Packing, settings: A
     tokens = [n * length for n, length in rows.groups]
     queries = tokens if q.shape[2] == k.shape[2] else [n for n, _ in rows.groups]
     seeds = [None] * len(tokens) if settings.seed is None else settings.seed[0].split(queries)
+    attends = [None] * len(tokens) if rows.attend is None else rows.attend.split(tokens)
     splits = q[0].split(queries, 1), k[0].split(tokens, 1), v[0].split(tokens, 1)
     parts = []
-    for *qkv, s, (n, length) in zip(*splits, seeds, rows.groups, strict=True):
+    for *qkv, s, attend, (n, length) in zip(*splits, seeds, attends, rows.groups, strict=True):
         q, k, v = (x.unflatten(1, (n, -1)).transpose(0, 1) for x in qkv)
         mask = _window_mask(q.shape[2], length, settings.window, q.device)
+        if attend is not None:
+            seen = attend.view(n, 1, 1, length)
+            mask = seen if mask is None else mask & seen
         own = settings._replace(seed=None if s is None else s.unflatten(0, (n, -1)))
         parts.append(_attend(q, k, v, mask, own).transpose(1, 2).flatten(0, 1))
     return torch.cat(parts)[None]
@@ -107,7 +112,10 @@ def attend_by_length(q: Tensor, k: Tensor, v: Tensor, rows: Packing, settings: A
 def attend_padded(q: Tensor, k: Tensor, v: Tensor, rows: Packing, settings: AttentionSettings) -> Tensor:
     """Pad for the attention alone and call it once: in short rows it is a few percent of the work, and calls cost more."""
     queries, (q, k, v) = _split_rows(pad_rows, q, k, v, rows)
-    mask = (torch.arange(k.shape[2]) < rows.lengths[:, None]).to(q.device, non_blocking=True)[:, None, None]
+    if rows.attend is None:
+        mask = (torch.arange(k.shape[2]) < rows.lengths[:, None]).to(q.device, non_blocking=True)[:, None, None]
+    else:
+        mask = pad_rows(rows.attend, rows.lengths)[:, None, None]
     if (near := _window_mask(q.shape[2], k.shape[2], settings.window, q.device)) is not None:
         mask = mask & near
     if settings.seed is not None:
@@ -116,9 +124,9 @@ def attend_padded(q: Tensor, k: Tensor, v: Tensor, rows: Packing, settings: Atte
 
 
 def attend_nested(q: Tensor, k: Tensor, v: Tensor, rows: Packing, settings: AttentionSettings) -> Tensor:
-    """One call on nested tensors, without padding; supports neither a window nor seeds."""
-    if settings.window is not None or settings.seed is not None:
-        raise ValueError("nested attention supports neither a window nor dropout by seed.")
+    """One call on nested tensors, without padding; supports neither a window, nor seeds, nor tokens that are not seen."""
+    if settings.window is not None or settings.seed is not None or rows.attend is not None:
+        raise ValueError("nested attention supports neither a window, nor dropout by seed, nor tokens that are not seen.")
     _, (q, k, v) = _split_rows(_jagged, q, k, v, rows)
     return _attend(q, k, v, None, settings).transpose(1, 2).values()[None]
 
