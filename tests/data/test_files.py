@@ -224,6 +224,20 @@ def test_sides_share_nothing(tmp_path, lines, held_out):
     assert 2 <= len(test) <= min(held_out, max(2, len(lines) // 5))
 
 
+def test_validation_rows_are_taken_from_the_training_rows(text):
+    def rows(split, validation_rows=500):
+        return TextFiles(text(), split=split, held_out=5, validation_rows=validation_rows).rows()["text"][:]
+
+    train, validation, test = map(rows, ("train", "validation", "test"))
+    assert sorted(train + validation + test) == sorted(SENTENCES)
+    assert test == rows("test", 0), "the test rows are what they are without validation"
+    assert len(validation) == (len(SENTENCES) - 5) // 5 and len(rows("validation", 2)) == 2
+    with pytest.raises(InputError, match=r"split=validation: choose one of train, test, all"):
+        rows("validation", 0)
+    with pytest.raises(InputError, match=r"3 rows: .*validation_rows=500 needs 4"):
+        TextFiles(text(SENTENCES[:5]), split="validation", held_out=2, validation_rows=500).rows()
+
+
 def test_the_cut_depends_on_the_text_alone(text):
     first = TextFiles(text(), split="test", held_out=5).rows()["text"][:]
     turned = TextFiles(text([f"  {line.upper()} " for line in reversed(SENTENCES)]), split="test", held_out=5).rows()
@@ -252,6 +266,10 @@ def test_streams_cut_at_the_front(text):
     assert [row["text"] for row in test] == SENTENCES[:3]
     assert [row["text"] for row in train] == SENTENCES[3:]
     assert sorted(row["text"] for row in train.shuffle(seed=1, buffer_size=8)) == sorted(SENTENCES[3:])
+    parts = {"test": SENTENCES[:3], "validation": SENTENCES[3:5], "train": SENTENCES[5:]}
+    for split, expected in parts.items():
+        found = TextFiles(path, split=split, held_out=3, validation_rows=2, streaming=True).rows()
+        assert [row["text"] for row in found] == expected
 
 
 def test_streamed_rows_are_the_same_rows(tmp_path):

@@ -50,7 +50,14 @@ def write_texts(path):
     path.write_text("\n".join(f"{a} {b}" for a in TEXTS[:8] for b in TEXTS[:5]) + "\n")
 
 
-FAST = ["logger=csv", "callback.summary=null", "trainer.accelerator=cpu", "trainer.max_steps=2", "data.batch_size=4"]
+FAST = [
+    "logger=csv",
+    "callback.summary=null",
+    "selection=none",
+    "trainer.accelerator=cpu",
+    "trainer.max_steps=2",
+    "data.batch_size=4",
+]
 
 
 @pytest.fixture

@@ -75,7 +75,7 @@ def test_torchruns_processes_share_one_folder(folder):
     by = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     code, text = start(folder, *PAIRS, "trainer.devices=2", by=by)
     assert code == 0, text
-    runs = list((folder / "outputs" / "quickstart").iterdir())
+    runs = list((folder / "outputs" / "own_texts").iterdir())
     assert len(runs) == 1
     assert "test/retrieval/text/mrr" in metrics(runs[0])
 

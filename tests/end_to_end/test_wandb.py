@@ -86,8 +86,8 @@ def test_a_job_of_a_sweep_says_so(command, tmp_path):
     done = command("train", *given)
     assert done.code == 0, done.terminal
     runs = [written(tmp_path / "sweep" / job).run for job in ("0", "1")]
-    assert [run.run_group for run in runs] == 2 * ["quickstart/sweep"] and "sweep" in runs[0].tags
-    assert [run.display_name for run in runs] == ["quickstart-1-0", "quickstart-2-1"]
+    assert [run.run_group for run in runs] == 2 * ["own_texts/sweep"] and "sweep" in runs[0].tags
+    assert [run.display_name for run in runs] == ["own_texts-1-0", "own_texts-2-1"]
     assert runs[0].run_id != runs[1].run_id
     assert "wandb:" not in done.terminal, "W&B prints nothing"
     for job in ("0", "1"):
@@ -185,6 +185,6 @@ def test_a_run_of_the_agent_is_its_own(small, agent, monkeypatch):
     result = small("logger=wandb", "callback.embeddings=null", "measure_before=false")
     assert result.code == 0, result.terminal
     run = written(result.output).run
-    assert (run.run_id, run.sweep_id, run.run_group) == ("ab12cd34", "swp12345", "quickstart/swp12345")
+    assert (run.run_id, run.sweep_id, run.run_group) == ("ab12cd34", "swp12345", "own_texts/swp12345")
     assert "swp12345" in run.tags
     assert (result.output / "wandb" / "run-id.txt").read_text() == "ab12cd34\n"

@@ -14,7 +14,7 @@ from tercet.data.text_transform import TextTransform, content_hash
 from tercet.errors import InputError
 from tercet.losses import InfoNCE
 from tercet.models import load_tokenizer
-from tercet.training.datamodule import DataModule
+from tercet.training.datamodule import DataModule, RunLength
 from tests.conftest import MINILM, TEXTS, Ids
 from tests.laws.distributed_runs import Listed
 
@@ -161,6 +161,17 @@ def test_a_cache_that_cannot_be_written_is_named(pieces, tmp_path):
 def test_wrong_settings_name_their_key(pieces, tmp_path, key, value):
     with pytest.raises(InputError, match=f"{key}={value}"):
         module(pieces, tmp_path, **{key: value})
+
+
+@pytest.mark.parametrize(("rows", "steps"), [(64, 20), (95, 20), (192, 60), (5_000, 1000), (None, 1000), (9, 1)])
+def test_the_number_of_steps_follows_the_rows(rows, steps):
+    assert RunLength(epochs=10, at_most=1000).steps(rows, batch_size=32) == steps
+
+
+@pytest.mark.parametrize("setting", [{"epochs": 0}, {"at_most": 0}, {"validations": 0}])
+def test_a_run_of_no_length_is_refused(setting):
+    with pytest.raises(InputError, match=f"{next(iter(setting))}=0"):
+        RunLength(**setting)
 
 
 def test_equal_texts_share_a_content_and_others_do_not():

@@ -61,6 +61,8 @@ def main(command: str, arguments: Sequence[str] | None = None) -> NoReturn:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back to us as they are
     OmegaConf.register_new_resolver("run_id", run_id, use_cache=True, replace=True)
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if command == "train" and "data=text" in given and not any(o.lstrip("+~").split("=")[0] == "experiment" for o in given):
+        given.insert(given.index("data=text"), "experiment=own_texts")  # the quickstart's 50 steps would not fit other data
     failed: list[str] = []
     try:
         if command == "train":

@@ -1,6 +1,8 @@
 """The data module: a source of rows becomes batches."""
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import pytorch_lightning as pl
@@ -22,6 +24,28 @@ class Transform(Protocol):
 
     def fingerprint(self, columns: Sequence[str]) -> str:
         """A hash that changes when the inputs of these columns would."""
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """The length of a run by the number of its rows: ``epochs`` passes, ``at_most`` steps, and ``validations`` on the way.
+
+    >>> RunLength(epochs=10, at_most=1000).steps(rows=192, batch_size=32)
+    60
+    """
+
+    epochs: float = 10
+    at_most: int = 1000
+    validations: int = 10
+
+    def __post_init__(self) -> None:
+        require(self.epochs > 0, f"`epochs`={self.epochs}: a number above 0 is needed.")
+        for name in ("at_most", "validations"):
+            require(getattr(self, name) >= 1, f"`{name}`={getattr(self, name)}: 1 or more.")
+
+    def steps(self, rows: int | None, batch_size: int) -> int:
+        """The number of steps of ``batch_size`` rows; of a stream, whose ``rows`` are None, as many as there may be."""
+        return self.at_most if rows is None else max(1, min(self.at_most, math.ceil(self.epochs * (rows // batch_size))))
 
 
 class DataModule(EvaluationHooks, pl.LightningDataModule):

@@ -65,6 +65,35 @@ def test_metrics_are_logged_and_select_checkpoints(tmp_path, encoder):
     assert torch.equal(*test.seen) and (validation.drawn, test.drawn) == (2, 1), "no figures before training"
 
 
+def test_the_weights_before_training_are_validated_and_kept(tmp_path, encoder):
+    before = {name: x.clone() for name, x in encoder.state_dict().items()}
+    evaluation = Evaluation(Recorder(), validation_rows=50)
+    best = ModelCheckpoint(tmp_path, filename="best", monitor="val/suite/score", mode="max")
+    runner = trainer(tmp_path, [evaluation, best], num_sanity_val_steps=1)
+    module = fit(runner, encoder)
+    assert evaluation.start == 1.0 and float(best.best_model_score) == 3.0
+    kept = torch.load(tmp_path / "start.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(kept[f"encoder.{name}"], x) for name, x in before.items())
+    assert any(not torch.equal(x, before[name]) for name, x in module.encoder.state_dict().items())
+    resumed = Evaluation(Recorder())
+    resumed.load_state_dict(evaluation.state_dict())
+    assert resumed.start == 1.0
+
+
+def test_the_start_is_kept_unless_it_is_beaten_by_a_standard_error():
+    evaluation = Evaluation(Recorder(), validation_rows=48)
+    assert not evaluation.keeps_start(0.0), "the start was not measured"
+    evaluation.start = 0.75
+    assert evaluation.standard_error() == pytest.approx((0.75 * 0.25 / 48) ** 0.5)
+    assert [evaluation.keeps_start(best) for best in (0.75, 0.81, 0.82, float("nan"))] == [True, True, False, True]
+    unknown = Evaluation(Recorder())
+    unknown.start = 0.75
+    assert [unknown.keeps_start(best) for best in (0.75, 0.7501)] == [True, False], "without a number of rows any gain counts"
+    ones = Evaluation(Recorder(), validation_rows=2)
+    ones.start = 1.0
+    assert ones.keeps_start(1.0)
+
+
 def test_training_stops_early(tmp_path, encoder):
     class Falling(Recorder):
         def __call__(self, encode):

@@ -63,7 +63,7 @@ def preflight(cfg: DictConfig, objective: Contrastive, data: DataModule, evaluat
     seconds = (ends[-1] - ends[0]) / max(1, len(ends) - 1)
     sampled = SampledEncoder(refresh_encoder(trainer, objective))
     steps = total_steps(cfg, data)
-    often = (validations(cfg, steps, data), 2 if cfg.measure_before else 1)
+    often = (validations(cfg, steps, data) + bool(cfg.trainer.num_sanity_val_steps), 2 if cfg.measure_before else 1)
     items = 0
     for evaluator, times in zip((evaluation.validation, evaluation.test), often, strict=True):
         sampled.items = set()

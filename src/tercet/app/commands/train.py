@@ -14,6 +14,7 @@ from tercet.app.commands.evaluate import initialize_from
 from tercet.app.commands.preflight import preflight
 from tercet.app.components import build, check_values, find_targets, start_record
 from tercet.app.config_checks import check_config, check_model
+from tercet.app.own_texts import choose_by_columns, set_run_length
 from tercet.distributed.sharding import gather_weights, load_state
 from tercet.errors import require
 from tercet.messages import print_status, silence_libraries, warn_once
@@ -21,7 +22,7 @@ from tercet.models.engine.chunking import trim_heap
 from tercet.models.folder import read_checkpoint, save_model
 from tercet.paths import check_writable
 from tercet.training.callbacks.checkpoints import AtomicCheckpointIO, newest_checkpoint
-from tercet.training.callbacks.evaluation import Evaluation, evaluate_stage, validate
+from tercet.training.callbacks.evaluation import START, Evaluation, evaluate_stage, validate
 from tercet.training.contrastive import Contrastive
 from tercet.training.datamodule import DataModule
 from tercet.training.loggers import fault_tolerant
@@ -32,7 +33,8 @@ FREE_KEYS = ("resume", "output_dir", "command", "check")  # a finished run is no
 
 def run(cfg: DictConfig, output: Path) -> float | None:
     """Train in this process, or in as many as the trainer asks for; returns the optimized metric."""
-    config, data = prepare(cfg, output)
+    config, data = prepare(choose_by_columns(cfg), output)
+    set_run_length(config, data)
     finished = cfg.resume and (output / "metrics.json").is_file()
     if finished and not record.first_difference(output, config, lambda key: key.split(".")[0] not in FREE_KEYS):
         print_status(f"{output} is finished; there is nothing left to do.")
@@ -88,7 +90,8 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
     if cfg.init_from:
         print_status(initialize_from(objective.encoder, cfg.init_from))
     check_model(objective, data, launch.started_by_launcher())
-    evaluation = Evaluation(build(cfg.validation), build(cfg.test))
+    validated = len(build(cfg.data.validation).rows()) if cfg.data.validation and cfg.data.validation_rows else None
+    evaluation = Evaluation(build(cfg.validation), build(cfg.test), validated)
     if cfg.check:
         preflight(cfg, objective, data, evaluation, output)
         return None
@@ -113,7 +116,7 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
         if resumed := newest_checkpoint(output / "checkpoints", read_checkpoint) if cfg.resume else None:
             print_status(f"resuming from {resumed}, step {read_checkpoint(resumed)['global_step']}")
         trainer.fit(objective, datamodule=data, ckpt_path=str(resumed) if resumed else None)
-        metrics |= restore_best(trainer, objective)
+        metrics |= restore_best(trainer, objective, evaluation)
         metrics |= validate(trainer, objective) if by_validation else {}
         metrics |= evaluate_stage(trainer, objective, "test")
         record.write_examples(output, evaluation.test, objective.cached_encoder)
@@ -153,8 +156,11 @@ def is_enabled(cfg: DictConfig, callback: pl.Callback, has_logger: bool) -> bool
     return all(cfg.trainer[key] for kind, key in kinds.items() if isinstance(callback, kind))
 
 
-def restore_best(trainer: pl.Trainer, objective: Contrastive) -> dict[str, float]:
-    """Load the best checkpoint where a metric selects one; returns training's metrics and the kept weights' validation."""
+def restore_best(trainer: pl.Trainer, objective: Contrastive, evaluation: Evaluation) -> dict[str, float]:
+    """Load the best checkpoint where a metric selects one, or the weights before training where it does not beat them.
+
+    Returns training's metrics and the kept weights' validation.
+    """
     best: Any = trainer.checkpoint_callback
     seen = trainer.callback_metrics.items()
     values = {name: float(value) for name, value in seen if name.startswith(("train/", "val/"))}
@@ -162,9 +168,13 @@ def restore_best(trainer: pl.Trainer, objective: Contrastive) -> dict[str, float
     if monitor and best.best_model_score is None:
         print_status(f"No validation ran, these are the last weights: {monitor} selected none. See trainer.val_check_interval.")
     elif monitor and best.best_model_path:
-        load_state(objective, read_checkpoint(best.best_model_path)["state_dict"])
-        score = float(best.best_model_score)
+        path, score = Path(best.best_model_path), float(best.best_model_score)
         print_status(f"best {monitor}: {score:.4f}")
+        if evaluation.start is not None and evaluation.keeps_start(score):
+            before = f"{evaluation.start:.4f} before training, standard error {evaluation.standard_error():.4f}"
+            print_status(f"Nothing beat the start ({before}): the model is the one that training started from.")
+            path, score = path.with_name(START), evaluation.start
+        load_state(objective, read_checkpoint(path)["state_dict"])
         values = {name: x for name, x in values.items() if name.startswith("train/")} | {monitor: score}
     return values
 

@@ -1,5 +1,7 @@
 """Evaluation during training: evaluators run at each validation and test, and their metrics are logged."""
 
+import math
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -10,16 +12,24 @@ from tercet.errors import InputError
 from tercet.models import CachedEncoder
 from tercet.types import Evaluator
 
+START = "start.ckpt"  # the weights before training
+
 
 class Evaluation(pl.Callback):
     """Run ``validation`` at each of the trainer's validations and ``test`` at each test, and log their metrics.
 
     Names are ``val/<metric>``, and ``<stage>/<metric>`` in tests, with the module's attribute ``stage``. Embeddings have the
     training precision, metrics are computed in full precision. All processes take part and get the same metrics.
+
+    With the trainer's ``num_sanity_val_steps`` the weights before training are validated, too, and kept beside the best
+    checkpoint as ``start.ckpt``, for ``keeps_start`` to compare. ``validation_rows`` is the number of validated examples.
     """
 
-    def __init__(self, validation: Evaluator | None = None, test: Evaluator | None = None) -> None:
-        self.validation, self.test = validation, test
+    def __init__(
+        self, validation: Evaluator | None = None, test: Evaluator | None = None, validation_rows: int | None = None
+    ) -> None:
+        self.validation, self.test, self.validation_rows = validation, test, validation_rows
+        self.start: float | None = None  # the monitored metric before training
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Discard cached embeddings: the weights have changed."""
@@ -47,6 +57,37 @@ class Evaluation(pl.Callback):
         measured = sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
         if monitor and monitor not in measured:
             raise InputError(f"`monitor`={monitor} is not measured in validation. There are: {', '.join(measured)}.")
+
+    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save the weights before training, and log their metrics, which Lightning would drop."""
+        best: Any = trainer.checkpoint_callback
+        measured = {name: float(x) for name, x in trainer.callback_metrics.items() if name.startswith("val/")}
+        if (monitor := getattr(best, "monitor", None)) and best.mode == "max":
+            self.start = measured[monitor]
+            trainer.save_checkpoint(Path(best.dirpath) / START, weights_only=True)
+        for logger in trainer.loggers:
+            logger.log_metrics(measured, step=trainer.global_step)
+
+    def standard_error(self) -> float:
+        """At most that of the metric before training, m: a mean over n examples of values in [0, 1] has sqrt(m (1 - m) / n)."""
+        m = self.start or 0.0
+        return math.sqrt(max(0.0, m * (1 - m)) / self.validation_rows) if self.validation_rows else 0.0
+
+    def keeps_start(self, best: float) -> bool:
+        """Whether ``best``, of the best checkpoint, is less than a standard error above the metric before training.
+
+        The one-standard-error rule of Breiman et al. 1984 (Classification and Regression Trees, section 3.4.3): of models that
+        validation does not tell apart the simplest, here the one that was there before.
+        """
+        return self.start is not None and not best > self.start + self.standard_error()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The metric before training: a resumed run does not measure it again."""
+        return {"start": self.start}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the metric before training."""
+        self.start = state_dict["start"]
 
 
 def refresh_encoder(trainer: pl.Trainer, module: pl.LightningModule) -> CachedEncoder:
