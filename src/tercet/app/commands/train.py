@@ -68,10 +68,11 @@ def drop_missing_validation(config: DictConfig) -> None:
     sources = [node["source"] for _, node in find_targets(OmegaConf.to_container(config.validation)) if "source" in node]
     empty = [s for s in sources if s is None or (s.get("split") == "validation" and not s.get("validation_rows"))]
     if empty and not config.monitor:
-        why = f"data={config.data.name} holds out no rows for validation, so that none choose settings"
-        warn_once(f"{why}: optimized_metric is null. evaluation@validation=stsb_dev would be one that needs no such rows.")
+        why = f"data={config.data.name} holds out no rows for validation"
+        warn_once(f"{why}: no metric chooses settings. evaluation@validation=stsb_dev would be one that needs no such rows.")
         config.validation = {"_target_": "tercet.evaluation.EvaluatorGroup", "members": {}}
-        config.optimized_metric = None
+        if str(config.optimized_metric).startswith("val/"):
+            config.optimized_metric = None
 
 
 def worker(config: dict[str, Any], output: str) -> float | None:
