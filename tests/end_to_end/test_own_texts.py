@@ -64,3 +64,16 @@ def test_an_objective_and_a_selection_that_are_named_are_kept(train):
     assert result.code == 0 and "by the text columns" not in result.terminal, result.terminal
     assert OmegaConf.load(result.output / "config.yaml").objective._target_.endswith("SimCSEUnsup")
     assert not (result.output / "checkpoints" / "start.ckpt").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_keep_the_start_too(train):
+    spoil = ["data.columns=[q,a]", "optimizer.lr=0.5", "scheduler=constant", "trainer.max_steps=2"]
+    result = train(*spoil, "trainer=ddp_cpu", "callback.progress=null")
+    assert result.code == 0, result.terminal
+    metrics = result.metrics()
+    name = "retrieval/text/mrr"
+    assert metrics[f"before/{name}"] == metrics[f"test/{name}"]
+    weights = torch.load(result.output / "checkpoints" / "start.ckpt", weights_only=True)["state_dict"]
+    for key, x in load_folder(str(result.output / "model"))[0].state_dict().items():
+        assert torch.equal(x, weights[f"encoder.{key}"]), key
