@@ -76,7 +76,7 @@ def _render(template: str, path: Path, **values: Any) -> None:
 def run_title(cfg: DictConfig) -> str:
     """What the run is about: the experiment or name that was given, else the file or the data set."""
     given = dict(str(override).lstrip("+").partition("=")[::2] for override in cfg.command or [])
-    if "experiment" in given or "name" in given:
+    if given.get("experiment", "own_texts") != "own_texts" or "name" in given:  # own_texts is added by the command line
         return str(cfg.name)
     if "data.path" in given:
         return Path(str(cfg.data.path)).name

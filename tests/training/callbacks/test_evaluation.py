@@ -41,7 +41,7 @@ def batch(encoder):
 def trainer(tmp_path, callbacks, **settings):
     return pl.Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks,
-        default_root_dir=tmp_path, num_sanity_val_steps=0, **{"max_steps": 4, "val_check_interval": 2, **settings},
+        default_root_dir=tmp_path, **{"max_steps": 4, "val_check_interval": 2, "num_sanity_val_steps": 0, **settings},
     )  # fmt: skip
 
 
