@@ -44,11 +44,15 @@ def print_status(line: str) -> None:
 
 
 class ProgressLines:
-    """Progress where the output is no terminal: one line every few ``seconds`` in place of a bar."""
+    """Progress where the output is no terminal: one line every few ``seconds`` in place of a bar.
 
-    def __init__(self, what: str, total: float, unit: str, seconds: float = 5.0) -> None:
+    ``total`` may be infinite; ``done`` of it were made before, by a run that is resumed.
+    """
+
+    def __init__(self, what: str, total: float, unit: str, seconds: float = 5.0, done: int = 0) -> None:
         self.what, self.total, self.unit, self.seconds = what, total, unit, seconds
-        self.n, self.start = 0, time.monotonic()
+        self.n = self.first = done
+        self.start = time.monotonic()
         self.due = self.start + seconds
 
     def update(self, done: int, beside: str = "") -> None:
@@ -57,9 +61,11 @@ class ProgressLines:
         now = time.monotonic()
         if now >= self.due:
             self.due = now + self.seconds
-            left = (now - self.start) / self.n * (self.total - self.n)
-            of = f" of {self.total:.0f} {self.unit}, {left / 60:.1f} min left" if math.isfinite(left) else f" {self.unit}"
-            print_status(f"{self.what}{self.n}{of}{beside}")
+            known = math.isfinite(self.total)
+            line = f"{self.what}{self.n}{f' of {self.total:.0f}' if known else ''}{self.unit}"
+            if known and self.n > self.first:
+                line += f", {(now - self.start) / (self.n - self.first) * (self.total - self.n) / 60:.1f} min left"
+            print_status(line + beside)
 
     def __enter__(self) -> "ProgressLines":
         return self

@@ -110,12 +110,22 @@ def test_a_mistyped_key_is_answered_with_the_nearest_of_this_configuration(overr
 def test_progress_is_a_line_every_few_seconds(capsys, monkeypatch):
     now = iter([0.0, 1.0, 6.0, 7.0, 12.0])
     monkeypatch.setattr("time.monotonic", lambda: next(now))
-    with messages.ProgressLines("evaluating: ", 40, "sentences") as lines:
+    with messages.ProgressLines("evaluating: ", 40, " sentences") as lines:
         for _ in range(4):
             lines.update(10)
     assert capsys.readouterr().err.splitlines() == [
         "evaluating: 20 of 40 sentences, 0.1 min left", "evaluating: 40 of 40 sentences, 0.0 min left",
     ]  # fmt: skip
+
+
+def test_progress_counts_the_steps_of_this_process_only(capsys, monkeypatch):
+    """Of a step that is added up from several batches none may be done yet; a resumed run begins at its step."""
+    now = iter([0.0, 6.0, 12.0])
+    monkeypatch.setattr("time.monotonic", lambda: next(now))
+    lines = messages.ProgressLines("step ", 100, "", done=60)
+    lines.update(0)
+    lines.update(10, ", loss 1.0")
+    assert capsys.readouterr().err.splitlines() == ["step 60 of 100", "step 70 of 100, 0.6 min left, loss 1.0"]
 
 
 def test_errors_without_a_message_of_their_own_say_where_to_look():

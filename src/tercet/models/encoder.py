@@ -249,7 +249,7 @@ class CachedEncoder:
         hidden, unit = not self.progress or rank() > 0, self.encoder.unit
         if hidden or sys.stderr.isatty():
             return tqdm(total=total, desc=self.progress, unit=f" {unit}", disable=hidden, leave=False, mininterval=0.5)
-        return ProgressLines(f"{self.progress}: ", total, unit)
+        return ProgressLines(f"{self.progress}: ", total, f" {unit}")
 
     def _encode(self, items: list[Item]) -> Tensor:
         with _replaced(self.encoder.text_parts(), "prompts", self.prompts):

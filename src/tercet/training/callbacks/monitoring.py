@@ -127,7 +127,7 @@ class Progress(TQDMProgressBar):
         """Begin the bar, or the lines."""
         super().on_train_start(trainer, pl_module)
         if not sys.stdout.isatty() and not self.is_disabled:
-            self.lines = ProgressLines("step ", trainer.estimated_stepping_batches, "", self.seconds)
+            self.lines = ProgressLines("step ", trainer.estimated_stepping_batches, "", self.seconds, trainer.global_step)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any) -> None:
         """Update the bar, or print a line if it is due."""
@@ -140,7 +140,7 @@ class Progress(TQDMProgressBar):
         """No bar: it would count the one dummy batch of an evaluation."""
         return Tqdm(disable=True)
 
-    init_validation_tqdm = init_test_tqdm
+    init_validation_tqdm = init_sanity_tqdm = init_test_tqdm
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         """The values beside the bar."""
