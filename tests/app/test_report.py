@@ -32,9 +32,8 @@ class Balanced(HTMLParser):
 
 
 def settings(**more):
-    return OmegaConf.create(
-        {"name": "toy", "seed": 3, "expected": {}, "optimized_metric": None, "command": [], "data": {"name": "x"}, **more}
-    )
+    given = {"expected": {}, "optimized_metric": None, "monitor": None, "command": [], "data": {"name": "x"}}
+    return OmegaConf.create({"name": "toy", "seed": 3, **given, **more})
 
 
 @pytest.fixture
@@ -101,6 +100,14 @@ def test_a_run_that_got_worse_says_so_first(name, worse):
     assert headline.endswith(f"{name}: 0.5000 → 0.4000")
 
 
+@pytest.mark.parametrize(("after", "kept"), [({"a": 0.5, "b": 1.0}, True), ({"a": 0.5, "b": 2.0}, False)])
+def test_a_run_that_kept_its_start_says_so_first(after, kept):
+    metrics = {f"test/{name}": value for name, value in after.items()}
+    headline = report.run_result(settings(monitor="val/a"), metrics, {"a": 0.5, "b": 1.0}, after).headline
+    assert headline.startswith("Nothing beat the model that training started from") == kept
+    assert not report.run_result(settings(), metrics, {"a": 0.5, "b": 1.0}, after).headline.startswith("Nothing")
+
+
 def test_the_metric_that_was_selected_on_validation_is_shown_for_the_test():
     after = {"a": 0.5, "b": 2.0}
     result = report.run_result(settings(optimized_metric="val/b"), {**METRICS, "val/b": 1.0}, BEFORE, after)
@@ -109,6 +116,7 @@ def test_the_metric_that_was_selected_on_validation_is_shown_for_the_test():
 
 @pytest.mark.parametrize(("command", "title"), [
     ([], "toy"), (["experiment=toy", "data.path=my.csv"], "toy"), (["data=text", "data.path=a/my.csv"], "my.csv"),
+    (["experiment=own_texts", "data=text", "data.path=a/my.csv"], "my.csv"),
     (["data=captions"], "captions"), (["optimizer.lr=1"], "toy"),
 ])  # fmt: skip
 def test_the_title_is_what_the_user_named(command, title):

@@ -96,7 +96,9 @@ def run_result(cfg: DictConfig, metrics: Metrics, before: Metrics, after: Metric
     name, value = main.removeprefix("test/"), metrics[main]
     start = f"{format_number(before[name])} → " if name in before else ""
     loss = (before.get(name, value) - value) * (-1 if name.endswith(LESS_IS_BETTER) else 1)
-    headline = f"{'Worse than before training: ' if loss > 0 else ''}{name}: {start}{format_number(value)}"
+    same = bool(before) and all(after.get(measured) == x for measured, x in before.items())
+    unchanged = "Nothing beat the model that training started from, which is kept: " if same and cfg.monitor else ""
+    headline = f"{'Worse than before training: ' if loss > 0 else unchanged}{name}: {start}{format_number(value)}"
     without_effect = (*KEYS_WITHOUT_EFFECT, "experiment", "seed", "sweep")
     if main not in cfg.expected or not all(o.lstrip("+").startswith(without_effect) for o in cfg.command or []):
         return Result(headline)
