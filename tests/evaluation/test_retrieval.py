@@ -158,6 +158,8 @@ def test_one_column_is_halved_and_short_texts_are_said(caplog):
         evaluator._texts()
     said = [r.message for r in caplog.records]
     assert said == ["retrieval of halves: 2 of 5 held-out texts have fewer than 4 words and are left out."]
+    with pytest.raises(InputError, match="found by its halves, which takes 4 words: give two columns"):
+        Retrieval(Listed({"text": ["red apple", "blue car"]}), [1], "halves")._texts()
 
 
 def test_halves_keep_their_labels():

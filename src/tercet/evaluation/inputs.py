@@ -102,15 +102,18 @@ def text_pairs(source: Rows, suite: str) -> tuple[list[str], list[str], list[int
     """
     columns, rows = read_rows(source)
     label = [int(x) for x in rows["label"]] if "label" in rows.column_names else [-1] * len(rows)
+    advice = "Set `source.held_out` higher."
     if len(columns) > 1:
         first, second = list(rows[columns[0]]), list(rows[columns[1]])
     else:
         cut = [(w, len(w) // 2, x) for w, x in zip(map(str.split, rows[columns[0]]), label, strict=True) if len(w) >= 4]
         if short := len(rows) - len(cut):
             warn_once(f"{suite}: {short} of {len(rows)} held-out texts have fewer than 4 words and are left out.")
+        if short == len(rows):
+            advice = "A text of one column is found by its halves, which takes 4 words: give two columns, or measure otherwise."
         first, second = [" ".join(w[:half]) for w, half, _ in cut], [" ".join(w[half:]) for w, half, _ in cut]
         label = [x for _, _, x in cut]
-    require(len(first) > 1, f"{suite}: {len(first)} held-out pairs, but a search needs 2. Set `source.held_out` higher.")
+    require(len(first) > 1, f"{suite}: {len(first)} held-out pairs, but a search needs 2. {advice}")
     return first, second, label
 
 
