@@ -109,7 +109,7 @@ def text_pairs(source: Rows, suite: str) -> tuple[list[str], list[str], list[int
         cut = [(w, len(w) // 2, x) for w, x in zip(map(str.split, rows[columns[0]]), label, strict=True) if len(w) >= 4]
         if short := len(rows) - len(cut):
             warn_once(f"{suite}: {short} of {len(rows)} held-out texts have fewer than 4 words and are left out.")
-        if short == len(rows):
+        if short and not cut:
             advice = "A text of one column is found by its halves, which takes 4 words: give two columns, or measure otherwise."
         first, second = [" ".join(w[:half]) for w, half, _ in cut], [" ".join(w[half:]) for w, half, _ in cut]
         label = [x for _, _, x in cut]
