@@ -1,7 +1,7 @@
 """What the recipe of one's own texts does to small data: six sets of 100 or 120 rows, measured before and after training.
 
 ``python -m benchmarks.small_data`` trains each with three seeds, as ``tercet train data=text data.path=… data.columns=…`` does,
-and prints a table: ten minutes on one CPU core. Each seed has its own rows, and for the test 80 further rows of the
+and prints a table: a quarter of an hour on one CPU core. Each seed has its own rows, and for the test 80 further rows of the
 same kind, which neither training nor validation has seen. ``--quickstart`` trains 50 steps at 1e-4 instead, whatever the size.
 Needs TERCET_DATA.
 """
