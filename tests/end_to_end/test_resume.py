@@ -4,10 +4,12 @@ import csv
 import os
 import re
 import signal
+import time
 
 import pytest
 from pytorch_lightning.callbacks import ModelCheckpoint
 
+from tercet.evaluation import Retrieval
 from tercet.models.folder import read_checkpoint
 from tercet.training import SimCSEUnsup
 from tests.end_to_end.conftest import assert_same_weights
@@ -198,6 +200,21 @@ def test_other_settings_are_not_mixed_in(run):
     result = run("resume=true", "optimizer.lr=0.5")
     assert result.code == 1
     assert re.search(r"was started with optimizer.lr=5e-05, not 0.5. Set it as it was", result.terminal)
+
+
+def test_sigterm_ends_an_evaluation_at_once(run, monkeypatch):
+    reached = []
+
+    def told(self, encode):
+        reached.append("evaluator")
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+        reached.append("its end")
+
+    monkeypatch.setattr(Retrieval, "__call__", told)
+    result = run("evaluation@test=heldout", "measure_before=true")
+    assert (result.code, reached) == (143, ["evaluator"]), result.terminal
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_sigterm_saves_the_step_it_was_at(run, monkeypatch):

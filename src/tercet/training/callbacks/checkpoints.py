@@ -199,9 +199,13 @@ class GracefulStop(pl.Callback):
             _install(self._stop_after_step, signal.SIGINT)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let a signal end an evaluation at once."""
-        if trainer.world_size > 1:
-            _install(_stop, signal.SIGTERM, signal.SIGINT)
+        """Let a signal end an evaluation at once: Lightning would look for it after the next training step only."""
+        _install(_stop, signal.SIGTERM, *([signal.SIGINT] if trainer.world_size > 1 else []))
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The same for a validation after training; one during training ends with the next step."""
+        if trainer.state.fn == "validate":
+            self.on_test_start(trainer, pl_module)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """A step begins."""
