@@ -1,6 +1,7 @@
 """Two views of one text: chains of edits whose random draws depend on (seed, step, row)."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
@@ -132,7 +133,7 @@ def is_row_maximum(value: Tensor, content: Tensor, row: Tensor, rows: int) -> Te
     return content & (value == top[row])
 
 
-class RowView:
+class RowView(ABC):
     """The base of edits by the layout of rows; ``rate``, where an edit has one, is a share from 0 to below 1.
 
     ``variant`` of a cutoff: ``input`` cuts word vectors, before positions and normalization, and tokens still attend to what
@@ -149,8 +150,9 @@ class RowView:
         """The edited rows."""
         return self._edit(inputs, token_layout(inputs, info), seed, info)
 
+    @abstractmethod
     def _edit(self, inputs: TokenBatch, at: TokenLayout, seed: Tensor, info: TokenInfo) -> TokenBatch:
-        raise NotImplementedError
+        """The edited rows, of which ``at`` is the layout."""
 
 
 @dataclass(frozen=True)
