@@ -35,14 +35,15 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     require(value in choices, f"`{name}`={value}: choose one of {', '.join(choices)}.")
 
 
-def did_you_mean(name: object, choices: Sequence[str]) -> str:
-    """A sentence that proposes the choice closest to ``name``, whatever their case; "" if none is close.
+def did_you_mean(name: object, choices: Sequence[str], quote: str = "") -> str:
+    """A sentence that proposes the choice closest to ``name``, whatever their case, in ``quote``; "" if none is close.
 
     >>> did_you_mean("stsb", ["STS12", "STS-B"])
     ' Did you mean STS-B?'
     """
     lower = {choice.lower(): choice for choice in choices}
-    return "".join(f" Did you mean {lower[near]}?" for near in difflib.get_close_matches(str(name).lower(), lower, n=1))
+    near = difflib.get_close_matches(str(name).lower(), lower, n=1)
+    return "".join(f" Did you mean {quote}{lower[match]}{quote}?" for match in near)
 
 
 def require(condition: object, message: str) -> None:

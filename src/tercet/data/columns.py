@@ -1,6 +1,5 @@
 """Choose columns, check and convert their cells, hold rows out."""
 
-import difflib
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetInfo, Features
 
-from tercet.errors import InputError, check_choice, require
+from tercet.errors import InputError, check_choice, did_you_mean, require
 
 VERSION = "files-2"  # changes when the same files give other rows
 EDGE = 1 << 20  # bytes
@@ -59,8 +58,7 @@ def text_columns(path: str, available: Sequence[str], columns: Sequence[str]) ->
 
 def check_column(where: str, available: Sequence[str], name: str, parameter: str) -> str:
     """The name, if there is such a column; ``parameter`` is the one that named it, ``where`` the file."""
-    lower = {column.lower(): column for column in available}
-    hint = "".join(f" Did you mean '{lower[close]}'?" for close in difflib.get_close_matches(name.lower(), lower, n=1))
+    hint = did_you_mean(name, available, "'")
     require(name in available, f"`{parameter}` names '{name}', but {where} has the columns {', '.join(available)}.{hint}")
     return name
 
