@@ -1,5 +1,6 @@
 """Accepting pairs by distance: VAL and FAR at every threshold (FaceNet, Schroff et al. 2015, arXiv:1503.03832, sec. 4)."""
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +19,7 @@ from tercet.evaluation import inputs
 from tercet.evaluation.inputs import Bools, Floats, Ints, encode_unit
 from tercet.images import SUFFIXES, PixelFormat, UnreadableImage
 from tercet.messages import warn_once
-from tercet.paths import locate, visible_files
+from tercet.paths import locate, locate_inside, visible_files
 from tercet.types import EncodeFunction
 
 FAR = 1e-3  # of the paper's tables 3 to 6
@@ -285,7 +286,8 @@ def _read_folder(root: Path, faces: Sequence[Face]) -> dict[Face, bytes]:
             other = found.setdefault(face, file)
             twice = f"`path`={root} has image {face[1]} of {face[0]} twice, in {other.parent} and {file.parent}. Remove one."
             require(other.parent == file.parent, twice)
-    return {face: file.read_bytes() for face, file in found.items()}
+    cells = {face: {"bytes": None, "path": file} for face, file in found.items()}
+    return {face: inputs.read_image(cell, f"`path`={root}: {cell['path']}") for face, cell in cells.items()}
 
 
 def _read_images(file: Path, path: str | Path, wanted: set[Face]) -> dict[Face, bytes]:
@@ -301,5 +303,9 @@ def _read_images(file: Path, path: str | Path, wanted: set[Face]) -> dict[Face, 
         if (name, number) in wanted and cell is not None:
             require((name, number) not in found, f"`path`={path} has image {number} of {name} twice. Correct it.")
             cell = cell if isinstance(cell, dict) else {"bytes": cell, "path": None}
-            found[name, number] = inputs.read_image(cell, f"`path`={path}: image {number} of {name}")
+            where = f"`path`={path}: image {number} of {name}"
+            if cell.get("bytes") is None and cell.get("path") is not None:
+                cell = {"bytes": None, "path": locate_inside(str(cell["path"]), [os.path.realpath(file.parent)])}
+                require(cell["path"] is not None, f"{where} is outside of {file.parent}. Copy it there.")
+            found[name, number] = inputs.read_image(cell, where)
     return found
