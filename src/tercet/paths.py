@@ -1,10 +1,15 @@
-"""Paths of data and models, and checks of output folders."""
+"""Paths of data and models, checks of output folders, and writing whole files."""
 
 import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tercet.errors import InputError, require
 from tercet.messages import warn_once
+
+PARTIAL = ".partial-"  # how the names of unfinished files begin
 
 
 def locate(path: str) -> Path:
@@ -65,3 +70,35 @@ def check_writable(folder: Path, parameter: str) -> None:
     except OSError as error:
         advice = f"Set `{parameter}` to another folder."
         raise InputError(f"`{parameter}`={folder} cannot be written ({error.strerror}). {advice}") from error
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield an empty file beside ``path``, with its suffix, to be written; at the end it is synced and renamed to ``path``.
+
+    So a reader, also after a kill or a power failure, finds the old file or the new one, whole. At an error the old one stays
+    and the new one is removed; an ``OSError`` names ``path``. Permissions are those of any new file, as the umask says.
+    """
+    path = Path(path)
+    partial = path.with_name(f"{PARTIAL}{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
+    try:
+        partial.touch()
+        yield partial
+        _sync(partial)
+        partial.replace(path)
+    except BaseException as error:
+        with suppress(OSError):
+            partial.unlink()
+        if isinstance(error, OSError) and error.filename in (None, str(partial)):
+            error.filename = str(path)
+        raise
+    with suppress(OSError):  # not every file system can sync a folder
+        _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
