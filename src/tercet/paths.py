@@ -1,9 +1,11 @@
-"""Paths of data and models, and checks of output folders."""
+"""Paths of data and models, checks of output folders, and writing whole files."""
 
 import json
 import os
+import secrets
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 from tercet.errors import InputError, require
 from tercet.messages import warn_once
 
+PARTIAL = ".partial-"  # how the names of unfinished files begin
 SMALL = 1 << 24  # bytes of a settings file, at most
 
 
@@ -106,3 +109,35 @@ def read_json_file(path: Path) -> Any:
         return json.loads(content)
     except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, a number of thousands of digits, endless brackets
         raise InputError(f"{path} is cut or not JSON ({error}). Copy or write it anew.") from error
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield an empty file beside ``path``, with its suffix, to be written; at the end it is synced and renamed to ``path``.
+
+    So a reader, also after a kill or a power failure, finds the old file or the new one, whole. At an error the old one stays
+    and the new one is removed; an ``OSError`` names ``path``. Permissions are those of any new file, as the umask says.
+    """
+    path = Path(path)
+    partial = path.with_name(f"{PARTIAL}{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
+    try:
+        partial.touch()
+        yield partial
+        _sync(partial)
+        partial.replace(path)
+    except BaseException as error:
+        with suppress(OSError):
+            partial.unlink()
+        if isinstance(error, OSError) and error.filename in (None, str(partial)):
+            error.filename = str(path)
+        raise
+    with suppress(OSError):  # not every file system can sync a folder
+        _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
