@@ -29,6 +29,7 @@ TRUTH = {True: True, False: False, "true": True, "false": False, "1": True, "0":
 FACE_COLUMNS = ("identity", "image_no", "image")
 FACES_ACCEPTED = f"a .parquet file with the columns {', '.join(FACE_COLUMNS)}, or a folder with Name/Name_0001.jpg"
 PROBE = PixelFormat(size=16, channels=1, mean=(0.0,), std=(1.0,))  # JPEG decodes fastest to a small size
+MOST = 10**9  # of the numbers of folds and images
 Face = tuple[str, int]  # a person and the number of the image, from 1
 Row = tuple[int, bool, Face, Face]  # fold, same, and the two images
 
@@ -266,8 +267,10 @@ def _row(row: Sequence[Any], where: str) -> Row:
         if truth is None or not str(one or "").strip() or not str(other or "").strip():
             raise ValueError
         number, first, second = int(fold), (str(one), int(image1)), (str(other), int(image2))
-    except (TypeError, ValueError):
-        cells = ", ".join(f"{name}={cell!r}" for name, cell in zip(PAIR_COLUMNS, row, strict=True))
+        if max(map(abs, (number, first[1], second[1]))) > MOST:
+            raise OverflowError
+    except (TypeError, ValueError, OverflowError):
+        cells = ", ".join(f"{name}={cell!r:.40}" for name, cell in zip(PAIR_COLUMNS, row, strict=True))
         expected = "Folds and images are whole numbers, same is true or false, identities are names"
         raise InputError(f"{where}: {cells}. {expected}.") from None
     if first == second or truth != (first[0] == second[0]):
