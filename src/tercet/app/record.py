@@ -119,9 +119,10 @@ def _artifact(output: Path, name: str, kind: str, metadata: dict[str, Any], file
 
     full_name = re.sub(r"[^\w.-]", "_", f"{name}-{output.name}-{kind}", flags=re.ASCII)[-128:]
     artifact = wandb.Artifact(full_name, type=kind, metadata=metadata)
-    folder, policy = (output, "mutable") if kind == "record" else (output / kind, "immutable")  # large: not copied to its cache
+    folder = output if kind == "record" else output / kind
+    options: Any = {} if kind == "record" else {"policy": "immutable"}  # not copied to W&B's cache
     for file in sorted(path for path in files if path.is_file()):
-        artifact.add_file(str(file), file.relative_to(folder).as_posix(), policy=policy)
+        artifact.add_file(str(file), file.relative_to(folder).as_posix(), **options)
     return artifact
 
 

@@ -143,8 +143,8 @@ def read_module_list(source: str) -> list[dict[str, str]] | None:
         return None
     modules = read_json_file(file)
     for module in modules if modules and isinstance(modules, list) else [None]:
-        whole = isinstance(module, dict) and isinstance(module.get("type"), str) and isinstance(module.get("path"), str)
-        require(whole, f"{file}: a list of modules with their type and path is needed.")
+        if not (isinstance(module, dict) and isinstance(module.get("type"), str) and isinstance(module.get("path"), str)):
+            raise InputError(f"{file}: a list of modules with their type and path is needed.")
         inside = not re.search(r"(^|/)\.\.(/|$)|^/|[\\:\0]", module["path"])
         require(inside, f"{file}: the path {module['path']!r} of a module leads out of the folder.")
     return cast(list[dict[str, str]], modules)

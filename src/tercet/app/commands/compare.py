@@ -179,7 +179,8 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 def _read_run(folder: Path) -> Run:
     cfg = record.read_settings(folder)
-    given, seed, optimized = cfg.get("command") or [], cfg.get("seed"), cfg.get("optimized_metric")
+    given, optimized = cfg.get("command") or [], cfg.get("optimized_metric")
+    seed: Any = cfg.get("seed")
     typed = isinstance(given, list) and all(isinstance(part, str) for part in given)
     whole = typed and type(seed) is int and isinstance(optimized, str | None)
     require(whole, f"{folder / 'config.yaml'}: command (a list of texts), seed (a whole number) or optimized_metric is amiss.")
