@@ -3,10 +3,11 @@
 import errno
 import os
 import resource
+import signal
 
 import pytest
 
-from tercet.paths import atomic_write
+from tercet.paths import atomic_folder, atomic_write, remove_partials, temporary_folder
 
 
 def in_child(work):
@@ -81,3 +82,34 @@ def test_the_file_and_then_its_folder_are_synced(tmp_path, monkeypatch):
     with atomic_write(tmp_path / "a") as partial:
         partial.write_text("a")
     assert synced == [str(partial), str(tmp_path)]
+
+
+def test_a_folder_appears_whole_and_keeps_what_it_had(tmp_path):
+    model = tmp_path / "model"
+    with atomic_folder(model) as made:
+        (made / "inner").mkdir()
+        (made / "inner" / "a").write_text("1")
+        assert not model.exists()
+    (model / "README").write_text("mine")
+    with pytest.raises(ValueError, match="half"), atomic_folder(model) as made:
+        (made / "b").write_text("2")
+        raise ValueError("half")
+    assert names(model) == ["README", "inner"]
+    with atomic_folder(model) as made:
+        (made / "inner").mkdir()
+        (made / "inner" / "a").write_text("3")
+    assert names(model) == ["README", "inner"] and (model / "inner" / "a").read_text() == "3"
+    assert names(tmp_path) == ["model"]
+
+
+def test_what_a_killed_process_left_is_removed_and_what_is_being_written_is_not(tmp_path):
+    def killed():
+        with atomic_write(tmp_path / "a.npz"), temporary_folder(tmp_path) as folder:
+            (folder / "rows").write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(killed) == -signal.SIGKILL and len(names(tmp_path)) == 2
+    with atomic_write(tmp_path / "b"):
+        remove_partials(tmp_path)
+        assert len(names(tmp_path)) == 1
+    assert names(tmp_path) == ["b"]

@@ -1,11 +1,13 @@
 """Paths of data and models, checks of output folders, and writing whole files."""
 
+import fcntl
 import json
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -119,12 +121,13 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     and the new one is removed; an ``OSError`` names ``path``. Permissions are those of any new file, as the umask says.
     """
     path = Path(path)
-    partial = path.with_name(f"{PARTIAL}{os.getpid()}-{secrets.token_hex(4)}{path.suffix}")
+    partial = path.with_name(_partial_name(path.suffix))
     try:
         partial.touch()
-        yield partial
-        _sync(partial)
-        partial.replace(path)
+        with _locked(partial):
+            yield partial
+            _sync(partial)
+            partial.replace(path)
     except BaseException as error:
         with suppress(OSError):
             partial.unlink()
@@ -133,6 +136,68 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         raise
     with suppress(OSError):  # not every file system can sync a folder
         _sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8, whole or not at all."""
+    with atomic_write(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder to be filled; at the end its files are synced and moved to ``path``, at an error removed.
+
+    A ``path`` that is there keeps its other files.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_folder(path if path.is_dir() else path.parent) as made:
+        yield made
+        files = [file for file in made.rglob("*") if file.is_file()]
+        for file in files:
+            _sync(file)
+        if not path.exists():
+            made.rename(path)
+            return
+        for file in files:
+            target = path / file.relative_to(made)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(target)
+
+
+@contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """Yield a new folder in ``parent``; it is removed at the end, with what is left in it."""
+    folder = parent / _partial_name()
+    folder.mkdir()
+    try:
+        with _locked(folder):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove the unfinished files and folders that killed processes have left; what is being written is locked."""
+    for path in folder.glob(f"{PARTIAL}*"):
+        with suppress(OSError), _locked(path, required=True):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _partial_name(suffix: str = "") -> str:
+    return f"{PARTIAL}{secrets.token_hex(8)}{suffix}"
+
+
+@contextmanager
+def _locked(path: Path, required: bool = False) -> Iterator[None]:
+    """Lock an unfinished file as long as this process lives; if it is ``required``, ``OSError`` where it cannot be."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with nullcontext() if required else suppress(OSError):  # not every file system has locks
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _sync(path: Path) -> None:
