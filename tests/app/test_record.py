@@ -1,5 +1,6 @@
 """What a run records of its code, and which of its files are sent."""
 
+import os
 import subprocess
 from types import SimpleNamespace
 
@@ -135,5 +136,9 @@ def test_the_environment_can_keep_a_run_here(tmp_path, monkeypatch, mode, enviro
     monkeypatch.setenv("WANDB_MODE", environment)
     monkeypatch.setenv("WANDB_API_KEY", "local-" + 40 * "0")
     monkeypatch.setattr(loggers, "_start_run", start)
+    for name in ("WANDB_DISABLE_GIT", "WANDB_DATA_DIR", "WANDB_SILENT", "WANDB_FINISH_TIMEOUT", "WANDB_FINISH_TIMEOUT_RAISES"):
+        monkeypatch.setenv(name, "")  # put back afterwards
+        monkeypatch.delenv(name)
     assert loggers.wandb_logger(mode=mode, save_dir=str(tmp_path)) is None
     assert modes[:1] == ([started] if started else [])
+    assert not started or os.environ["WANDB_DISABLE_GIT"] == "true", "it would send another project's changes"

@@ -139,6 +139,8 @@ def wandb_logger(
 def _set_environment(folder: Path) -> None:
     logging.raiseExceptions = False  # W&B's log is in the run's folder: a full disk would be reported a hundred times
     os.environ.setdefault("WANDB_SILENT", "true")
+    # Else W&B online records the repository of the working directory, with the difference to its commit.
+    os.environ.setdefault("WANDB_DISABLE_GIT", "true")
     os.environ.setdefault("WANDB_FINISH_TIMEOUT", "600")  # seconds that an outage may delay the end; no limit by default
     os.environ.setdefault("WANDB_FINISH_TIMEOUT_RAISES", "true")
     if Path(os.environ.get("WANDB_DATA_DIR", STAGING)).name == STAGING:  # or that of the previous job
