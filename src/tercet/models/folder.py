@@ -30,11 +30,13 @@ from tercet.models.pretrained import (
     UNUSED,
     add_lowercase,
     backbone_class,
+    drop_foreign_templates,
     first_line,
     load_whole_model,
     parse_pixel_format,
     read_json,
     read_tokenizer,
+    refuse_outside_files,
     refuse_remote_code,
     resolve_source,
     write_json,
@@ -255,7 +257,9 @@ def encoder_from_spec(spec: dict[str, Any], what: str = "the checkpoint") -> Enc
         refuse_remote_code(folder, "", what)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         backbone = backbone_class(config).from_config(config, dtype=torch.float32, trust_remote_code=False)
+        refuse_outside_files(folder, "", what)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if spec["tokenizer"] else None
+    drop_foreign_templates(tokenizer)
     return build_encoder(backbone, tokenizer, spec)
 
 

@@ -50,7 +50,7 @@ def run(cfg: DictConfig, output: Path) -> float | None:
             print_status(f"{output} is finished; there is nothing left to do.")
             return optimized_value(config, record.read_metrics(output))
         check_resume(config, output)
-        if not launch.started_by_launcher() and launch.num_processes(config) > 1:
+        if not launch.started_by_launcher() and launch.needs_processes(config):
             return launch.launch_processes(worker, config, output)
         return train(config, output, data)
 
@@ -107,7 +107,8 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
     switched_on = [made for node in cfg.callback.values() if node and is_enabled(cfg, made := build(node), bool(loggers))]
     callbacks = [evaluation, *switched_on]
     plugins = [*(build(cfg.trainer.plugins) or []), AtomicCheckpointIO(cfg.keep_last)]
-    trainer: pl.Trainer = build(cfg.trainer, logger=loggers, callbacks=callbacks, plugins=plugins, default_root_dir=str(output))
+    options = {"logger": loggers, "callbacks": callbacks, "plugins": plugins, **launch.strategy_options(cfg)}
+    trainer: pl.Trainer = build(cfg.trainer, default_root_dir=str(output), **options)
     if launch.is_first_on_node():
         data.prepare_data()
     try:
