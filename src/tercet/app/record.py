@@ -140,7 +140,8 @@ def is_finished(run: Path) -> bool:
     """Whether the folder has metrics, and they are of the run in its ``config.yaml``, not of one before it."""
     if not all((run / name).is_file() for name in ("config.yaml", "metrics.json")):
         return False
-    return bool(_read_results(run).get("run") == read_settings(run).get("run"))  # None: of a version before 0.4
+    found = re.findall(r"^run: (\w+)$", (run / "config.yaml").read_text(encoding="utf-8"), re.MULTILINE)
+    return [_read_results(run).get("run")] == (found or [None])  # None: of an earlier version
 
 
 def _read_results(run: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from filelock import LeaseCompromise, SoftFileLease, Timeout
 from tercet.app.record import is_main_process
 from tercet.errors import InputError
 from tercet.messages import print_status, warn_once
-from tercet.paths import remove_partials
+from tercet.paths import PARTIAL, remove_partials
 
 LOCK = ".lock"
 LEASE_SECONDS = 30.0  # a run on another machine whose lock has not been renewed for so long is taken for dead
@@ -75,7 +75,7 @@ def set_aside(output: Path) -> None:
     aside = [(int(found[1]), path) for path in output.iterdir() if (found := ASIDE.fullmatch(path.name))]
     moving, kept = output / MOVING, {LOCK, MOVING, *(path.name for _, path in aside)}
     moving.mkdir(exist_ok=True)
-    for path in [path for path in output.iterdir() if path.name not in kept]:
+    for path in [path for path in output.iterdir() if path.name not in kept and not path.name.startswith(PARTIAL)]:
         path.rename(moving / path.name)
     target = moving.rename(output / f"before-{max((n for n, _ in aside), default=0) + 1}")
     print_status(f"{output} held another run, which is now in {target.name}/.")
