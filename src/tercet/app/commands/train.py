@@ -35,16 +35,15 @@ FREE_KEYS = ("resume", "output_dir", "command", "check", "run")  # a finished ru
 def run(cfg: DictConfig, output: Path) -> float | None:
     """Train in this process, or in as many as the trainer asks for; returns the optimized metric."""
     config, data = prepare(choose_by_columns(cfg), output)
-    set_run_length(config, data)
+    alone = not launch.started_by_launcher()
     with launch.requeue_on_signal(), nullcontext() if config.check else run_folder.locked(output):
+        if alone:
+            data.prepare_data()  # errors in the data are found, and tokens cached, before any process is started
+        set_run_length(config, data)
         if config.resume and is_finished(config, output):
             print_status(f"{output} is finished; there is nothing left to do.")
             return optimized_value(config, record.read_metrics(output))
-        continues = check_resume(config, output)
-        alone = not launch.started_by_launcher()
-        if alone:
-            data.prepare_data()  # errors in the data are found, and tokens cached, before any process is started
-        if not continues and not config.check:
+        if not check_resume(config, output) and not config.check:
             begin_anew(config, output)
         if alone and launch.num_processes(config) > 1:
             return launch.launch_processes(worker, config, output)
