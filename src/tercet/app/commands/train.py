@@ -40,7 +40,7 @@ def run(cfg: DictConfig, output: Path) -> float | None:
         if alone:
             data.prepare_data()  # errors in the data are found, and tokens cached, before any process is started
         set_run_length(config, data)
-        if config.resume and is_finished(config, output):
+        if config.resume and is_done(config, output):
             print_status(f"{output} is finished; there is nothing left to do.")
             return optimized_value(config, record.read_metrics(output))
         if not check_resume(config, output) and not config.check:
@@ -134,7 +134,7 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
     return optimized_value(cfg, metrics)
 
 
-def is_finished(cfg: DictConfig, output: Path) -> bool:
+def is_done(cfg: DictConfig, output: Path) -> bool:
     """Whether the folder has the results of these settings."""
     if not record.is_finished(output):
         return False
