@@ -24,12 +24,13 @@ from tercet.models.folder import newest_checkpoint, read_checkpoint, save_model
 from tercet.paths import check_writable, locate
 from tercet.training.callbacks.checkpoints import AtomicCheckpointIO, Settings, generations
 from tercet.training.callbacks.evaluation import START, Evaluation, evaluate_stage, validate
+from tercet.training.callbacks.figures import shown_files
 from tercet.training.contrastive import Contrastive
 from tercet.training.datamodule import DataModule
 from tercet.training.loggers import fault_tolerant
 
 RESULT_GROUPS = ("seed", "data", "sampler", "model", "loss", "view", "objective", "optimizer", "scheduler", "init_from")
-FREE_KEYS = ("resume", "output_dir", "command", "check", "run")  # a finished run is not repeated where only these differ
+FREE_KEYS = ("resume", "output_dir", "command", "check", "code_changes", "run")  # where these differ a run is not repeated
 
 
 def run(cfg: DictConfig, output: Path) -> float | None:
@@ -45,7 +46,7 @@ def run(cfg: DictConfig, output: Path) -> float | None:
             return optimized_value(config, record.read_metrics(output))
         if not check_resume(config, output) and not config.check:
             begin_anew(config, output)
-        if alone and launch.num_processes(config) > 1:
+        if alone and launch.needs_processes(config):
             return launch.launch_processes(worker, config, output)
         return train(config, output, data)
 
@@ -102,7 +103,8 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
     switched_on = [made for node in cfg.callback.values() if node and is_enabled(cfg, made := build(node), bool(loggers))]
     callbacks = [evaluation, Settings(plain_settings(cfg)), *switched_on]
     plugins = [*(build(cfg.trainer.plugins) or []), AtomicCheckpointIO(cfg.keep_last)]
-    trainer: pl.Trainer = build(cfg.trainer, logger=loggers, callbacks=callbacks, plugins=plugins, default_root_dir=str(output))
+    options = {"logger": loggers, "callbacks": callbacks, "plugins": plugins, **launch.strategy_options(cfg)}
+    trainer: pl.Trainer = build(cfg.trainer, default_root_dir=str(output), **options)
     if launch.is_first_on_node():
         data.prepare_data()
     try:
@@ -240,8 +242,9 @@ def write_results(
     save_model(encoder, output / "model", cfg.save_dtype)
     record.write_metrics(output, metrics, run=notes["run"])
     before, after = (record.stage_metrics(metrics, stage) for stage in ("before", "test"))
-    report.write_report(output, cfg, metrics)
-    record.log_artifacts(trainer.loggers, output, cfg, metrics, notes)
+    shown = shown_files(output)
+    report.write_report(output, cfg, metrics, shown)
+    record.log_artifacts(trainer.loggers, output, cfg, metrics, notes, shown)
     headline = report.run_result(cfg, metrics, before, after).headline
     print_status(f"\n{headline}\n\n{report.before_after_table(before, after)}")
     print_status(f"\n{trainer.global_step} steps, data {notes['data']['fingerprint']}. Written to {output}:")
