@@ -30,8 +30,7 @@ from tercet.training.datamodule import DataModule
 from tercet.training.loggers import fault_tolerant
 
 RESULT_GROUPS = ("seed", "data", "sampler", "model", "loss", "view", "objective", "optimizer", "scheduler", "init_from")
-# A finished run is not repeated where only these differ.
-FREE_KEYS = ("resume", "output_dir", "command", "check", "code_changes", "run")
+FREE_KEYS = ("resume", "output_dir", "command", "check", "code_changes", "run")  # where these differ a run is not repeated
 
 
 def run(cfg: DictConfig, output: Path) -> float | None:
@@ -42,7 +41,7 @@ def run(cfg: DictConfig, output: Path) -> float | None:
         if alone:
             data.prepare_data()  # errors in the data are found, and tokens cached, before any process is started
         set_run_length(config, data)
-        if config.resume and is_finished(config, output):
+        if config.resume and is_done(config, output):
             print_status(f"{output} is finished; there is nothing left to do.")
             return optimized_value(config, record.read_metrics(output))
         if not check_resume(config, output) and not config.check:
@@ -137,7 +136,7 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
     return optimized_value(cfg, metrics)
 
 
-def is_finished(cfg: DictConfig, output: Path) -> bool:
+def is_done(cfg: DictConfig, output: Path) -> bool:
     """Whether the folder has the results of these settings."""
     if not record.is_finished(output):
         return False
