@@ -118,7 +118,7 @@ def _reported(worker: Worker, config: dict[str, Any], output: str, raw: Any) -> 
         return worker(config, output)
     except Exception as error:
         # The first to fail knows why; the others only miss it.
-        with suppress(FileExistsError), (Path(output) / "error.txt").open("x", encoding="utf-8") as file:
+        with suppress(OSError), (Path(output) / "error.txt").open("x", encoding="utf-8") as file:
             file.write(explain(error, "train") + "\n")
         if os.environ.get("TERCET_DEBUG"):
             raise
