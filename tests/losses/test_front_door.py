@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from tercet.app.launch import restored_signals
 from tercet.errors import InputError
 from tercet.losses import ContextLoss, InfoNCE, TripletLoss, mine, triplet_mining
 from tercet.losses.triplet_mining import MININGS, ONE_NEGATIVE
 from tercet.types import Embeddings
+from tests.conftest import restored_signals
 from tests.losses.triplet_twin import batches, cells, chosen, roles
 
 N, DIM = 7, 4

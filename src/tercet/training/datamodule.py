@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from tercet.data.samplers import RandomBatchSampler, ResumableSampler
 from tercet.data.text_transform import StreamingBatches, TextTransform
+from tercet.distributed.processes import block_signals, start_worker
 from tercet.errors import InputError, require
 from tercet.training.lightning_compat import EvaluationHooks, injects_distributed_sampler, num_processed_batches
 from tercet.types import Batch, BatchDataset, BatchIndices, Source
@@ -46,6 +47,14 @@ class RunLength:
     def steps(self, rows: int | None, batch_size: int) -> int:
         """The number of steps of ``batch_size`` rows; of a stream, whose ``rows`` are None, as many as there may be."""
         return self.at_most if rows is None else max(1, min(self.at_most, math.ceil(self.epochs * (rows // batch_size))))
+
+
+class WorkerLoader(DataLoader[Batch]):
+    """A loader whose workers outlive the signals that stop a run: the main process needs them to complete its step."""
+
+    def __iter__(self) -> Any:
+        with block_signals():
+            return super().__iter__()
 
 
 class DataModule(EvaluationHooks, pl.LightningDataModule):
@@ -104,7 +113,8 @@ class DataModule(EvaluationHooks, pl.LightningDataModule):
         dataset: Any = self.dataset
         sampler = ResumableSampler(self.sampler, lambda: num_processed_batches(self.trainer))
         generator = torch.Generator()  # for the workers' seeds; torch's own generator is training's
-        return DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=self.workers, generator=generator)
+        started: dict[str, Any] = {"num_workers": self.workers, "worker_init_fn": start_worker, "generator": generator}
+        return WorkerLoader(dataset, batch_size=None, sampler=sampler, **started)
 
     def state_dict(self) -> dict[str, Any]:
         """The epoch and its number of processed batches, for streams: they start before Lightning's loops are restored."""

@@ -40,12 +40,11 @@ def run(cfg: DictConfig, output: Path) -> float | None:
         print_status(f"{output} is finished; there is nothing left to do.")
         return optimized_value(config, record.read_metrics(output))
     check_resume(config, output)
-    with launch.requeue_on_signal():
-        if not launch.started_by_launcher():
-            data.prepare_data()  # errors in the data are found, and tokens cached, before any process is started
-            if launch.num_processes(config) > 1:
-                return launch.launch_processes(worker, config, output)
-        return train(config, output, data)
+    if not launch.started_by_launcher():
+        data.prepare_data()  # errors in the data are found, and tokens cached, before any process is started
+        if launch.num_processes(config) > 1:
+            return launch.launch_processes(worker, config, output)
+    return train(config, output, data)
 
 
 def prepare(cfg: DictConfig, output: Path) -> tuple[DictConfig, DataModule]:
