@@ -63,14 +63,15 @@ class Forked:
 
 
 class SlowSteps(pl.Callback):
-    """Every step takes ``seconds``; the file ``stepping`` in the run's folder says that the first has begun."""
+    """Every step takes ``seconds``; the file ``stepping`` in the run's folder says that the second has begun."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
         """Wait inside of the step."""
-        Path(trainer.default_root_dir, "stepping").touch()
+        if trainer.global_step:
+            Path(trainer.default_root_dir, "stepping").touch()
         time.sleep(self.seconds)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.optim import AdamW
 
 from tercet.data import TextTransform
 from tercet.evaluation import Retrieval
@@ -16,10 +17,13 @@ from tercet.models.folder import read_checkpoint
 from tests.conftest import MINILM, tiny
 from tests.end_to_end.conftest import FAST, write_texts
 from tests.end_to_end.forked import Forked, descendants
+from tests.end_to_end.test_train_images import TINY, people  # noqa: F401 - a fixture
 
 QUIET = ["callback.progress=null", "trainer.enable_progress_bar=false", "trainer.enable_model_summary=false", "logger=none"]
 ENDLESS = [*(o for o in FAST if not o.startswith(("trainer.max_steps", "logger"))), *QUIET, "measure_before=false",
            "trainer.max_steps=1000000", "trainer.max_epochs=-1", "save_every=1", "output_dir=run"]  # fmt: skip
+IMAGES = ["data=images", "data.path=people", "objective=facenet", "sampler.per_label=2", "evaluation@test=none",
+          "data.held_out=0", "data.test=null", *TINY, *ENDLESS]  # fmt: skip
 WORKERS = {
     "one process": (["data.workers=2"], 2),
     "two processes": (["data.workers=1", "trainer=ddp_cpu", "trainer.devices=2"], 4),
@@ -58,6 +62,43 @@ def test_a_signal_to_the_group_saves_the_step(tmp_path, kind, number):
         assert step == int(torch.load(saved / "random-1.pt", weights_only=True)["step"])
     if slurm:
         assert (tmp_path / "asked.txt").read_text().split() == ["requeue", "42"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_images_too(
+    people,  # noqa: F811
+    tmp_path,
+    number,
+):
+    """Which workers read, unless told otherwise."""
+    run = Forked(tmp_path, "train", IMAGES)
+    run.wait_for((tmp_path / "run" / "checkpoints" / "last.ckpt").is_file)
+    run.wait_for(lambda: descendants(run.pid))
+    os.killpg(run.pid, number)
+    assert run.end(30) == {signal.SIGINT: 130, signal.SIGTERM: 143}[number], run.said()
+    assert "Traceback" not in run.said() and run.said().rstrip().splitlines()[-1].startswith("stopped"), run.said()
+
+
+def test_a_signal_while_a_checkpoint_is_restored_writes_none(run, monkeypatch):
+    """What is restored in part must not become the newest checkpoint."""
+    assert run("trainer.max_epochs=1").code == 0
+    original = AdamW.load_state_dict
+
+    def told(self, state):
+        signal.raise_signal(signal.SIGTERM)
+        original(self, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AdamW, "load_state_dict", told)
+        stopped = run("trainer.max_epochs=2", "resume=true")
+    assert stopped.code == 143, stopped.terminal
+    state = read_checkpoint(stopped.output / "checkpoints" / "last.ckpt")["optimizer_states"][0]["state"]
+    assert state, "AdamW's moments"
+
+
+def test_a_run_that_fails_before_it_writes_leaves_no_folder(command, tmp_path):
+    failed = command("train", *tiny("data=text", "data.path=missing.txt"))
+    assert failed.code == 1 and not failed.output.exists(), failed.terminal
 
 
 def told_ready_and_waits(*_args, **_kwargs):

@@ -1,7 +1,7 @@
 """The data module: a source of rows becomes batches."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -49,12 +49,17 @@ class RunLength:
         return self.at_most if rows is None else max(1, min(self.at_most, math.ceil(self.epochs * (rows // batch_size))))
 
 
-class WorkerLoader(DataLoader[Batch]):
-    """A loader whose workers outlive the signals that stop a run: the main process needs them to complete its step."""
+class LazyLoader(DataLoader[Batch]):
+    """A loader whose workers start when the first batch is asked for, and do not get the signals that stop a run.
 
-    def __iter__(self) -> Any:
+    Lightning makes an iterator before it restores the progress of a checkpoint and tells the sampler its epoch. Workers, which
+    fetch ahead at once, would be given the rows of another epoch. At a signal the step is completed, with their batches.
+    """
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         with block_signals():
-            return super().__iter__()
+            batches = super().__iter__()
+        yield from batches
 
 
 class DataModule(EvaluationHooks, pl.LightningDataModule):
@@ -118,7 +123,7 @@ class DataModule(EvaluationHooks, pl.LightningDataModule):
         sampler = ResumableSampler(self.sampler, lambda: num_processed_batches(self.trainer))
         generator = torch.Generator()  # for the workers' seeds; torch's own generator is training's
         started: dict[str, Any] = {"num_workers": self.workers, "worker_init_fn": start_worker, "generator": generator}
-        return WorkerLoader(dataset, batch_size=None, sampler=sampler, **started)
+        return LazyLoader(dataset, batch_size=None, sampler=sampler, **started)
 
     def state_dict(self) -> dict[str, Any]:
         """The epoch and its number of processed batches, for streams: they start before Lightning's loops are restored."""

@@ -33,7 +33,7 @@ class LastCheckpoint(ModelCheckpoint):
     def __init__(self, dirpath: str, save_every: int | str | None = None) -> None:
         steps, minutes = interval(save_every)
         super().__init__(
-            dirpath, "last", save_on_exception=True, auto_insert_metric_name=False, enable_version_counter=False,
+            dirpath, "last", save_on_exception=False, auto_insert_metric_name=False, enable_version_counter=False,
             every_n_train_steps=steps, train_time_interval=timedelta(minutes=minutes) if minutes else None,
         )  # fmt: skip
 
@@ -41,6 +41,7 @@ class LastCheckpoint(ModelCheckpoint):
         """Repeat a validation that was interrupted, or that was due after the checkpoint's step."""
         super().on_train_start(trainer, pl_module)
         restart_validation(trainer)
+        self.save_on_exception = True  # until here the state may be restored in part
 
 
 def interval(save_every: int | str | None) -> tuple[int | None, float | None]:
