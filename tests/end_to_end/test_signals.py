@@ -1,6 +1,7 @@
 """Signals as ``timeout``, schedulers and terminals send them: to the whole process group."""
 
 import itertools
+import multiprocessing
 import os
 import signal
 import time
@@ -10,7 +11,9 @@ import pytest
 import torch
 from torch.optim import AdamW
 
+from tercet.app.signals import HANDLED
 from tercet.data import TextTransform
+from tercet.distributed.processes import STOP_SIGNALS, start_processes
 from tercet.evaluation import Retrieval
 from tercet.models import CachedEncoder
 from tercet.models.folder import read_checkpoint
@@ -62,6 +65,18 @@ def test_a_signal_to_the_group_saves_the_step(tmp_path, kind, number):
         assert step == int(torch.load(saved / "random-1.pt", weights_only=True)["step"])
     if slurm:
         assert (tmp_path / "asked.txt").read_text().split() == ["requeue", "42"]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_processes_begin_without_the_signals_that_stop_a_run(method):
+    process = multiprocessing.get_context(method).Process(target=time.sleep, args=(60,))
+    start_processes([process])
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        blocked = int(next(line for line in status.splitlines() if line.startswith("SigBlk")).split()[1], 16)
+        assert {number for number in signal.Signals if blocked >> (number - 1) & 1} == STOP_SIGNALS == {*HANDLED}
+    finally:
+        process.kill()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])

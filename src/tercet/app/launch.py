@@ -20,7 +20,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from tercet.app import components, signals
 from tercet.app.error_formatting import explain
-from tercet.distributed.processes import block_signals, end_with_parent
+from tercet.distributed.processes import block_signals, end_with_parent, start_processes
 from tercet.errors import InputError, require
 from tercet.messages import print_status
 
@@ -77,9 +77,7 @@ def launch_processes(worker: Worker, cfg: DictConfig, output: Path) -> float | N
         for rank in range(count)
     ]
     try:
-        with block_signals():
-            for process in processes:
-                process.start()
+        start_processes(processes)
         codes = _wait(processes)
     finally:
         _end(processes)

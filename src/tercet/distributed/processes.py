@@ -6,8 +6,10 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
+from multiprocessing.process import BaseProcess
 
 STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGUSR1})
 PR_SET_PDEATHSIG = 1  # of prctl: the signal that a process gets when its parent ends
@@ -24,6 +26,14 @@ def block_signals() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def start_processes(processes: Sequence[BaseProcess]) -> None:
+    """Start processes without the signals that stop a run."""
+    resource_tracker.ensure_running()  # beginning in between it would unblock them
+    with block_signals():
+        for process in processes:
+            process.start()
 
 
 def end_with_parent(number: int = signal.SIGKILL) -> None:

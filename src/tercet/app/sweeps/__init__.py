@@ -9,6 +9,7 @@ import tempfile
 import threading
 import time
 from contextlib import suppress
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -49,6 +50,7 @@ class StopJobs(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Install the handlers in the process that starts the jobs, and block signals in those that it starts."""
         if "joblib" in str(config.hydra.launcher._target_):
+            resource_tracker.ensure_running()  # beginning later it would unblock them
             handle, os.environ[RUNNING_JOBS] = tempfile.mkstemp()
             os.close(handle)
             numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
