@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from tercet.app import record
 from tercet.app.commands import compare
@@ -146,6 +147,23 @@ def test_a_folder_without_runs_is_named(tmp_path):
         compare.read_runs([tmp_path])
     with pytest.raises(InputError, match="no such folder"):
         compare.read_runs([tmp_path / "none"])
+
+
+def test_the_jobs_of_a_sweep_are_found_by_what_they_wrote(tmp_path, capsys):
+    """``hydra.sweep.subdir`` may be anything, also several folders deep, with what Hydra makes of the overrides."""
+    names = ["lr=0.1,é", "deep/lr=0.2", "killed"]
+    for seed, (name, metrics) in enumerate(zip(names, [{"test/a": 1.0}, {"test/a": 3.0}, None], strict=True)):
+        lay(tmp_path / name, seed, metrics)
+    (tmp_path / "failed (1)").mkdir()
+    (tmp_path / "failed (1)" / "error.txt").write_text("no memory")
+    stages = OmegaConf.create({"runs": {}})
+    assert not compare.summarize_sweep(tmp_path, stages)
+    said = capsys.readouterr().err
+    assert "mean ± sd over 2 runs" in said and "job killed has not finished" in said
+    assert f"job failed (1) failed: {tmp_path / 'failed (1)' / 'error.txt'}" in said
+    assert json.loads((tmp_path / "summary.json").read_text())["test/a"]["mean"] == 2
+    (tmp_path / "failed (1)" / "error.txt").unlink()
+    assert compare.summarize_sweep(tmp_path, stages)
 
 
 def test_a_sweep_is_summed_up():

@@ -65,6 +65,19 @@ def forget_pending_batches(checkpoint: dict[str, Any], pending: int) -> None:
         counts.update(dict.fromkeys(counts, counts["processed"] - pending))
 
 
+def keep_signal_handlers(trainer: pl.Trainer) -> None:
+    """Let a trainer install no handler of signals, but restore those of its start at its end.
+
+    Its own handler of SIGTERM begins a broadcast, wherever the process is, and hangs.
+    """
+    connector = trainer._signal_connector
+
+    def remember() -> None:
+        connector._original_handlers = connector._get_current_signal_handlers()
+
+    connector.register_signal_handlers = remember  # type: ignore[method-assign]
+
+
 def injects_distributed_sampler(trainer: pl.Trainer) -> bool:
     """Whether Lightning would split the batches among the processes a second time."""
     connector = trainer._accelerator_connector

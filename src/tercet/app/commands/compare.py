@@ -167,14 +167,19 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     """All finished runs in or below ``paths``; prints how many have no metrics and are left out."""
     for path in paths:
         require(path.is_dir(), f"runs={path}: there is no such folder. Give run folders, or one that holds them.")
-    folders = {file.parent for path in paths for file in path.rglob("config.yaml")}
-    top = [folder for folder in folders if not folders & set(folder.parents)]  # the stages of a run are not runs
-    top.sort(key=lambda folder: [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in folder.parts])
-    runs = [_read_run(folder) for folder in top if record.is_finished(folder)]
-    if unfinished := len(top) - len(runs):
+    found = find_runs(paths)
+    runs = [_read_run(folder) for folder in found if record.is_finished(folder)]
+    if unfinished := len(found) - len(runs):
         print_status(f"{unfinished} runs have not finished and are left out.")
     require(runs, f"runs={', '.join(map(str, paths))}: no finished run (config.yaml and metrics.json) is there.")
     return runs
+
+
+def find_runs(paths: Sequence[Path], files: Sequence[str] = ("config.yaml",)) -> list[Path]:
+    """The folders of runs in or below ``paths``, which hold one of ``files``, in the order of their names and numbers."""
+    folders = {file.parent for path in paths for name in files for file in path.rglob(name)}
+    top = [folder for folder in folders if not folders & set(folder.parents)]  # the stages of a run are not runs
+    return sorted(top, key=lambda folder: [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in folder.parts])
 
 
 def _read_run(folder: Path) -> Run:
@@ -341,7 +346,7 @@ def draw_comparison(comparison: Comparison, metrics: Sequence[str]) -> Figure:
 
 def summarize_sweep(root: Path, stages: DictConfig) -> bool:
     """Print and write the metrics of a sweep's jobs: ``summary.json`` and the comparison. False if a job has failed."""
-    jobs = sorted((folder for folder in root.glob("*") if folder.name.isdigit()), key=lambda folder: int(folder.name))
+    jobs = find_runs([folder for folder in root.iterdir() if folder.is_dir()], ["config.yaml", "error.txt"])
     if not jobs:
         return True
     done = [folder for folder in jobs if record.is_finished(folder)]
@@ -355,7 +360,8 @@ def summarize_sweep(root: Path, stages: DictConfig) -> bool:
         _show_summary(content, len(done), stages, root)
     failed = [folder for folder in jobs if folder not in done]
     for folder in failed:
-        print_status(f"job {folder.name} failed: {folder / 'error.txt'}")
+        error = folder / "error.txt"
+        print_status(f"job {folder.relative_to(root)} {f'failed: {error}' if error.is_file() else 'has not finished'}")
     write_text(root / "summary.json", json.dumps(content, indent=2) + "\n")
     print_status(f"Written to {root / 'summary.json'}")
     return not any((folder / "error.txt").is_file() for folder in failed)

@@ -37,7 +37,7 @@ def run(cfg: DictConfig, output: Path) -> float | None:
     """Train in this process, or in as many as the trainer asks for; returns the optimized metric."""
     config, data = prepare(choose_by_columns(cfg), output)
     alone = not launch.started_by_launcher()
-    with launch.requeue_on_signal(), nullcontext() if config.check else run_folder.locked(output):
+    with nullcontext() if config.check else run_folder.locked(output):
         if alone:
             data.prepare_data()  # errors in the data are found, and tokens cached, before any process is started
         set_run_length(config, data)
