@@ -1,7 +1,7 @@
 """The data module: a source of rows becomes batches."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -46,6 +46,17 @@ class RunLength:
     def steps(self, rows: int | None, batch_size: int) -> int:
         """The number of steps of ``batch_size`` rows; of a stream, whose ``rows`` are None, as many as there may be."""
         return self.at_most if rows is None else max(1, min(self.at_most, math.ceil(self.epochs * (rows // batch_size))))
+
+
+class LazyLoader(DataLoader[Batch]):
+    """A loader whose workers start when the first batch is asked for.
+
+    Lightning makes an iterator before it restores the progress of a checkpoint and tells the sampler its epoch. Workers, which
+    fetch ahead at once, would be given the rows of another epoch.
+    """
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        yield from super().__iter__()
 
 
 class DataModule(EvaluationHooks, pl.LightningDataModule):
@@ -108,7 +119,7 @@ class DataModule(EvaluationHooks, pl.LightningDataModule):
         dataset: Any = self.dataset
         sampler = ResumableSampler(self.sampler, lambda: num_processed_batches(self.trainer))
         generator = torch.Generator()  # for the workers' seeds; torch's own generator is training's
-        return DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=self.workers, generator=generator)
+        return LazyLoader(dataset, batch_size=None, sampler=sampler, num_workers=self.workers, generator=generator)
 
     def state_dict(self) -> dict[str, Any]:
         """The epoch and its number of processed batches, for streams: they start before Lightning's loops are restored."""
