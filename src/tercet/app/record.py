@@ -17,6 +17,7 @@ from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 from tercet import __version__
 from tercet.app.components import walk
 from tercet.distributed.gather import rank
+from tercet.evaluation.direction import SMALLER_IS_BETTER
 from tercet.messages import describe_logger, log_errors
 
 EXAMPLES = "examples.npz"  # test metrics by example: names as in metrics.json without their stage
@@ -24,7 +25,8 @@ ARTIFACTS = ("record", "model", "checkpoints")
 RECORD = (".yaml", ".txt", ".json", ".html", ".csv", ".png", ".md", ".patch")
 KEYS_WITHOUT_EFFECT = (  # keys, or their beginnings, that change no result
     "output_dir", "name", "resume", "check", "num_threads", "logger", "keep_last", "save_every", "measure_before",
-    "optimized_metric", "artifacts", "callback.progress", "callback.summary", "callback.embeddings", "callback.figures",
+    "optimized_metric", "artifacts", "allow_changed_data", "callback.progress", "callback.summary", "callback.embeddings",
+    "callback.figures",
 )  # fmt: skip
 PACKAGES = ("torch", "pytorch-lightning", "transformers", "datasets", "hydra-core", "torchmetrics", "wandb")
 
@@ -131,6 +133,8 @@ def first_difference(run: Path, cfg: DictConfig, counts: Callable[[str], bool]) 
     plain = (OmegaConf.to_container(config, resolve=True) for config in (OmegaConf.load(run / "config.yaml"), cfg))
     before, now = ({key: value for key, value in walk(node) if not isinstance(value, dict)} for node in plain)
     other = [key for key in {**before, **now} if counts(key) and before.get(key) != now.get(key)]
+    if "data.fingerprint" not in before:  # written by a version that did not record it
+        other = [key for key in other if key != "data.fingerprint"]
     key = min(other, key=lambda name: name.count("."), default=None)  # the one that others interpolate
     return key and f"{key}={before.get(key)}, not {now.get(key)}"
 
@@ -138,6 +142,11 @@ def first_difference(run: Path, cfg: DictConfig, counts: Callable[[str], bool]) 
 def read_metrics(run: Path) -> Metrics:
     """The metrics that a run has written."""
     return dict(json.loads((run / "metrics.json").read_text(encoding="utf-8")))
+
+
+def smaller_is_better(cfg: DictConfig) -> frozenset[str]:
+    """The names, without stage, suite and task, of a run's metrics that are better when smaller."""
+    return frozenset(cfg.get("smaller_is_better") or SMALLER_IS_BETTER)
 
 
 def stage_metrics(values: Metrics, name: str) -> Metrics:

@@ -18,7 +18,7 @@ from tercet.messages import print_status
 from tercet.models import CachedEncoder, Encoder
 from tercet.models.engine.deterministic_dropout import with_dropout_seeds
 from tercet.models.folder import KEY, encoder_spec
-from tercet.training.lightning_compat import EvaluationHooks, FSDP2Strategy
+from tercet.training.lightning_compat import EvaluationHooks, FSDP2Strategy, begin_next_epoch
 from tercet.training.masked_lm import MaskedLM
 from tercet.training.optimizers import MakeOptimizer, MakeScheduler, adamw, follow_schedule, make_scheduler
 from tercet.types import Batch, Embeddings, LossOutput, concat_inputs
@@ -111,7 +111,8 @@ class ObjectiveHooks(EvaluationHooks):
             shard(self.encoder, self.trainer.strategy.device_mesh["data_parallel"])
 
     def on_train_start(self: Any) -> None:
-        """Take the learning rates of a resumed run from its schedule, which may be longer than the checkpoint's."""
+        """Where a run is resumed: after a whole epoch the next one, with the rates of the schedule, which may be longer."""
+        begin_next_epoch(self.trainer)
         for config in self.trainer.lr_scheduler_configs:
             follow_schedule(config.scheduler)
 
