@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,6 +21,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from tercet.app import components, error_formatting, hydra_compat, sweeps
+from tercet.messages import printable
+from tercet.paths import write_text
 
 COMMANDS = {
     "compare": "runs as one table: compare <folders> metric=<name> output=<folder>",
@@ -140,7 +143,8 @@ def _job(failed: list[str]) -> Callable[[DictConfig], Any]:
         except Exception as error:
             failed.append(report_error(error, "train"))
             if HydraConfig.get().mode == RunMode.MULTIRUN:  # the sweep goes on, its summary points here
-                (output / "error.txt").write_text(failed[-1] + "\n", encoding="utf-8")
+                with suppress(OSError):  # a full disk may be the error
+                    write_text(output / "error.txt", failed[-1] + "\n")
             return float("nan")
         except (KeyboardInterrupt, SystemExit):
             sweeps.exit_stopped_job()
@@ -151,8 +155,8 @@ def _job(failed: list[str]) -> Callable[[DictConfig], Any]:
 
 def report_error(error: Exception, command: str) -> str:
     """Print what the user can do about the error; ``TERCET_DEBUG=1`` adds the traceback."""
-    text = error_formatting.explain(error, command)
+    text = printable(error_formatting.explain(error, command))
     if os.environ.get("TERCET_DEBUG"):
-        traceback.print_exception(error)
+        print(printable("".join(traceback.format_exception(error))), file=sys.stderr)
     print(f"\nerror: {text}", file=sys.stderr, flush=True)  # a new line: a progress bar may stand on this one
     return text

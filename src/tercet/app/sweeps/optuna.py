@@ -51,13 +51,14 @@ class OptunaSweeper(Sweeper):
 
         from tercet.app.config_checks import monitor_mode
         from tercet.messages import print_status
+        from tercet.paths import write_text
 
         direction = self.direction or MODES[monitor_mode(self.cfg, str(self.cfg.optimized_metric)) or "max"]
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         space, fixed = self._split_arguments(arguments)
         folder = Path(self.cfg.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self.cfg, folder / "multirun.yaml")
+        write_text(folder / "multirun.yaml", OmegaConf.to_yaml(self.cfg))
         storage = f"sqlite:///{folder.resolve() / 'study.db'}"
         study = optuna.create_study(study_name=STUDY, storage=storage, load_if_exists=True, direction=direction)
         # A study that goes on must not repeat its first samples.
