@@ -24,8 +24,8 @@ from omegaconf import DictConfig
 
 from tercet.app import record, report
 from tercet.app.commands.stages import draw_stages
-from tercet.app.report import LESS_IS_BETTER
 from tercet.errors import require
+from tercet.evaluation.direction import SMALLER_IS_BETTER, is_smaller_better
 from tercet.evaluation.figures import figure_text
 from tercet.evaluation.significance import PairedDifference, holm, paired_difference, randomization_test
 from tercet.messages import csv_cell, print_status, printable, warn_once
@@ -49,7 +49,10 @@ Summary = dict[str, dict[str, float]]  # metric -> mean, sd, runs
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run; ``overrides`` are the keys and values of its command, ``optimized`` its optimized metric."""
+    """A finished run; ``overrides`` are the keys and values of its command, ``optimized`` its optimized metric.
+
+    ``smaller_is_better`` has the names of metrics, without their stage, suite and task.
+    """
 
     folder: Path
     seed: int
@@ -57,6 +60,7 @@ class Run:
     overrides: dict[str, str]
     command: str
     optimized: str | None
+    smaller_is_better: frozenset[str] = SMALLER_IS_BETTER
 
 
 class Lead(NamedTuple):
@@ -86,10 +90,14 @@ class Comparison:
     axes: tuple[str, ...]
     runs: dict[Setting, list[Run]]
 
+    def is_smaller_better(self, metric: str) -> bool:
+        """Whether less of a metric is better, as the runs have recorded."""
+        return any(is_smaller_better(metric, run.smaller_is_better) for runs in self.runs.values() for run in runs)
+
     def rank(self, metric: str) -> dict[Setting, dict[int, float]]:
         """The values of a metric by seed, for each setting that has it, from the best mean to the worst."""
         found = {s: {run.seed: run.metrics[metric] for run in runs if metric in run.metrics} for s, runs in self.runs.items()}
-        sign = 1 if metric.endswith(LESS_IS_BETTER) else -1
+        sign = 1 if self.is_smaller_better(metric) else -1
         measured = [(setting, values) for setting, values in found.items() if values]
         return dict(sorted(measured, key=lambda pair: sign * statistics.fmean(pair[1].values())))
 
@@ -97,7 +105,7 @@ class Comparison:
         """The optimized metric where all runs have the same one, else the metrics of the test stage."""
         runs = [run for group in self.runs.values() for run in group]
         names = {name for run in runs for name in run.metrics}
-        tests = sorted((n for n in names if n.startswith("test/")), key=lambda name: (name.endswith(LESS_IS_BETTER), name))
+        tests = sorted((n for n in names if n.startswith("test/")), key=lambda name: (self.is_smaller_better(name), name))
         first = runs[0].optimized
         return [first] if first in names and all(run.optimized == first for run in runs) else tests
 
@@ -192,7 +200,8 @@ def _read_run(folder: Path) -> Run:
     overrides = dict(printable(part, lines=False).partition("=")[::2] for part in given)
     command = shlex.join(["python", "train.py", *given])
     metrics = {printable(name, lines=False): value for name, value in record.read_metrics(folder).items()}
-    return Run(folder, seed, metrics, overrides, printable(command, lines=False), optimized)
+    smaller = record.smaller_is_better(cfg)
+    return Run(folder, seed, metrics, overrides, printable(command, lines=False), optimized, smaller)
 
 
 def group_runs(runs: Sequence[Run]) -> Comparison:
@@ -233,7 +242,7 @@ def comparison_text(comparison: Comparison, metrics: Sequence[str]) -> str:
         if len(comparison.axes) > 1 and (effects := axis_effects(comparison, metric)):
             blocks.append(effects)
     if metrics:
-        metric, pick = metrics[0], min if metrics[0].endswith(LESS_IS_BETTER) else max
+        metric, pick = metrics[0], min if comparison.is_smaller_better(metrics[0]) else max
         setting = next(iter(comparison.rank(metric)))
         runs = [one for one in comparison.runs[setting] if metric in one.metrics]
         best = pick(runs, key=lambda one: one.metrics[metric])
@@ -281,7 +290,7 @@ def ranking_table(comparison: Comparison, metric: str) -> str:
         "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in zip(*columns, strict=True)
     ]
-    return "\n".join([f"{metric}, {'less' if metric.endswith(LESS_IS_BETTER) else 'more'} is better", *lines])
+    return "\n".join([f"{metric}, {'less' if comparison.is_smaller_better(metric) else 'more'} is better", *lines])
 
 
 def _on_common_seeds(best: Any, other: Any) -> PairedDifference | None:
