@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,16 +43,22 @@ def as_dataset(table: pa.Table, fingerprint: str, features: Mapping[str, Any] | 
     return Dataset(table, info=info, fingerprint=fingerprint)
 
 
-def text_columns(path: str, available: Sequence[str], columns: Sequence[str]) -> tuple[str, ...]:
-    """The named columns; none: a pair or triplet under its usual names, the only column, ``text`` or ``sentence``."""
+def text_columns(
+    path: str, available: Sequence[str], columns: Sequence[str], example: Callable[[], str] | None = None
+) -> tuple[str, ...]:
+    """The named columns; none: a pair or triplet under its usual names, the only column, ``text`` or ``sentence``.
+
+    ``example`` gives one that holds text, for the message where there is none of these.
+    """
     require(len(set(columns)) == len(columns), f"`columns`=[{', '.join(columns)}]: name columns, none of them twice.")
     require(available, f"`path`={path} has no rows.")
     for name in columns:
         check_column(f"`path`={path}", available, name, "columns")
     usual = (columns,) if columns else (available,) if len(available) == 1 else USUAL
     found = [tuple(names) for names in usual if set(names) <= set(available)]
-    advice = f"say which hold text, for example `columns`=[{available[0]}]"
-    require(found, f"`path`={path} has the columns {', '.join(available)}: {advice}.")
+    if not found:
+        advice = f"say which hold text, for example `columns`=[{example() if example else available[0]}]"
+        raise InputError(f"`path`={path} has the columns {', '.join(available)}: {advice}.")
     return found[0]
 
 
