@@ -1,10 +1,17 @@
-"""Paths of data and models, and checks of output folders."""
+"""Paths of data and models, checks of output folders, and writing whole files."""
 
+import fcntl
 import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from tercet.errors import InputError, require
 from tercet.messages import warn_once
+
+PARTIAL = ".partial-"  # how the names of unfinished files begin
 
 
 def locate(path: str) -> Path:
@@ -72,3 +79,98 @@ def check_writable(folder: Path, parameter: str) -> None:
     except OSError as error:
         advice = f"Set `{parameter}` to another folder."
         raise InputError(f"`{parameter}`={folder} cannot be written ({error.strerror}). {advice}") from error
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Yield an empty file beside ``path``, with its suffix, to be written; at the end it is synced and renamed to ``path``.
+
+    So a reader, also after a kill or a power failure, finds the old file or the new one, whole. At an error the old one stays
+    and the new one is removed; an ``OSError`` names ``path``. Permissions are those of any new file, as the umask says.
+    """
+    path = Path(path)
+    partial = path.with_name(_partial_name(path.suffix))
+    try:
+        partial.touch()
+        with _locked(partial):
+            yield partial
+            _sync(partial)
+            partial.replace(path)
+    except BaseException as error:
+        with suppress(OSError):
+            partial.unlink()
+        if isinstance(error, OSError) and error.filename in (None, str(partial)):
+            error.filename = str(path)
+        raise
+    with suppress(OSError):  # not every file system can sync a folder
+        _sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8, whole or not at all."""
+    with atomic_write(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder to be filled; at the end its files are synced and moved to ``path``, at an error removed.
+
+    A ``path`` that is there keeps its other files.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_folder(path if path.is_dir() else path.parent) as made:
+        yield made
+        files = [file for file in made.rglob("*") if file.is_file()]
+        for file in files:
+            _sync(file)
+        if not path.exists():
+            made.rename(path)
+            return
+        for file in files:
+            target = path / file.relative_to(made)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(target)
+
+
+@contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """Yield a new folder in ``parent``; it is removed at the end, with what is left in it."""
+    folder = parent / _partial_name()
+    folder.mkdir()
+    try:
+        with _locked(folder):
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove the unfinished files and folders that killed processes have left; what is being written is locked."""
+    for path in folder.glob(f"{PARTIAL}*"):
+        with suppress(OSError), _locked(path, required=True):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _partial_name(suffix: str = "") -> str:
+    return f"{PARTIAL}{secrets.token_hex(8)}{suffix}"
+
+
+@contextmanager
+def _locked(path: Path, required: bool = False) -> Iterator[None]:
+    """Lock an unfinished file as long as this process lives; if it is ``required``, ``OSError`` where it cannot be."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        with nullcontext() if required else suppress(OSError):  # not every file system has locks
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -32,7 +32,7 @@ def test_what_is_learned_is_what_selects(objective, columns, selection):
 
 def lengths(*overrides, rows=192):
     cfg = composed("data=text", "data.path=x", "experiment=own_texts", *overrides)
-    data = SimpleNamespace(streaming=rows is None, batch_size=32, source=SimpleNamespace(rows=lambda: range(rows)))
+    data = SimpleNamespace(streaming=rows is None, batch_size=32, num_rows=lambda: rows)
     set_run_length(cfg, data)
     trainer = cfg.trainer
     return trainer.max_steps, trainer.max_epochs, trainer.val_check_interval, trainer.check_val_every_n_epoch

@@ -1,11 +1,13 @@
 """One line for one's own texts: the objective, the number of steps and the selection come from the data."""
 
 import csv
+from collections import Counter
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
+from tercet.data import TextFiles
 from tercet.models.folder import load_folder
 from tests.conftest import TEXTS, tiny
 from tests.end_to_end.conftest import FAST
@@ -49,9 +51,12 @@ def test_pairs_that_training_spoils_keep_the_start(train):
     assert (config.trainer.max_steps, config.trainer.val_check_interval, config.data.validation_rows) == (4, 1, 500)
 
 
-def test_labels_are_learned_by_triplets_for_as_long_as_their_rows_ask(train):
+def test_labels_are_learned_by_triplets_for_as_long_as_their_rows_ask(train, monkeypatch):
+    read, rows_of = Counter(), TextFiles.rows
+    monkeypatch.setattr(TextFiles, "rows", lambda source: read.update([source.split]) or rows_of(source))
     result = train("data.columns=[q]", "data.label=kind", "run_length.epochs=2", "data.batch_size=10")
     assert result.code == 0, result.terminal
+    assert read["train"] == 1
     assert "objective=facenet selection=nearest_neighbor" in result.terminal
     assert "4 steps of 10 rows, 1.5 passes over 26 training rows" in result.terminal
     rows = csv.DictReader((result.output / "metrics.csv").open())

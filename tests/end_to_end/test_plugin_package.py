@@ -91,9 +91,9 @@ def test_its_loss_keeps_the_laws(package, monkeypatch, law):
 
 
 def test_two_processes_learn_what_one_does(installed, tmp_path):
-    cases = [("labeled_paraphrase", settings) for settings in ("plain", "chunked")]
+    cases = distributed_runs.configs([("labeled_paraphrase", settings) for settings in ("plain", "chunked")])
     alone = distributed_runs.everything(str(tmp_path), 1, 7, cases)
-    together = distributed_runs.in_processes(2, str(tmp_path), 2, 7, cases)
+    together = distributed_runs.in_processes(2, distributed_runs.everything, str(tmp_path), 2, 7, cases)[0]
     for case in cases:
         weights, reduced, *_ = together[case]
         for name, weight in alone[case][0].items():

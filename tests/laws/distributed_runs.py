@@ -1,5 +1,6 @@
 """Run objectives for a step in one process or in two, and return what they learned. Imported by the processes too."""
 
+import multiprocessing
 from dataclasses import dataclass
 from functools import cache
 
@@ -131,9 +132,13 @@ class Counting(pl.Callback):
             trainer.model.register_comm_hook(None, hook)
 
 
-def step(objective, settings, folder, world, batch_size, steps=2):
+def configs(cases=tuple(CASES)):
+    """The configuration of each case; composed once for all processes, because that takes as long as training does."""
+    return {(objective, name): config(objective, *SETTINGS.get(name, [name])) for objective, name in cases}
+
+
+def step(cfg, folder, world, batch_size, steps=2):
     """The weights after ``steps`` of clipped SGD, how often each was reduced per step, and how far one has moved at most."""
-    cfg = config(objective, *SETTINGS.get(settings, [settings]))
     pl.seed_everything(0, verbose=False)
     module = build(cfg.objective)
     if getattr(module, "mlm", None) is not None:
@@ -162,14 +167,17 @@ def first_token_masked(ids):
     return ids.masked_fill(chosen, 103), ids.masked_fill(~chosen, -100)
 
 
-def everything(folder, world, batch_size, cases=CASES):
-    """All objectives under all settings, or the ``cases`` of them, in this process."""
+def everything(folder, world, batch_size, configs):
+    """A step of each of ``configs`` in this process."""
     torch.set_num_threads(1)
-    return {(o, s): step(o, s, folder, world, batch_size) for o, s in cases}
+    return {case: step(cfg, folder, world, batch_size) for case, cfg in configs.items()}
 
 
-def in_processes(world, *arguments):
-    """``everything`` in ``world`` gloo processes; the results of the first."""
-    plan = LaunchConfig(1, 1, world, run_id="laws", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
+def in_processes(world, function, *arguments):
+    """The results of ``function`` in ``world`` gloo processes, forked from one that has imported everything once."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
+    plan = LaunchConfig(
+        1, 1, world, run_id="laws", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, start_method="forkserver"
+    )
     with restored_signals():
-        return elastic_launch(plan, everything)(*arguments)[0]
+        return elastic_launch(plan, function)(*arguments)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.laws import distributed_runs
+from tests.laws.distributed_runs import everything
 
 BATCH = 7  # uneven: three rows in one process, four in the other
 CLOSE = {"rtol": 1e-4, "atol": 2e-6}
@@ -13,8 +14,9 @@ HALF = {"rtol": 1e-2, "atol": 2e-3}  # bfloat16 has 8 bits; a step of these move
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)], ids="{} processes".format)
 def results(tmp_path_factory, request):
     cache = str(tmp_path_factory.mktemp("cache"))
-    alone = distributed_runs.everything(cache, 1, BATCH)
-    return alone, distributed_runs.in_processes(request.param, cache, request.param, BATCH)
+    configs = distributed_runs.configs()
+    alone = everything(cache, 1, BATCH, configs)
+    return alone, distributed_runs.in_processes(request.param, everything, cache, request.param, BATCH, configs)[0]
 
 
 @pytest.mark.parametrize("case", distributed_runs.CASES, ids=str)

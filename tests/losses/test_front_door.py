@@ -9,13 +9,12 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from tercet.app.launch import restored_signals
 from tercet.errors import InputError
 from tercet.losses import ContextLoss, InfoNCE, TripletLoss, mine, triplet_mining
 from tercet.losses.triplet_mining import MININGS, ONE_NEGATIVE
 from tercet.types import Embeddings
+from tests.laws.distributed_runs import in_processes
 from tests.losses.triplet_twin import batches, cells, chosen, roles
 
 N, DIM = 7, 4
@@ -94,9 +93,7 @@ def outcomes_of_this_process():
 
 @pytest.fixture(scope="module")
 def processes():
-    config = LaunchConfig(1, 1, 2, run_id="front_door", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
-    with restored_signals():
-        results = elastic_launch(config, outcomes_of_this_process)()
+    results = in_processes(2, outcomes_of_this_process)
     return [results[0], results[1]]
 
 

@@ -12,7 +12,7 @@ from tercet.app.components import build
 from tercet.app.config_checks import check_model
 from tercet.data import TextTransform
 from tercet.errors import InputError
-from tercet.evaluation import Retrieval
+from tercet.evaluation import AlignmentUniformity, Retrieval, alignment, uniformity
 from tercet.models import CachedEncoder, DualEncoder, TextEncoder, load, load_backbone, load_tokenizer, save_model
 from tercet.models.prompts import Prompts
 from tests.conftest import TEXTS, composed, tiny
@@ -79,6 +79,19 @@ def test_retrieval_takes_the_prompts_of_both_columns():
     assert both.encoder.prompts.default == "query"
     one = CachedEncoder(encoder_of("model.prompt='Title: '"))
     assert one.for_column(0) is one.for_column(1) is one
+
+
+def test_alignment_and_uniformity_take_the_prompts_of_both_columns():
+    """A text of both columns is two inputs then, and one input otherwise."""
+    pairs = {"question": TEXTS[:6], "answer": [TEXTS[0], *TEXTS[7:12]]}
+    bare = encoder_of()
+    x = bare.encode(["query: " + text for text in pairs["question"]])
+    y = bare.encode(["passage: " + text for text in pairs["answer"]])
+    found = AlignmentUniformity(pairs)(CachedEncoder(encoder_of(BOTH)))
+    assert list(found.values()) == pytest.approx([alignment(x, y), uniformity(torch.cat([x, y]))])
+    x, y = (bare.encode(texts) for texts in pairs.values())
+    found = AlignmentUniformity(pairs)(CachedEncoder(bare))
+    assert list(found.values()) == pytest.approx([alignment(x, y), uniformity(torch.cat([x, y[1:]]))])
 
 
 def test_what_takes_no_prompt_says_so(encoder):

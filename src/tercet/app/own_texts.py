@@ -68,7 +68,7 @@ def set_run_length(config: DictConfig, data: DataModule) -> None:
         return
     trainer, length = config.trainer, build(config.run_length)
     assert isinstance(length, RunLength)
-    rows = None if data.streaming else len(data.source.rows())
+    rows = data.num_rows()
     if trainer.max_steps == -1 and trainer.max_epochs == -1:
         trainer.max_steps = length.steps(rows, data.batch_size)
         seen = trainer.max_steps * trainer.accumulate_grad_batches * data.batch_size

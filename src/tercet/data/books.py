@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 from datasets import ClassLabel, Dataset, Value
 
-from tercet.data.columns import SPLITS, as_dataset, files_fingerprint, split_rows, text_fingerprint
+from tercet.data.columns import as_dataset, check_split, files_fingerprint, split_rows, text_fingerprint
 from tercet.data.file_reader import DataPath, resolve
 from tercet.data.formats import read_text
-from tercet.errors import InputError, check_choice, require
+from tercet.errors import InputError, require
 from tercet.messages import warn_once
 
 GUTENBERG = re.compile(r"^\*\*\* ?(START|END) OF (?:THE|THIS) PROJECT GUTENBERG.*$", re.MULTILINE)
@@ -48,7 +48,7 @@ class Books:
     provides: ClassVar[frozenset[str]] = frozenset({"label", "position", "all_rows"})
 
     def __post_init__(self) -> None:
-        check_choice("split", self.split, (*SPLITS, "validation") if self.validation_rows else SPLITS)
+        check_split(self.split, self.held_out, self.validation_rows)
         require(self.max_characters >= 1, f"`max_characters`={self.max_characters}: 1 or more.")
         require(re.fullmatch("[a-z]{2,3}", self.language), f"`language`={self.language}: a code as en, de or fr.")
         try:

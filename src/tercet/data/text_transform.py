@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -13,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+import xxhash
 from datasets import Dataset, Features, List, Value
 from torch import Tensor
 from torch.utils.data import IterableDataset
@@ -20,9 +22,12 @@ from transformers import PreTrainedTokenizerBase
 
 from tercet.data.samplers import rank_slice
 from tercet.errors import require
-from tercet.paths import check_writable
+from tercet.messages import print_status
+from tercet.paths import atomic_write, check_writable, remove_partials, temporary_folder
 from tercet.types import Batch, BatchIndices, Source, TokenBatch
 
+FOOTER = struct.Struct("<8sQ16s")  # after the rows of a cache: MARK, the number of bytes before it, and their XXH3 hash
+MARK = b"tercet 1"
 FORMAT = 2  # of cached rows: in the first one ``content_v`` was a hash of the text
 
 
@@ -64,20 +69,29 @@ class TextTransform:
         """The source's rows as token ids; they are read from the cache if they are there."""
         folder, columns = cache_folder(self.cache), list(source.columns)
         path = folder / f"{source.fingerprint()}-{self.fingerprint(columns)}.arrow"
-        if not path.is_file():
+        fault = find_fault(path) if path.is_file() else None
+        if fault:
+            print_status(f"{path} {fault}; the texts are tokenized again.")
+        if fault or not path.is_file():
             check_writable(folder, "cache")
-            rows = source.rows()
-            rows.map(
-                self.tokenize_rows,
-                fn_kwargs={"columns": columns},
-                batched=True,
-                remove_columns=rows.column_names,
-                features=self.features(columns),
-                cache_file_name=str(path),
-                new_fingerprint=path.stem.replace("-", ""),
-                desc=f"tokenizing once into {folder}",
-            )
+            remove_partials(folder)
+            with temporary_folder(folder) as made, atomic_write(path) as partial:
+                self._tokenize(source.rows(), columns, made / path.name, f"tokenizing once into {folder}")
+                seal(made / path.name)
+                (made / path.name).replace(partial)
         return TokenRows(Dataset.from_file(str(path)), len(columns))
+
+    def _tokenize(self, rows: Any, columns: list[str], path: Path, description: str) -> None:
+        rows.map(
+            self.tokenize_rows,
+            fn_kwargs={"columns": columns},
+            batched=True,
+            remove_columns=rows.column_names,
+            features=self.features(columns),
+            cache_file_name=str(path),
+            new_fingerprint=path.stem.replace("-", ""),
+            desc=description,
+        )
 
     def tokenize_rows(self, rows: dict[str, list[Any]], columns: Sequence[str]) -> dict[str, list[Any]]:
         """For each column v ``ids_v`` and their hash ``content_v``; ``label`` and ``position``, -1 where there is none.
@@ -117,6 +131,35 @@ class TextTransform:
             state = str({k: v for k, v in json.loads(fast.to_str()).items() if k not in ("truncation", "padding")})
         prompts = f"{self.prompts(columns)}" if self.prompt else ""
         return hashlib.blake2b(f"{FORMAT}{state}{list(columns)}{self.max_length}{prompts}".encode(), digest_size=8).hexdigest()
+
+
+def seal(path: Path) -> None:
+    """Append the length of a file and a hash of its content to it; readers of Arrow streams do not read that far."""
+    size = path.stat().st_size
+    content = FOOTER.pack(MARK, size, _hash(path, size))
+    with path.open("ab") as file:
+        file.write(content)
+
+
+def find_fault(path: Path) -> str | None:
+    """What is wrong with a sealed file, or None; it is read once, at some gigabytes a second."""
+    size = path.stat().st_size - FOOTER.size
+    with path.open("rb") as file:
+        file.seek(max(0, size))
+        footer = file.read(FOOTER.size)
+    mark, length, digest = FOOTER.unpack(footer) if size >= 0 else (b"", 0, b"")
+    if mark != MARK or length != size:
+        return "is incomplete, or of an earlier version"
+    return None if digest == _hash(path, size) else "is not as it was written"
+
+
+def _hash(path: Path, size: int) -> bytes:
+    found = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while size and (part := file.read(min(size, 1 << 22))):
+            found.update(part)
+            size -= len(part)
+    return found.digest()
 
 
 class TokenRows:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tercet.errors import require
-from tercet.evaluation.inputs import Rows, check_source, distinct, encode_once, text_pairs
+from tercet.evaluation.inputs import Rows, check_source, distinct, embed_columns, encode_once, has_one_prompt, text_pairs
 from tercet.types import EncodeFunction
 
 
@@ -58,11 +58,16 @@ class AlignmentUniformity:
         check_source("alignment_uniformity", self.name, self.source)
 
     def __call__(self, encode: EncodeFunction) -> dict[str, float]:
-        """Measure, with one call of ``encode``."""
+        """Measure; a model with a prompt for each column uses them, and a text of both columns is two inputs then."""
         suite = f"alignment_uniformity of {self.name}"
         first, second, _ = text_pairs(self.source, suite)
-        texts, _ = distinct([*first, *second])
-        require(len(texts) > 1, f"{suite}: all held-out texts are equal. Set `source.held_out` higher.")
-        embed = encode_once(encode, texts)
-        metrics = {"alignment": alignment(embed(first), embed(second)), "uniformity": uniformity(embed(texts))}
+        if has_one_prompt(encode):
+            embed = encode_once(encode, [*first, *second])
+            x, y, inputs = embed(first), embed(second), embed(distinct([*first, *second])[0])
+        else:
+            (queries, query_of), (documents, document_of) = distinct(first), distinct(second)
+            x, y = embed_columns(encode, queries, documents)
+            x, y, inputs = x[query_of], y[document_of], torch.cat([x, y])
+        require(len(inputs) > 1, f"{suite}: all held-out texts are equal. Set `source.held_out` higher.")
+        metrics = {"alignment": alignment(x, y), "uniformity": uniformity(inputs)}
         return {f"alignment_uniformity/{self.name}/{metric}": value for metric, value in metrics.items()}

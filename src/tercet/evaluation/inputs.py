@@ -47,12 +47,16 @@ def as_embeddings(encode: EncodeFunction, items: Sequence[Item], suite: str | No
 
 def embed_columns(encode: EncodeFunction, *columns: Sequence[Item]) -> list[Tensor]:
     """Encode the columns of pairs, ``(N, D)`` each; by one call, unless ``encode.for_column`` has prompts for each of them."""
-    of_column = getattr(encode, "for_column", lambda column: encode)
-    encoders = [of_column(i) for i in range(len(columns))]
-    if all(one is encode for one in encoders):
+    if has_one_prompt(encode, len(columns)):
         z = as_embeddings(encode, [item for column in columns for item in column])
         return list(z.split([len(column) for column in columns]))
-    return [as_embeddings(one, column) for one, column in zip(encoders, columns, strict=True)]
+    return [as_embeddings(encode.for_column(i), column) for i, column in enumerate(columns)]  # type: ignore[attr-defined]
+
+
+def has_one_prompt(encode: EncodeFunction, num_columns: int = 2) -> bool:
+    """Whether the texts of all columns are encoded alike."""
+    of_column = getattr(encode, "for_column", lambda column: encode)
+    return all(of_column(i) is encode for i in range(num_columns))
 
 
 def encode_unit(encode: EncodeFunction, items: Sequence[Item], suite: str) -> Tensor:

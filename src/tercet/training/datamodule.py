@@ -86,6 +86,10 @@ class DataModule(EvaluationHooks, pl.LightningDataModule):
         )
         self.sampler, self.dataset = sampler, rows
 
+    def num_rows(self) -> int | None:
+        """The number of training rows, read only if they are not prepared yet; None of a stream."""
+        return None if self.streaming else len(self.source.rows() if self.dataset is None else self.dataset)
+
     def setup(self, stage: str) -> None:
         """Open what the first process has prepared."""
         if self.trainer is not None and injects_distributed_sampler(self.trainer):

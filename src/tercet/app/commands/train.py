@@ -34,17 +34,17 @@ FREE_KEYS = ("resume", "output_dir", "command", "check")  # a finished run is no
 def run(cfg: DictConfig, output: Path) -> float | None:
     """Train in this process, or in as many as the trainer asks for; returns the optimized metric."""
     config, data = prepare(choose_by_columns(cfg), output)
-    set_run_length(config, data)
-    finished = cfg.resume and (output / "metrics.json").is_file()
-    if finished and not record.first_difference(output, config, lambda key: key.split(".")[0] not in FREE_KEYS):
-        print_status(f"{output} is finished; there is nothing left to do.")
-        return optimized_value(config, record.read_metrics(output))
-    check_resume(config, output)
     with launch.requeue_on_signal():
         if not launch.started_by_launcher():
             data.prepare_data()  # errors in the data are found, and tokens cached, before any process is started
-            if launch.num_processes(config) > 1:
-                return launch.launch_processes(worker, config, output)
+        set_run_length(config, data)
+        finished = cfg.resume and (output / "metrics.json").is_file()
+        if finished and not record.first_difference(output, config, lambda key: key.split(".")[0] not in FREE_KEYS):
+            print_status(f"{output} is finished; there is nothing left to do.")
+            return optimized_value(config, record.read_metrics(output))
+        check_resume(config, output)
+        if not launch.started_by_launcher() and launch.num_processes(config) > 1:
+            return launch.launch_processes(worker, config, output)
         return train(config, output, data)
 
 

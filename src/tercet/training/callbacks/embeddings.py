@@ -166,7 +166,8 @@ class EmbeddingFigures(pl.Callback):
             self._load_items(self.source, module.encoder)
         if len(self.items[0]) < 3:
             return
-        z = torch.stack([F.normalize(module.cached_encoder(column), dim=-1) for column in self.items])
+        encode: Any = module.cached_encoder  # with each column's prompt
+        z = torch.stack([F.normalize(encode.for_column(i)(column), dim=-1) for i, column in enumerate(self.items)])
         sample = EmbeddedSample(z.float(), self.label)
         self.history.append((when, *sample.spread()))
         if when != "before" and trainer.is_global_zero:
