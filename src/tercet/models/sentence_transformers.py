@@ -15,7 +15,7 @@ from torch import Tensor
 from tercet.errors import InputError, require
 from tercet.models.engine.transformers_compat import find_file
 from tercet.models.pooling import NEEDS_ALL_LAYERS
-from tercet.models.pretrained import MODULES, read_json, transformer_settings, write_json
+from tercet.models.pretrained import MODULES, read_json, read_module_list, transformer_settings, write_json
 from tercet.models.prompts import Prompts
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def read_modules(source: str, name: str, chosen: str | None = None) -> dict[str,
 
     ``weights`` of the settings maps the prefix of a layer's weights in the head to their file.
     """
-    modules = read_json(source, MODULES)
+    modules = read_module_list(source)
     if modules is None:
         return None
     what = f"`path_or_id`={name}"

@@ -19,7 +19,7 @@ import pytorch_lightning.loggers as loggers
 from pytorch_lightning.utilities import rank_zero_only
 
 from tercet.images import make_thumbnail
-from tercet.messages import describe_logger, log_errors, print_status, warn_once
+from tercet.messages import describe_logger, log_errors, markdown_text, print_status, warn_once
 
 LogFunctions = dict[type[loggers.Logger], Callable[..., None]]
 
@@ -59,7 +59,8 @@ def _wandb_table(logger: Any, name: str, columns: Sequence[str], rows: Sequence[
 
 def _tensorboard_table(logger: Any, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
     if not has_images(rows):
-        lines = [" | ".join(str(cell).replace("|", " ") for cell in row) for row in (columns, ["---"] * len(columns), *rows)]
+        lines = [" | ".join(markdown_text(str(cell)) for cell in row) for row in (columns, *rows)]
+        lines.insert(1, " | ".join(["---"] * len(columns)))
         logger.experiment.add_text(f"tables/{name}", "\n".join(lines), step)
 
 
@@ -96,8 +97,13 @@ def wandb_logger(
     """A logger to Weights & Biases; ``mode`` is ``offline`` or ``online``. With ``resume`` the run in ``save_dir`` continues.
 
     Without an account or a connection the run is written offline, with a message: no login is requested in the middle of a job.
+    ``WANDB_MODE`` in the environment may be offline or disabled, too, and is obeyed; it never sends what ``mode`` keeps here.
     Returns None where nothing can be written. Under a W&B agent, project and id are the agent's.
     """
+    wish = os.environ.get("WANDB_MODE", "")
+    if wish == "disabled":
+        return None
+    mode = "offline" if wish in ("offline", "dryrun") else mode
     if int(os.environ.get("RANK", 0)):
         return loggers.WandbLogger(project=project, save_dir=save_dir)  # the first process has the run
     if mode == "online" and not has_account():
@@ -133,6 +139,8 @@ def wandb_logger(
 def _set_environment(folder: Path) -> None:
     logging.raiseExceptions = False  # W&B's log is in the run's folder: a full disk would be reported a hundred times
     os.environ.setdefault("WANDB_SILENT", "true")
+    # Else W&B online records the repository of the working directory, with the difference to its commit.
+    os.environ.setdefault("WANDB_DISABLE_GIT", "true")
     os.environ.setdefault("WANDB_FINISH_TIMEOUT", "600")  # seconds that an outage may delay the end; no limit by default
     os.environ.setdefault("WANDB_FINISH_TIMEOUT_RAISES", "true")
     if Path(os.environ.get("WANDB_DATA_DIR", STAGING)).name == STAGING:  # or that of the previous job

@@ -10,27 +10,30 @@ import json
 import math
 import shlex
 import statistics
+import zlib
 from collections.abc import Collection, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 from matplotlib.figure import Figure
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from tercet.app import record, report
 from tercet.app.commands.stages import draw_stages
 from tercet.app.report import LESS_IS_BETTER
 from tercet.errors import require
+from tercet.evaluation.figures import figure_text
 from tercet.evaluation.significance import PairedDifference, holm, paired_difference, randomization_test
-from tercet.messages import print_status
+from tercet.messages import csv_cell, print_status, printable, warn_once
 from tercet.paths import check_writable
 
 IGNORED_KEYS = (*record.KEYS_WITHOUT_EFFECT, "seed", "hydra")
 NO_SEEDS = "no two seeds in common"
+EXAMPLES_SIZE = 1 << 28  # bytes of a run's values by example, unpacked
 LEVEL = 0.05  # of all claims of a table together
 
 LEGEND = """\
@@ -128,11 +131,23 @@ def compare_examples(best: tuple[Path, ...], other: tuple[Path, ...], metric: st
     """
     sides: list[list[Any]] = [[], []]
     for side, folders in zip(sides, (best, other), strict=True):
-        for path in (folder / record.EXAMPLES for folder in folders):
-            with np.load(path) if path.is_file() else nullcontext({}) as values:
-                side.append(values[metric].astype(np.float64) if metric in values else np.zeros(0))
+        side += [_read_examples(folder / record.EXAMPLES, metric) for folder in folders]
     sizes = {len(values) for side in sides for values in side}
     return randomization_test(*(np.mean(side, axis=0) for side in sides)) if len(sizes) == 1 and sizes != {0} else None
+
+
+def _read_examples(path: Path, metric: str) -> Any:
+    """The values of a metric by example ``(N,)``; none where there is no such file or metric, or it cannot be read."""
+    if not path.is_file():
+        return np.zeros(0)
+    try:
+        with np.load(path) as values:  # which refuses pickles
+            size = sum(info.file_size for info in values.zip.infolist())
+            require(size <= EXAMPLES_SIZE, f"{size:,} bytes, unpacked; {EXAMPLES_SIZE:,} are accepted")
+            return values[metric].astype(np.float64).reshape(-1) if metric in values else np.zeros(0)
+    except (OSError, ValueError, EOFError, AttributeError, MemoryError, BadZipFile, zlib.error) as error:
+        warn_once(f"{path} cannot be read and is left out ({error}).")
+        return np.zeros(0)
 
 
 def run(cfg: DictConfig, output: Path) -> None:
@@ -163,11 +178,16 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def _read_run(folder: Path) -> Run:
-    cfg: Any = OmegaConf.load(folder / "config.yaml")
-    given = list(cfg.get("command") or [])
-    overrides = dict(part.partition("=")[::2] for part in given)
+    cfg = record.read_settings(folder)
+    given, optimized = cfg.get("command") or [], cfg.get("optimized_metric")
+    seed: Any = cfg.get("seed")
+    typed = isinstance(given, list) and all(isinstance(part, str) for part in given)
+    whole = typed and type(seed) is int and isinstance(optimized, str | None)
+    require(whole, f"{folder / 'config.yaml'}: command (a list of texts), seed (a whole number) or optimized_metric is amiss.")
+    overrides = dict(printable(part, lines=False).partition("=")[::2] for part in given)
     command = shlex.join(["python", "train.py", *given])
-    return Run(folder, int(cfg.seed), record.read_metrics(folder), overrides, command, cfg.get("optimized_metric"))
+    metrics = {printable(name, lines=False): value for name, value in record.read_metrics(folder).items()}
+    return Run(folder, seed, metrics, overrides, printable(command, lines=False), optimized)
 
 
 def group_runs(runs: Sequence[Run]) -> Comparison:
@@ -188,9 +208,10 @@ def write_comparison(comparison: Comparison, metrics: Sequence[str], folder: Pat
     with (folder / "comparison.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         names = sorted({name for runs in comparison.runs.values() for run in runs for name in run.metrics})
-        writer.writerow([*comparison.axes, "seed", "folder", *names])
+        writer.writerow(map(csv_cell, [*comparison.axes, "seed", "folder", *names]))
         for setting, runs in comparison.runs.items():
-            writer.writerows([*setting, one.seed, one.folder, *(one.metrics.get(n, "") for n in names)] for one in runs)
+            rows = ([*setting, one.seed, str(one.folder), *(one.metrics.get(n, "") for n in names)] for one in runs)
+            writer.writerows(map(csv_cell, row) for row in rows)
     draw_comparison(comparison, metrics).savefig(folder / "comparison.png", dpi=150)
     title = f"{sum(map(len, comparison.runs.values()))} runs compared"
     headline = describe_best(comparison, metrics[0]) if metrics else ""
@@ -219,7 +240,7 @@ def comparison_text(comparison: Comparison, metrics: Sequence[str]) -> str:
             lines = [f"  {name}  {format_mean_sd(values)}" for name, values in tests.items()]
             blocks.append("\n".join([f"tests of {comparison.label(setting)}, which {metric} has chosen:", *lines]))
         blocks.append(f"best run: {best.folder}, {metric} = {best.metrics[metric]:.4f}\n  {best.command}")
-    return "\n\n".join(blocks)
+    return printable("\n\n".join(blocks))
 
 
 def describe_best(comparison: Comparison, metric: str) -> str:
@@ -311,8 +332,8 @@ def draw_comparison(comparison: Comparison, metrics: Sequence[str]) -> Figure:
             axes.plot(values, [y] * len(values), "o", color=color, alpha=0.45, ms=5)
             sd = statistics.stdev(values) if len(values) > 1 else math.nan
             axes.errorbar(statistics.fmean(values), y - 0.18, xerr=sd, fmt="|", color=color, capsize=3, ms=9, lw=1.5)
-        axes.set(yticks=range(len(ranked)), ylim=(-0.6, len(ranked) - 0.5), xlabel=metric.removeprefix("test/"))
-        axes.set_yticklabels([comparison.label(setting, short=True) for setting, _ in ranked])
+        axes.set(yticks=range(len(ranked)), ylim=(-0.6, len(ranked) - 0.5), xlabel=figure_text(metric.removeprefix("test/")))
+        axes.set_yticklabels([figure_text(comparison.label(setting, short=True)) for setting, _ in ranked])
         axes.spines[["top", "right"]].set_visible(False)
     return figure
 

@@ -45,7 +45,7 @@ def run(cfg: DictConfig, output: Path) -> None:
 
 def _open_member(cfg: DictConfig, name: str) -> Encoder:
     """The model, with the command line's ``max_length``, ``prompt`` and ``normalize``."""
-    encoder = open_model(name, cfg.model.pooling, cfg.device, cfg.seed)
+    encoder = open_model(name, cfg.model.pooling, cfg.device, cfg.seed, cfg.model.trust_remote_code)
     for key in ("max_length", "prompt", "normalize"):
         changed = not encoder.parts() and cfg.model[key] is not None
         require(not changed, f"model.{key}={cfg.model[key]}: an exported model cannot be changed. Export it anew.")
@@ -61,7 +61,9 @@ def _open_member(cfg: DictConfig, name: str) -> Encoder:
     return encoder
 
 
-def open_model(name: str, pooling: str | None, device: str, seed: int | None = None) -> Encoder:
+def open_model(
+    name: str, pooling: str | None, device: str, seed: int | None = None, trust_remote_code: bool = False
+) -> Encoder:
     """Load a run, a checkpoint, a folder or a hub id to a device; with a ``seed`` also a choice of ``conf/model``.
 
     A choice has the random weights that ``train.py model=<name>`` would start from, its vocabulary that of the command's data.
@@ -81,9 +83,10 @@ def open_model(name: str, pooling: str | None, device: str, seed: int | None = N
         if near := difflib.get_close_matches(name, entries, 1):
             raise InputError(f"model={name}: no such folder, and no choice of conf/model. Did you mean {near[0]}?")
     try:
-        encoder, note = load_with_note(name, pooling=pooling)
+        encoder, note = load_with_note(name, pooling=pooling, trust_remote_code=trust_remote_code)
     except InputError as error:
-        raise InputError(error.rename({"path_or_id": "model", "pooling": "`model.pooling`"})) from error
+        keys = {"path_or_id": "model", **{key: f"`model.{key}`" for key in ("pooling", "trust_remote_code")}}
+        raise InputError(error.rename(keys)) from error
     if note:
         print_status(note)
     return encoder.to(device)
@@ -94,7 +97,8 @@ def initialize_from(encoder: Encoder, name: str) -> str:
     try:
         other = open_model(name, None, "cpu")
     except InputError as error:
-        raise InputError(str(error).replace("model=", "init_from=", 1)) from error
+        text = str(error).replace("; model.trust_remote_code=true runs it", ": `init_from` never runs it")
+        raise InputError(text.replace("model=", "init_from=", 1)) from error
     words: list[dict[str, int]] = [getattr(getattr(part, "tokenizer", None), "get_vocab", dict)() for part in (encoder, other)]
     require(
         words[0] == words[1],

@@ -18,7 +18,7 @@ def run(cfg: DictConfig, output: Path) -> None:
     silence_libraries()
     target = Path(cfg.output)
     check_new_folder(target, "output")
-    encoder = open_model(cfg.model.path, cfg.model.pooling, "cpu", cfg.seed)
+    encoder = open_model(cfg.model.path, cfg.model.pooling, "cpu", cfg.seed, cfg.model.trust_remote_code)
     check_writable(target, "output")
     export_onnx(encoder, target, cfg.precision)
     megabytes = (target / FILE).stat().st_size / 1e6

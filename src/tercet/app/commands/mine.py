@@ -54,7 +54,7 @@ def run(cfg: DictConfig, output: Path) -> None:
     check_values(OmegaConf.create({"guard": cfg.guard, "data": {"train": train}}), cfg)
     guard: FalseNegativeFilter = build(cfg.guard)
     pairs = read_mining_pairs(build(cfg.data.train), cfg.seed)
-    encoder = open_model(cfg.model.path, cfg.model.pooling, cfg.device, cfg.seed)
+    encoder = open_model(cfg.model.path, cfg.model.pooling, cfg.device, cfg.seed, cfg.model.trust_remote_code)
     require(encoder.text_parts(), f"model={cfg.model.path} is no encoder of texts that mine can use. {IMAGES}")
     table = mine_negatives(pairs, CachedEncoder(encoder, progress="embedding"), guard, cfg.negatives, cfg.skip)
     limits = f"guard.max_similarity={guard.max_similarity} and guard.relative_margin={guard.relative_margin}"

@@ -13,6 +13,7 @@ from tercet.app import record
 from tercet.app.commands import train
 from tercet.app.hydra_compat import quote
 from tercet.errors import require
+from tercet.evaluation.figures import figure_text
 from tercet.messages import print_status
 from tercet.paths import check_writable
 
@@ -133,14 +134,21 @@ def draw_stages(columns: Columns, settings: DictConfig, deviations: Columns | No
         axes = figure.add_subplot(1, len(shown), place)
         values = [column[name] for column in columns.values()]
         sds = [column[name] for column in deviations.values()] if deviations else [0.0] * len(values)
-        axes.errorbar(list(columns), values, yerr=sds if any(sds) else None, color=color, marker="o", capsize=3)
+        axes.errorbar(
+            [figure_text(stage) for stage in columns],
+            values,
+            yerr=sds if any(sds) else None,
+            color=color,
+            marker="o",
+            capsize=3,
+        )
         for x, (y, sd) in enumerate(zip(values, sds, strict=True)):
             low = y < max(values[max(0, x - 1) : x + 2])  # the line comes down to it: write below
             end, offset, side = (x, y - sd if low else y + sd), (0, -7 if low else 7), "top" if low else "bottom"
             axes.annotate(f"{y:.3f}", end, xytext=offset, textcoords="offset points", va=side, ha="center", fontsize=8)
         axes.axhline(values[0], color="#c9c9c9", lw=0.8, zorder=0)
         axes.margins(x=0.12, y=0.25)
-        axes.set_title(f"{title}: {name}", fontsize=9)
+        axes.set_title(figure_text(f"{title}: {name}"), fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
     return figure

@@ -23,12 +23,19 @@ from tercet.models.folder import read_checkpoint, save_model
 from tercet.paths import check_writable
 from tercet.training.callbacks.checkpoints import AtomicCheckpointIO, newest_checkpoint
 from tercet.training.callbacks.evaluation import START, Evaluation, evaluate_stage, validate
+from tercet.training.callbacks.figures import shown_files
 from tercet.training.contrastive import Contrastive
 from tercet.training.datamodule import DataModule
 from tercet.training.loggers import fault_tolerant
 
 RESULT_GROUPS = ("seed", "data", "sampler", "model", "loss", "view", "objective", "optimizer", "scheduler", "init_from")
-FREE_KEYS = ("resume", "output_dir", "command", "check")  # a finished run is not repeated where only these differ
+FREE_KEYS = (
+    "resume",
+    "output_dir",
+    "command",
+    "check",
+    "code_changes",
+)  # a finished run is not repeated where only these differ
 
 
 def run(cfg: DictConfig, output: Path) -> float | None:
@@ -141,7 +148,7 @@ def check_resume(cfg: DictConfig, output: Path) -> None:
     elif there:
         old = f"resume=true: {output} is a run of Tercet 0.1, whose settings had other names, and cannot be resumed. "
         new = f"init_from={output} starts from its weights; use another output_dir."
-        require("batches" not in OmegaConf.load(output / "config.yaml"), old + new)  # a key of version 0.1
+        require("batches" not in record.read_settings(output), old + new)  # a key of version 0.1
         other = record.first_difference(output, cfg, lambda key: key.split(".")[0] in RESULT_GROUPS)
         require(not other, f"resume=true: {output} was started with {other}. Set it as it was, or use another output_dir.")
     elif cfg.resume:
@@ -191,8 +198,9 @@ def write_results(
     save_model(encoder, output / "model", cfg.save_dtype)
     record.write_metrics(output, metrics)
     before, after = (record.stage_metrics(metrics, stage) for stage in ("before", "test"))
-    report.write_report(output, cfg, metrics)
-    record.log_artifacts(trainer.loggers, output, cfg, metrics, notes)
+    shown = shown_files(output)
+    report.write_report(output, cfg, metrics, shown)
+    record.log_artifacts(trainer.loggers, output, cfg, metrics, notes, shown)
     headline = report.run_result(cfg, metrics, before, after).headline
     print_status(f"\n{headline}\n\n{report.before_after_table(before, after)}")
     print_status(f"\n{trainer.global_step} steps, data {notes['data']['fingerprint']}. Written to {output}:")

@@ -16,12 +16,18 @@ from torch import Tensor
 
 from tercet.evaluation.figures import ACCENT, GRAY, make_axes
 from tercet.evaluation.inputs import embed_columns
-from tercet.messages import warn_once
+from tercet.messages import csv_cell, markdown_text, warn_once
 from tercet.training.callbacks.evaluation import Evaluation
 from tercet.training.loggers import FIGURE, TABLE, has_images, log_to_all
 from tercet.types import Source
 
 OTHER_COLOR = "#c9c9c9"
+_written: dict[Path, None] = {}  # the figures and tables of this process
+
+
+def shown_files(folder: Path) -> list[Path]:
+    """The figures and tables that this process has written into a folder, and not what else is there."""
+    return [path for path in _written if path.parent == folder and path.is_file()]
 
 
 class EvaluatorFigures(pl.Callback):
@@ -62,7 +68,7 @@ def publish_table(trainer: pl.Trainer, name: str, columns: Sequence[str], rows: 
     path = Path(trainer.default_root_dir) / f"{name}.csv"
     if not has_images(rows):
         with _whole_file(path), path.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([columns, *rows])
+            csv.writer(file).writerows(map(csv_cell, row) for row in [columns, *rows])
     log_to_all(trainer, TABLE, name, columns, rows)
 
 
@@ -71,6 +77,7 @@ def _whole_file(path: Path) -> Iterator[None]:
     """Where the file cannot be written, remove the part of it and warn; the run goes on."""
     try:
         yield
+        _written[path] = None
     except OSError as error:
         path.unlink(missing_ok=True)
         warn_once(f"{path} could not be written ({error}); training goes on without it.")
@@ -109,7 +116,9 @@ class BeforeAfter(pl.Callback):
         self.scores[str(pl_module.stage)] = x @ y.T
         if len(self.scores) == 2 and trainer.is_global_zero:
             publish_figure(trainer, "before_after", draw_before_after(*self.scores.values()))
-            (Path(trainer.default_root_dir) / "neighbors.md").write_text(self.neighbors(), encoding="utf-8")
+            path = Path(trainer.default_root_dir) / "neighbors.md"
+            with _whole_file(path):
+                path.write_text(self.neighbors(), encoding="utf-8")
 
     @cached_property
     def texts(self) -> tuple[list[str], list[str]]:
@@ -128,11 +137,11 @@ class BeforeAfter(pl.Callback):
         step = max(1, len(queries) // self.examples)
         parts = ["# Nearest neighbors before and after\n"]
         for i in range(0, len(queries), step)[: self.examples]:
-            parts.append(f"\n> {queries[i]}\n\n| | rank | nearest |\n|---|---|---|")
+            parts.append(f"\n> {markdown_text(queries[i])}\n\n| | rank | nearest |\n|---|---|---|")
             for name, scores in zip(("before", "after"), self.scores.values(), strict=True):
                 nearest, rank = int(scores[i].argmax()), int((scores[i] > scores[i, i]).sum()) + 1
-                parts.append(f"| {name} | {rank} | {documents[nearest]}{' ✓' if nearest == i else ''} |")
-            parts.append(f"| correct | | {documents[i]} |")
+                parts.append(f"| {name} | {rank} | {markdown_text(documents[nearest])}{' ✓' if nearest == i else ''} |")
+            parts.append(f"| correct | | {markdown_text(documents[i])} |")
         return "\n".join(parts) + "\n"
 
 
