@@ -46,6 +46,8 @@ def told(*overrides):
     ("init_from=[a]", "text or null"), ("stages.runs=null", "a group of keys"), ("trainer.detect_anomaly=no", "true or false"),
     ("data.workers=1.5", "a whole number"), ("data.columns=text", "a list"), ("model.normalize=no", "true or false"),
     ("loss._target_=tercet.losses.Nothing", "cannot be imported"), ("loss._target_=tercet.losses", "a class or function"),
+    ("loss=5", "a component"), ("callback.best=5", "a component"),
+    ("model=null", "a group of keys"),
 ])  # fmt: skip
 def test_a_value_that_is_not_accepted_is_named_with_its_key(override, accepted):
     message = told(override)
@@ -83,3 +85,12 @@ def test_limits_are_of_keys_that_exist():
 def test_infinite_numbers_are_refused_wherever_they_are():
     with pytest.raises(InputError, match=r"^model\.pixels\.mean\.0=nan: a finite number"):
         check_settings(composed("model=resnet_small", "data=images", "data.path=x", "model.pixels.mean=[nan]"))
+
+
+def test_a_target_that_makes_something_else_is_named():
+    cfg = composed(*tiny(*TEXT))
+    cfg.loss = {"_target_": "builtins.object"}
+    start_record(cfg)
+    with pytest.raises(Exception) as caught:
+        components.build(cfg.objective)
+    assert explain(caught.value, "train") == "objective.loss: Module or null is needed, its _target_ makes object."

@@ -29,6 +29,8 @@ SETTINGS: dict[str, Any] = {  # what a key takes that belongs to no component; a
     "model.prompt": str | None, "num_threads": int | None, "run_length": dict | None, "runs": list | str,
     "save_every": int | str | None, "stages.runs": dict,
 }  # fmt: skip
+COMPONENTS = ("data.module", "data.train", "loss", "objective", "optimizer", "sampler", "scheduler", "test", "trainer",
+              "validation", "view", "evaluation", "guard")  # fmt: skip
 LIMITS: dict[str, tuple[float, float, str]] = {  # of numbers that no component checks: least, largest, what else is taken
     "seed": (0, 2**32 - 1, ""), "num_threads": (1, 4096, " (null: as many as torch chooses)"), "keep_last": (1, 1000, ""),
     "negatives": (1, 1000, ""), "skip": (0, math.inf, ""), "model.max_length": (1, math.inf, ""),
@@ -100,6 +102,9 @@ def locate_target(node: Mapping[str, Any], key: str) -> Any:
 
 def create(target: Callable[..., Any], key: str, /, *arguments: Any, **values: Any) -> Any:
     """Call a target and record the result; in the traceback of an error ``error_formatting`` finds the ``key`` here."""
+    for name, hint in _hints(target).items():
+        if not isinstance(made := values.get(name), (*SCALARS, list, dict, tuple)) and not _fits(hint, made):
+            raise InputError(f"{_join(key, name)}: {_words(hint)} is needed, its _target_ makes {_kind(made)}.")
     return record(target(*arguments, **values), key)
 
 
@@ -159,11 +164,18 @@ def check_settings(cfg: DictConfig) -> None:
     for key, value in values.items():
         if isinstance(value, float):
             require(math.isfinite(value), f"{key}={value}: a finite number is needed.")
+        if isinstance(value, int):
+            require(abs(value) < 1 << 63, f"{key}={value}: a whole number of 64 bits is needed.")
     for key, hint in SETTINGS.items():
         value = values.get(key)
         is_given = key in values and value != "???" and "${" not in str(value)
         if is_given and not takes(hint, value):
             raise InputError(f"{key}={_shown(value)}: {_words(hint)} is needed here, this is {_kind(value)}.")
+    for key, value in values.items():
+        group, _, name = key.rpartition(".")
+        is_part = key in COMPONENTS or (group in ("callback", "logger") and name and value is not None)
+        if is_part and not (isinstance(value, dict) and isinstance(value.get("_target_"), str)) and "${" not in str(value):
+            raise InputError(f"{key}={_shown(value)}: a component is needed, a group of keys with a _target_.")
     for key, (least, largest, others) in LIMITS.items():
         value = values.get(key)
         if isinstance(value, int | float) and not (least <= value <= largest or (value == -1 and "-1" in others)):
@@ -189,7 +201,7 @@ def check_values(cfg: DictConfig, raw: DictConfig) -> None:
             )
         hints = _hints(target)
         for name, value in node.items():
-            is_plain = isinstance(value, (*SCALARS, list)) and not find_targets(value)
+            is_plain = isinstance(value, (*SCALARS, list, dict)) and not find_targets(value)
             if name in hints and is_plain and not takes(hints[name], value):
                 key = source_key(raw, _join(place, name))
                 raise InputError(f"{key}={_shown(value)}: {_words(hints[name])} is needed here, this is {_kind(value)}.")
@@ -209,7 +221,7 @@ def _hints(target: Any) -> dict[str, Any]:
 
 
 def takes(hint: Any, value: Any) -> bool:
-    """Whether a scalar or list may be given where ``hint`` stands; a whole number may stand for a fraction, inside for text."""
+    """Whether plain values may be given where ``hint`` stands; 1 stands for a fraction, too, and inside of lists for a text."""
     origin, inside = get_origin(hint), get_args(hint)
     if hint is Any:
         return True
@@ -218,15 +230,24 @@ def takes(hint: Any, value: Any) -> bool:
         pairs = zip(hints, value, strict=False)
         return len(value) == len(hints) and all(takes(part, x) or (part is str and type(x) is int) for part, x in pairs)
     if origin in (Union, types.UnionType):
-        return any(takes(part, value) for part in get_args(hint))
+        return any(takes(part, value) for part in inside)
     if origin is Literal:
         return value in get_args(hint) or str(value) in get_args(hint)
+    if isinstance(value, dict) and isinstance(origin, type):
+        return issubclass(dict, origin)
     if origin is not None or not isinstance(hint, type) or getattr(hint, "_is_protocol", False):
         return False
     if isinstance(value, bool):
         return hint is bool
     is_path = hasattr(hint, "__fspath__") and isinstance(value, str)
     return isinstance(value, hint) or (hint is float and isinstance(value, int)) or is_path
+
+
+def _fits(hint: Any, made: Any) -> bool:
+    """Whether an object may be given where ``hint`` stands, as far as that is a class or several; protocols are not checked."""
+    parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    are_classes = all(isinstance(p, type) and p is not Any and not get_origin(p) for p in parts)
+    return not are_classes or any(getattr(p, "_is_protocol", False) or isinstance(made, p) for p in parts)
 
 
 def _words(hint: Any) -> str:

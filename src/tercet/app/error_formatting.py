@@ -3,7 +3,7 @@
 import difflib
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Sequence
 from types import FrameType
 
 from hydra import errors
@@ -36,7 +36,10 @@ def explain(error: BaseException, command: str) -> str:
     chain = _chain(error)
     for i, cause in enumerate(chain):
         if isinstance(cause, InputError):
-            return cause.rename(parameter_keys(cause, chain[: i + 1]))
+            owners = _owners(chain[: i + 1])
+            text = cause.rename(parameter_keys(cause, owners))
+            names_key = cause.parameters() or not owners or "=" in text.split(":")[0]
+            return text if names_key else f"{hydra_compat.source_key(components.raw_config(), owners[0])}: {text}"
     text = " ".join(str(error).split())
     if isinstance(error, errors.OverrideParseException):
         return f"{error.override}: cannot be read ({text}). Quote it: 'key=\"value\"'."
@@ -56,6 +59,8 @@ def explain(error: BaseException, command: str) -> str:
     place = f"{hydra_compat.source_key(components.raw_config(), where[1])}: " if where else ""
     if isinstance(error, (errors.HydraException, OmegaConfBaseException)) and not where:
         return text
+    if where and isinstance(error.__cause__, ValueError) and not str(error).startswith("tercet."):
+        return place + " ".join(str(error.__cause__).split())  # a library's constructor refuses a value
     return place + _library_error(error.__cause__ or error if where else error)
 
 
@@ -81,26 +86,22 @@ def _chain(error: BaseException | None) -> list[BaseException]:
     return seen
 
 
-def parameter_keys(error: InputError, chain: list[BaseException]) -> dict[str, str]:
-    """The configuration key of each parameter that the error names: of the component whose method or constructor raised it.
+def parameter_keys(error: InputError, owners: Sequence[str]) -> dict[str, str]:
+    """The configuration key of each parameter that the error names: of the first of the components at ``owners`` with it."""
+    found = {p: [components.settable_key(owner, p) for owner in owners] for p in error.parameters()}
+    return {parameter: key for parameter, keys in found.items() if (key := next(filter(None, keys), None))}
 
-    ``chain`` are the exceptions from the outermost one to ``error``; their tracebacks are searched from the innermost frame.
-    """
+
+def _owners(chain: list[BaseException]) -> list[str]:
+    """The keys of the components whose methods or constructors raised the last of the exceptions, the innermost first."""
     frames = [frame for cause in reversed(chain) for frame, _ in reversed(list(traceback.walk_tb(cause.__traceback__)))]
-    owners = list(dict.fromkeys(_owners(frames)))
-    keys = {}
-    for parameter in error.parameters():
-        if key := next(filter(None, (components.settable_key(owner, parameter) for owner in owners)), None):
-            keys[parameter] = key
-    return keys
+    return list(dict.fromkeys(filter(None, map(_owner, frames))))
 
 
-def _owners(frames: list[FrameType]) -> Iterator[str]:
-    for frame in frames:
-        if frame.f_code is components.create.__code__:  # a constructor or function: there is no object yet
-            yield frame.f_locals["key"]
-        elif key := components.component_key(frame.f_locals.get("self")):
-            yield key
+def _owner(frame: FrameType) -> str | None:
+    if frame.f_code is components.create.__code__:  # a constructor or function: there is no object yet
+        return str(frame.f_locals["key"])
+    return components.component_key(frame.f_locals.get("self"))
 
 
 def _missing_choice(error: errors.MissingConfigException) -> str:

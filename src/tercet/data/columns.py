@@ -90,7 +90,8 @@ def label_ids(column: pa.ChunkedArray, path: str, name: str) -> tuple[pa.Chunked
 def to_integers(column: pa.ChunkedArray, path: str, name: str, parameter: str, advice: str = "") -> pa.ChunkedArray:
     """The column as int64; raises ``InputError`` with the first value that is no whole number of 64 bits."""
     if (numbers := _try_cast(column)) is None:
-        example = next(x for x in column.to_pylist() if x is not None and _try_cast(pa.array([x], column.type)) is None)
+        given = (x for x in column.to_pylist() if x is not None and _try_cast(pa.array([x], column.type)) is None)
+        example = next(given, column.type)
         accepted = "whole numbers of 64 bits are accepted"
         raise InputError(f"`{parameter}`={name}: `path`={path} holds {example!r} there; {accepted}.{advice}")
     return numbers
@@ -139,9 +140,9 @@ def where_mask(table: pa.Table, where: Mapping[str, Sequence[Any]], path: str) -
         column = table[name]
         try:
             accepted = pa.array([None if value is None else str(value) for value in values], pa.string()).cast(column.type)
-        except pa.ArrowException as error:
+            keep &= np.asarray(pc.is_in(column, value_set=accepted))
+        except (pa.ArrowException, UnicodeError) as error:
             raise InputError(f"`where`={{{name}: {values}}}: `path`={path} holds {column.type} there.") from error
-        keep &= np.asarray(pc.is_in(column, value_set=accepted))
     return keep
 
 

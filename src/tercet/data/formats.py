@@ -206,6 +206,7 @@ def number_rows(name: str, what: str, tables: Iterable[Any]) -> Iterator[Chunk]:
     try:
         for rows in tables:
             table = pa.table(rows).cast(plain_schema(rows.schema))
+            table.validate(full=True)  # of a damaged file: text that is no UTF-8, places outside of the data
             yield Chunk(name, "row", range(count + 1, count + 1 + len(rows)), table)
             count += len(rows)
     except (pa.ArrowException, OSError) as error:

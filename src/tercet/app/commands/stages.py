@@ -53,6 +53,8 @@ def run(cfg: DictConfig, output: Path) -> float | None:
         else:
             print_status(f"\n{number} of {len(runs)}: {name}")
             train.run(config, folder)
+        if cfg.check:  # no model and no metrics: every stage is checked from the start of the first one
+            continue
         metrics = record.read_metrics(folder)
         after = record.stage_metrics(metrics, "test")
         for key in ("in_domain", "out_of_domain") if not columns else ():
@@ -62,7 +64,7 @@ def run(cfg: DictConfig, output: Path) -> float | None:
             columns[START] = record.stage_metrics(metrics, START)
         columns[name] = after
         start, measured = str(folder / "model"), test
-    return _finish(cfg, output, columns, start)
+    return None if cfg.check else _finish(cfg, output, columns, start)
 
 
 def _check_folder(output: Path, folders: list[Path], resume: bool) -> None:
