@@ -95,7 +95,7 @@ def check_writable(folder: Path, parameter: str) -> None:
     """Make the folder; raise ``InputError`` naming ``parameter`` now if it cannot be written, not after the work."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".{os.getpid()}"
+        probe = folder / _partial_name()
         probe.touch()
         probe.unlink()
     except OSError as error:

@@ -175,7 +175,7 @@ def test_a_run_of_version_0_1_is_not_resumed_by_mistake(tmp_path):
 
 def test_versions_are_recorded_where_the_package_is_not_installed(monkeypatch):
     monkeypatch.setattr("importlib.metadata.distributions", lambda: [])
-    monkeypatch.setattr(record, "_git", lambda *arguments: "")
+    monkeypatch.setattr(record, "_git", lambda *arguments, folder=None: "")
     assert record.versions()["tercet"] == tercet.__version__
     assert record.revision() == f"no repository, tercet {tercet.__version__}"
 

@@ -185,3 +185,40 @@ def test_settings_that_are_none_are_refused(folder):
         (folder / file).write_text(before)
     change(folder / SETTINGS, weights={"": "/etc/passwd"})
     load(folder)
+
+
+TEMPLATES = [
+    {"name": "default", "template": "a"},
+    {"name": "../../../away", "template": "b"},
+    {"name": "more", "template": "c"},
+]
+
+
+def test_no_file_is_written_by_the_name_of_a_template(folder, tmp_path):
+    """transformers saves each template of a tokenizer in a file that is called after it."""
+    change(folder / "tokenizer_config.json", chat_template=TEMPLATES)
+    opened = load(folder)
+    write_checkpoint(opened, tmp_path / "x.ckpt")
+    content = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    settings = json.loads(content[KEY]["tokenizer"]["tokenizer_config.json"])
+    content[KEY]["tokenizer"]["tokenizer_config.json"] = json.dumps({**settings, "chat_template": TEMPLATES})
+    torch.save(content, tmp_path / "y.ckpt")
+    for i, model in enumerate((opened, load(tmp_path / "x.ckpt"), load(tmp_path / "y.ckpt"))):
+        save_model(model, tmp_path / "deep" / "down" / str(i))
+    assert not [path for path in tmp_path.rglob("*away*")]
+    assert {path.name for path in (tmp_path / "deep").rglob("*.jinja")} == {"chat_template.jinja", "more.jinja"}
+
+
+@pytest.mark.parametrize(
+    ("file", "values"),
+    [
+        ("tokenizer_config.json", {"fast_tokenizer_files": ["../elsewhere/tokenizer.4.0.json"]}),
+        ("model.safetensors.index.json", {"weight_map": {"a": "model.safetensors", "b": "/elsewhere/model.safetensors"}}),
+        ("pytorch_model.bin.index.json", {"weight_map": {"a": "..\\x.bin"}}),
+    ],
+)
+def test_files_outside_of_a_folder_are_not_read(folder, file, values):
+    (folder / file).touch()
+    (folder / file).write_text(json.dumps({**json.loads((folder / file).read_text() or "{}"), **values}))
+    with pytest.raises(InputError, match=rf"its {file} names .*, which is outside of the folder"):
+        load(folder)

@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from tercet.app import components, error_formatting, hydra_compat, sweeps
 from tercet.errors import require
 from tercet.messages import printable
-from tercet.paths import is_utf8
+from tercet.paths import is_utf8, write_text
 
 COMMANDS = {
     "compare": "runs as one table: compare <folders> metric=<name> output=<folder>",
@@ -155,7 +156,8 @@ def _job(failed: list[str]) -> Callable[[DictConfig], Any]:
         except Exception as error:
             failed.append(report_error(error, "train"))
             if HydraConfig.get().mode == RunMode.MULTIRUN:  # the sweep goes on, its summary points here
-                (output / "error.txt").write_text(failed[-1] + "\n", encoding="utf-8")
+                with suppress(OSError):  # a full disk may be the error
+                    write_text(output / "error.txt", failed[-1] + "\n")
             return float("nan")
         except (KeyboardInterrupt, SystemExit):
             sweeps.exit_stopped_job()

@@ -38,7 +38,7 @@ def explain(error: BaseException, command: str) -> str:
         if isinstance(cause, InputError):
             owners = _owners(chain[: i + 1])
             text = cause.rename(parameter_keys(cause, owners))
-            names_key = cause.parameters() or not owners or "=" in text.split(":")[0]
+            names_key = cause.parameters() or not owners or "=" in text.split(":")[0] or text.startswith(owners[0])
             return text if names_key else f"{hydra_compat.source_key(components.raw_config(), owners[0])}: {text}"
     text = " ".join(str(error).split())
     if isinstance(error, errors.OverrideParseException):

@@ -5,8 +5,9 @@ import json
 import os
 import platform
 import re
+import secrets
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tercet.distributed.gather import rank
 from tercet.errors import InputError, require
 from tercet.messages import describe_logger, log_errors
 from tercet.models.folder import TOKENIZER_FILES
-from tercet.paths import read_json_file, read_regular_file
+from tercet.paths import atomic_write, read_json_file, read_regular_file, write_text
 
 EXAMPLES = "examples.npz"  # test metrics by example: names as in metrics.json without their stage
 SETTINGS_SIZE = 1 << 19  # bytes of a config.yaml, at most
@@ -55,6 +56,7 @@ Metrics = dict[str, float]
 def write_start(cfg: DictConfig, output: Path, data: Any, loggers: Sequence[Logger]) -> dict[str, Any]:
     """Write the configuration and the versions of code and data, also to the loggers.
 
+    ``run`` in the configuration, and in the notes that are returned, is new: results carry it, too (see ``is_finished``).
     With ``cfg.code_changes`` changes.patch has what of Tercet's own checkout is not committed.
     """
     data_notes = {"name": data.name, "fingerprint": data.fingerprint()}
@@ -62,12 +64,12 @@ def write_start(cfg: DictConfig, output: Path, data: Any, loggers: Sequence[Logg
     values: Any = OmegaConf.to_container(cfg, resolve=True)
     config = values | notes | {"data": values["data"] | data_notes}
     if is_main_process():
-        (output / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
+        notes["run"] = write_settings(output, cfg)
         lines = (("code", notes["revision"]), ("data", " ".join(data_notes.values())), *notes["versions"].items())
-        (output / "revision.txt").write_text("".join(f"{name} {value}\n" for name, value in lines), encoding="utf-8")
+        write_text(output / "revision.txt", "".join(f"{name} {value}\n" for name, value in lines))
         (output / "changes.patch").unlink(missing_ok=True)
         if cfg.code_changes and (changes := code_changes()):
-            (output / "changes.patch").write_text(changes, encoding="utf-8")
+            write_text(output / "changes.patch", changes)
     for logger in loggers:
         logger.log_hyperparams(config)
         if isinstance(logger, TensorBoardLogger):  # which writes hyperparameters to a file beside the events only
@@ -77,7 +79,8 @@ def write_start(cfg: DictConfig, output: Path, data: Any, loggers: Sequence[Logg
 
 def is_main_process() -> bool:
     """Whether this is the process that writes files."""
-    return rank() == 0 and int(os.environ.get("RANK", 0)) == 0
+    launched = os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))  # before the processes are joined
+    return rank() == 0 and int(launched) == 0
 
 
 def close_loggers(loggers: Sequence[Logger], status: str) -> None:
@@ -166,11 +169,25 @@ def _git(*arguments: str, folder: Path | None = None) -> str:
         return ""
 
 
-def write_metrics(output: Path, values: Metrics, name: str = "metrics.json") -> None:
-    """Write the metrics to a file that is replaced as a whole: a reader never sees half of it."""
-    partial = output / f".{name}.{os.getpid()}"
-    partial.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    partial.replace(output / name)
+def write_settings(output: Path, cfg: DictConfig) -> str:
+    """Write ``config.yaml`` with a new identity ``run``, which is returned: the results of this process carry it."""
+    run = secrets.token_hex(8)
+    write_text(output / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True) + f"run: {run}\n")
+    return run
+
+
+def write_metrics(output: Path, values: Metrics, name: str = "metrics.json", run: str | None = None) -> None:
+    """Write the metrics, and the identity of the ``run`` that they are of."""
+    content = {**values, **({"run": run} if run else {})}
+    write_text(output / name, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def is_finished(run: Path) -> bool:
+    """Whether the folder has metrics, and they are of the run in its ``config.yaml``, not of one before it."""
+    if not all((run / name).is_file() for name in ("config.yaml", "metrics.json")):
+        return False
+    found = re.findall(r"^run: (\w+)$", (run / "config.yaml").read_text(encoding="utf-8"), re.MULTILINE)
+    return [_read_results(run).get("run")] == (found or [None])  # None: of an earlier version
 
 
 def write_examples(output: Path, evaluator: Any, encode: Any) -> None:
@@ -178,12 +195,13 @@ def write_examples(output: Path, evaluator: Any, encode: Any) -> None:
     examples = evaluator.examples(encode) if hasattr(evaluator, "examples") else {}
     values: Any = {name: np.asarray(x, np.float32) for name, x in examples.items()}
     if values and is_main_process():
-        np.savez_compressed(output / EXAMPLES, **values)
+        with atomic_write(output / EXAMPLES) as partial:
+            np.savez_compressed(partial, **values)
 
 
-def first_difference(run: Path, cfg: DictConfig, counts: Callable[[str], bool]) -> str | None:
-    """The first setting, of those that ``counts`` accepts, in which ``cfg`` differs from a run's: ``a=1, not 2``."""
-    plain = read_settings(run), OmegaConf.to_container(cfg, resolve=True)
+def first_difference(settings: Mapping[str, Any], cfg: DictConfig, counts: Callable[[str], bool]) -> str | None:
+    """The first setting, of those that ``counts`` accepts, that ``cfg`` changes in a run's ``settings``: ``a=1, not 2``."""
+    plain = settings, OmegaConf.to_container(cfg, resolve=True)
     before, now = ({key: value for key, value in walk(node) if not isinstance(value, dict)} for node in plain)
     other = [key for key in {**before, **now} if counts(key) and before.get(key) != now.get(key)]
     key = min(other, key=lambda name: name.count("."), default=None)  # the one that others interpolate

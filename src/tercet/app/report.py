@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tercet.app.record import KEYS_WITHOUT_EFFECT, Metrics, stage_metrics
 from tercet.evaluation.significance import prediction_interval
+from tercet.paths import write_text
 
 CURVES = (  # columns of metrics.csv, or how they begin
     "train/loss", "train/accuracy", "train/alignment", "train/uniformity", "train/active", "train/gradient_norm", "val/", "lr",
@@ -70,7 +71,7 @@ def _render(template: str, path: Path, **values: Any) -> None:
     loader = FileSystemLoader(Path(__file__).with_name("templates"))
     lines: Any = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, **lines)
-    path.write_text(environment.get_template(template).render(values), encoding="utf-8")
+    write_text(path, environment.get_template(template).render(values))
 
 
 def run_title(cfg: DictConfig) -> str:

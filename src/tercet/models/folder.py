@@ -6,6 +6,7 @@ transformers opens the folder too, and sentence-transformers (``modules.json``),
 import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,10 +31,12 @@ from tercet.models.pretrained import (
     UNUSED,
     add_lowercase,
     backbone_class,
+    drop_foreign_templates,
     load_whole_model,
     parse_pixel_format,
     read_json,
     read_tokenizer,
+    refuse_outside_files,
     refuse_remote_code,
     resolve_source,
     write_json,
@@ -42,7 +45,7 @@ from tercet.models.prompts import Prompts
 from tercet.models.sentence_transformers import read_modules, refuse_to_open, write_modules
 from tercet.models.text import DualEncoder, TextEncoder
 from tercet.models.weights import WRAPPERS, load_weights, read_weights
-from tercet.paths import locate
+from tercet.paths import atomic_folder, locate
 
 SETTINGS = "tercet.json"  # what transformers and sentence-transformers do not have, such as a head for training only
 HEAD = "head.safetensors"
@@ -74,13 +77,18 @@ def save_model(encoder: Encoder, path: str | Path, dtype: str = "float32") -> No
     384
     """
     check_choice("dtype", dtype, DTYPES)
-    folder, parts = Path(path), cast(list[Any], encoder.parts())
-    require(parts, "An exported model cannot be saved as a model folder: copy its own folder instead.")
+    require(encoder.parts(), "An exported model cannot be saved as a model folder: copy its own folder instead.")
+    with atomic_folder(Path(path)) as folder:
+        _save(encoder, folder, getattr(torch, dtype))
+
+
+def _save(encoder: Encoder, folder: Path, dtype: torch.dtype) -> None:
+    parts: list[Any] = list(encoder.parts())
     if len(parts) == 1:
-        _save_part(parts[0], folder, getattr(torch, dtype))
+        _save_part(parts[0], folder, dtype)
     else:
         for name, part in zip(PARTS, parts, strict=True):
-            save_model(part, folder / name, dtype)
+            _save(part, folder / name, dtype)
     write_json(folder / SETTINGS, {"version": VERSION, **encoder.settings()})
     for weights in folder.rglob("*.safetensors"):  # which safetensors lets nobody but the owner read
         shutil.copymode(folder / SETTINGS, weights)
@@ -236,9 +244,10 @@ def _model_of_run(run: Path, name: str) -> Path:
         return run / "model"
     without = f"`path_or_id`={name} is a run without a model"
     require(not (run / "metrics.json").is_file(), f"{without}: it did not finish. Use a file of its checkpoints/.")
-    found = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda p: (p.name != "best.ckpt", -p.stat().st_mtime))
+    best, others = run / "checkpoints" / "best.ckpt", sorted((run / "checkpoints").glob("*.ckpt"))
+    found = newest_checkpoint([best] if best.is_file() else others)
     require(found, f"{without} or a checkpoint: it stopped before its first one.")
-    return found[0]
+    return cast(Path, found)
 
 
 def encoder_spec(encoder: Encoder) -> dict[str, Any]:
@@ -267,14 +276,41 @@ def encoder_from_spec(spec: dict[str, Any], what: str = "the checkpoint") -> Enc
         refuse_remote_code(folder, "", what)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         backbone = backbone_class(config).from_config(config, dtype=torch.float32, trust_remote_code=False)
+        refuse_outside_files(folder, "", what)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if spec["tokenizer"] else None
+    drop_foreign_templates(tokenizer)
     return build_encoder(backbone, tokenizer, spec)
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The content of a training checkpoint, read with ``weights_only=True``: no code in it is run."""
+def newest_checkpoint(paths: Sequence[Path]) -> Path | None:
+    """The readable checkpoint of the latest step, with a warning for each that cannot be read; None where there is none.
+
+    The step is that inside the file: a copy has another time. Raises ``InputError`` where none of several can be read.
+    """
+    found = {path: _read_step(path) for path in paths}
+    steps = {path: step for path, step in found.items() if isinstance(step, int)}
+    newest = max(steps, key=lambda path: steps[path], default=None)
+    for fault in (fault for fault in found.values() if isinstance(fault, InputError)):
+        if newest is None:
+            raise fault
+        warn_once(f"{fault} {newest.name}, of step {steps[newest]}, is used.")
+    return newest
+
+
+def _read_step(path: Path) -> int | InputError:
     try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return int(read_checkpoint(path, mmap=True).get("global_step", -1))
+    except InputError as error:
+        return error
+
+
+def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
+    """The content of a training checkpoint, read with ``weights_only=True``: no code in it is run.
+
+    With ``mmap`` a tensor is read when it is used: opening a large file for its other content takes no time.
+    """
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:
         reason = f"({type(error).__name__}): it is truncated, or is not one. Use another file of the run's checkpoints/."
         raise InputError(f"{path} cannot be read as a checkpoint {reason}") from error

@@ -33,6 +33,11 @@ MODULES = "modules.json"  # of sentence-transformers: the modules of a model, ea
 TRANSFORMER_SETTINGS = tuple(  # of sentence-transformers: how texts are tokenized; versions before 2 named it after the model
     f"sentence_{name}_config.json" for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
+NAMING = (  # files of a model whose key names other files of it
+    (TOKENIZER_CONFIG, "fast_tokenizer_files"), ("model.safetensors.index.json", "weight_map"),
+    ("pytorch_model.bin.index.json", "weight_map"),
+)  # fmt: skip
+OUTSIDE = r"(^|/)\.\.(/|$)|^/|[\\:\0]"  # paths that lead out of a folder
 UNUSED = r"(^|\.)pooler\."  # weights without which a backbone is whole; where they are missing the pooler is left out
 BATCH_STATISTICS = r"running_(mean|var)$|num_batches_tracked$"  # not there where batch normalization has been replaced
 _DROPOUTS = (
@@ -66,6 +71,8 @@ def load_pretrained(
     folder = transformer_folder(source)
     if not trust_remote_code:
         refuse_remote_code(source, folder, f"`{parameter}`={name}")
+    if Path(source).is_dir():
+        refuse_outside_files(source, folder, f"`{parameter}`={name}")
     options["trust_remote_code"] = trust_remote_code
     if Path(source).is_dir():
         source = str(Path(source) / folder)
@@ -96,6 +103,22 @@ def refuse_remote_code(source: str, folder: str, what: str) -> None:
         advice = "Read that code first; `trust_remote_code`=true runs it. Or delete these keys, if transformers has the model."
         fault = f"its {file} names Python code that comes with it or from the hub (auto_map, or a kernel of attention)"
         require(not _names_code(read_json(source, str(Path(folder) / file))), f"{what}: {fault}, which is not run. {advice}")
+
+
+def refuse_outside_files(source: str, folder: str, what: str) -> None:
+    """Raise ``InputError`` about ``what`` where a model's files name others outside of its folder, which would be read."""
+    for file, key in NAMING:
+        found = (read_json(source, str(Path(folder) / file)) or {}).get(key) or ()
+        names = found.values() if isinstance(found, dict) else found
+        outside = next((name for name in names if re.search(OUTSIDE, str(name))), None)
+        require(outside is None, f"{what}: its {file} names {outside!r}, which is outside of the folder.")
+
+
+def drop_foreign_templates(tokenizer: Any) -> None:
+    """Keep templates of plain names only: transformers saves each in a file of its name."""
+    templates = getattr(tokenizer, "chat_template", None)
+    if isinstance(templates, dict):
+        tokenizer.chat_template = {name: text for name, text in templates.items() if re.fullmatch(r"[\w-]+", name)} or None
 
 
 def _names_code(node: Any) -> bool:
@@ -145,8 +168,9 @@ def read_module_list(source: str) -> list[dict[str, str]] | None:
     for module in modules if modules and isinstance(modules, list) else [None]:
         if not (isinstance(module, dict) and isinstance(module.get("type"), str) and isinstance(module.get("path"), str)):
             raise InputError(f"{file}: a list of modules with their type and path is needed.")
-        inside = not re.search(r"(^|/)\.\.(/|$)|^/|[\\:\0]", module["path"])
-        require(inside, f"{file}: the path {module['path']!r} of a module leads out of the folder.")
+        require(
+            not re.search(OUTSIDE, module["path"]), f"{file}: the path {module['path']!r} of a module leads out of the folder."
+        )
     return cast(list[dict[str, str]], modules)
 
 
@@ -255,6 +279,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
 def read_tokenizer(name: str, parameter: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """``load_tokenizer``, whose errors name ``parameter``."""
     tokenizer = cast(PreTrainedTokenizerBase, load_pretrained(AutoTokenizer, name, parameter, trust_remote_code))
+    drop_foreign_templates(tokenizer)
     if transformer_settings(resolve_source(name, parameter)).get("do_lower_case"):
         add_lowercase(tokenizer)
     return tokenizer

@@ -20,6 +20,7 @@ from pytorch_lightning.utilities import rank_zero_only
 
 from tercet.images import make_thumbnail
 from tercet.messages import describe_logger, log_errors, markdown_text, print_status, warn_once
+from tercet.paths import atomic_write, write_text
 
 LogFunctions = dict[type[loggers.Logger], Callable[..., None]]
 
@@ -125,7 +126,7 @@ def wandb_logger(
         _check_disk(save_dir)
         run_id = id_file.read_text().strip() if resume and id_file.is_file() else secrets.token_hex(4)
         run = _start_run(**settings, **({} if agent else {"project": project, "id": run_id}))
-        id_file.write_text(f"{run.id}\n")
+        write_text(id_file, f"{run.id}\n")
     except Exception as error:  # of W&B, its service, the network or the disk
         failure = f"W&B: {type(error).__name__}: {error}; the run"
         if mode == "online":
@@ -179,7 +180,8 @@ class AtomicCSVLogger(loggers.CSVLogger):
         self.earlier: list[dict[str, str]] = []
         file, self.copy = Path(self.log_dir, "metrics.csv"), Path(self.log_dir, ".metrics-before.csv")
         if keep_earlier and file.is_file():  # Lightning's writer removes it
-            self.copy.write_bytes(file.read_bytes())
+            with atomic_write(self.copy) as partial:
+                shutil.copyfile(file, partial)
         if keep_earlier and self.copy.is_file():
             with self.copy.open(newline="", encoding="utf-8") as stream:
                 self.earlier = list(csv.DictReader(stream))
@@ -189,25 +191,25 @@ class AtomicCSVLogger(loggers.CSVLogger):
         """Write all rows, or leave the file as it was."""
         writer = self.experiment
         file, keys = Path(writer.metrics_file_path), list(writer.metrics_keys)
-        partial = file.with_name(f".{file.name}")
         rows: list[dict[str, Any]] = list(writer.metrics)
+        if not rows:
+            return
         try:
-            if self.earlier and rows:
+            if self.earlier:
                 first = min(int(row["step"]) for row in rows)
                 earlier = ({k: v for k, v in row.items() if v} for row in self.earlier if int(row["step"]) < first)
                 writer.metrics = [*earlier, *rows]
-            if file.is_file():
-                partial.write_bytes(file.read_bytes())
-            writer.metrics_file_path = str(partial)
-            super().save()
-            if partial.is_file():
-                partial.replace(file)
-            if rows:
-                self.earlier = []
-                self.copy.unlink(missing_ok=True)
+            with atomic_write(file) as partial:
+                if file.is_file():
+                    shutil.copyfile(file, partial)
+                else:  # to an existing file Lightning writes no header
+                    partial.unlink()
+                writer.metrics_file_path = str(partial)
+                super().save()
+            self.earlier = []
+            self.copy.unlink(missing_ok=True)
         except OSError as error:
             writer.metrics, writer.metrics_keys = rows, keys
-            partial.unlink(missing_ok=True)
-            warn_once(f"{file} could not be written ({error}); training goes on, and the next save tries again.")
+            warn_once(f"{file} could not be written ({error.strerror}); training goes on, and the next save tries again.")
         finally:
             writer.metrics_file_path = str(file)

@@ -29,7 +29,7 @@ from tercet.errors import require
 from tercet.evaluation.figures import figure_text
 from tercet.evaluation.significance import PairedDifference, holm, paired_difference, randomization_test
 from tercet.messages import csv_cell, print_status, printable, warn_once
-from tercet.paths import check_writable
+from tercet.paths import atomic_write, check_writable, write_text
 
 IGNORED_KEYS = (*record.KEYS_WITHOUT_EFFECT, "seed", "hydra")
 NO_SEEDS = "no two seeds in common"
@@ -170,7 +170,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     folders = {file.parent for path in paths for file in path.rglob("config.yaml")}
     top = [folder for folder in folders if not folders & set(folder.parents)]  # the stages of a run are not runs
     top.sort(key=lambda folder: [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in folder.parts])
-    runs = [_read_run(folder) for folder in top if (folder / "metrics.json").is_file()]
+    runs = [_read_run(folder) for folder in top if record.is_finished(folder)]
     if unfinished := len(top) - len(runs):
         print_status(f"{unfinished} runs have not finished and are left out.")
     require(runs, f"runs={', '.join(map(str, paths))}: no finished run (config.yaml and metrics.json) is there.")
@@ -204,15 +204,16 @@ def write_comparison(comparison: Comparison, metrics: Sequence[str], folder: Pat
     """Write ``comparison.txt`` (printed too), ``.csv`` (all metrics of all runs), ``.png`` and ``report.html``."""
     text = comparison_text(comparison, metrics)
     print_status("\n" + text)
-    (folder / "comparison.txt").write_text(text + "\n", encoding="utf-8")
-    with (folder / "comparison.csv").open("w", newline="", encoding="utf-8") as file:
+    write_text(folder / "comparison.txt", text + "\n")
+    with atomic_write(folder / "comparison.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         names = sorted({name for runs in comparison.runs.values() for run in runs for name in run.metrics})
         writer.writerow(map(csv_cell, [*comparison.axes, "seed", "folder", *names]))
         for setting, runs in comparison.runs.items():
             rows = ([*setting, one.seed, str(one.folder), *(one.metrics.get(n, "") for n in names)] for one in runs)
             writer.writerows(map(csv_cell, row) for row in rows)
-    draw_comparison(comparison, metrics).savefig(folder / "comparison.png", dpi=150)
+    with atomic_write(folder / "comparison.png") as partial:
+        draw_comparison(comparison, metrics).savefig(partial, dpi=150)
     title = f"{sum(map(len, comparison.runs.values()))} runs compared"
     headline = describe_best(comparison, metrics[0]) if metrics else ""
     report.write_comparison_page(folder, title, headline, text, folder / "comparison.png")
@@ -343,7 +344,7 @@ def summarize_sweep(root: Path, stages: DictConfig) -> bool:
     jobs = sorted((folder for folder in root.glob("*") if folder.name.isdigit()), key=lambda folder: int(folder.name))
     if not jobs:
         return True
-    done = [folder for folder in jobs if (folder / "metrics.json").is_file()]
+    done = [folder for folder in jobs if record.is_finished(folder)]
     comparison = group_runs(read_runs(done)) if done else Comparison((), {})
     summaries = {comparison.label(s): summarize([one.metrics for one in runs]) for s, runs in comparison.runs.items()}
     content: Any = summaries
@@ -355,7 +356,7 @@ def summarize_sweep(root: Path, stages: DictConfig) -> bool:
     failed = [folder for folder in jobs if folder not in done]
     for folder in failed:
         print_status(f"job {folder.name} failed: {folder / 'error.txt'}")
-    (root / "summary.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_text(root / "summary.json", json.dumps(content, indent=2) + "\n")
     print_status(f"Written to {root / 'summary.json'}")
     return not any((folder / "error.txt").is_file() for folder in failed)
 
@@ -368,7 +369,8 @@ def _show_summary(summary: Summary, runs: int, stages: DictConfig, root: Path) -
             {stage: record.stage_metrics({n: x[key] for n, x in summary.items()}, stage) for stage in ("before", *names)}
             for key in ("mean", "sd")
         )
-        draw_stages(means, stages, sds).savefig(root / "stages.png", dpi=150)
+        with atomic_write(root / "stages.png") as partial:
+            draw_stages(means, stages, sds).savefig(partial, dpi=150)
 
 
 def summarize(runs: Sequence[dict[str, float]]) -> Summary:

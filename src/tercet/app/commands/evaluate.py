@@ -16,7 +16,7 @@ from tercet.messages import print_status, silence_libraries
 from tercet.models import CachedEncoder, ConcatEncoder, Encoder
 from tercet.models.folder import check_device, load_with_note
 from tercet.models.prompts import Prompts
-from tercet.paths import check_writable, locate
+from tercet.paths import atomic_write, check_writable, locate
 from tercet.types import EncodeFunction
 
 
@@ -39,7 +39,8 @@ def run(cfg: DictConfig, output: Path) -> None:
         record.write_metrics(target.parent, {f"test/{name}": value for name, value in metrics.items()}, target.name)
         drawn = evaluator.figures(encode) if hasattr(evaluator, "figures") else {}  # embeddings are cached
         for name, figure in drawn.items():
-            figure.savefig(target.with_name(f"{target.stem}_{name}.png"), dpi=150)
+            with atomic_write(target.with_name(f"{target.stem}_{name}.png")) as partial:
+                figure.savefig(partial, dpi=150)
         print_status(f"Written to {target}" + "".join(f", {target.stem}_{name}.png" for name in drawn))
 
 

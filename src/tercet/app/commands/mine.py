@@ -1,7 +1,6 @@
 """The command ``mine``: hard negatives for pairs or labeled texts, as a file to train on."""
 
 import csv
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from tercet.errors import require
 from tercet.evaluation.search import FalseNegativeFilter, hard_negatives
 from tercet.messages import print_status, silence_libraries
 from tercet.models import CachedEncoder
-from tercet.paths import check_writable
+from tercet.paths import atomic_write, check_writable
 from tercet.types import Source
 
 KINDS = (".parquet", ".csv", ".tsv", ".jsonl")
@@ -129,15 +128,14 @@ def write_table(table: pa.Table, target: Path) -> None:
 
     In CSV and TSV line ends and tabs in texts become spaces: there a row is one line, and a cell of TSV cannot be quoted.
     """
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    if target.suffix == ".parquet":
-        pq.write_table(table, partial)
-    elif target.suffix == ".jsonl":
-        table.to_pandas().to_json(partial, orient="records", lines=True, force_ascii=False)
-    else:
-        rows = [table.column_names, *zip(*(column.to_pylist() for column in table.columns), strict=True)]
-        style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None}
-        with partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n", **(style if target.suffix == ".tsv" else {}))
-            writer.writerows([re.sub(r"[\t\r\n]+", " ", str(cell)) for cell in row] for row in rows)
-    partial.replace(target)
+    with atomic_write(target) as partial:
+        if target.suffix == ".parquet":
+            pq.write_table(table, partial)
+        elif target.suffix == ".jsonl":
+            table.to_pandas().to_json(partial, orient="records", lines=True, force_ascii=False)
+        else:
+            rows = [table.column_names, *zip(*(column.to_pylist() for column in table.columns), strict=True)]
+            style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None}
+            with partial.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file, lineterminator="\n", **(style if target.suffix == ".tsv" else {}))
+                writer.writerows([re.sub(r"[\t\r\n]+", " ", str(cell)) for cell in row] for row in rows)

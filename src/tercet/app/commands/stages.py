@@ -9,13 +9,13 @@ from hydra.core.hydra_config import HydraConfig
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf, read_write
 
-from tercet.app import record
+from tercet.app import record, run_folder
 from tercet.app.commands import train
 from tercet.app.hydra_compat import quote
 from tercet.errors import require
 from tercet.evaluation.figures import figure_text
 from tercet.messages import print_status
-from tercet.paths import check_writable
+from tercet.paths import atomic_write, check_writable, write_text
 
 OWN = ("experiment", "stages", "init_from", "output_dir", "resume", "optimized_metric", "name", "measure_before")
 COUNTS = (*train.RESULT_GROUPS, "trainer", "test")  # a finished stage is kept where these are the same
@@ -35,9 +35,14 @@ def run(cfg: DictConfig, output: Path) -> float | None:
     require(not taken, f"stages.runs: a stage may not be called {' or '.join(taken)}. Rename it.")
     check_writable(output, "output_dir")
     folders = {name: output / f"{number}_{name}" for number, name in enumerate(runs, 1)}
-    _check_folder(output, list(folders.values()), cfg.resume)
-    for name, stage in runs.items():  # an error in the last stage is found before the first one trains
-        train.prepare(compose_stage(stage, None, folders[name]), output)
+    with run_folder.locked(output):
+        _check_folder(cfg, output, list(folders.values()))
+        for name, stage in runs.items():  # an error in the last stage is found before the first one trains
+            train.prepare(compose_stage(stage, None, folders[name]), output)
+        return _run_stages(cfg, output, runs, folders)
+
+
+def _run_stages(cfg: DictConfig, output: Path, runs: dict[str, DictConfig], folders: dict[str, Path]) -> float | None:
     columns: dict[str, dict[str, float]] = {}
     start, measured = cfg.init_from, None
     for number, (name, folder) in enumerate(folders.items(), 1):
@@ -45,8 +50,8 @@ def run(cfg: DictConfig, output: Path) -> float | None:
         test = OmegaConf.to_container(config.test, resolve=True)
         config.measure_before = bool(cfg.measure_before and test != measured)  # else the last stage has just done so
         config.resume = cfg.resume
-        if cfg.resume and (folder / "metrics.json").is_file():
-            other = record.first_difference(folder, config, lambda key: key.split(".")[0] in COUNTS)
+        if cfg.resume and record.is_finished(folder):
+            other = record.first_difference(record.read_settings(folder), config, lambda key: key.split(".")[0] in COUNTS)
             advice = f"Use another output_dir, or delete {folder} and what follows it."
             require(not other, f"{folder.name} was finished with {other}. {advice}")
             print_status(f"{folder.name} is finished; kept")
@@ -67,10 +72,11 @@ def run(cfg: DictConfig, output: Path) -> float | None:
     return None if cfg.check else _finish(cfg, output, columns, start)
 
 
-def _check_folder(output: Path, folders: list[Path], resume: bool) -> None:
-    found = sorted(p for p in output.glob("*_*") if p.is_dir() and p.name.split("_")[0].isdigit())
+def _check_folder(cfg: DictConfig, output: Path, folders: list[Path]) -> None:
     if record.is_main_process():
-        require(resume or not found, f"output_dir={output} holds stages already: resume=true continues them.")
+        if not cfg.resume and not cfg.check and run_folder.holds_run(output):
+            run_folder.set_aside(output)
+        found = sorted(p for p in output.glob("*_*") if p.is_dir() and p.name.split("_")[0].isdigit())
         other, now = (", ".join(path.name for path in paths) for paths in (sorted({*found} - {*folders}), folders))
         advice = "Use the same stages.runs, or another output_dir."
         require(not other, f"resume=true: {output} holds {other}; the stages are {now} now. {advice}")
@@ -98,13 +104,14 @@ def _finish(cfg: DictConfig, output: Path, columns: dict[str, dict[str, float]],
     last = record.read_metrics(Path(model).parent)
     metrics |= {name: x for name, x in last.items() if name.startswith("val/")}
     if record.is_main_process():
-        OmegaConf.save(cfg, output / "config.yaml", resolve=True)
+        identity = record.write_settings(output, cfg)
         (output / "model").unlink(missing_ok=True)
         (output / "model").symlink_to(Path(model).relative_to(output))
         text = stage_table(columns, cfg.stages.in_domain, cfg.stages.out_of_domain)
-        (output / "stages.txt").write_text(text + "\n", encoding="utf-8")
-        draw_stages(columns, cfg.stages).savefig(output / "stages.png", dpi=150)
-        record.write_metrics(output, metrics)
+        write_text(output / "stages.txt", text + "\n")
+        with atomic_write(output / "stages.png") as partial:
+            draw_stages(columns, cfg.stages).savefig(partial, dpi=150)
+        record.write_metrics(output, metrics, run=identity)
         print_status(f"\n{text}\n\nWritten to {output}: stages.txt, stages.png, metrics.json, model/")
     if cfg.optimized_metric not in metrics and not any(o.startswith("optimized_metric=") for o in cfg.command or ()):
         cfg.optimized_metric = None  # the experiment's, which stages of one's own need not measure

@@ -49,12 +49,13 @@ class OptunaSweeper(Sweeper):
         import optuna
 
         from tercet.messages import print_status
+        from tercet.paths import write_text
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         space, fixed = self._split_arguments(arguments)
         folder = Path(self.cfg.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self.cfg, folder / "multirun.yaml")
+        write_text(folder / "multirun.yaml", OmegaConf.to_yaml(self.cfg))
         storage = f"sqlite:///{folder.resolve() / 'study.db'}"
         study = optuna.create_study(study_name=STUDY, storage=storage, load_if_exists=True, direction=self.direction)
         # A study that goes on must not repeat its first samples.

@@ -2,8 +2,7 @@
 
 import csv
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ from torch import Tensor
 
 from tercet.evaluation.figures import ACCENT, GRAY, make_axes
 from tercet.evaluation.inputs import embed_columns
-from tercet.messages import csv_cell, markdown_text, warn_once
+from tercet.messages import csv_cell, log_errors, markdown_text
+from tercet.paths import atomic_write, write_text
 from tercet.training.callbacks.evaluation import Evaluation
 from tercet.training.loggers import FIGURE, TABLE, has_images, log_to_all
 from tercet.types import Source
@@ -57,8 +57,10 @@ def publish_figure(trainer: pl.Trainer, name: str, figure: Figure) -> None:
     """Write ``<name>.png`` into the run's folder, from the first process, and log it."""
     path = Path(trainer.default_root_dir) / f"{name}.png"
     if trainer.is_global_zero:
-        with _whole_file(path):
-            figure.savefig(path, dpi=150)
+        with log_errors(f"{path}"):
+            with atomic_write(path) as partial:
+                figure.savefig(partial, dpi=150)
+            _written[path] = None
         if path.is_file():
             log_to_all(trainer, FIGURE, name, figure, str(path))
 
@@ -67,20 +69,11 @@ def publish_table(trainer: pl.Trainer, name: str, columns: Sequence[str], rows: 
     """Write ``<name>.csv`` into the run's folder, unless it has images (bytes), and log it."""
     path = Path(trainer.default_root_dir) / f"{name}.csv"
     if not has_images(rows):
-        with _whole_file(path), path.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows(map(csv_cell, row) for row in [columns, *rows])
+        with log_errors(f"{path}"):
+            with atomic_write(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+                csv.writer(file).writerows(map(csv_cell, row) for row in [columns, *rows])
+            _written[path] = None
     log_to_all(trainer, TABLE, name, columns, rows)
-
-
-@contextmanager
-def _whole_file(path: Path) -> Iterator[None]:
-    """Where the file cannot be written, remove the part of it and warn; the run goes on."""
-    try:
-        yield
-        _written[path] = None
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        warn_once(f"{path} could not be written ({error}); training goes on without it.")
 
 
 def draw_cosines(axis: Any, title: str, true: Tensor, other: Tensor, least: float) -> None:
@@ -117,8 +110,9 @@ class BeforeAfter(pl.Callback):
         if len(self.scores) == 2 and trainer.is_global_zero:
             publish_figure(trainer, "before_after", draw_before_after(*self.scores.values()))
             path = Path(trainer.default_root_dir) / "neighbors.md"
-            with _whole_file(path):
-                path.write_text(self.neighbors(), encoding="utf-8")
+            with log_errors(f"{path}"):
+                write_text(path, self.neighbors())
+                _written[path] = None
 
     @cached_property
     def texts(self) -> tuple[list[str], list[str]]:
