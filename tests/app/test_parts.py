@@ -88,7 +88,8 @@ def test_processes_are_counted():
 @pytest.mark.parametrize(("override", "hint"), [
     ("model.poolng=cls", "Did you mean model.pooling?"), ("lr=1", "Did you mean optimizer.lr?"),
     ("data.train.qery=3", "Did you mean data.train.query?"), ("objectiv=mlm", "Did you mean objective?"),
-    ("temperature=1", "Did you mean loss.temperature?"),
+    ("temperature=1", "Did you mean loss.temperature?"), ("learning_rate=1e-5", "Did you mean optimizer.lr?"),
+    ("epochs=3", "Did you mean trainer.max_epochs?"), ("keep=3", "Did you mean keep_last?"),
     ("zzzz=1", "--cfg job"),
 ])  # fmt: skip
 def test_a_mistyped_key_is_answered_with_the_nearest_of_this_configuration(override, hint):

@@ -13,7 +13,7 @@ from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, ModelCh
 from tercet.app import launch, record, report, run_folder
 from tercet.app.commands.evaluate import initialize_from
 from tercet.app.commands.preflight import preflight
-from tercet.app.components import build, check_values, find_targets, start_record
+from tercet.app.components import build, check_settings, check_values, find_targets, start_record
 from tercet.app.config_checks import check_config, check_model, set_monitor_mode
 from tercet.app.own_texts import choose_by_columns, set_run_length
 from tercet.distributed.sharding import gather_weights, load_state
@@ -61,6 +61,7 @@ def run(cfg: DictConfig, output: Path) -> float | None:
 def prepare(cfg: DictConfig, output: Path) -> tuple[DictConfig, DataModule]:
     """Resolve the configuration and build its data; run every check that needs no data."""
     start_record(cfg)
+    check_settings(cfg)
     config: Any = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     check_writable(output, "output_dir")
     silence_libraries()
