@@ -1,8 +1,11 @@
 """Settings are chosen on validation: in every experiment, on rows that are neither trained on nor tested."""
 
+from types import SimpleNamespace
+
 import pytest
 from omegaconf import OmegaConf
 
+from tercet.app.commands import train
 from tercet.app.components import find_targets
 from tercet.app.config_checks import check_config
 from tercet.training import SimCSEUnsup
@@ -52,3 +55,10 @@ def test_a_test_metric_that_is_optimized_is_warned_about(caplog, tmp_path):
     for metric in ("val/sts/stsb/spearman", "test/sts/stsb/spearman"):
         check_config(composed("data=text", "data.path=x", f"optimized_metric={metric}"), SimCSEUnsup, Data())
     assert [r.message.startswith("optimized_metric=test/") for r in caplog.records] == [True]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_validation_rows_are_counted_where_there_are_some(name, monkeypatch):
+    monkeypatch.setattr(train, "build", lambda node: SimpleNamespace(rows=lambda: range(7)))
+    cfg = composed(f"experiment={name}")
+    assert train.count_validation_rows(cfg) == (7 if OmegaConf.select(cfg, "data.validation_rows") else None)

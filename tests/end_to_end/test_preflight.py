@@ -2,8 +2,10 @@
 
 import re
 
+import pytest
+
 from tercet.app.commands.preflight import format_duration
-from tests.conftest import tiny
+from tests.conftest import choices, tiny
 from tests.end_to_end.conftest import FAST, write_texts
 
 
@@ -30,3 +32,22 @@ def test_it_finds_what_only_a_step_shows(command, tmp_path):
 
 def test_spans_are_for_people():
     assert [format_duration(x) for x in (5, 300, 7200)] == ["5 s", "5 min", "2.0 h"]
+
+
+FEW = ["trainer.accelerator=cpu", "logger=none", "data.batch_size=8", "check=true", "num_threads=1"]
+SMALL = {  # what keeps an experiment of texts short; the data and everything else are its own
+    "quick_thoughts_small": ["data.held_out=2000", "data.batch_size=20"],
+    "quick_thoughts_minilm": tiny("data.held_out=2000", "data.batch_size=20"),
+    "facenet_lfw_small": ["data.workers=0"],
+    "facenet_questions": tiny("~test.reference", "sampler.per_label=2"),
+    "facenet_intents": tiny("sampler.per_label=2"),
+}
+AT_HAND = [name for name in choices("experiment") if "base" not in name and "large" not in name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in AT_HAND if name not in ("facenet", "quick_thoughts", "own_texts")])
+def test_every_experiment_whose_data_is_at_hand_starts(name, command, shared):
+    """The settings of an experiment, with its own data, are tried whole; those left out need the hub or the user's data."""
+    result = command("train", f"experiment={name}", *SMALL.get(name, tiny()), *FEW)
+    assert result.code == 0 and "check passed" in result.terminal, result.terminal

@@ -104,8 +104,7 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
     if cfg.init_from:
         print_status(initialize_from(objective.encoder, cfg.init_from))
     check_model(objective, data, launch.started_by_launcher(), cfg.trainer.strategy == FSDP2)
-    validated = len(build(cfg.data.validation).rows()) if cfg.data.validation and cfg.data.validation_rows else None
-    evaluation = Evaluation(build(cfg.validation), build(cfg.test), validated)
+    evaluation = Evaluation(build(cfg.validation), build(cfg.test), count_validation_rows(cfg))
     if cfg.check:
         preflight(cfg, objective, data, evaluation, output)
         return None
@@ -152,6 +151,12 @@ def is_done(cfg: DictConfig, output: Path) -> bool:
         return False
     settings = record.read_settings(output)
     return not record.first_difference(settings, cfg, lambda key: key.split(".")[0] not in FREE_KEYS)
+
+
+def count_validation_rows(cfg: DictConfig) -> int | None:
+    """The number of rows that the data holds out for validation; None where it holds out none."""
+    rows = cfg.data.get("validation_rows")  # data with splits of its own has no such key
+    return len(build(cfg.data.validation).rows()) if rows and cfg.data.validation else None
 
 
 def check_resume(cfg: DictConfig, output: Path) -> bool:
