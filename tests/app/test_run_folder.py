@@ -1,14 +1,19 @@
-"""One run at a time has a folder; another run there is set aside."""
+"""One run at a time has a folder; another run there is set aside; results are those of what was written."""
 
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tercet.app import run_folder
+from tercet.app.commands import train
 from tercet.app.run_folder import LOCK, MOVING, holds_run, locked, set_aside
 from tercet.errors import InputError
+from tercet.models.folder import KEY
+from tercet.training.callbacks.evaluation import Evaluation
 from tests.test_paths import names
 
 
@@ -113,3 +118,17 @@ def test_a_run_whose_setting_aside_was_cut_off_is_moved_on(tmp_path):
     (tmp_path / "metrics.json").write_text("{}")
     with locked(tmp_path):
         assert names(tmp_path) == [LOCK, "before-1"] and names(tmp_path / "before-1") == ["checkpoints", "metrics.json"]
+
+
+def test_the_best_checkpoint_counts_as_what_was_written(tmp_path, monkeypatch, capsys):
+    """Where a disk was full, the file is that of an earlier validation, or there is none."""
+    path, loaded = tmp_path / "best.ckpt", []
+    best = SimpleNamespace(monitor="val/x", mode="max", best_model_score=0.75, best_model_path=str(path), state_key="best")
+    trainer = SimpleNamespace(checkpoint_callback=best, callback_metrics={"train/loss": 1.0, "val/x": 0.25})
+    monkeypatch.setattr(train, "load_state", lambda _, weights: loaded.append(weights))
+    assert train.restore_best(trainer, None, Evaluation()) == {"train/loss": 1.0, "val/x": 0.25}
+    assert not loaded and "best.ckpt, the best by val/x, is not there" in capsys.readouterr().err
+    for score, said in ((0.75, ""), (0.5, "The checkpoint of val/x 0.7500 could not be written")):
+        torch.save({KEY: {}, "state_dict": {}, "callbacks": {"best": {"best_model_score": torch.tensor(score)}}}, path)
+        assert train.restore_best(trainer, None, Evaluation()) == {"train/loss": 1.0, "val/x": score}
+        assert said in capsys.readouterr().err and len(loaded) == (1 if score == 0.75 else 2)

@@ -128,7 +128,7 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
         # Processes get different seeds: rows of two of them must not share their dropout.
         pl.seed_everything(cfg.seed + trainer.global_rank, workers=True, verbose=False)
         if resumed := newest_checkpoint(last_checkpoints(output)) if cfg.resume else None:
-            print_status(f"resuming from {resumed}, step {read_checkpoint(resumed)['global_step']}")
+            print_status(f"resuming from {resumed}, step {read_checkpoint(resumed, mmap=True)['global_step']}")
         trainer.fit(objective, datamodule=data, ckpt_path=str(resumed) if resumed else None)
         metrics |= restore_best(trainer, objective, evaluation)
         metrics |= validate(trainer, objective) if by_validation else {}
@@ -245,7 +245,8 @@ def restore_best(trainer: pl.Trainer, objective: Contrastive, evaluation: Evalua
         if not path.is_file():
             print_status(f"{path}, the best by {monitor}, is not there: these are the last weights.")
             return values
-        written = float(read_checkpoint(path, mmap=True)["callbacks"][best.state_key]["best_model_score"])
+        inside = read_checkpoint(path, mmap=True)["callbacks"].get(best.state_key, {})
+        written = float(inside.get("best_model_score", score))
         if written != score:
             print_status(f"The checkpoint of {monitor} {score:.4f} could not be written; the best one is that before it.")
             score = written
