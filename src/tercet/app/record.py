@@ -186,7 +186,8 @@ def is_finished(run: Path) -> bool:
     """Whether the folder has metrics, and they are of the run in its ``config.yaml``, not of one before it."""
     if not all((run / name).is_file() for name in ("config.yaml", "metrics.json")):
         return False
-    found = re.findall(r"^run: (\w+)$", (run / "config.yaml").read_text(encoding="utf-8"), re.MULTILINE)
+    text = read_regular_file(run / "config.yaml", SETTINGS_SIZE).decode(errors="replace")
+    found = re.findall(r"^run: (\w+)$", text, re.MULTILINE)
     return [_read_results(run).get("run")] == (found or [None])  # None: of an earlier version
 
 
