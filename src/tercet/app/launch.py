@@ -150,7 +150,8 @@ def _run_rank(
         "TORCHELASTIC_RUN_ID": "tercet", "TORCHELASTIC_USE_AGENT_STORE": "True",  # as torchrun: the store is in the parent
     }  # fmt: skip
     if sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        for library in ("GLOO", "NCCL"):
+            os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
     components.start_record(OmegaConf.create(raw))
     try:
         with signals.stop_on_signals():
