@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from tercet.errors import InputError
-from tercet.images import PixelFormat, UnreadableImage, read_image_cell, to_array
+from tercet.images import PixelFormat, UnreadableImage, make_thumbnail, read_image_cell, to_array
 
 GRAY, COLOR = PixelFormat(16, 1, (0.5,), (0.5,)), PixelFormat(16, 3, (0.5,) * 3, (0.5,) * 3)
 SHADES = np.linspace(0, 255, 24 * 24).reshape(24, 24)
@@ -120,3 +120,39 @@ def test_content_is_the_bytes_or_the_file(tmp_path):
 def test_wrong_settings_are_named(name, values):
     with pytest.raises(InputError, match=f"^{name}="):
         PixelFormat(*values)
+
+
+def huge(kind, width, height, **options):
+    """A small file of very many pixels, all white."""
+    return encoded(Image.new("1" if kind in ("png", "tiff") else "L", (width, height), 1), kind, **options)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [huge("png", 12_000, 12_000), huge("gif", 8_000, 8_000), huge("tiff", 20_000, 8_000, compression="group4"),
+     huge("jpeg", 9_000, 9_000, progressive=True), huge("webp", 8_000, 8_000, lossless=True)],
+    ids=["png", "gif", "tiff", "progressive jpeg", "webp"],
+)  # fmt: skip
+def test_a_small_file_of_many_pixels_is_refused_before_it_is_decoded(data, monkeypatch):
+    assert len(data) < 1_000_000
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("it was decoded"))
+    monkeypatch.setattr("PIL.WebPImagePlugin.WebPImageFile.load", lambda self: pytest.fail("it was decoded"))
+    for read in (COLOR.read, make_thumbnail):
+        with pytest.raises(UnreadableImage, match=r"pixels; 33,554,432 are accepted|DecompressionBombError"):
+            read(data)
+
+
+def test_a_large_photograph_is_decoded_at_a_fraction():
+    assert COLOR.read(encoded(Image.new("RGB", (9_000, 6_000), "white"), "jpeg")).shape == (3, 16, 16)
+
+
+def test_formats_that_run_programs_are_refused():
+    page = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 20 20\n%%EndComments\n(id) pop\n%%EOF\n"
+    with pytest.raises(UnreadableImage, match="it is of the format EPS"):
+        COLOR.read(page)
+
+
+def test_a_cell_that_is_empty_is_unreadable():
+    for cell in (None, {"bytes": None, "path": None}):
+        with pytest.raises(UnreadableImage, match="the cell is empty"):
+            read_image_cell(cell)

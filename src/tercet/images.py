@@ -10,12 +10,16 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from tercet.errors import require
+from tercet.errors import InputError, require
+from tercet.paths import read_regular_file
 
 # Of files that are taken for images, in capitals too; where a name is there with several, the first counts.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm")
 MODES = {1: "L", 3: "RGB"}
 SIDE = 112  # pixels of a thumbnail
+FORMATS = {"JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF"}  # others may run programs
+MOST_BYTES = 1 << 28  # of a file
+MOST_PIXELS = 1 << 25  # of a decoded image, as 8192 x 4096; it takes 1 to 16 bytes a pixel, and some copies
 SMALLEST = 8  # pixels of a side; smaller images are mostly placeholders
 
 
@@ -24,8 +28,38 @@ class UnreadableImage(ValueError):  # noqa: N818 - the name says more than one t
 
 
 def read_image_cell(cell: Any) -> bytes:
-    """The bytes of a cell of an image column: ``{"bytes": ..., "path": ...}``, of which either may be None."""
-    return Path(cell["path"]).read_bytes() if cell["bytes"] is None else bytes(cell["bytes"])
+    """The bytes of a cell of an image column: ``{"bytes": ..., "path": ...}``, of which either may be None.
+
+    Raises ``OSError`` where the path names no file, ``UnreadableImage`` where it is no regular one, or the cell is empty.
+    """
+    if cell is None or (cell["bytes"] is None and cell["path"] is None):
+        raise UnreadableImage("the cell is empty")
+    if cell["bytes"] is not None:
+        return bytes(cell["bytes"])
+    try:
+        return read_regular_file(Path(cell["path"]), MOST_BYTES)
+    except (InputError, ValueError) as error:  # ValueError: a NUL in the path
+        raise UnreadableImage(str(error)) from error
+
+
+def open_image(data: bytes, mode: str = "RGB", size: int = 0) -> Image.Image:
+    """Decode a file's content to an upright image of any mode. Raises ``UnreadableImage``, before decoding if it is too large.
+
+    JPEG is decoded towards ``mode`` at a fraction of its size, as long as both sides keep ``size`` pixels.
+    """
+    try:
+        file = Image.open(io.BytesIO(data))  # reads the header only
+        require(file.format in FORMATS, f"it is of the format {file.format}")
+        whole = file.size
+        if size:
+            file.draft(mode, (size, size))
+        width, height = whole if file.info.get("progressive") else file.size  # progressive JPEG is held as a whole
+        require(width * height <= MOST_PIXELS, f"it has {width} x {height} pixels; {MOST_PIXELS:,} are accepted")
+        file.load()
+        return ImageOps.exif_transpose(file)
+    except Exception as error:  # decoders raise errors of many types
+        reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+        raise UnreadableImage(f"it cannot be decoded ({reason})") from error
 
 
 @dataclass(frozen=True)
@@ -60,14 +94,7 @@ class PixelFormat:
 
     def open(self, data: bytes) -> Image.Image:
         """Decode a file's content to an upright image of its own size, in gray or RGB. Raises ``UnreadableImage``."""
-        try:
-            file = Image.open(io.BytesIO(data))
-            # JPEG is decoded at a fraction of its size, as long as both sides stay large enough.
-            file.draft(MODES[self.channels], (2 * self.size, 2 * self.size))
-            file.load()
-            picture = ImageOps.exif_transpose(file)
-        except Exception as error:  # decoders raise errors of many types
-            raise UnreadableImage(f"it cannot be decoded ({type(error).__name__}: {error})") from error
+        picture = open_image(data, MODES[self.channels], 2 * self.size)
         if min(picture.size) < SMALLEST:
             raise UnreadableImage(f"it has {picture.width} x {picture.height} pixels, {SMALLEST} are the least of a side")
         return _to_8_bit(picture).convert(MODES[self.channels])
@@ -93,7 +120,7 @@ def _to_8_bit(picture: Image.Image) -> Image.Image:
 
 def make_thumbnail(data: bytes) -> Image.Image:
     """A file's content as an upright, square RGB image for display."""
-    return ImageOps.fit(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"), (SIDE, SIDE))
+    return ImageOps.fit(open_image(data).convert("RGB"), (SIDE, SIDE))
 
 
 def to_array(picture: Image.Image) -> npt.NDArray[np.uint8]:

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 import sys
 import time
 import warnings
@@ -11,12 +12,42 @@ from functools import cache
 from typing import Any
 
 _reported: set[str] = set()
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\t\n]")
+
+
+def printable(text: str, lines: bool = True) -> str:
+    r"""The text with the characters that steer a terminal, or cannot be encoded, as escapes; without ``lines`` on one line.
+
+    >>> printable("a \x1b[2J\nb"), printable("a\nb", lines=False)
+    ('a \\x1b[2J\nb', 'a\\nb')
+    """
+    return _CONTROL.sub(lambda x: x[0] if lines and x[0] in "\t\n" else x[0].encode("unicode_escape").decode(), text)
+
+
+def csv_cell(cell: Any) -> Any:
+    """The cell of a table for people: before text that a spreadsheet would take for a formula stands a quote.
+
+    >>> [csv_cell(cell) for cell in ("=1+1", "a=1", "-0.5", "- he said", 2.5)]
+    ["'=1+1", 'a=1', '-0.5', "'- he said", 2.5]
+    """
+    number = r"[+-]?[\d.]+(e[+-]?\d+)?"
+    is_formula = isinstance(cell, str) and re.match(r"[=+\-@\t\r\n＝＋－＠].", cell) and not re.fullmatch(number, cell)
+    return f"'{cell}" if is_formula else cell
+
+
+def markdown_text(text: str) -> str:
+    r"""The text on one line, without any of Markdown's meanings.
+
+    >>> markdown_text("a | <b>")
+    'a \\| \\<b\\>'
+    """
+    return re.sub(r"([\\`*_\[\]<>|#~&!$])", r"\\\1", " ".join(printable(text).split()))
 
 
 @cache
 def warn_once(message: str) -> None:
     """Log a warning; the same message is logged once in a process."""
-    logging.getLogger("tercet").warning(message)
+    logging.getLogger("tercet").warning(printable(message))
 
 
 def describe_logger(logger: Any) -> str:
@@ -32,7 +63,7 @@ def log_errors(what: str, kind: type[Exception] = OSError) -> Iterator[None]:
     except kind as error:
         if what not in _reported:
             _reported.add(what)
-            logging.getLogger("tercet").warning(f"{what}: {type(error).__name__}: {error}; the run goes on without it.")
+            warn_once(f"{what}: {type(error).__name__}: {error}; the run goes on without it.")
 
 
 def print_status(line: str) -> None:
@@ -40,7 +71,7 @@ def print_status(line: str) -> None:
     from tercet.distributed.gather import rank  # imports torch, which this module does not need otherwise
 
     if rank() == 0:
-        print(line, file=sys.stderr, flush=True)
+        print(printable(line), file=sys.stderr, flush=True)
 
 
 class ProgressLines:

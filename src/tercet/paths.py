@@ -1,17 +1,22 @@
 """Paths of data and models, checks of output folders, and writing whole files."""
 
 import fcntl
+import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from tercet.errors import InputError, require
 from tercet.messages import warn_once
 
 PARTIAL = ".partial-"  # how the names of unfinished files begin
+SMALL = 1 << 24  # bytes of a settings file, at most
 
 
 def locate(path: str) -> Path:
@@ -19,6 +24,23 @@ def locate(path: str) -> Path:
     here = Path(path).expanduser()
     root = os.environ.get("TERCET_DATA")
     return here if here.is_absolute() or here.exists() or not root else Path(root) / here
+
+
+def locate_inside(name: str, roots: Sequence[str]) -> str | None:
+    """The path of a file, a relative ``name`` from the first of ``roots`` on; None if, links followed, no root holds it.
+
+    ``roots`` are folders without links.
+    """
+    folder, _, last = os.path.join(roots[0], name).rpartition("/")
+    if "\0" in name:
+        return None
+    real = f"{_real_folder(folder or '/')}/{last}"
+    if last in ("", ".", "..") or os.path.islink(real):
+        real = os.path.realpath(real)
+    return f"{folder}/{last}" if any(real.startswith(f"{root.rstrip('/')}/") for root in roots) else None
+
+
+_real_folder = lru_cache(maxsize=4096)(os.path.realpath)  # images lie in few folders
 
 
 def visible_files(folder: Path) -> list[Path]:
@@ -49,11 +71,18 @@ def visible_files(folder: Path) -> list[Path]:
             for path in files:
                 if not path.exists():
                     warn_once(f"{folder}: {path.relative_to(folder)} is a link to nothing; left out.")
-    for name in (os.fsencode(file.relative_to(folder)) for file in found):
-        if name.decode(errors="ignore").encode() != name:
+    for file in found:
+        for part in (*reversed(file.relative_to(folder).parents), file):
+            what = "file" if part is file else "folder"
+            fault = f"the name of the {what} {os.fsencode(part.name)!r} is not UTF-8"
             advice = "Rename it (for many: convmv -r -f latin1 -t utf8 --notest)."
-            raise InputError(f"`path`={folder}: the name of the file {name!r} is not UTF-8. {advice}")
+            require(is_utf8(part.name), f"`path`={folder}: {fault}. {advice}")
     return sorted(found)
+
+
+def is_utf8(name: str) -> bool:
+    """Whether the name of a file, or a text of the command line, can be written to a file: its bytes are UTF-8."""
+    return name.isascii() or name.encode(errors="replace") == name.encode(errors="surrogatepass")
 
 
 def check_new_folder(folder: Path, parameter: str) -> None:
@@ -66,12 +95,29 @@ def check_writable(folder: Path, parameter: str) -> None:
     """Make the folder; raise ``InputError`` naming ``parameter`` now if it cannot be written, not after the work."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".{os.getpid()}"
+        probe = folder / _partial_name()
         probe.touch()
         probe.unlink()
     except OSError as error:
         advice = f"Set `{parameter}` to another folder."
         raise InputError(f"`{parameter}`={folder} cannot be written ({error.strerror}). {advice}") from error
+
+
+def read_regular_file(path: Path, limit: int) -> bytes:
+    """The content of a file; ``InputError`` for more than ``limit`` bytes, and for devices and pipes, which may never end."""
+    info = path.stat()
+    require(stat.S_ISREG(info.st_mode), f"{path} is not a regular file.")
+    require(info.st_size <= limit, f"{path} has {info.st_size:,} bytes; {limit:,} are accepted.")
+    return path.read_bytes()
+
+
+def read_json_file(path: Path) -> Any:
+    """The content of a JSON file of settings; ``InputError`` where it is no JSON, or larger than ``SMALL``."""
+    content = read_regular_file(path, SMALL)
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, a number of thousands of digits, endless brackets
+        raise InputError(f"{path} is cut or not JSON ({error}). Copy or write it anew.") from error
 
 
 @contextmanager

@@ -88,7 +88,8 @@ def test_processes_are_counted():
 @pytest.mark.parametrize(("override", "hint"), [
     ("model.poolng=cls", "Did you mean model.pooling?"), ("lr=1", "Did you mean optimizer.lr?"),
     ("data.train.qery=3", "Did you mean data.train.query?"), ("objectiv=mlm", "Did you mean objective?"),
-    ("temperature=1", "Did you mean loss.temperature?"),
+    ("temperature=1", "Did you mean loss.temperature?"), ("learning_rate=1e-5", "Did you mean optimizer.lr?"),
+    ("epochs=3", "Did you mean trainer.max_epochs?"), ("keep=3", "Did you mean keep_last?"),
     ("zzzz=1", "--cfg job"),
 ])  # fmt: skip
 def test_a_mistyped_key_is_answered_with_the_nearest_of_this_configuration(override, hint):
@@ -165,9 +166,9 @@ def test_a_run_of_version_0_1_is_not_resumed_by_mistake(tmp_path):
 
 def test_versions_are_recorded_where_the_package_is_not_installed(monkeypatch):
     monkeypatch.setattr("importlib.metadata.distributions", lambda: [])
-    monkeypatch.setattr(record, "_git", lambda *arguments: "")
+    monkeypatch.setattr(record, "_git", lambda *arguments, folder=None: "")
     assert record.versions()["tercet"] == tercet.__version__
-    assert record.revision() == f"no repository, tercet {tercet.__version__}"
+    assert record.revision() == f"tercet {tercet.__version__}, installed, not of a repository of its own"
 
 
 COMMANDS = {

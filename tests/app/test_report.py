@@ -41,11 +41,13 @@ def folder(tmp_path):
     (tmp_path / "revision.txt").write_text("code abc\n")
     (tmp_path / "metrics.csv").write_text("step,train/loss,val/x\n0,1.5,\n5,,0.1\n10,0.5,0.3\n")
     (tmp_path / "figure.png").write_bytes(b"\x89PNG")
+    (tmp_path / "holiday.png").write_bytes(b"of the user")
     return tmp_path
 
 
 def written(folder, cfg):
-    report.write_report(folder, cfg, METRICS)
+    shown = [path for path in (folder / "figure.png", folder / "pairs.csv") if path.is_file()]
+    report.write_report(folder, cfg, METRICS, shown)
     text = (folder / "report.html").read_text()
     page = Balanced()
     page.feed(text)
@@ -61,6 +63,7 @@ def test_the_page_holds_all_and_needs_nothing(folder):
         assert part in re.sub(r"</?b>", "", text), part
     assert "view=<b>" not in text, "what was typed is text, not markup"
     assert text.count("<polyline") == 2
+    assert "holiday" not in text, "a file that the run has not written"
 
 
 def test_the_page_of_a_comparison_holds_its_tables_and_its_figure(tmp_path):

@@ -303,3 +303,53 @@ def test_bytes_of_any_type_are_images(world, kind):
     files = source(world / "typed.parquet", label="who")
     assert files.image == "scan"
     assert pictures(batch(files, list(range(40)))) == pictures(batch(source(world / "folder"), list(range(40))))
+
+
+def listed(path, *names):
+    """A Parquet file of labeled paths of images."""
+    pq.write_table(pa.table({"image": list(names), "label": [i // 2 for i in range(len(names))]}), path)
+    return ImageFiles(str(path))
+
+
+def test_paths_of_a_column_start_at_its_file_and_stay_below_it(tmp_path):
+    root = folder_of(tmp_path / "root", "in/0.png", "in/1.png", "in/2.png", "in/3.png")
+    (root / "in" / "inner.png").symlink_to(root / "in" / "0.png")
+    files = listed(root / "faces.parquet", "in/0.png", str(root / "in" / "1.png"), "in/../in/2.png", "in/inner.png")
+    assert len(batch(files, [0, 1, 2, 3])) == 4
+    folder_of(tmp_path, "away.png", "root-2/a.png")
+    (root / "link.png").symlink_to(tmp_path / "away.png")
+    (root / "linked").symlink_to(tmp_path)
+    outside = [
+        "../away.png", str(tmp_path / "away.png"), "/etc/passwd", "/dev/zero", "link.png", "linked/away.png",
+        "in/../../away.png", "a\0b", "..", "", "../root-2/a.png",
+    ]  # fmt: skip
+    for name in outside:
+        files = listed(root / "faces.parquet", "in/0.png", name, "in/1.png", "in/2.png")
+        with pytest.raises(InputError, match=r"faces.parquet: the image .* is outside of .*/root. Copy") as caught:
+            files.rows()
+        assert repr(name) in str(caught.value)
+
+
+def test_bytes_have_names_that_are_no_paths(tmp_path):
+    cells = [{"bytes": picture(i), "path": "/etc/passwd"} for i in range(4)]
+    pq.write_table(pa.table({"image": cells, "label": [0, 0, 1, 1]}), tmp_path / "x.parquet")
+    assert len(batch(ImageFiles(str(tmp_path / "x.parquet")), [0, 1, 2, 3])) == 4
+
+
+def test_a_link_of_a_folder_that_leads_out_is_refused(tmp_path):
+    folder_of(tmp_path, "root/P0/a.png", "away.png")
+    (tmp_path / "root" / "P0" / "b.png").symlink_to(tmp_path / "away.png")
+    with pytest.raises(InputError, match=r"the image .*P0/b.png' is outside of"):
+        ImageFiles(str(tmp_path / "root")).rows()
+
+
+def test_what_is_no_file_is_not_read(tmp_path, caplog):
+    """A pipe would be waited for, and a device or a file of terabytes never ends."""
+    root = folder_of(tmp_path, "0.png", "1.png", "2.png", "3.png")
+    os.mkfifo(root / "pipe.png")
+    (root / "folder.png").mkdir()
+    with (root / "large.png").open("wb") as file:
+        file.truncate(1 << 40)
+    made = batch(listed(root / "faces.parquet", "0.png", "pipe.png", "folder.png", "large.png"), [0, 1, 2, 3])
+    assert (len(made), made.num_unreadable) == (1, 3)
+    assert "is not a regular file" in caplog.text and "268,435,456 are accepted" in caplog.text

@@ -1,6 +1,5 @@
 """The command line, run as a user does but in this process: imports are paid once."""
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ import pytest
 import torch
 
 from tercet.app.cli import main
+from tercet.app.record import read_metrics
 from tercet.models.folder import read_checkpoint
 from tests.conftest import TEXTS, restored_signals, tiny
 
@@ -23,7 +23,7 @@ class Result:
 
     def metrics(self):
         """The run's metrics.json."""
-        return json.loads((self.output / "metrics.json").read_text())
+        return read_metrics(self.output)
 
 
 @pytest.fixture

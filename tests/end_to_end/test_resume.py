@@ -9,9 +9,12 @@ import time
 import pytest
 from pytorch_lightning.callbacks import ModelCheckpoint
 
+from tercet.app import run_folder
+from tercet.app.record import read_metrics
 from tercet.evaluation import Retrieval
 from tercet.models.folder import read_checkpoint
 from tercet.training import SimCSEUnsup
+from tests.app.test_run_folder import end, holder
 from tests.end_to_end.conftest import assert_same_weights
 
 SLOW = pytest.mark.slow  # the same at another place
@@ -50,6 +53,78 @@ def test_weights_are_bit_identical(run, whole, monkeypatch, stop, objective, mor
     resumed = run(f"objective={objective}", *more, "resume=true")
     assert resumed.code == 0 and f"step {stop // 2 * 2}" in resumed.terminal, resumed.terminal
     assert_same_weights(resumed.output, before)
+
+
+@pytest.fixture
+def killed(run, monkeypatch):
+    """``killed(*overrides)``: a run that is killed in its first step: it leaves its settings and nothing else."""
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    def made(*more):
+        with monkeypatch.context() as patched:
+            patched.setattr(SimCSEUnsup, "training_step", stopped)
+            patched.setattr(ModelCheckpoint, "on_exception", lambda *_: None)
+            result = run(*more)
+        assert result.code == 130, result.terminal
+        return result
+
+    return made
+
+
+def test_a_folder_used_again_holds_one_run_and_the_other_aside(run, killed, command, tmp_path):
+    """Seed 1 finished; seed 2 begun in the same folder, killed before its first checkpoint, resumed."""
+    once = ["trainer.max_epochs=1", "evaluation@test=heldout"]
+    first = run(*once)
+    assert first.code == 0, first.terminal
+    numbers, folder = first.metrics(), first.output
+    assert "before-1/" in killed(*once, "seed=2").terminal
+    assert [p.name for p in folder.iterdir() if p.name in ("metrics.json", "model", "checkpoints")] == []
+    assert read_metrics(folder / "before-1") == numbers and (folder / "before-1" / "model").is_dir()
+    credited = command("compare", str(tmp_path), f"output={tmp_path}")
+    assert credited.code == 1 and "no finished run" in credited.terminal, credited.terminal
+    resumed = run(*once, "seed=2", "resume=true")
+    assert resumed.code == 0 and "is finished" not in resumed.terminal, resumed.terminal
+    assert "before-2" not in resumed.terminal, "it is the same run that begins again"
+    whole = resumed.output.rename(tmp_path / "resumed")
+    assert run(*once, "seed=2").code == 0
+    assert_same_weights(whole, folder)
+    assert read_metrics(whole) != numbers
+
+
+def test_a_run_that_goes_on_with_more_steps_has_no_results_until_it_has_made_them(run, killed, command, tmp_path):
+    assert run("trainer.max_epochs=1").code == 0
+    longer = killed("trainer.max_epochs=2", "resume=true")
+    assert "resuming from" in longer.terminal
+    credited = command("compare", str(longer.output))
+    assert credited.code == 1 and "1 runs have not finished" in credited.terminal, credited.terminal
+    done = run("trainer.max_epochs=2", "resume=true")
+    assert done.code == 0 and "resuming from" in done.terminal, done.terminal
+    assert "is finished" in run("trainer.max_epochs=2", "resume=true").terminal
+
+
+def test_a_checkpoint_goes_on_with_its_own_settings(run, killed):
+    """Not with those in config.yaml, which versions before wrote over."""
+    result = run("trainer.max_epochs=1")
+    settings = result.output / "config.yaml"
+    settings.write_text(settings.read_text().replace("\nseed: 1\n", "\nseed: 2\n"))
+    other = run("trainer.max_epochs=2", "seed=2", "resume=true")
+    assert other.code == 1 and "was started with seed=1, not 2" in other.terminal, other.terminal
+    inside = run(f"init_from={result.output}")
+    assert inside.code == 1 and "which is set aside. Use another output_dir" in inside.terminal
+
+
+def test_a_second_run_in_a_folder_is_refused(run, monkeypatch, tmp_path):
+    monkeypatch.setattr(run_folder, "WAIT_SECONDS", 0.5)
+    (tmp_path / "run").mkdir()
+    child = holder(tmp_path / "run")
+    try:
+        result = run()
+    finally:
+        end(child)
+    assert result.code == 1 and f"error: output_dir={result.output} is in use by process {child} on " in result.terminal
+    assert not (result.output / "config.yaml").exists()
 
 
 def test_resume_without_a_checkpoint_is_a_start(run):

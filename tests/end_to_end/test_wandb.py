@@ -15,6 +15,7 @@ from PIL import Image
 
 from tercet import messages
 from tercet.images import SIDE
+from tercet.training.callbacks.figures import shown_files
 from tests.conftest import CONF, composed, tiny
 from tests.end_to_end.conftest import FAST
 from tests.end_to_end.test_train_images import TINY, people  # noqa: F401 - a fixture
@@ -57,6 +58,8 @@ def test_a_run_is_whole_in_its_folder(small):
     assert [row["trainer/global_step"] for row in seen.history if "train/lr" in row] == [0, 1]
     assert result.metrics().items() <= seen.summary.items()
     assert {"config.yaml", "revision.txt", "metrics.json", "report.html", "pairs.csv"} <= seen.artifacts["record"].keys()
+    assert not (result.output / "changes.patch").exists(), "it is written where it is asked for"
+    assert {"pairs.csv", "embeddings.png"} <= {path.name for path in shown_files(result.output)}
     assert {"model.safetensors", "config.json"} <= seen.artifacts["model"].keys()
     assert "last.ckpt" in seen.artifacts["checkpoints"]
     assert seen.media("tables/pairs") and seen.media("figures/embeddings")

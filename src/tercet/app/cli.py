@@ -21,6 +21,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from tercet.app import components, error_formatting, hydra_compat, signals, sweeps
+from tercet.errors import require
+from tercet.messages import printable
+from tercet.paths import is_utf8, write_text
 
 COMMANDS = {
     "compare": "runs as one table: compare <folders> metric=<name> output=<folder>",
@@ -67,6 +70,7 @@ def main(command: str, arguments: Sequence[str] | None = None) -> NoReturn:
     failed: list[str] = []
     with signals.stop_on_signals():
         try:
+            _check_letters(given)
             if command == "train":
                 hydra_compat.run_main(_job(failed), config_folder(), command, given)
             else:
@@ -83,6 +87,13 @@ def main(command: str, arguments: Sequence[str] | None = None) -> NoReturn:
             report_error(error, command)
             raise SystemExit(1) from None
         raise SystemExit(1 if failed else 0)
+
+
+def _check_letters(arguments: Sequence[str]) -> None:
+    """Raise ``InputError`` for an argument that is not UTF-8, or typed in a folder whose name is not: no file can record it."""
+    for text in (*arguments, str(Path.cwd())):
+        advice = "Rename the file or folder (for many: convmv -r -f latin1 -t utf8 --notest)."
+        require(is_utf8(text), f"{os.fsencode(text)!r} is not UTF-8. {advice}")
 
 
 def _run_composed(command: str, arguments: Sequence[str]) -> None:
@@ -109,6 +120,7 @@ def _run_composed(command: str, arguments: Sequence[str]) -> None:
             print(OmegaConf.to_yaml(cfg), end="")
             return
         components.start_record(cfg)
+        components.check_settings(cfg)
         module, function = ("export", "expand") if command == "expand" else (command, "run")
         try:
             getattr(importlib.import_module(f"tercet.app.commands.{module}"), function)(cfg, Path.cwd())
@@ -132,18 +144,22 @@ def _unquoted(values: Sequence[str]) -> list[str]:
 
 def _job(failed: list[str]) -> Callable[[DictConfig], Any]:
     def job(cfg: DictConfig) -> Any:
-        components.start_record(cfg)
-        module = importlib.import_module(f"tercet.app.commands.{'stages' if cfg.stages.runs else 'train'}")
         output = Path(HydraConfig.get().runtime.output_dir)
-        if int(os.environ.get("SLURM_RESTART_COUNT", 0)):
-            cfg.resume = True  # SLURM has queued the job again
         try:
             with signals.stop_on_signals():  # in a worker process of a sweep, which has not come by `main`
+                components.start_record(cfg)
+                components.check_settings(cfg)
+                moved = "paths would start in the folder of the run, not where the command was typed. Leave it out"
+                require(not HydraConfig.get().job.chdir, f"hydra.job.chdir=true: {moved}.")
+                module = importlib.import_module(f"tercet.app.commands.{'stages' if cfg.stages.runs else 'train'}")
+                if int(os.environ.get("SLURM_RESTART_COUNT", 0)):
+                    cfg.resume = True  # SLURM has queued the job again
                 return module.run(cfg, output)
         except Exception as error:
             failed.append(report_error(error, "train"))
             if HydraConfig.get().mode == RunMode.MULTIRUN:  # the sweep goes on, its summary points here
-                (output / "error.txt").write_text(failed[-1] + "\n", encoding="utf-8")
+                with suppress(OSError):  # a full disk may be the error
+                    write_text(output / "error.txt", failed[-1] + "\n")
             return float("nan")
         except (KeyboardInterrupt, SystemExit):
             remove_empty(output)
@@ -165,8 +181,8 @@ def remove_empty(path: Path) -> None:
 
 def report_error(error: Exception, command: str) -> str:
     """Print what the user can do about the error; ``TERCET_DEBUG=1`` adds the traceback."""
-    text = error_formatting.explain(error, command)
+    text = printable(error_formatting.explain(error, command))
     if os.environ.get("TERCET_DEBUG"):
-        traceback.print_exception(error)
+        print(printable("".join(traceback.format_exception(error))), file=sys.stderr)
     print(f"\nerror: {text}", file=sys.stderr, flush=True)  # a new line: a progress bar may stand on this one
     return text

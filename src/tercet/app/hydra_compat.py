@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import version
 from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core.global_hydra import GlobalHydra
@@ -17,6 +18,9 @@ from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, run_job, setup_globals
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, Node, OmegaConf
+from omegaconf._utils import get_yaml_loader
+
+MAX_DEPTH = 32  # of values in values, in a configuration that is read as plain data
 
 
 def full_key(node: Any) -> str:
@@ -28,6 +32,24 @@ def source_key(config: DictConfig, key: str) -> str:
     """The key behind interpolations: ``data.module.batch_size`` holds ``${data.batch_size}``."""
     _, _, node = config._select_impl(key, throw_on_missing=False, throw_on_resolution_failure=False)
     return full_key(node) or key
+
+
+class PlainLoader(get_yaml_loader()):  # type: ignore[misc]
+    """OmegaConf's reader of YAML, without what makes a small file large or deep: anchors, aliases, endless nesting."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Read a node and those inside it."""
+        event = self.peek_event()
+        fault = "anchors and aliases are not accepted" if event.anchor else ""
+        fault = fault or (f"more than {MAX_DEPTH} levels are not accepted" if self.depth == MAX_DEPTH else "")
+        if fault:
+            raise yaml.composer.ComposerError(None, None, fault, event.start_mark)
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
 
 def failed_config(error: BaseException | None) -> Any:

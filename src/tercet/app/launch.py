@@ -49,6 +49,17 @@ def num_processes(cfg: DictConfig) -> int:
     return num_devices(cfg) if str(cfg.trainer.strategy).startswith(("ddp", "fsdp", "deepspeed")) else 1
 
 
+def needs_processes(cfg: DictConfig) -> bool:
+    """Whether to start processes: also one alone, where weights are sharded, since Lightning would listen on all networks."""
+    return num_processes(cfg) > 1 or str(cfg.trainer.strategy).startswith(("fsdp", "deepspeed"))
+
+
+def strategy_options(cfg: DictConfig) -> dict[str, Any]:
+    """What replaces settings of the trainer: ``ddp`` for one process alone, which needs no connections to others."""
+    alone = not started_by_launcher() and str(cfg.trainer.strategy).startswith("ddp")
+    return {"strategy": "auto"} if alone else {}
+
+
 def num_devices(cfg: DictConfig) -> int:
     """The number of devices of this machine that the trainer uses, whatever its strategy."""
     devices = cfg.trainer.devices
@@ -148,7 +159,7 @@ def _run_rank(
         raise SystemExit(signals.TERMINATED) from None
     except Exception as error:
         # The first to fail knows why; the others only miss it.
-        with suppress(FileExistsError), (Path(output) / "error.txt").open("x", encoding="utf-8") as file:
+        with suppress(OSError), (Path(output) / "error.txt").open("x", encoding="utf-8") as file:
             file.write(explain(error, "train") + "\n")
         if os.environ.get("TERCET_DEBUG"):
             raise

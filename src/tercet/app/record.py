@@ -5,26 +5,50 @@ import json
 import os
 import platform
 import re
+import secrets
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
+import yaml
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from tercet import __version__
 from tercet.app.components import walk
+from tercet.app.hydra_compat import PlainLoader
 from tercet.distributed.gather import rank
+from tercet.errors import InputError, require
+from tercet.evaluation.direction import SMALLER_IS_BETTER
 from tercet.messages import describe_logger, log_errors
+from tercet.models.folder import TOKENIZER_FILES
+from tercet.paths import atomic_write, read_json_file, read_regular_file, write_text
 
 EXAMPLES = "examples.npz"  # test metrics by example: names as in metrics.json without their stage
+SETTINGS_SIZE = 1 << 19  # bytes of a config.yaml, at most
 ARTIFACTS = ("record", "model", "checkpoints")
-RECORD = (".yaml", ".txt", ".json", ".html", ".csv", ".png", ".md", ".patch")
+# The files of a run that the artifact "record" has, beside its figures and tables: no other file of the folder is sent.
+RECORD = ("config.yaml", "revision.txt", "metrics.json", "metrics.csv", "report.html", "changes.patch")
+MODEL_FILE = re.compile(
+    r"([fg]/)?(\d+_\w+/)?((model|head)[\w-]*\.safetensors(\.index\.json)?|\w+\.model|chat_template\.jinja|"
+    r"(config|tercet|modules|config_sentence_transformers|sentence_bert_config|preprocessor_config|generation_config)\.json|"
+    + "|".join(map(re.escape, sorted(TOKENIZER_FILES))) + ")"
+)  # fmt: skip
+CHECKPOINT = re.compile(r"[^/]+\.ckpt|random-\d+\.pt")
+CODE = ("src", "conf", "train.py", "pyproject.toml", "constraints.txt")  # what changes.patch is about
+PATCH_SIZE = 1 << 20  # characters of changes.patch, at most
+SECRET = re.compile(  # a line of changes.patch that is left out
+    r"(?i)(api_?key|secret|passwd|password|credential|private_?key|(access|auth|bearer|api)[-_ ]?token)[\w\"']*\s*[:=]"
+    r"|-----BEGIN|://[^/\s:@]+:[^/\s@]+@|^[-+ ][A-Za-z0-9+/=]{48,}$|\b[0-9a-f]{40,}\b"
+    r"|\b(hf_|gh[a-z]_|github_pat_|glpat-|sk-|xox[a-z]-|AKIA|ASIA|AIza|ya29\.)[A-Za-z0-9_.-]{12,}"
+)
 KEYS_WITHOUT_EFFECT = (  # keys, or their beginnings, that change no result
     "output_dir", "name", "resume", "check", "num_threads", "logger", "keep_last", "save_every", "measure_before",
-    "optimized_metric", "artifacts", "callback.progress", "callback.summary", "callback.embeddings", "callback.figures",
+    "optimized_metric", "artifacts", "code_changes", "allow_changed_data", "callback.progress", "callback.summary",
+    "callback.embeddings",
+    "callback.figures",
 )  # fmt: skip
 PACKAGES = ("torch", "pytorch-lightning", "transformers", "datasets", "hydra-core", "torchmetrics", "wandb")
 
@@ -32,18 +56,22 @@ Metrics = dict[str, float]
 
 
 def write_start(cfg: DictConfig, output: Path, data: Any, loggers: Sequence[Logger]) -> dict[str, Any]:
-    """Write the configuration and the versions of code and data, also to the loggers; uncommitted code is changes.patch."""
+    """Write the configuration and the versions of code and data, also to the loggers.
+
+    With ``cfg.code_changes`` changes.patch has what of Tercet's own checkout is not committed. ``run`` in the configuration,
+    and in the notes that are returned, is new: results carry it, too (see ``is_finished``).
+    """
     data_notes = {"name": data.name, "fingerprint": data.fingerprint()}
     notes: dict[str, Any] = {"revision": revision(), "data": data_notes, "versions": versions()}
     values: Any = OmegaConf.to_container(cfg, resolve=True)
     config = values | notes | {"data": values["data"] | data_notes}
     if is_main_process():
-        (output / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
+        notes["run"] = write_settings(output, cfg)
         lines = (("code", notes["revision"]), ("data", " ".join(data_notes.values())), *notes["versions"].items())
-        (output / "revision.txt").write_text("".join(f"{name} {value}\n" for name, value in lines), encoding="utf-8")
+        write_text(output / "revision.txt", "".join(f"{name} {value}\n" for name, value in lines))
         (output / "changes.patch").unlink(missing_ok=True)
-        if changes := _git("diff", "HEAD"):
-            (output / "changes.patch").write_text(changes, encoding="utf-8")
+        if cfg.code_changes and (changes := code_changes()):
+            write_text(output / "changes.patch", changes)
     for logger in loggers:
         logger.log_hyperparams(config)
         if isinstance(logger, TensorBoardLogger):  # which writes hyperparameters to a file beside the events only
@@ -53,7 +81,8 @@ def write_start(cfg: DictConfig, output: Path, data: Any, loggers: Sequence[Logg
 
 def is_main_process() -> bool:
     """Whether this is the process that writes files."""
-    return rank() == 0 and int(os.environ.get("RANK", 0)) == 0
+    launched = os.environ.get("RANK", os.environ.get("SLURM_PROCID", 0))  # before the processes are joined
+    return rank() == 0 and int(launched) == 0
 
 
 def close_loggers(loggers: Sequence[Logger], status: str) -> None:
@@ -65,8 +94,13 @@ def close_loggers(loggers: Sequence[Logger], status: str) -> None:
                 logger.experiment.finish(exit_code=0 if status == "finished" else 1)
 
 
-def log_artifacts(loggers: Sequence[Logger], output: Path, cfg: DictConfig, metrics: Metrics, notes: dict[str, Any]) -> None:
-    """Log the metrics as W&B's summary, and up to ``cfg.artifacts`` the artifacts record, model and checkpoints."""
+def log_artifacts(
+    loggers: Sequence[Logger], output: Path, cfg: DictConfig, metrics: Metrics, notes: dict[str, Any], shown: Sequence[Path]
+) -> None:
+    """Log the metrics as W&B's summary, and up to ``cfg.artifacts`` the artifacts record, model and checkpoints.
+
+    ``shown`` are the run's figures and tables, which are part of its record.
+    """
     kinds = ARTIFACTS[: 1 + ARTIFACTS.index(cfg.artifacts)] if cfg.artifacts else ()
     metadata = {"revision": notes["revision"], "data": notes["data"]["fingerprint"], **metrics}
     for logger in loggers:
@@ -74,19 +108,26 @@ def log_artifacts(loggers: Sequence[Logger], output: Path, cfg: DictConfig, metr
             with log_errors(describe_logger(logger), Exception):
                 logger.experiment.summary.update(metrics)
                 for kind in kinds:
-                    logger.experiment.log_artifact(_artifact(output, cfg.name, kind, metadata))
+                    files = [*(output / name for name in RECORD), *shown] if kind == "record" else written_files(output, kind)
+                    logger.experiment.log_artifact(_artifact(output, cfg.name, kind, metadata, files))
 
 
-def _artifact(output: Path, name: str, kind: str, metadata: dict[str, Any]) -> Any:
+def written_files(output: Path, kind: str) -> list[Path]:
+    """The files of the model or of the checkpoints of a run, by their names, and not what else may be in these folders."""
+    folder, known = output / kind, MODEL_FILE if kind == "model" else CHECKPOINT
+    files = (path for path in folder.rglob("*") if not path.is_symlink())
+    return [path for path in files if known.fullmatch(path.relative_to(folder).as_posix())]
+
+
+def _artifact(output: Path, name: str, kind: str, metadata: dict[str, Any], files: Sequence[Path]) -> Any:
     import wandb
 
     full_name = re.sub(r"[^\w.-]", "_", f"{name}-{output.name}-{kind}", flags=re.ASCII)[-128:]
     artifact = wandb.Artifact(full_name, type=kind, metadata=metadata)
-    if kind == "record":
-        for file in sorted(path for path in output.iterdir() if path.suffix in RECORD):
-            artifact.add_file(str(file))
-    elif (output / kind).is_dir():
-        artifact.add_dir(str(output / kind), policy="immutable")  # not copied to W&B's cache
+    folder = output if kind == "record" else output / kind
+    options: Any = {} if kind == "record" else {"policy": "immutable"}  # not copied to W&B's cache
+    for file in sorted(path for path in files if path.is_file()):
+        artifact.add_file(str(file), file.relative_to(folder).as_posix(), **options)
     return artifact
 
 
@@ -98,24 +139,58 @@ def versions() -> dict[str, str]:
 
 
 def revision() -> str:
-    """The commit of the code, marked where files differ from it; the version where there is no repository."""
+    """The commit of Tercet's own checkout, marked where files differ from it; the version where Tercet is installed."""
+    if checkout() is None:
+        return f"tercet {__version__}, installed, not of a repository of its own"
     described = _git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*").strip()
-    return described or f"no repository, tercet {__version__}"
+    return f"{described} of tercet's repository"
 
 
-def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(Path(__file__).resolve().parent), *arguments]
+def code_changes() -> str:
+    """The difference of Tercet's own checkout to its commit, without lines that look like a secret; cut at ``PATCH_SIZE``."""
+    lines = _git("diff", "--no-ext-diff", "--no-textconv", "HEAD", "--", *CODE).splitlines() if checkout() else []
+    kept = "\n".join(f"{line[:1]}(left out: it looks like a secret)" if SECRET.search(line) else line for line in lines)
+    return (f"{kept[:PATCH_SIZE]}\n(cut here)" if len(kept) > PATCH_SIZE else kept) + "\n" * bool(kept)
+
+
+def checkout() -> Path | None:
+    """The folder of Tercet's own repository; None where this package is part of none, or of that of another project."""
+    package = Path(__file__).resolve().parents[1]
+    top = _git("rev-parse", "--show-toplevel", folder=package).strip()
+    tracked = top and Path(top).resolve() == package.parents[1] and _git("ls-files", "__init__.py", folder=package)
+    project = package.parents[1] / "pyproject.toml"
+    is_own = tracked and project.is_file() and '\nname = "tercet"\n' in project.read_text(encoding="utf-8", errors="replace")
+    return package.parents[1] if is_own else None
+
+
+def _git(*arguments: str, folder: Path | None = None) -> str:
+    command = ["git", "-C", str(folder or Path(__file__).resolve().parents[3]), *arguments]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, errors="replace").stdout
     except (OSError, subprocess.CalledProcessError):
         return ""
 
 
-def write_metrics(output: Path, values: Metrics, name: str = "metrics.json") -> None:
-    """Write the metrics to a file that is replaced as a whole: a reader never sees half of it."""
-    partial = output / f".{name}.{os.getpid()}"
-    partial.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    partial.replace(output / name)
+def write_settings(output: Path, cfg: DictConfig) -> str:
+    """Write ``config.yaml`` with a new identity ``run``, which is returned: the results of this process carry it."""
+    run = secrets.token_hex(8)
+    write_text(output / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True) + f"run: {run}\n")
+    return run
+
+
+def write_metrics(output: Path, values: Metrics, name: str = "metrics.json", run: str | None = None) -> None:
+    """Write the metrics, and the identity of the ``run`` that they are of."""
+    content = {**values, **({"run": run} if run else {})}
+    write_text(output / name, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def is_finished(run: Path) -> bool:
+    """Whether the folder has metrics, and they are of the run in its ``config.yaml``, not of one before it."""
+    if not all((run / name).is_file() for name in ("config.yaml", "metrics.json")):
+        return False
+    settings = read_regular_file(run / "config.yaml", SETTINGS_SIZE).decode(errors="replace")
+    found = re.findall(r"^run: (\w+)$", settings, re.MULTILINE)
+    return [_read_results(run).get("run")] == (found or [None])  # None: of an earlier version
 
 
 def write_examples(output: Path, evaluator: Any, encode: Any) -> None:
@@ -123,21 +198,53 @@ def write_examples(output: Path, evaluator: Any, encode: Any) -> None:
     examples = evaluator.examples(encode) if hasattr(evaluator, "examples") else {}
     values: Any = {name: np.asarray(x, np.float32) for name, x in examples.items()}
     if values and is_main_process():
-        np.savez_compressed(output / EXAMPLES, **values)
+        with atomic_write(output / EXAMPLES) as partial:
+            np.savez_compressed(partial, **values)
 
 
-def first_difference(run: Path, cfg: DictConfig, counts: Callable[[str], bool]) -> str | None:
-    """The first setting, of those that ``counts`` accepts, in which ``cfg`` differs from a run's: ``a=1, not 2``."""
-    plain = (OmegaConf.to_container(config, resolve=True) for config in (OmegaConf.load(run / "config.yaml"), cfg))
+def first_difference(settings: Mapping[str, Any], cfg: DictConfig, counts: Callable[[str], bool]) -> str | None:
+    """The first setting, of those that ``counts`` accepts, that ``cfg`` changes in a run's ``settings``: ``a=1, not 2``."""
+    plain = settings, OmegaConf.to_container(cfg, resolve=True)
     before, now = ({key: value for key, value in walk(node) if not isinstance(value, dict)} for node in plain)
     other = [key for key in {**before, **now} if counts(key) and before.get(key) != now.get(key)]
+    if "data.fingerprint" not in before:  # written by a version that did not record it
+        other = [key for key in other if key != "data.fingerprint"]
     key = min(other, key=lambda name: name.count("."), default=None)  # the one that others interpolate
     return key and f"{key}={before.get(key)}, not {now.get(key)}"
 
 
+def read_settings(run: Path) -> dict[str, Any]:
+    """The ``config.yaml`` of a run, which may be a stranger's, as plain values: no interpolation in it is resolved."""
+    file = run / "config.yaml"
+    content = read_regular_file(file, SETTINGS_SIZE)
+    try:
+        found = yaml.load(content, PlainLoader)
+    except (yaml.YAMLError, ValueError, TypeError) as error:  # of constructors: no number, no key
+        reason = " ".join(str(error).split())
+        raise InputError(f"{file} cannot be read as the settings of a run ({reason}).") from error
+    require(isinstance(found, dict), f"{file} is not the settings of a run: keys with values are needed.")
+    return dict(found)
+
+
+def _read_results(run: Path) -> dict[str, Any]:
+    file = run / "metrics.json"
+    found = read_json_file(file)
+    needed = f"{file} is not the metrics of a run: names with a number each are needed."
+    require(isinstance(found, dict), needed)
+    for name, value in found.items():
+        require(type(value) is float or (type(value) is int and abs(value) < 1e300) or name == "run", needed)
+    return dict(found)
+
+
 def read_metrics(run: Path) -> Metrics:
     """The metrics that a run has written."""
-    return dict(json.loads((run / "metrics.json").read_text(encoding="utf-8")))
+    return {name: float(value) for name, value in _read_results(run).items() if name != "run"}
+
+
+def smaller_is_better(settings: Mapping[str, Any] | DictConfig) -> frozenset[str]:
+    """The names, without stage, suite and task, of a run's metrics that are better when smaller."""
+    names = settings.get("smaller_is_better")
+    return frozenset(map(str, names)) if isinstance(names, list | ListConfig) else SMALLER_IS_BETTER
 
 
 def stage_metrics(values: Metrics, name: str) -> Metrics:

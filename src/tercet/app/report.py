@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from omegaconf import DictConfig, OmegaConf
 
-from tercet.app.record import KEYS_WITHOUT_EFFECT, Metrics, stage_metrics
+from tercet.app.record import KEYS_WITHOUT_EFFECT, Metrics, smaller_is_better, stage_metrics
+from tercet.evaluation.direction import is_smaller_better
 from tercet.evaluation.significance import prediction_interval
+from tercet.paths import write_text
 
 CURVES = (  # columns of metrics.csv, or how they begin
     "train/loss", "train/accuracy", "train/alignment", "train/uniformity", "train/active", "train/gradient_norm", "val/", "lr",
 )  # fmt: skip
-LESS_IS_BETTER = ("alignment", "uniformity", "loss", "perplexity", "forgotten")  # metrics, by how their names end
 SPEED = ("sentences_per_second", "tokens_per_second", "images_per_second", "padding", "waiting", "memory_gb", "skipped")
 
 
@@ -37,8 +38,8 @@ class Chart(NamedTuple):
     y_range: tuple[str, str]
 
 
-def write_report(output: Path, cfg: DictConfig, metrics: Metrics) -> None:
-    """Write the page of a run into its folder ``output``, after all other files; the page includes the figures there."""
+def write_report(output: Path, cfg: DictConfig, metrics: Metrics, shown: Sequence[Path] = ()) -> None:
+    """Write the page of a run into its folder ``output``, after all other files; it has those of ``shown`` that are images."""
     before, after = (stage_metrics(metrics, stage) for stage in ("before", "test"))
     overrides = list(cfg.command or [])
     names = [name for name in after if name in before or not before]
@@ -51,7 +52,7 @@ def write_report(output: Path, cfg: DictConfig, metrics: Metrics) -> None:
         result=run_result(cfg, metrics, before, after),
         metrics=[(n, format_number(before.get(n)), format_number(after[n]), changes.get(n, "")) for n in names],
         charts=read_charts(output / "metrics.csv"),
-        figures=_encode_images(sorted(output.glob("*.png"))),
+        figures=_encode_images(sorted(path for path in shown if path.suffix == ".png")),
         overrides=[override.partition("=")[::2] for override in overrides],
         speed=[(n.replace("_", " "), format_number(metrics[f"train/{n}"])) for n in SPEED if f"train/{n}" in metrics],
         revision=(output / "revision.txt").read_text(encoding="utf-8"),
@@ -70,7 +71,7 @@ def _render(template: str, path: Path, **values: Any) -> None:
     loader = FileSystemLoader(Path(__file__).with_name("templates"))
     lines: Any = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, **lines)
-    path.write_text(environment.get_template(template).render(values), encoding="utf-8")
+    write_text(path, environment.get_template(template).render(values))
 
 
 def run_title(cfg: DictConfig) -> str:
@@ -95,7 +96,7 @@ def run_result(cfg: DictConfig, metrics: Metrics, before: Metrics, after: Metric
         return Result("No test metric was measured.")
     name, value = main.removeprefix("test/"), metrics[main]
     start = f"{format_number(before[name])} → " if name in before else ""
-    loss = (before.get(name, value) - value) * (-1 if name.endswith(LESS_IS_BETTER) else 1)
+    loss = (before.get(name, value) - value) * (-1 if is_smaller_better(name, smaller_is_better(cfg)) else 1)
     same = bool(before) and all(after.get(measured) == x for measured, x in before.items())
     unchanged = "Nothing beat the model that training started from, which is kept: " if same and cfg.monitor else ""
     headline = f"{'Worse than before training: ' if loss > 0 else unchanged}{name}: {start}{format_number(value)}"

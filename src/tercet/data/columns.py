@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,8 @@ from datasets import Dataset, DatasetInfo, Features
 from tercet.errors import InputError, check_choice, did_you_mean, require
 
 VERSION = "files-2"  # changes when the same files give other rows
-EDGE = 1 << 20  # bytes
+BLOCK = 1 << 20  # bytes that are read at once
+SAMPLED = 1 << 10  # blocks of the files of a stream that its fingerprint reads
 SPLITS = ("train", "test", "all")
 # The usual names of pairs and triplets: SimCSE's and those of Sentence Transformers; then of single texts.
 USUAL = (("sent0", "sent1", "hard_neg"), ("sent0", "sent1"), ("anchor", "positive", "negative"), ("anchor", "positive"),
@@ -43,16 +44,22 @@ def as_dataset(table: pa.Table, fingerprint: str, features: Mapping[str, Any] | 
     return Dataset(table, info=info, fingerprint=fingerprint)
 
 
-def text_columns(path: str, available: Sequence[str], columns: Sequence[str]) -> tuple[str, ...]:
-    """The named columns; none: a pair or triplet under its usual names, the only column, ``text`` or ``sentence``."""
+def text_columns(
+    path: str, available: Sequence[str], columns: Sequence[str], example: Callable[[], str] | None = None
+) -> tuple[str, ...]:
+    """The named columns; none: a pair or triplet under its usual names, the only column, ``text`` or ``sentence``.
+
+    ``example`` gives one that holds text, for the message where there is none of these.
+    """
     require(len(set(columns)) == len(columns), f"`columns`=[{', '.join(columns)}]: name columns, none of them twice.")
     require(available, f"`path`={path} has no rows.")
     for name in columns:
         check_column(f"`path`={path}", available, name, "columns")
     usual = (columns,) if columns else (available,) if len(available) == 1 else USUAL
     found = [tuple(names) for names in usual if set(names) <= set(available)]
-    advice = f"say which hold text, for example `columns`=[{available[0]}]"
-    require(found, f"`path`={path} has the columns {', '.join(available)}: {advice}.")
+    if not found:
+        advice = f"say which hold text, for example `columns`=[{example() if example else available[0]}]"
+        raise InputError(f"`path`={path} has the columns {', '.join(available)}: {advice}.")
     return found[0]
 
 
@@ -84,7 +91,8 @@ def label_ids(column: pa.ChunkedArray, path: str, name: str) -> tuple[pa.Chunked
 def to_integers(column: pa.ChunkedArray, path: str, name: str, parameter: str, advice: str = "") -> pa.ChunkedArray:
     """The column as int64; raises ``InputError`` with the first value that is no whole number of 64 bits."""
     if (numbers := _try_cast(column)) is None:
-        example = next(x for x in column.to_pylist() if x is not None and _try_cast(pa.array([x], column.type)) is None)
+        given = (x for x in column.to_pylist() if x is not None and _try_cast(pa.array([x], column.type)) is None)
+        example = next(given, column.type)
         accepted = "whole numbers of 64 bits are accepted"
         raise InputError(f"`{parameter}`={name}: `path`={path} holds {example!r} there; {accepted}.{advice}")
     return numbers
@@ -133,9 +141,9 @@ def where_mask(table: pa.Table, where: Mapping[str, Sequence[Any]], path: str) -
         column = table[name]
         try:
             accepted = pa.array([None if value is None else str(value) for value in values], pa.string()).cast(column.type)
-        except pa.ArrowException as error:
+            keep &= np.asarray(pc.is_in(column, value_set=accepted))
+        except (pa.ArrowException, UnicodeError) as error:
             raise InputError(f"`where`={{{name}: {values}}}: `path`={path} holds {column.type} there.") from error
-        keep &= np.asarray(pc.is_in(column, value_set=accepted))
     return keep
 
 
@@ -151,8 +159,9 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def files_fingerprint(kind: str, files: Sequence[Path], whole: bool = True) -> str:
-    """Hash the files' kind and contents in order; with ``whole`` false only their sizes, first and last MiB."""
-    parts = [_hash_file(file, whole, os.stat(file).st_mtime_ns, os.stat(file).st_size) for file in files]
+    """Hash the files' kind and contents in order; with ``whole`` false their sizes and at most a GiB of them, evenly spread."""
+    blocks = 0 if whole else max(2, SAMPLED // max(1, len(files)))
+    parts = [_hash_file(file, blocks, os.stat(file).st_mtime_ns, os.stat(file).st_size) for file in files]
     return text_fingerprint(VERSION, kind, *parts)
 
 
@@ -161,14 +170,19 @@ def text_fingerprint(*parts: str) -> str:
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
 
 
-@lru_cache(maxsize=4096)
-def _hash_file(file: Path, whole: bool, modified: int, size: int) -> str:
-    """``modified`` and ``size`` are part of the cache's key, so that a file that was written anew is read again."""
-    digest = hashlib.blake2b(f"{whole}{size}".encode(), digest_size=16)
+@lru_cache(maxsize=1 << 16)
+def _hash_file(file: Path, blocks: int, modified: int, size: int) -> str:
+    """Hash the first, the last and other MiB between them, ``blocks`` in all; 0: the whole file.
+
+    ``modified`` and ``size`` are part of the cache's key, so that a file that was written anew is read again.
+    """
+    digest = hashlib.blake2b(f"{not blocks}{size}".encode(), digest_size=16)
+    whole = not blocks or size <= blocks * BLOCK
+    starts = range(0, size, BLOCK) if whole else [i * (size - BLOCK) // (blocks - 1) for i in range(blocks)]
     with file.open("rb") as stream:
-        for start in range(0, size, EDGE) if whole else (0, max(0, size - EDGE)):
+        for start in starts:
             stream.seek(start)
-            digest.update(stream.read(EDGE))
+            digest.update(stream.read(BLOCK))
     return digest.hexdigest()
 
 

@@ -17,7 +17,7 @@ from huggingface_hub import hf_hub_download
 
 from tercet.data.columns import Chunk, check_column, files_fingerprint, plain_schema, text_fingerprint
 from tercet.data.formats import FORMATS, JSON, ROWS, Format, Opened, number_rows
-from tercet.errors import InputError, require
+from tercet.errors import InputError, refuse_damaged, require
 from tercet.paths import locate, visible_files
 
 PREFIX = "hf://datasets/"
@@ -44,13 +44,15 @@ class DataPath(NamedTuple):
         for name, schema, chunks in self._open(columns, texts):
             for column in columns if self.format is not JSON else ():
                 check_column(name, schema.names, column, "columns")
-            yield from chunks
+            with refuse_damaged(name):
+                yield from chunks
 
     def _open(self, columns: Sequence[str], texts: Sequence[str]) -> Iterator[tuple[str, pa.Schema, Iterator[Chunk]]]:
         for file in self.files or (Path(self.path),):
             name = self.describe(file)
             require(not file.is_file() or file.stat().st_size, f"{name}: the file is empty.")
-            schema, chunks = self.format.open(file, name, columns, texts)
+            with refuse_damaged(name):
+                schema, chunks = self.format.open(file, name, columns, texts)
             twice = ", ".join(sorted({n for n in schema.names if schema.names.count(n) > 1}))
             require(not twice, f"{name}: the column {twice} is there twice. Rename one of them.")
             yield name, schema, chunks
@@ -60,7 +62,7 @@ class DataPath(NamedTuple):
         return f"`path`={self.path}" + ("" if len(self.files) < 2 else f", file {file.name}")
 
     def fingerprint(self, options: Sequence[Any], whole: bool = True) -> str:
-        """Hash the options and the files' contents, with ``whole`` false their sizes and ends, but not where they are."""
+        """Hash the options and the files' contents, with ``whole`` false at most a GiB, but not where they are."""
         files = files_fingerprint(self.format.kind, self.files, whole)
         return text_fingerprint(repr((*options, "" if self.files else self.path)), files)
 
@@ -80,6 +82,7 @@ def resolve(path: str, streaming: bool = False) -> DataPath:
         if HUB_ID.fullmatch(path) and suffix not in {*FORMATS, *ARCHIVES} and not folders:
             return DataPath(path, Format("hub", partial(_open_hub, streaming)))
         raise InputError(f"`path`={path} does not exist.{_describe_folders(here.name, folders)} `path` takes {ACCEPTED}.")
+    require(here.is_file(), f"`path`={path} is a device or a pipe. `path` takes {ACCEPTED}.")
     require(os.access(here, os.R_OK), f"`path`={path} may not be read by this user: change its permissions.")
     require(suffix not in ARCHIVES, f"`path`={path} is packed ({suffix}). Unpack it first; `path` takes {ACCEPTED}.")
     got = f"a '{suffix}' file" if suffix else "a file without an ending"

@@ -1,14 +1,17 @@
 """Labeled images in folders, Parquet files or on the hub."""
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Value
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from tercet.data import columns as cols
 from tercet.data.columns import Chunk
@@ -16,12 +19,13 @@ from tercet.data.file_reader import DataPath, resolve
 from tercet.errors import require
 from tercet.images import SUFFIXES
 from tercet.messages import warn_once
-from tercet.paths import locate, visible_files
+from tercet.paths import locate, locate_inside, visible_files
 
 IMAGE_NAMES = ("image", "img", "picture", "photo", "face", "pixels")
 LABEL_NAMES = ("label", "identity", "person", "class", "target", "category", "name")
 SPLIT_NAMES = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
 ACCEPTED = "a folder root/label/file, .parquet files with an image column, or a hub id (owner/name)"
+HASHED = 50_000  # images of a folder whose contents its fingerprint reads, at most
 CELL = {"bytes": Value("binary"), "path": Value("string")}
 CELL_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
@@ -29,6 +33,8 @@ CELL_TYPE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 @dataclass(frozen=True)
 class ImageFiles:
     """A folder ``root/label/file``, Parquet with an image column (bytes, or ``{bytes, path}``), or a hub data set.
+
+    Files are read inside of the folder alone, of Parquet that of its file, where relative paths start; links are followed.
 
     ``image`` and ``label`` name the columns; None: found by their usual names, or as the only column that can hold images. In
     a folder the label is the name of the folder that a file is in; a file in ``root`` itself has none. If ``root`` holds only
@@ -88,7 +94,8 @@ class ImageFiles:
         reason = f"`where`={self.where} keeps no row of" if self.where else "There is no image in"
         require(len(table), f"{reason} `path`={self.path}.")
         assert self.image is not None
-        cells, features = {"image": _image_cells(table[self.image], self.path, self.image)}, {"image": CELL}
+        roots = _roots(self.path)
+        cells, features = {"image": _image_cells(table[self.image], self.path, self.image, roots)}, {"image": CELL}
         if self.label is not None:
             cells["label"], names = cols.label_ids(table[self.label], self.path, self.label)
             features["label"] = ClassLabel(names=names) if names else Value("int64")
@@ -97,7 +104,7 @@ class ImageFiles:
         return cols.as_dataset(rows, self.fingerprint(), features)
 
     def fingerprint(self) -> str:
-        """Hash the files' contents and every option; of the images of a folder their names and sizes."""
+        """Hash the files' contents and every option but where the files are."""
         return resolve_images(self.path).fingerprint(astuple(self)[1:])
 
 
@@ -117,14 +124,15 @@ class ImageFolder(NamedTuple):
         """All images, and the names of the folders they are in."""
         folders = [file.parent.relative_to(self.root).parts for file in self.images]
         labels = ["/".join(names[1:] if self.splits else names) or None for names in folders]
-        cells = [{"bytes": None, "path": str(file)} for file in self.images]
+        cells = [{"bytes": None, "path": os.path.abspath(file)} for file in self.images]
         columns = {"image": cells, "label": labels} | ({"split": [names[0] for names in folders]} if self.splits else {})
         yield Chunk(str(self.root), "row", range(len(cells)), pa.table(columns, self.schema()))
 
     def fingerprint(self, options: Sequence[Any]) -> str:
-        """Hash the options, and the images' names and sizes."""
+        """Hash the options, the images' names and sizes, and their contents; of a great many those of every n-th image."""
         images = (f"{file.relative_to(self.root)}{file.stat().st_size}" for file in self.images)
-        return cols.text_fingerprint(cols.VERSION, repr((*options, "")), *images)
+        contents = cols.files_fingerprint("images", self.images[:: -(-len(self.images) // HASHED)])
+        return cols.text_fingerprint(cols.VERSION, repr((*options, "")), contents, *images)
 
 
 def resolve_images(path: str) -> DataPath | ImageFolder:
@@ -173,7 +181,30 @@ def _is_struct(kind: pa.DataType) -> bool:
     return pa.types.is_struct(kind) and {"bytes", "path"} <= set(kind.names)
 
 
-def _image_cells(column: pa.ChunkedArray, path: str, name: str) -> pa.ChunkedArray:
+def _roots(path: str) -> list[str]:
+    """The folders, without links, that hold all files of the data: its own, or the caches of the hub's data sets."""
+    here = locate(path)
+    caches = (datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
+    return [os.path.realpath(folder) for folder in ([here if here.is_dir() else here.parent] if here.exists() else caches)]
+
+
+def _inside(data: pa.Array, files: pa.Array, roots: Sequence[str], path: str) -> pa.Array:
+    """The paths of ``files``, relative ones from the first of ``roots`` on; ``InputError`` for one outside of all of them.
+
+    Links are followed. Files beside which there is ``data`` are names only.
+    """
+    found = [
+        name if name is None or held else locate_inside(name, roots)
+        for name, held in zip(files.to_pylist(), data.is_valid().to_pylist(), strict=True)
+    ]
+    for name, place in zip(files.to_pylist(), found, strict=True):
+        advice = "Copy the image there, or name in `path` a folder that holds both."
+        fault = f"the image {name!r} is outside of {' and '.join(roots)}"
+        require(place is not None or name is None, f"`path`={path}: {fault}. {advice}")
+    return pa.array(found, pa.string())
+
+
+def _image_cells(column: pa.ChunkedArray, path: str, name: str, roots: Sequence[str]) -> pa.ChunkedArray:
     """Bytes, file names or structs as structs; chunk by chunk, since an array of bytes ends at 2 GB."""
     kind = column.type
     is_image = pa.types.is_string(kind) or _is_bytes(kind) or _is_struct(kind)
@@ -183,5 +214,5 @@ def _image_cells(column: pa.ChunkedArray, path: str, name: str) -> pa.ChunkedArr
     else:
         pairs = ((chunk, pa.nulls(len(chunk))) for chunk in column.chunks)
         cells = [(missing, chunk) if pa.types.is_string(kind) else (chunk, missing) for chunk, missing in pairs]
-    arrays = [[data.cast(pa.binary()), file.cast(pa.string())] for data, file in cells]
+    arrays = [[data.cast(pa.binary()), _inside(data, file.cast(pa.string()), roots, path)] for data, file in cells]
     return pa.chunked_array([pa.StructArray.from_arrays(both, ["bytes", "path"]) for both in arrays], type=CELL_TYPE)

@@ -150,7 +150,7 @@ class ImageRows:
         faults = []
         for cell in cells:
             try:
-                self.transform.pixels.open(_data(cell))
+                self.transform.pixels.open(read_image_cell(cell))
             except UNREADABLE as error:  # noqa: PERF203
                 faults.append(error)
         if len(faults) == len(cells):
@@ -164,7 +164,7 @@ class ImageRows:
         arrays, readable, hashes = [], [], []
         for row, cell in zip(indices.rows, self.rows[indices.rows][self.column], strict=True):
             try:
-                data = _data(cell)
+                data = read_image_cell(cell)
                 picture = pixels.open(data)
                 rng = np.random.default_rng([indices.seed, row])
                 arrays.append(to_array(augment(picture, pixels.size, rng) if augment else pixels.fit(picture)))
@@ -192,9 +192,3 @@ class ImageRows:
         names = getattr(self.rows.features.get("label"), "names", None)
         name = f" (label {names[number]})" if names and number >= 0 else ""
         return f"row {row + 1} of {len(self)}{name}{f', {path}' if path else ''}"
-
-
-def _data(cell: Any) -> bytes:
-    if cell is None or (cell["bytes"] is None and cell["path"] is None):
-        raise UnreadableImage("the cell is empty")
-    return read_image_cell(cell)

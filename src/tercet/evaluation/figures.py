@@ -1,16 +1,17 @@
 """Figures of evaluations: import when one is drawn, since evaluators also run without matplotlib."""
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
 from tercet.evaluation.inputs import Bools, Floats
 from tercet.evaluation.verification import FacePairs, Roc
+from tercet.images import open_image
+from tercet.messages import printable
 
 ACCENT, GRAY, DARK = "#1b7f79", "#888888", "#333333"
 FACE_SIZE = 128  # pixels of a face on the sheet of errors
@@ -45,7 +46,7 @@ def plot_gold(points: Mapping[str, tuple[Floats, Floats]]) -> Figure:
         rounded = np.round(gold)
         steps = np.unique(rounded)
         axis.plot(steps, [cosine[rounded == step].mean() for step in steps], "-o", color=ACCENT, ms=4)
-        axis.set(title=f"{task}, {len(gold):,} pairs", xlabel="gold score", ylabel="cosine", ylim=(-0.3, 1.05))
+        axis.set(title=figure_text(f"{task}, {len(gold):,} pairs"), xlabel="gold score", ylabel="cosine", ylim=(-0.3, 1.05))
         axis.spines[["top", "right"]].set_visible(False)
     return figure
 
@@ -83,7 +84,7 @@ def plot_errors(pairs: FacePairs, images: Sequence[bytes], distance: Floats, exc
             axis.imshow(np.concatenate([_face(images[both[0]]), gap, _face(images[both[1]])], axis=1))
             names = [pairs.faces[index][0].replace("_", " ") for index in (both[:1] if kind else both)]
             names = [name if len(name) <= 22 else f"{name[:21]}…" for name in names]
-            axis.set_title("\n".join([*names, f"{distance[row]:.2f}"]), fontsize=8, color=DARK)
+            axis.set_title(figure_text("\n".join([*names, f"{distance[row]:.2f}"])), fontsize=8, color=DARK)
     return figure
 
 
@@ -96,6 +97,14 @@ def make_axes(width: float, height: float, rows: int = 1, columns: int = 1) -> t
     return figure, axes
 
 
+def figure_text(text: str) -> str:
+    r"""Text for a figure: matplotlib reads what stands between dollars as mathematics.
+
+    >>> figure_text("a $x_{$")
+    'a \\$x_{\\$'
+    """
+    return printable(text).replace("$", r"\$")
+
+
 def _face(data: bytes) -> npt.NDArray[np.uint8]:
-    picture = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
-    return np.asarray(ImageOps.fit(picture, (FACE_SIZE, FACE_SIZE)))
+    return np.asarray(ImageOps.fit(open_image(data).convert("RGB"), (FACE_SIZE, FACE_SIZE)))

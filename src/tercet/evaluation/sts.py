@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -87,6 +87,7 @@ class STS:
     path: str | Path
     tasks: Sequence[str] = STS_TASKS
     split: str = "test"
+    smaller_is_better: ClassVar[frozenset[str]] = frozenset({"alignment", "uniformity"})
 
     def __post_init__(self) -> None:
         check_choice("split", self.split, tuple(STS_SPLITS))
@@ -241,7 +242,7 @@ def _gold_score(score: Any, where: str) -> float:
     """NaN where there is none."""
     try:
         value = math.nan if score is None or not str(score).strip() else float(score)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = math.inf
     require(not math.isinf(value), f"{where}: the score is {score!r}. A finite number is needed, or none to leave the row out.")
     return value

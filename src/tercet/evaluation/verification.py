@@ -1,24 +1,25 @@
 """Accepting pairs by distance: VAL and FAR at every threshold (FaceNet, Schroff et al. 2015, arXiv:1503.03832, sec. 4)."""
 
+import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from scipy.stats import binomtest
 
-from tercet.errors import InputError, require
+from tercet.errors import InputError, refuse_damaged, require
 from tercet.evaluation import inputs
 from tercet.evaluation.inputs import Bools, Floats, Ints, encode_unit
 from tercet.images import SUFFIXES, PixelFormat, UnreadableImage
 from tercet.messages import warn_once
-from tercet.paths import locate, visible_files
+from tercet.paths import locate, locate_inside, visible_files
 from tercet.types import EncodeFunction
 
 FAR = 1e-3  # of the paper's tables 3 to 6
@@ -28,6 +29,7 @@ TRUTH = {True: True, False: False, "true": True, "false": False, "1": True, "0":
 FACE_COLUMNS = ("identity", "image_no", "image")
 FACES_ACCEPTED = f"a .parquet file with the columns {', '.join(FACE_COLUMNS)}, or a folder with Name/Name_0001.jpg"
 PROBE = PixelFormat(size=16, channels=1, mean=(0.0,), std=(1.0,))  # JPEG decodes fastest to a small size
+MOST = 10**9  # of the numbers of folds and images
 Face = tuple[str, int]  # a person and the number of the image, from 1
 Row = tuple[int, bool, Face, Face]  # fold, same, and the two images
 
@@ -156,6 +158,7 @@ class Verification:
     pairs: str | Path
     folds: Sequence[int] | None = None
     name: str = "lfw"
+    smaller_is_better: ClassVar[frozenset[str]] = frozenset({"eer", "far"})
 
     def __post_init__(self) -> None:
         inputs.check_source("verification", self.name, self.path)
@@ -243,8 +246,10 @@ class Verification:
 
 def _lfw_cells(file: Path, where: str) -> Iterable[Sequence[Any]]:
     """LFW's format: first the numbers of folds (or one) and of pairs of a kind in each; per fold same, then different."""
-    header, *lines = [line.split() for line in file.read_text("utf-8-sig").splitlines() if line.strip()] or [[]]
-    if len(header) not in (1, 2) or not all(word.isdigit() and int(word) > 0 for word in header):
+    from tercet.data.formats import read_lines  # imports datasets: a second
+
+    header, *lines = [line.split() for line in read_lines(file, where) if line.strip()] or [[]]
+    if len(header) not in (1, 2) or not all(re.fullmatch("[1-9][0-9]{0,8}", word) for word in header):
         expected = "LFW's pairs.txt begins with the numbers of folds and of pairs of a kind in each (10 300), or the second"
         raise InputError(f"{where}: the first line is {' '.join(header)!r}. {expected}.")
     folds, count = map(int, ["1", *header][-2:])
@@ -265,8 +270,10 @@ def _row(row: Sequence[Any], where: str) -> Row:
         if truth is None or not str(one or "").strip() or not str(other or "").strip():
             raise ValueError
         number, first, second = int(fold), (str(one), int(image1)), (str(other), int(image2))
-    except (TypeError, ValueError):
-        cells = ", ".join(f"{name}={cell!r}" for name, cell in zip(PAIR_COLUMNS, row, strict=True))
+        if max(map(abs, (number, first[1], second[1]))) > MOST:
+            raise OverflowError
+    except (TypeError, ValueError, OverflowError):
+        cells = ", ".join(f"{name}={cell!r:.40}" for name, cell in zip(PAIR_COLUMNS, row, strict=True))
         expected = "Folds and images are whole numbers, same is true or false, identities are names"
         raise InputError(f"{where}: {cells}. {expected}.") from None
     if first == second or truth != (first[0] == second[0]):
@@ -285,21 +292,26 @@ def _read_folder(root: Path, faces: Sequence[Face]) -> dict[Face, bytes]:
             other = found.setdefault(face, file)
             twice = f"`path`={root} has image {face[1]} of {face[0]} twice, in {other.parent} and {file.parent}. Remove one."
             require(other.parent == file.parent, twice)
-    return {face: file.read_bytes() for face, file in found.items()}
+    cells = {face: {"bytes": None, "path": file} for face, file in found.items()}
+    return {face: inputs.read_image(cell, f"`path`={root}: {cell['path']}") for face, cell in cells.items()}
 
 
 def _read_images(file: Path, path: str | Path, wanted: set[Face]) -> dict[Face, bytes]:
     """Only the rows of the people that the pairs name are held in memory."""
     found: dict[Face, bytes] = {}
-    try:
+    with refuse_damaged(f"`path`={path}"):
         inputs.check_columns(pq.read_schema(file).names, path, "path", FACE_COLUMNS, FACES_ACCEPTED)
         people = [("identity", "in", {name for name, _ in wanted})]
         table = pq.read_table(file, columns=list(FACE_COLUMNS), filters=people)
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"`path`={path} cannot be read: {' '.join(str(error).split())}") from error
-    for name, number, cell in zip(*(table[column].to_pylist() for column in FACE_COLUMNS), strict=True):
+        table.validate(full=True)
+        rows = zip(*(table[column].to_pylist() for column in FACE_COLUMNS), strict=True)
+    for name, number, cell in rows:
         if (name, number) in wanted and cell is not None:
             require((name, number) not in found, f"`path`={path} has image {number} of {name} twice. Correct it.")
             cell = cell if isinstance(cell, dict) else {"bytes": cell, "path": None}
-            found[name, number] = inputs.read_image(cell, f"`path`={path}: image {number} of {name}")
+            where = f"`path`={path}: image {number} of {name}"
+            if cell.get("bytes") is None and cell.get("path") is not None:
+                cell = {"bytes": None, "path": locate_inside(str(cell["path"]), [os.path.realpath(file.parent)])}
+                require(cell["path"] is not None, f"{where} is outside of {file.parent}. Copy it there.")
+            found[name, number] = inputs.read_image(cell, where)
     return found

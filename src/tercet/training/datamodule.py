@@ -13,7 +13,12 @@ from tercet.data.samplers import RandomBatchSampler, ResumableSampler
 from tercet.data.text_transform import StreamingBatches, TextTransform
 from tercet.distributed.processes import block_signals, start_worker
 from tercet.errors import InputError, require
-from tercet.training.lightning_compat import EvaluationHooks, injects_distributed_sampler, num_processed_batches
+from tercet.training.lightning_compat import (
+    EvaluationHooks,
+    epoch_and_batches,
+    injects_distributed_sampler,
+    num_processed_batches,
+)  # fmt: skip
 from tercet.types import Batch, BatchDataset, BatchIndices, Source
 
 
@@ -127,7 +132,8 @@ class DataModule(EvaluationHooks, pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """The epoch and its number of processed batches, for streams: they start before Lightning's loops are restored."""
-        return {"epoch": self.trainer.current_epoch if self.trainer else 0, "done": num_processed_batches(self.trainer)}
+        epoch, done = epoch_and_batches(self.trainer)
+        return {"epoch": epoch, "done": done}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Let a stream continue where the checkpoint was."""

@@ -19,7 +19,8 @@ import pytorch_lightning.loggers as loggers
 from pytorch_lightning.utilities import rank_zero_only
 
 from tercet.images import make_thumbnail
-from tercet.messages import describe_logger, log_errors, print_status, warn_once
+from tercet.messages import describe_logger, log_errors, markdown_text, print_status, warn_once
+from tercet.paths import atomic_write, write_text
 
 LogFunctions = dict[type[loggers.Logger], Callable[..., None]]
 
@@ -59,7 +60,8 @@ def _wandb_table(logger: Any, name: str, columns: Sequence[str], rows: Sequence[
 
 def _tensorboard_table(logger: Any, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int) -> None:
     if not has_images(rows):
-        lines = [" | ".join(str(cell).replace("|", " ") for cell in row) for row in (columns, ["---"] * len(columns), *rows)]
+        lines = [" | ".join(markdown_text(str(cell)) for cell in row) for row in (columns, *rows)]
+        lines.insert(1, " | ".join(["---"] * len(columns)))
         logger.experiment.add_text(f"tables/{name}", "\n".join(lines), step)
 
 
@@ -96,8 +98,13 @@ def wandb_logger(
     """A logger to Weights & Biases; ``mode`` is ``offline`` or ``online``. With ``resume`` the run in ``save_dir`` continues.
 
     Without an account or a connection the run is written offline, with a message: no login is requested in the middle of a job.
+    ``WANDB_MODE`` in the environment may be offline or disabled, too, and is obeyed; it never sends what ``mode`` keeps here.
     Returns None where nothing can be written. Under a W&B agent, project and id are the agent's.
     """
+    wish = os.environ.get("WANDB_MODE", "")
+    if wish == "disabled":
+        return None
+    mode = "offline" if wish in ("offline", "dryrun") else mode
     if int(os.environ.get("RANK", 0)):
         return loggers.WandbLogger(project=project, save_dir=save_dir)  # the first process has the run
     if mode == "online" and not has_account():
@@ -119,7 +126,7 @@ def wandb_logger(
         _check_disk(save_dir)
         run_id = id_file.read_text().strip() if resume and id_file.is_file() else secrets.token_hex(4)
         run = _start_run(**settings, **({} if agent else {"project": project, "id": run_id}))
-        id_file.write_text(f"{run.id}\n")
+        write_text(id_file, f"{run.id}\n")
     except Exception as error:  # of W&B, its service, the network or the disk
         failure = f"W&B: {type(error).__name__}: {error}; the run"
         if mode == "online":
@@ -133,6 +140,8 @@ def wandb_logger(
 def _set_environment(folder: Path) -> None:
     logging.raiseExceptions = False  # W&B's log is in the run's folder: a full disk would be reported a hundred times
     os.environ.setdefault("WANDB_SILENT", "true")
+    # Else W&B online records the repository of the working directory, with the difference to its commit.
+    os.environ.setdefault("WANDB_DISABLE_GIT", "true")
     os.environ.setdefault("WANDB_FINISH_TIMEOUT", "600")  # seconds that an outage may delay the end; no limit by default
     os.environ.setdefault("WANDB_FINISH_TIMEOUT_RAISES", "true")
     if Path(os.environ.get("WANDB_DATA_DIR", STAGING)).name == STAGING:  # or that of the previous job
@@ -171,7 +180,8 @@ class AtomicCSVLogger(loggers.CSVLogger):
         self.earlier: list[dict[str, str]] = []
         file, self.copy = Path(self.log_dir, "metrics.csv"), Path(self.log_dir, ".metrics-before.csv")
         if keep_earlier and file.is_file():  # Lightning's writer removes it
-            self.copy.write_bytes(file.read_bytes())
+            with atomic_write(self.copy) as partial:
+                shutil.copyfile(file, partial)
         if keep_earlier and self.copy.is_file():
             with self.copy.open(newline="", encoding="utf-8") as stream:
                 self.earlier = list(csv.DictReader(stream))
@@ -181,25 +191,25 @@ class AtomicCSVLogger(loggers.CSVLogger):
         """Write all rows, or leave the file as it was."""
         writer = self.experiment
         file, keys = Path(writer.metrics_file_path), list(writer.metrics_keys)
-        partial = file.with_name(f".{file.name}")
         rows: list[dict[str, Any]] = list(writer.metrics)
+        if not rows:
+            return
         try:
-            if self.earlier and rows:
+            if self.earlier:
                 first = min(int(row["step"]) for row in rows)
                 earlier = ({k: v for k, v in row.items() if v} for row in self.earlier if int(row["step"]) < first)
                 writer.metrics = [*earlier, *rows]
-            if file.is_file():
-                partial.write_bytes(file.read_bytes())
-            writer.metrics_file_path = str(partial)
-            super().save()
-            if partial.is_file():
-                partial.replace(file)
-            if rows:
-                self.earlier = []
-                self.copy.unlink(missing_ok=True)
+            with atomic_write(file) as partial:
+                if file.is_file():
+                    shutil.copyfile(file, partial)
+                else:  # to an existing file Lightning writes no header
+                    partial.unlink()
+                writer.metrics_file_path = str(partial)
+                super().save()
+            self.earlier = []
+            self.copy.unlink(missing_ok=True)
         except OSError as error:
             writer.metrics, writer.metrics_keys = rows, keys
-            partial.unlink(missing_ok=True)
-            warn_once(f"{file} could not be written ({error}); training goes on, and the next save tries again.")
+            warn_once(f"{file} could not be written ({error.strerror}); training goes on, and the next save tries again.")
         finally:
             writer.metrics_file_path = str(file)

@@ -72,7 +72,7 @@ class MaskedLMHead(nn.Module):
         require(not decodes, UNSUPPORTED.format(f"that of {kind} is a decoder, which generates the text"))
         lm = load_pretrained(AutoModelForMaskedLM, source, dtype=torch.float32) if source else None
         try:
-            lm = lm or AutoModelForMaskedLM.from_config(backbone.config)
+            lm = lm or AutoModelForMaskedLM.from_config(backbone.config, trust_remote_code=False)
         except ValueError as error:
             raise InputError(UNSUPPORTED.format(f"transformers has none for {kind}")) from error
         setattr(lm, lm.base_model_prefix, backbone)

@@ -6,31 +6,32 @@ by the first one only, corrected for the number of pairs of settings: which one 
 
 import csv
 import functools
-import json
 import math
 import shlex
 import statistics
+import zlib
 from collections.abc import Collection, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 from matplotlib.figure import Figure
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from tercet.app import record, report
-from tercet.app.commands.stages import draw_stages
-from tercet.app.report import LESS_IS_BETTER
 from tercet.errors import require
+from tercet.evaluation.direction import SMALLER_IS_BETTER, is_smaller_better
+from tercet.evaluation.figures import figure_text
 from tercet.evaluation.significance import PairedDifference, holm, paired_difference, randomization_test
-from tercet.messages import print_status
-from tercet.paths import check_writable
+from tercet.messages import csv_cell, print_status, printable, warn_once
+from tercet.paths import atomic_write, check_writable, write_text
 
 IGNORED_KEYS = (*record.KEYS_WITHOUT_EFFECT, "seed", "hydra")
 NO_SEEDS = "no two seeds in common"
+EXAMPLES_SIZE = 1 << 28  # bytes of a run's values by example, unpacked
 LEVEL = 0.05  # of all claims of a table together
 
 LEGEND = """\
@@ -41,12 +42,14 @@ examples: paired approximate randomization over the test's examples, corrected t
 examples and the same trained models. It says nothing about other seeds."""
 
 Setting = tuple[str, ...]  # a value for each axis
-Summary = dict[str, dict[str, float]]  # metric -> mean, sd, runs
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run; ``overrides`` are the keys and values of its command, ``optimized`` its optimized metric."""
+    """A finished run; ``overrides`` are the keys and values of its command, ``optimized`` its optimized metric.
+
+    ``smaller_is_better`` has the names of metrics, without their stage, suite and task.
+    """
 
     folder: Path
     seed: int
@@ -54,6 +57,7 @@ class Run:
     overrides: dict[str, str]
     command: str
     optimized: str | None
+    smaller_is_better: frozenset[str] = SMALLER_IS_BETTER
 
 
 class Lead(NamedTuple):
@@ -83,10 +87,14 @@ class Comparison:
     axes: tuple[str, ...]
     runs: dict[Setting, list[Run]]
 
+    def is_smaller_better(self, metric: str) -> bool:
+        """Whether less of a metric is better, as the runs have recorded."""
+        return any(is_smaller_better(metric, run.smaller_is_better) for runs in self.runs.values() for run in runs)
+
     def rank(self, metric: str) -> dict[Setting, dict[int, float]]:
         """The values of a metric by seed, for each setting that has it, from the best mean to the worst."""
         found = {s: {run.seed: run.metrics[metric] for run in runs if metric in run.metrics} for s, runs in self.runs.items()}
-        sign = 1 if metric.endswith(LESS_IS_BETTER) else -1
+        sign = 1 if self.is_smaller_better(metric) else -1
         measured = [(setting, values) for setting, values in found.items() if values]
         return dict(sorted(measured, key=lambda pair: sign * statistics.fmean(pair[1].values())))
 
@@ -94,7 +102,7 @@ class Comparison:
         """The optimized metric where all runs have the same one, else the metrics of the test stage."""
         runs = [run for group in self.runs.values() for run in group]
         names = {name for run in runs for name in run.metrics}
-        tests = sorted((n for n in names if n.startswith("test/")), key=lambda name: (name.endswith(LESS_IS_BETTER), name))
+        tests = sorted((n for n in names if n.startswith("test/")), key=lambda name: (self.is_smaller_better(name), name))
         first = runs[0].optimized
         return [first] if first in names and all(run.optimized == first for run in runs) else tests
 
@@ -128,11 +136,23 @@ def compare_examples(best: tuple[Path, ...], other: tuple[Path, ...], metric: st
     """
     sides: list[list[Any]] = [[], []]
     for side, folders in zip(sides, (best, other), strict=True):
-        for path in (folder / record.EXAMPLES for folder in folders):
-            with np.load(path) if path.is_file() else nullcontext({}) as values:
-                side.append(values[metric].astype(np.float64) if metric in values else np.zeros(0))
+        side += [_read_examples(folder / record.EXAMPLES, metric) for folder in folders]
     sizes = {len(values) for side in sides for values in side}
     return randomization_test(*(np.mean(side, axis=0) for side in sides)) if len(sizes) == 1 and sizes != {0} else None
+
+
+def _read_examples(path: Path, metric: str) -> Any:
+    """The values of a metric by example ``(N,)``; none where there is no such file or metric, or it cannot be read."""
+    if not path.is_file():
+        return np.zeros(0)
+    try:
+        with np.load(path) as values:  # which refuses pickles
+            size = sum(info.file_size for info in values.zip.infolist())
+            require(size <= EXAMPLES_SIZE, f"{size:,} bytes, unpacked; {EXAMPLES_SIZE:,} are accepted")
+            return values[metric].astype(np.float64).reshape(-1) if metric in values else np.zeros(0)
+    except (OSError, ValueError, EOFError, AttributeError, MemoryError, BadZipFile, zlib.error) as error:
+        warn_once(f"{path} cannot be read and is left out ({error}).")
+        return np.zeros(0)
 
 
 def run(cfg: DictConfig, output: Path) -> None:
@@ -153,7 +173,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     for path in paths:
         require(path.is_dir(), f"runs={path}: there is no such folder. Give run folders, or one that holds them.")
     found = find_runs(paths)
-    runs = [_read_run(folder) for folder in found if (folder / "metrics.json").is_file()]
+    runs = [_read_run(folder) for folder in found if record.is_finished(folder)]
     if unfinished := len(found) - len(runs):
         print_status(f"{unfinished} runs have not finished and are left out.")
     require(runs, f"runs={', '.join(map(str, paths))}: no finished run (config.yaml and metrics.json) is there.")
@@ -168,11 +188,17 @@ def find_runs(paths: Sequence[Path], files: Sequence[str] = ("config.yaml",)) ->
 
 
 def _read_run(folder: Path) -> Run:
-    cfg: Any = OmegaConf.load(folder / "config.yaml")
-    given = list(cfg.get("command") or [])
-    overrides = dict(part.partition("=")[::2] for part in given)
+    cfg = record.read_settings(folder)
+    given, optimized = cfg.get("command") or [], cfg.get("optimized_metric")
+    seed: Any = cfg.get("seed")
+    typed = isinstance(given, list) and all(isinstance(part, str) for part in given)
+    whole = typed and type(seed) is int and isinstance(optimized, str | None)
+    require(whole, f"{folder / 'config.yaml'}: command (a list of texts), seed (a whole number) or optimized_metric is amiss.")
+    overrides = dict(printable(part, lines=False).partition("=")[::2] for part in given)
     command = shlex.join(["python", "train.py", *given])
-    return Run(folder, int(cfg.seed), record.read_metrics(folder), overrides, command, cfg.get("optimized_metric"))
+    metrics = {printable(name, lines=False): value for name, value in record.read_metrics(folder).items()}
+    smaller = record.smaller_is_better(cfg)
+    return Run(folder, seed, metrics, overrides, printable(command, lines=False), optimized, smaller)
 
 
 def group_runs(runs: Sequence[Run]) -> Comparison:
@@ -189,14 +215,16 @@ def write_comparison(comparison: Comparison, metrics: Sequence[str], folder: Pat
     """Write ``comparison.txt`` (printed too), ``.csv`` (all metrics of all runs), ``.png`` and ``report.html``."""
     text = comparison_text(comparison, metrics)
     print_status("\n" + text)
-    (folder / "comparison.txt").write_text(text + "\n", encoding="utf-8")
-    with (folder / "comparison.csv").open("w", newline="", encoding="utf-8") as file:
+    write_text(folder / "comparison.txt", text + "\n")
+    with atomic_write(folder / "comparison.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         names = sorted({name for runs in comparison.runs.values() for run in runs for name in run.metrics})
-        writer.writerow([*comparison.axes, "seed", "folder", *names])
+        writer.writerow(map(csv_cell, [*comparison.axes, "seed", "folder", *names]))
         for setting, runs in comparison.runs.items():
-            writer.writerows([*setting, one.seed, one.folder, *(one.metrics.get(n, "") for n in names)] for one in runs)
-    draw_comparison(comparison, metrics).savefig(folder / "comparison.png", dpi=150)
+            rows = ([*setting, one.seed, str(one.folder), *(one.metrics.get(n, "") for n in names)] for one in runs)
+            writer.writerows(map(csv_cell, row) for row in rows)
+    with atomic_write(folder / "comparison.png") as partial:
+        draw_comparison(comparison, metrics).savefig(partial, dpi=150)
     title = f"{sum(map(len, comparison.runs.values()))} runs compared"
     headline = describe_best(comparison, metrics[0]) if metrics else ""
     report.write_comparison_page(folder, title, headline, text, folder / "comparison.png")
@@ -211,7 +239,7 @@ def comparison_text(comparison: Comparison, metrics: Sequence[str]) -> str:
         if len(comparison.axes) > 1 and (effects := axis_effects(comparison, metric)):
             blocks.append(effects)
     if metrics:
-        metric, pick = metrics[0], min if metrics[0].endswith(LESS_IS_BETTER) else max
+        metric, pick = metrics[0], min if comparison.is_smaller_better(metrics[0]) else max
         setting = next(iter(comparison.rank(metric)))
         runs = [one for one in comparison.runs[setting] if metric in one.metrics]
         best = pick(runs, key=lambda one: one.metrics[metric])
@@ -224,7 +252,7 @@ def comparison_text(comparison: Comparison, metrics: Sequence[str]) -> str:
             lines = [f"  {name}  {format_mean_sd(values)}" for name, values in tests.items()]
             blocks.append("\n".join([f"tests of {comparison.label(setting)}, which {metric} has chosen:", *lines]))
         blocks.append(f"best run: {best.folder}, {metric} = {best.metrics[metric]:.4f}\n  {best.command}")
-    return "\n\n".join(blocks)
+    return printable("\n\n".join(blocks))
 
 
 def describe_best(comparison: Comparison, metric: str) -> str:
@@ -259,7 +287,7 @@ def ranking_table(comparison: Comparison, metric: str) -> str:
         "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in zip(*columns, strict=True)
     ]
-    return "\n".join([f"{metric}, {'less' if metric.endswith(LESS_IS_BETTER) else 'more'} is better", *lines])
+    return "\n".join([f"{metric}, {'less' if comparison.is_smaller_better(metric) else 'more'} is better", *lines])
 
 
 def _on_common_seeds(best: Any, other: Any) -> PairedDifference | None:
@@ -316,68 +344,7 @@ def draw_comparison(comparison: Comparison, metrics: Sequence[str]) -> Figure:
             axes.plot(values, [y] * len(values), "o", color=color, alpha=0.45, ms=5)
             sd = statistics.stdev(values) if len(values) > 1 else math.nan
             axes.errorbar(statistics.fmean(values), y - 0.18, xerr=sd, fmt="|", color=color, capsize=3, ms=9, lw=1.5)
-        axes.set(yticks=range(len(ranked)), ylim=(-0.6, len(ranked) - 0.5), xlabel=metric.removeprefix("test/"))
-        axes.set_yticklabels([comparison.label(setting, short=True) for setting, _ in ranked])
+        axes.set(yticks=range(len(ranked)), ylim=(-0.6, len(ranked) - 0.5), xlabel=figure_text(metric.removeprefix("test/")))
+        axes.set_yticklabels([figure_text(comparison.label(setting, short=True)) for setting, _ in ranked])
         axes.spines[["top", "right"]].set_visible(False)
     return figure
-
-
-def summarize_sweep(root: Path, stages: DictConfig) -> bool:
-    """Print and write the metrics of a sweep's jobs: ``summary.json`` and the comparison. False if a job has failed."""
-    jobs = find_runs([folder for folder in root.iterdir() if folder.is_dir()], ["config.yaml", "error.txt"])
-    if not jobs:
-        return True
-    done = [folder for folder in jobs if (folder / "metrics.json").is_file()]
-    comparison = group_runs(read_runs(done)) if done else Comparison((), {})
-    summaries = {comparison.label(s): summarize([one.metrics for one in runs]) for s, runs in comparison.runs.items()}
-    content: Any = summaries
-    if len(summaries) > 1:
-        write_comparison(comparison, comparison.metrics(), root)
-    elif summaries:
-        (content,) = summaries.values()
-        _show_summary(content, len(done), stages, root)
-    failed = [folder for folder in jobs if folder not in done]
-    for folder in failed:
-        error = folder / "error.txt"
-        print_status(f"job {folder.relative_to(root)} {f'failed: {error}' if error.is_file() else 'has not finished'}")
-    (root / "summary.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    print_status(f"Written to {root / 'summary.json'}")
-    return not any((folder / "error.txt").is_file() for folder in failed)
-
-
-def _show_summary(summary: Summary, runs: int, stages: DictConfig, root: Path) -> None:
-    names = [name for name, stage in stages.runs.items() if stage is not None]
-    print_status("\n" + summary_table(summary, runs, names[:-1]))  # the last stage's metrics are the test's
-    if names:
-        means, sds = (
-            {stage: record.stage_metrics({n: x[key] for n, x in summary.items()}, stage) for stage in ("before", *names)}
-            for key in ("mean", "sd")
-        )
-        draw_stages(means, stages, sds).savefig(root / "stages.png", dpi=150)
-
-
-def summarize(runs: Sequence[dict[str, float]]) -> Summary:
-    """Mean, standard deviation (n - 1) and number of runs of each metric; those of training and validation are left out.
-
-    >>> summarize([{"test/mrr": 0.25, "train/loss": 1.0}, {"test/mrr": 0.25}])
-    {'test/mrr': {'mean': 0.25, 'sd': 0.0, 'runs': 2}}
-    """
-    summary = {}
-    for name in sorted({name for run in runs for name in run if not name.startswith(("train/", "val/"))}):
-        values = [run[name] for run in runs if name in run]
-        sd = statistics.stdev(values) if len(values) > 1 else 0.0
-        summary[name] = {"mean": statistics.fmean(values), "sd": sd, "runs": len(values)}
-    return summary
-
-
-def summary_table(summary: Summary, runs: int, stages: Sequence[str] = ()) -> str:
-    """The test metrics before training, after each of ``stages``, and at the end, as text."""
-    tests = [name.removeprefix("test/") for name in summary if name.startswith("test/")]
-    width = max(map(len, tests), default=0)
-    columns = ("before", *stages)
-    lines = [f"mean ± sd over {runs} runs", f"{'':{width}}  {''.join(f'{name:>17}  →   ' for name in columns)}{'after':>17}"]
-    for name in tests:
-        entries = [summary.get(f"{column}/{name}") for column in (*columns, "test")]
-        cells = [f"{entry['mean']:.4f} ± {entry['sd']:.4f}" if entry else "" for entry in entries]
-        lines.append(f"{name:{width}}  " + "  →   ".join(f"{cell:>17}" for cell in cells))
-    return "\n".join(lines)

@@ -14,9 +14,9 @@ from tercet.app.components import build, check_values, raw_config
 from tercet.errors import InputError, require
 from tercet.messages import print_status, silence_libraries
 from tercet.models import CachedEncoder, ConcatEncoder, Encoder
-from tercet.models.folder import load_with_note
+from tercet.models.folder import check_device, load_with_note
 from tercet.models.prompts import Prompts
-from tercet.paths import check_writable, locate
+from tercet.paths import atomic_write, check_writable, locate
 from tercet.types import EncodeFunction
 
 
@@ -39,13 +39,14 @@ def run(cfg: DictConfig, output: Path) -> None:
         record.write_metrics(target.parent, {f"test/{name}": value for name, value in metrics.items()}, target.name)
         drawn = evaluator.figures(encode) if hasattr(evaluator, "figures") else {}  # embeddings are cached
         for name, figure in drawn.items():
-            figure.savefig(target.with_name(f"{target.stem}_{name}.png"), dpi=150)
+            with atomic_write(target.with_name(f"{target.stem}_{name}.png")) as partial:
+                figure.savefig(partial, dpi=150)
         print_status(f"Written to {target}" + "".join(f", {target.stem}_{name}.png" for name in drawn))
 
 
 def _open_member(cfg: DictConfig, name: str) -> Encoder:
     """The model, with the command line's ``max_length``, ``prompt`` and ``normalize``."""
-    encoder = open_model(name, cfg.model.pooling, cfg.device, cfg.seed)
+    encoder = open_model(name, cfg.model.pooling, cfg.device, cfg.seed, cfg.model.trust_remote_code)
     for key in ("max_length", "prompt", "normalize"):
         changed = not encoder.parts() and cfg.model[key] is not None
         require(not changed, f"model.{key}={cfg.model[key]}: an exported model cannot be changed. Export it anew.")
@@ -61,13 +62,14 @@ def _open_member(cfg: DictConfig, name: str) -> Encoder:
     return encoder
 
 
-def open_model(name: str, pooling: str | None, device: str, seed: int | None = None) -> Encoder:
+def open_model(
+    name: str, pooling: str | None, device: str, seed: int | None = None, trust_remote_code: bool = False
+) -> Encoder:
     """Load a run, a checkpoint, a folder or a hub id to a device; with a ``seed`` also a choice of ``conf/model``.
 
     A choice has the random weights that ``train.py model=<name>`` would start from, its vocabulary that of the command's data.
     """
-    available = torch.cuda.is_available() or not device.startswith("cuda")
-    require(available, f"device={device}, but torch sees no GPU here. Use device=cpu.")
+    check_device(device)
     if seed is not None and not locate(name).exists() and "/" not in name:
         entries = sorted(entry.stem for entry in Path(config_folder(), "model").glob("*.yaml"))
         if name in entries:
@@ -81,9 +83,10 @@ def open_model(name: str, pooling: str | None, device: str, seed: int | None = N
         if near := difflib.get_close_matches(name, entries, 1):
             raise InputError(f"model={name}: no such folder, and no choice of conf/model. Did you mean {near[0]}?")
     try:
-        encoder, note = load_with_note(name, pooling=pooling)
+        encoder, note = load_with_note(name, pooling=pooling, trust_remote_code=trust_remote_code)
     except InputError as error:
-        raise InputError(error.rename({"path_or_id": "model", "pooling": "`model.pooling`"})) from error
+        keys = {"path_or_id": "model", **{key: f"`model.{key}`" for key in ("pooling", "trust_remote_code")}}
+        raise InputError(error.rename(keys)) from error
     if note:
         print_status(note)
     return encoder.to(device)
@@ -94,7 +97,8 @@ def initialize_from(encoder: Encoder, name: str) -> str:
     try:
         other = open_model(name, None, "cpu")
     except InputError as error:
-        raise InputError(str(error).replace("model=", "init_from=", 1)) from error
+        text = str(error).replace("; model.trust_remote_code=true runs it", ": init_from never runs it")
+        raise InputError(text.replace("model=", "init_from=", 1)) from error
     words: list[dict[str, int]] = [getattr(getattr(part, "tokenizer", None), "get_vocab", dict)() for part in (encoder, other)]
     require(
         words[0] == words[1],

@@ -1,7 +1,6 @@
 """The command ``mine``: hard negatives for pairs or labeled texts, as a file to train on."""
 
 import csv
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from tercet.errors import require
 from tercet.evaluation.search import FalseNegativeFilter, hard_negatives
 from tercet.messages import print_status, silence_libraries
 from tercet.models import CachedEncoder
-from tercet.paths import check_writable
+from tercet.paths import atomic_write, check_writable
 from tercet.types import Source
 
 KINDS = (".parquet", ".csv", ".tsv", ".jsonl")
@@ -54,7 +53,7 @@ def run(cfg: DictConfig, output: Path) -> None:
     check_values(OmegaConf.create({"guard": cfg.guard, "data": {"train": train}}), cfg)
     guard: FalseNegativeFilter = build(cfg.guard)
     pairs = read_mining_pairs(build(cfg.data.train), cfg.seed)
-    encoder = open_model(cfg.model.path, cfg.model.pooling, cfg.device, cfg.seed)
+    encoder = open_model(cfg.model.path, cfg.model.pooling, cfg.device, cfg.seed, cfg.model.trust_remote_code)
     require(encoder.text_parts(), f"model={cfg.model.path} is no encoder of texts that mine can use. {IMAGES}")
     table = mine_negatives(pairs, CachedEncoder(encoder, progress="embedding"), guard, cfg.negatives, cfg.skip)
     limits = f"guard.max_similarity={guard.max_similarity} and guard.relative_margin={guard.relative_margin}"
@@ -72,7 +71,7 @@ def read_mining_pairs(source: Source, seed: int) -> MiningPairs:
     """The pairs of a source with two columns or more; of one column, the pairs of texts with equal labels."""
     rows = source.rows()
     first = list(rows[source.columns[0]])
-    require(first and isinstance(first[0], str), f"mine reads texts; this data holds images. {IMAGES}")
+    require(first and isinstance(first[0], str), f"data.path: mine reads texts; this data holds images. {IMAGES}")
     if len(source.columns) > 1:
         return pairs_of_columns(first, list(rows[source.columns[1]]))
     advice = "two columns, as data.columns=[question,answer], or one with a label, as data.label=intent."
@@ -129,15 +128,14 @@ def write_table(table: pa.Table, target: Path) -> None:
 
     In CSV and TSV line ends and tabs in texts become spaces: there a row is one line, and a cell of TSV cannot be quoted.
     """
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    if target.suffix == ".parquet":
-        pq.write_table(table, partial)
-    elif target.suffix == ".jsonl":
-        table.to_pandas().to_json(partial, orient="records", lines=True, force_ascii=False)
-    else:
-        rows = [table.column_names, *zip(*(column.to_pylist() for column in table.columns), strict=True)]
-        style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None}
-        with partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n", **(style if target.suffix == ".tsv" else {}))
-            writer.writerows([re.sub(r"[\t\r\n]+", " ", str(cell)) for cell in row] for row in rows)
-    partial.replace(target)
+    with atomic_write(target) as partial:
+        if target.suffix == ".parquet":
+            pq.write_table(table, partial)
+        elif target.suffix == ".jsonl":
+            table.to_pandas().to_json(partial, orient="records", lines=True, force_ascii=False)
+        else:
+            rows = [table.column_names, *zip(*(column.to_pylist() for column in table.columns), strict=True)]
+            style: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "quotechar": None}
+            with partial.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file, lineterminator="\n", **(style if target.suffix == ".tsv" else {}))
+                writer.writerows([re.sub(r"[\t\r\n]+", " ", str(cell)) for cell in row] for row in rows)

@@ -12,6 +12,7 @@ import torch
 from omegaconf import DictConfig
 from pytorch_lightning.callbacks import LambdaCallback
 
+from tercet.app import launch
 from tercet.app.components import build
 from tercet.errors import require
 from tercet.messages import print_status
@@ -56,7 +57,8 @@ def preflight(cfg: DictConfig, objective: Contrastive, data: DataModule, evaluat
 
     quick = {"max_steps": STEPS, "max_epochs": -1, "limit_val_batches": 0, "enable_checkpointing": False, "logger": False,
              "enable_progress_bar": False, "enable_model_summary": False, "accumulate_grad_batches": 1,
-             "callbacks": [LambdaCallback(on_train_batch_end=record_step)], "default_root_dir": str(output)}  # fmt: skip
+             "callbacks": [LambdaCallback(on_train_batch_end=record_step)], "default_root_dir": str(output),
+             **launch.strategy_options(cfg)}  # fmt: skip
     trainer: pl.Trainer = build(cfg.trainer, **quick)
     trainer.fit(objective, datamodule=data)
     require(math.isfinite(losses[-1]), f"check: the loss is {losses[-1]} after {len(ends)} steps.")

@@ -9,15 +9,17 @@ from hydra.core.hydra_config import HydraConfig
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf, read_write
 
-from tercet.app import record
+from tercet.app import record, run_folder
 from tercet.app.commands import train
 from tercet.app.hydra_compat import quote
 from tercet.errors import require
+from tercet.evaluation.direction import is_smaller_better
+from tercet.evaluation.figures import figure_text
 from tercet.messages import print_status
-from tercet.paths import check_writable
+from tercet.paths import atomic_write, check_writable, write_text
 
 OWN = ("experiment", "stages", "init_from", "output_dir", "resume", "optimized_metric", "name", "measure_before")
-COUNTS = (*train.RESULT_GROUPS, "trainer", "test")  # a finished stage is kept where these are the same
+COUNTS = ("trainer", "test")  # beside what changes results: a finished stage is kept where these are the same
 START = "before"
 
 Columns = Mapping[str, Mapping[str, float]]  # stage -> metric -> value
@@ -34,9 +36,14 @@ def run(cfg: DictConfig, output: Path) -> float | None:
     require(not taken, f"stages.runs: a stage may not be called {' or '.join(taken)}. Rename it.")
     check_writable(output, "output_dir")
     folders = {name: output / f"{number}_{name}" for number, name in enumerate(runs, 1)}
-    _check_folder(output, list(folders.values()), cfg.resume)
-    for name, stage in runs.items():  # an error in the last stage is found before the first one trains
-        train.prepare(compose_stage(stage, None, folders[name]), output)
+    with run_folder.locked(output):
+        _check_folder(cfg, output, list(folders.values()))
+        for name, stage in runs.items():  # an error in the last stage is found before the first one trains
+            train.prepare(compose_stage(stage, None, folders[name]), output)
+        return _run_stages(cfg, output, runs, folders)
+
+
+def _run_stages(cfg: DictConfig, output: Path, runs: dict[str, DictConfig], folders: dict[str, Path]) -> float | None:
     columns: dict[str, dict[str, float]] = {}
     start, measured = cfg.init_from, None
     for number, (name, folder) in enumerate(folders.items(), 1):
@@ -44,14 +51,18 @@ def run(cfg: DictConfig, output: Path) -> float | None:
         test = OmegaConf.to_container(config.test, resolve=True)
         config.measure_before = bool(cfg.measure_before and test != measured)  # else the last stage has just done so
         config.resume = cfg.resume
-        if cfg.resume and (folder / "metrics.json").is_file():
-            other = record.first_difference(folder, config, lambda key: key.split(".")[0] in COUNTS)
+        if cfg.resume and record.is_finished(folder):
+            now, _ = train.prepare(config, folder)
+            counts = lambda key: train.changes_results(key) or key.split(".")[0] in COUNTS  # noqa: E731
+            other = record.first_difference(record.read_settings(folder), now, counts)
             advice = f"Use another output_dir, or delete {folder} and what follows it."
             require(not other, f"{folder.name} was finished with {other}. {advice}")
             print_status(f"{folder.name} is finished; kept")
         else:
             print_status(f"\n{number} of {len(runs)}: {name}")
             train.run(config, folder)
+        if cfg.check:  # no model and no metrics: every stage is checked from the start of the first one
+            continue
         metrics = record.read_metrics(folder)
         after = record.stage_metrics(metrics, "test")
         for key in ("in_domain", "out_of_domain") if not columns else ():
@@ -61,13 +72,14 @@ def run(cfg: DictConfig, output: Path) -> float | None:
             columns[START] = record.stage_metrics(metrics, START)
         columns[name] = after
         start, measured = str(folder / "model"), test
-    return _finish(cfg, output, columns, start)
+    return None if cfg.check else _finish(cfg, output, columns, start)
 
 
-def _check_folder(output: Path, folders: list[Path], resume: bool) -> None:
-    found = sorted(p for p in output.glob("*_*") if p.is_dir() and p.name.split("_")[0].isdigit())
+def _check_folder(cfg: DictConfig, output: Path, folders: list[Path]) -> None:
     if record.is_main_process():
-        require(resume or not found, f"output_dir={output} holds stages already: resume=true continues them.")
+        if not cfg.resume and not cfg.check and run_folder.holds_run(output):
+            run_folder.set_aside(output)
+        found = sorted(p for p in output.glob("*_*") if p.is_dir() and p.name.split("_")[0].isdigit())
         other, now = (", ".join(path.name for path in paths) for paths in (sorted({*found} - {*folders}), folders))
         advice = "Use the same stages.runs, or another output_dir."
         require(not other, f"resume=true: {output} holds {other}; the stages are {now} now. {advice}")
@@ -95,13 +107,14 @@ def _finish(cfg: DictConfig, output: Path, columns: dict[str, dict[str, float]],
     last = record.read_metrics(Path(model).parent)
     metrics |= {name: x for name, x in last.items() if name.startswith("val/")}
     if record.is_main_process():
-        OmegaConf.save(cfg, output / "config.yaml", resolve=True)
+        identity = record.write_settings(output, cfg)
         (output / "model").unlink(missing_ok=True)
         (output / "model").symlink_to(Path(model).relative_to(output))
         text = stage_table(columns, cfg.stages.in_domain, cfg.stages.out_of_domain)
-        (output / "stages.txt").write_text(text + "\n", encoding="utf-8")
-        draw_stages(columns, cfg.stages).savefig(output / "stages.png", dpi=150)
-        record.write_metrics(output, metrics)
+        write_text(output / "stages.txt", text + "\n")
+        with atomic_write(output / "stages.png") as partial:
+            draw_stages(columns, cfg.stages).savefig(partial, dpi=150)
+        record.write_metrics(output, metrics, run=identity)
         print_status(f"\n{text}\n\nWritten to {output}: stages.txt, stages.png, metrics.json, model/")
     if cfg.optimized_metric not in metrics and not any(o.startswith("optimized_metric=") for o in cfg.command or ()):
         cfg.optimized_metric = None  # the experiment's, which stages of one's own need not measure
@@ -109,13 +122,14 @@ def _finish(cfg: DictConfig, output: Path, columns: dict[str, dict[str, float]],
 
 
 def stage_table(columns: Columns, inside: str, outside: str) -> str:
-    """One row per metric, one column per stage, and the decrease of ``outside`` since the start and since its best value."""
+    """One row per metric, one column per stage, and by how much ``outside`` is worse than at the start and than at its best."""
     found = {name: [column.get(name) for column in columns.values()] for some in columns.values() for name in some}
     kept = [x for x in found.get(outside, []) if x is not None]
     rows = {name: found[name] for name in (inside, outside) if name in found}
     if len(kept) == len(columns):
-        rows[f"forgotten: {outside}"] = [kept[0] - x for x in kept]
-        rows["  since its best"] = [max(kept[: i + 1]) - x for i, x in enumerate(kept)]
+        sign, best = (-1, min) if is_smaller_better(outside) else (1, max)
+        rows[f"forgotten: {outside}"] = [sign * (kept[0] - x) for x in kept]
+        rows["  since its best"] = [sign * (best(kept[: i + 1]) - x) for i, x in enumerate(kept)]
     rows |= found
     width = max(map(len, rows), default=0)
     lines = [" " * width + "".join(f"{name:>14}" for name in columns)]
@@ -133,14 +147,21 @@ def draw_stages(columns: Columns, settings: DictConfig, deviations: Columns | No
         axes = figure.add_subplot(1, len(shown), place)
         values = [column[name] for column in columns.values()]
         sds = [column[name] for column in deviations.values()] if deviations else [0.0] * len(values)
-        axes.errorbar(list(columns), values, yerr=sds if any(sds) else None, color=color, marker="o", capsize=3)
+        axes.errorbar(
+            [figure_text(stage) for stage in columns],
+            values,
+            yerr=sds if any(sds) else None,
+            color=color,
+            marker="o",
+            capsize=3,
+        )
         for x, (y, sd) in enumerate(zip(values, sds, strict=True)):
             low = y < max(values[max(0, x - 1) : x + 2])  # the line comes down to it: write below
             end, offset, side = (x, y - sd if low else y + sd), (0, -7 if low else 7), "top" if low else "bottom"
             axes.annotate(f"{y:.3f}", end, xytext=offset, textcoords="offset points", va=side, ha="center", fontsize=8)
         axes.axhline(values[0], color="#c9c9c9", lw=0.8, zorder=0)
         axes.margins(x=0.12, y=0.25)
-        axes.set_title(f"{title}: {name}", fontsize=9)
+        axes.set_title(figure_text(f"{title}: {name}"), fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
     return figure

@@ -1,5 +1,6 @@
 """The command ``train``: build and check the components, evaluate, train, evaluate again, record."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,56 +10,69 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint, ModelSummary, ProgressBar
 
-from tercet.app import launch, record, report
+from tercet.app import launch, record, report, run_folder
 from tercet.app.commands.evaluate import initialize_from
 from tercet.app.commands.preflight import preflight
-from tercet.app.components import build, check_values, find_targets, start_record
-from tercet.app.config_checks import check_config, check_model
+from tercet.app.components import build, check_settings, check_values, find_targets, start_record
+from tercet.app.config_checks import check_config, check_model, set_monitor_mode
 from tercet.app.own_texts import choose_by_columns, set_run_length
 from tercet.distributed.sharding import gather_weights, load_state
 from tercet.errors import require
 from tercet.messages import print_status, silence_libraries, warn_once
 from tercet.models.engine.chunking import trim_heap
-from tercet.models.folder import read_checkpoint, save_model
-from tercet.paths import check_writable
-from tercet.training.callbacks.checkpoints import AtomicCheckpointIO, newest_checkpoint
+from tercet.models.folder import newest_checkpoint, read_checkpoint, save_model
+from tercet.paths import check_writable, locate
+from tercet.training.callbacks.checkpoints import AtomicCheckpointIO, Settings, generations
 from tercet.training.callbacks.evaluation import START, Evaluation, evaluate_stage, validate
+from tercet.training.callbacks.figures import shown_files
 from tercet.training.contrastive import Contrastive
 from tercet.training.datamodule import DataModule
+from tercet.training.lightning_compat import FSDP2
 from tercet.training.loggers import fault_tolerant
 
 RESULT_GROUPS = ("seed", "data", "sampler", "model", "loss", "view", "objective", "optimizer", "scheduler", "init_from")
-FREE_KEYS = ("resume", "output_dir", "command", "check")  # a finished run is not repeated where only these differ
+RESULT_KEYS = (
+    "monitor", "callback.hard_labels", "trainer.precision", "trainer.accumulate_grad_batches", "trainer.gradient_clip",
+    "trainer.limit_train_batches", "trainer.overfit_batches",
+)  # fmt: skip
+SAME_ROWS = ("path", "cache", "workers", "name")  # of data: ``data.fingerprint`` says what the rows are
+# A finished run is not repeated where only these differ.
+FREE_KEYS = ("resume", "output_dir", "command", "check", "code_changes", "run", "allow_changed_data")
 
 
 def run(cfg: DictConfig, output: Path) -> float | None:
     """Train in this process, or in as many as the trainer asks for; returns the optimized metric."""
     config, data = prepare(choose_by_columns(cfg), output)
-    if not launch.started_by_launcher():
-        data.prepare_data()  # errors in the data are found, and tokens cached, before any process is started
-    set_run_length(config, data)
-    finished = cfg.resume and (output / "metrics.json").is_file()
-    if finished and not record.first_difference(output, config, lambda key: key.split(".")[0] not in FREE_KEYS):
-        print_status(f"{output} is finished; there is nothing left to do.")
-        return optimized_value(config, record.read_metrics(output))
-    check_resume(config, output)
-    if not launch.started_by_launcher() and launch.num_processes(config) > 1:
-        return launch.launch_processes(worker, config, output)
-    return train(config, output, data)
+    alone = not launch.started_by_launcher()
+    with nullcontext() if config.check else run_folder.locked(output):
+        if alone:
+            data.prepare_data()  # errors in the data are found, and tokens cached, before any process is started
+        set_run_length(config, data)
+        if config.resume and is_done(config, output):
+            print_status(f"{output} is finished; there is nothing left to do.")
+            return optimized_value(config, record.read_metrics(output))
+        if not check_resume(config, output) and not config.check:
+            begin_anew(config, output)
+        if alone and launch.needs_processes(config):
+            return launch.launch_processes(worker, config, output)
+        return train(config, output, data)
 
 
 def prepare(cfg: DictConfig, output: Path) -> tuple[DictConfig, DataModule]:
     """Resolve the configuration and build its data; run every check that needs no data."""
     start_record(cfg)
+    check_settings(cfg)
     config: Any = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     check_writable(output, "output_dir")
     silence_libraries()
     drop_missing_validation(config)
+    set_monitor_mode(config)
     check_values(config, cfg)
     config.output_dir = str(output)
     data = build(config.data.module)
     build(config.validation)  # an error in it ends the run here
     check_config(config, get_class(config.objective._target_), data)
+    config.data.fingerprint = data.fingerprint()  # for the record: a run is resumed with the same rows
     return config, data
 
 
@@ -89,7 +103,7 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
     objective: Contrastive = build(cfg.objective)
     if cfg.init_from:
         print_status(initialize_from(objective.encoder, cfg.init_from))
-    check_model(objective, data, launch.started_by_launcher())
+    check_model(objective, data, launch.started_by_launcher(), cfg.trainer.strategy == FSDP2)
     validated = len(build(cfg.data.validation).rows()) if cfg.data.validation and cfg.data.validation_rows else None
     evaluation = Evaluation(build(cfg.validation), build(cfg.test), validated)
     if cfg.check:
@@ -97,9 +111,10 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
         return None
     loggers = [fault_tolerant(made) for logger in cfg.logger.values() if logger and (made := build(logger))]
     switched_on = [made for node in cfg.callback.values() if node and is_enabled(cfg, made := build(node), bool(loggers))]
-    callbacks = [evaluation, *switched_on]
+    callbacks = [evaluation, Settings(plain_settings(cfg)), *switched_on]
     plugins = [*(build(cfg.trainer.plugins) or []), AtomicCheckpointIO(cfg.keep_last)]
-    trainer: pl.Trainer = build(cfg.trainer, logger=loggers, callbacks=callbacks, plugins=plugins, default_root_dir=str(output))
+    options = {"logger": loggers, "callbacks": callbacks, "plugins": plugins, **launch.strategy_options(cfg)}
+    trainer: pl.Trainer = build(cfg.trainer, default_root_dir=str(output), **options)
     if launch.is_first_on_node():
         data.prepare_data()
     try:
@@ -113,7 +128,7 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
         # Training must not depend on the random numbers that the evaluation drew.
         # Processes get different seeds: rows of two of them must not share their dropout.
         pl.seed_everything(cfg.seed + trainer.global_rank, workers=True, verbose=False)
-        if resumed := newest_checkpoint(output / "checkpoints", read_checkpoint) if cfg.resume else None:
+        if resumed := newest_checkpoint(last_checkpoints(output)) if cfg.resume else None:
             print_status(f"resuming from {resumed}, step {read_checkpoint(resumed)['global_step']}")
         trainer.fit(objective, datamodule=data, ckpt_path=str(resumed) if resumed else None)
         metrics |= restore_best(trainer, objective, evaluation)
@@ -131,19 +146,72 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
     return optimized_value(cfg, metrics)
 
 
-def check_resume(cfg: DictConfig, output: Path) -> None:
-    """Raise ``InputError`` where ``resume`` would mix two settings; the number of steps may differ."""
-    there = any((output / "checkpoints").glob("last*.ckpt"))
-    if there and not cfg.resume:
-        print_status(f"{output} holds a run, which is overwritten; resume=true would have continued it.")
-    elif there:
-        old = f"resume=true: {output} is a run of Tercet 0.1, whose settings had other names, and cannot be resumed. "
-        new = f"init_from={output} starts from its weights; use another output_dir."
-        require("batches" not in OmegaConf.load(output / "config.yaml"), old + new)  # a key of version 0.1
-        other = record.first_difference(output, cfg, lambda key: key.split(".")[0] in RESULT_GROUPS)
-        require(not other, f"resume=true: {output} was started with {other}. Set it as it was, or use another output_dir.")
-    elif cfg.resume:
+def is_done(cfg: DictConfig, output: Path) -> bool:
+    """Whether the folder has the results of these settings."""
+    if not record.is_finished(output):
+        return False
+    settings = record.read_settings(output)
+    return not record.first_difference(settings, cfg, lambda key: key.split(".")[0] not in FREE_KEYS)
+
+
+def check_resume(cfg: DictConfig, output: Path) -> bool:
+    """Whether the run goes on from a checkpoint there; ``InputError`` where that would mix two settings.
+
+    The number of steps may differ. A checkpoint's settings are those inside it: ``config.yaml`` may be of a later start.
+    """
+    there = last_checkpoints(output) if cfg.resume else []
+    if not there:
+        return False
+    written = record.read_settings(output) if (output / "config.yaml").is_file() else {}
+    old = f"resume=true: {output} is a run of Tercet 0.1, whose settings had other names, and cannot be resumed. "
+    new = f"init_from={output} starts from its weights; use another output_dir."
+    require("batches" not in written, old + new)  # a key of version 0.1
+    newest = newest_checkpoint(there)
+    settings = (newest and Settings.read(read_checkpoint(newest, mmap=True))) or written
+    allowed = ("data.fingerprint",) if cfg.allow_changed_data else ()
+    other = record.first_difference(settings, cfg, lambda key: changes_results(key) and key not in allowed)
+    advice = "Set it as it was"
+    if other and other.startswith("data.fingerprint="):
+        advice = "The data, or how it is read, has changed: restore it, set allow_changed_data=true to go on with it"
+    require(not other, f"resume=true: {output} was started with {other}. {advice}, or use another output_dir.")
+    return True
+
+
+def begin_anew(cfg: DictConfig, output: Path) -> None:
+    """Set aside another run that the folder holds: results, checkpoints and settings of two runs do not mix."""
+    if cfg.resume:
         print_status(f"resume=true: {output} holds no checkpoint; training starts anew.")
+    if record.is_main_process() and run_folder.holds_run(output) and not (cfg.resume and _is_same_start(cfg, output)):
+        start = cfg.init_from and locate(str(cfg.init_from)).resolve()
+        inside = f"init_from={cfg.init_from} is in output_dir={output}, which is set aside. Use another output_dir."
+        require(not start or not start.is_relative_to(output.resolve()), inside)
+        run_folder.set_aside(output)
+
+
+def _is_same_start(cfg: DictConfig, output: Path) -> bool:
+    """Whether the folder has nothing but the beginning of a run with these settings, stopped before its first checkpoint."""
+    if (output / "metrics.json").is_file() or not (output / "config.yaml").is_file():
+        return False
+    return not record.first_difference(record.read_settings(output), cfg, changes_results)
+
+
+def last_checkpoints(output: Path) -> list[Path]:
+    """The last checkpoints of a run, as many as there are."""
+    return [path for path in generations(output / "checkpoints", 100) if path.is_file()]
+
+
+def plain_settings(cfg: DictConfig) -> dict[str, Any]:
+    """The settings as plain values, for a checkpoint."""
+    settings: Any = OmegaConf.to_container(cfg, resolve=True)
+    return dict(settings)
+
+
+def changes_results(key: str) -> bool:
+    """Whether a run learns something else with another value of this setting."""
+    group, last = key.split(".")[0], key.split(".")[-1]
+    if group == "data" and last in SAME_ROWS:
+        return False
+    return group in RESULT_GROUPS or key.startswith(RESULT_KEYS)
 
 
 def is_enabled(cfg: DictConfig, callback: pl.Callback, has_logger: bool) -> bool:
@@ -169,9 +237,16 @@ def restore_best(trainer: pl.Trainer, objective: Contrastive, evaluation: Evalua
         print_status(f"No validation ran, these are the last weights: {monitor} selected none. See trainer.val_check_interval.")
     elif monitor and best.best_model_path:
         path, score = Path(best.best_model_path), float(best.best_model_score)
+        if not path.is_file():
+            print_status(f"{path}, the best by {monitor}, is not there: these are the last weights.")
+            return values
+        written = float(read_checkpoint(path, mmap=True)["callbacks"][best.state_key]["best_model_score"])
+        if written != score:
+            print_status(f"The checkpoint of {monitor} {score:.4f} could not be written; the best one is that before it.")
+            score = written
         print_status(f"best {monitor}: {score:.4f}")
-        if evaluation.start is not None and evaluation.keeps_start(score):
-            before = f"{evaluation.start:.4f} before training, standard error {evaluation.standard_error():.4f}"
+        if evaluation.start is not None and evaluation.keeps_start(score, best.mode) and path.with_name(START).is_file():
+            before = f"{evaluation.start:.4f} before training, standard error {evaluation.standard_error(best.mode):.4f}"
             print_status(f"Nothing beat the start ({before}): the model is the one that training started from.")
             path, score = path.with_name(START), evaluation.start
         load_state(objective, read_checkpoint(path)["state_dict"])
@@ -187,14 +262,15 @@ def write_results(
     if not trainer.is_global_zero:
         return
     save_model(encoder, output / "model", cfg.save_dtype)
-    record.write_metrics(output, metrics)
+    record.write_metrics(output, metrics, run=notes["run"])
     before, after = (record.stage_metrics(metrics, stage) for stage in ("before", "test"))
-    report.write_report(output, cfg, metrics)
-    record.log_artifacts(trainer.loggers, output, cfg, metrics, notes)
+    shown = shown_files(output)
+    report.write_report(output, cfg, metrics, shown)
+    record.log_artifacts(trainer.loggers, output, cfg, metrics, notes, shown)
     headline = report.run_result(cfg, metrics, before, after).headline
     print_status(f"\n{headline}\n\n{report.before_after_table(before, after)}")
     print_status(f"\n{trainer.global_step} steps, data {notes['data']['fingerprint']}. Written to {output}:")
-    for path in sorted(p for p in output.iterdir() if p.name != "hparams.yaml"):
+    for path in sorted(p for p in output.iterdir() if p.name != "hparams.yaml" and p.name[0] != "."):
         print_status(f"  {path.name}{'/' if path.is_dir() else ''}")
 
 

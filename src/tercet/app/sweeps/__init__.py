@@ -32,7 +32,7 @@ class SweepSummary(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Summarize the jobs found on disk, and exit with 1 if one of them failed."""
-        from tercet.app.commands.compare import summarize_sweep
+        from tercet.app.sweeps.summary import summarize_sweep
 
         if not summarize_sweep(Path(config.hydra.sweep.dir), config.stages):
             raise SystemExit(1)  # the command line sees failures of jobs in its own process only

@@ -19,6 +19,7 @@ from omegaconf import DictConfig, open_dict
 from tercet.app.hydra_compat import process_state, run_worker_job
 from tercet.app.sweeps import SAVE_SECONDS
 from tercet.errors import InputError, require
+from tercet.paths import write_text
 
 STORE_BYTES = 80 * 2**20  # a job is a configuration, its result a number; Ray's minimum is 75 MiB
 ENVIRONMENT = {
@@ -120,7 +121,7 @@ def lost_job_result(job: DictConfig, error: Exception) -> JobReturn:
     if cause := getattr(error, "cause", None):  # an exception of the worker
         why = f"job {number}: {explain(cause, 'train')}"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "error.txt").write_text(why + "\n", encoding="utf-8")
+    write_text(folder / "error.txt", why + "\n")
     print(f"\nerror: {why}", file=sys.stderr, flush=True)
     result = JobReturn(overrides=list(job.hydra.overrides.task), status=JobStatus.COMPLETED)
     result.return_value = float("nan")

@@ -1,16 +1,18 @@
 """Checkpoints that survive a kill, a full disk and a power failure and include the random state; a graceful end at a signal."""
 
+import errno
 import os
+import pickle
 import re
+import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytorch_lightning as pl
 import torch
@@ -21,7 +23,8 @@ from torch import Tensor
 
 from tercet.distributed.gather import rank
 from tercet.errors import InputError, require
-from tercet.messages import warn_once
+from tercet.messages import log_errors, warn_once
+from tercet.paths import atomic_write
 from tercet.training.lightning_compat import forget_pending_batches, keep_signal_handlers, restart_validation
 
 LAST = "last.ckpt"
@@ -57,7 +60,8 @@ def interval(save_every: int | str | None) -> tuple[int | None, float | None]:
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Write checkpoints beside the old file, sync, and rename; keep ``keep_last`` generations of ``last.ckpt``.
 
-    ``last-1.ckpt`` is the one before. Where a checkpoint cannot be written, a warning is printed and training goes on.
+    ``last-1.ckpt`` is the one before. Where a checkpoint cannot be written, which is checked before if the disk has no room
+    for another one of the last one's size, a warning is printed and training goes on; the next save tries again.
     """
 
     def __init__(self, keep_last: int = 2) -> None:
@@ -67,28 +71,59 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write the whole file, or leave it as it was."""
         file = Path(path)
-        partial = file.with_name(f".{file.name}.{os.getpid()}")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            with partial.open("wb") as stream:
-                torch.save(checkpoint, stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-            if file.name == LAST:
-                self._rotate(file)
-            partial.replace(file)
-            _sync(file.parent)
-        except (OSError, RuntimeError) as error:
-            partial.unlink(missing_ok=True)
-            if not isinstance(error, OSError) and "StreamWriter" not in str(error):  # torch's message at a full disk
-                raise
-            warn_once(f"{file} could not be written ({error}); training goes on with the checkpoints that exist.")
+            old = file if file.is_file() else file.with_name(LAST)
+            if old.is_file() and shutil.disk_usage(file.parent).free < old.stat().st_size:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+            with atomic_write(file) as partial:
+                _save(checkpoint, partial)
+                if file.name == LAST:
+                    self._rotate(file)
+        except OSError as error:
+            warn_once(f"{file} could not be written ({error.strerror}); training goes on, and the next save tries again.")
 
     def _rotate(self, file: Path) -> None:
         for older, newer in pairwise(reversed(generations(file.parent, self.keep_last))):
             if newer.exists():  # a second name for the file: there is a last.ckpt at every moment
                 older.unlink(missing_ok=True)
-                os.link(newer, older)
+                try:
+                    os.link(newer, older)
+                except OSError:  # not every file system has hard links
+                    with log_errors(f"{older}"), atomic_write(older) as partial:
+                        shutil.copyfile(newer, partial)
+
+
+class _Stream:
+    """A file for ``torch.save``, which raises a RuntimeError in place of the file's ``error``."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write to the file; the first error is kept."""
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+    def flush(self) -> None:
+        """Nothing: the file is flushed at the end."""
+
+
+def _save(content: dict[str, Any], path: Path) -> None:
+    with path.open("wb") as file:
+        stream = _Stream(file)
+        try:
+            torch.save(content, stream)  # type: ignore[arg-type]
+        except RuntimeError:
+            if stream.error is not None:
+                raise stream.error from None
+            raise
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def generations(folder: Path, keep: int) -> list[Path]:
@@ -96,27 +131,21 @@ def generations(folder: Path, keep: int) -> list[Path]:
     return [folder / LAST, *(folder / f"last-{i}.ckpt" for i in range(1, keep))]
 
 
-def newest_checkpoint(folder: Path, read: Callable[[Path], Any]) -> Path | None:
-    """The newest last checkpoint that ``read`` accepts, with a warning for each newer one; None where there is none."""
-    found = [path for path in generations(folder, 100) if path.is_file()]
-    for i, path in enumerate(found, 1):
-        older = found[i:]
-        try:
-            read(path)
-            return path
-        except InputError as error:
-            if not older:
-                raise
-            warn_once(f"{error} The one before it, {older[0].name}, is used.")
-    return None
+class Settings(pl.Callback):
+    """Write a run's settings, plain values, into its checkpoints."""
 
+    def __init__(self, settings: dict[str, Any]) -> None:
+        self.settings = settings
 
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    def state_dict(self) -> dict[str, Any]:
+        """The settings."""
+        return {"settings": self.settings}
+
+    @classmethod
+    def read(cls, checkpoint: dict[str, Any]) -> dict[str, Any] | None:
+        """The settings in a checkpoint; None in one of an earlier version."""
+        found: dict[str, Any] = checkpoint.get("callbacks", {}).get(cls.__qualname__, {})
+        return found.get("settings")
 
 
 class RNGState(pl.Callback):
@@ -135,7 +164,10 @@ class RNGState(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         """The state after the last optimizer step; an interrupted step will be repeated."""
         if rank() and self.state:
-            AtomicCheckpointIO().save_checkpoint(self.state, self.file)
+            with log_errors(str(self.file)):
+                self.file.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_write(self.file) as partial:
+                    _save(self.state, partial)
         return self.state or self.loaded
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -171,15 +203,23 @@ class RNGState(pl.Callback):
     def _restore(self) -> None:
         state = self.loaded
         if rank() and self.file.is_file():
-            own = torch.load(self.file, map_location="cpu", weights_only=True)
-            if own["step"] == state["step"].cpu():
-                state = own
+            own = self._read_own()
+            state = own if own.get("step") == state["step"].cpu() else state
         torch.set_rng_state(state["cpu"].cpu())
         if "cuda" in state and torch.cuda.is_available():
             torch.cuda.set_rng_state(state["cuda"].cpu())
         if rank() and state is self.loaded:
+            warn_once(f"{self.file} is not of this step: process {rank()} goes on with other random numbers.")
             torch.manual_seed(int(torch.randint(1 << 62, (rank(),))[-1]))
         self.loaded = {}
+
+    def _read_own(self) -> dict[str, Tensor]:
+        try:
+            own: dict[str, Tensor] = torch.load(self.file, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            warn_once(f"{self.file} cannot be read ({type(error).__name__}).")
+            return {}
+        return own
 
 
 class GracefulStop(pl.Callback):

@@ -12,6 +12,7 @@ from torch import Tensor
 from tercet.distributed.gather import world_size
 from tercet.evaluation.figures import ACCENT, make_axes
 from tercet.images import UnreadableImage, make_thumbnail, read_image_cell
+from tercet.messages import printable
 from tercet.models import Encoder, ImageEncoder
 from tercet.training.callbacks.evaluation import refresh_encoder
 from tercet.training.callbacks.figures import OTHER_COLOR, draw_cosines, publish_figure, publish_table
@@ -174,7 +175,10 @@ class EmbeddingFigures(pl.Callback):
             publish_figure(trainer, "embeddings", draw_embeddings(sample, self.history, self.umap))
             self._publish_tables(trainer, sample)
             if when == "test":
-                names = [item[:100] if isinstance(item, str) else str(i) for i, item in enumerate(self.items[0])]
+                names = [
+                    printable(item[:100], lines=False) if isinstance(item, str) else str(i)
+                    for i, item in enumerate(self.items[0])
+                ]
                 log_to_all(trainer, EMBEDDINGS, z[0], names)
 
     def _load_items(self, source: Source, encoder: Encoder) -> None:
@@ -182,7 +186,7 @@ class EmbeddingFigures(pl.Callback):
         table = source.rows()
         table = table.shuffle(seed=0).select(range(min(self.rows, len(table))))
         cells = [list(table[name]) for name in list(source.columns)[:2]]
-        items = [[cell if isinstance(cell, str) else read_image_cell(cell) for cell in column] for column in cells]
+        items = [[cell if isinstance(cell, str) else _read_image(cell) for cell in column] for column in cells]
         kept = [i for i, row in enumerate(zip(*items, strict=True)) if all(is_readable(encoder, item) for item in row)]
         self.items = [[column[i] for i in kept] for column in items]
         labeled = "label" in table.column_names
@@ -200,8 +204,17 @@ class EmbeddingFigures(pl.Callback):
             publish_table(trainer, "triplets", ("to positive", "to negative", "anchor", "positive", "negative"), hard)
 
 
-def is_readable(encoder: Encoder, item: Item) -> bool:
-    """Whether the encoder can open the item; only images can be unreadable."""
+def _read_image(cell: Any) -> bytes | None:
+    try:
+        return read_image_cell(cell)
+    except (UnreadableImage, OSError):
+        return None
+
+
+def is_readable(encoder: Encoder, item: Item | None) -> bool:
+    """Whether there is an item that the encoder can open; only images can be unreadable."""
+    if item is None:
+        return False
     try:
         if isinstance(encoder, ImageEncoder) and not isinstance(item, str):
             encoder.pixels.open(item)

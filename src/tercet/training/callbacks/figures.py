@@ -16,12 +16,19 @@ from torch import Tensor
 
 from tercet.evaluation.figures import ACCENT, GRAY, make_axes
 from tercet.evaluation.inputs import embed_columns
-from tercet.messages import warn_once
+from tercet.messages import csv_cell, log_errors, markdown_text
+from tercet.paths import atomic_write
 from tercet.training.callbacks.evaluation import Evaluation
 from tercet.training.loggers import FIGURE, TABLE, has_images, log_to_all
 from tercet.types import Source
 
 OTHER_COLOR = "#c9c9c9"
+_written: dict[Path, None] = {}  # the figures and tables of this process
+
+
+def shown_files(folder: Path) -> list[Path]:
+    """The figures and tables that this process has written into a folder, and not what else is there."""
+    return [path for path in _written if path.parent == folder and path.is_file()]
 
 
 class EvaluatorFigures(pl.Callback):
@@ -51,8 +58,8 @@ def publish_figure(trainer: pl.Trainer, name: str, figure: Figure) -> None:
     """Write ``<name>.png`` into the run's folder, from the first process, and log it."""
     path = Path(trainer.default_root_dir) / f"{name}.png"
     if trainer.is_global_zero:
-        with _whole_file(path):
-            figure.savefig(path, dpi=150)
+        with _whole_file(path) as partial:
+            figure.savefig(partial, dpi=150)
         if path.is_file():
             log_to_all(trainer, FIGURE, name, figure, str(path))
 
@@ -61,19 +68,18 @@ def publish_table(trainer: pl.Trainer, name: str, columns: Sequence[str], rows: 
     """Write ``<name>.csv`` into the run's folder, unless it has images (bytes), and log it."""
     path = Path(trainer.default_root_dir) / f"{name}.csv"
     if not has_images(rows):
-        with _whole_file(path), path.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([columns, *rows])
+        with _whole_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(map(csv_cell, row) for row in [columns, *rows])
     log_to_all(trainer, TABLE, name, columns, rows)
 
 
 @contextmanager
-def _whole_file(path: Path) -> Iterator[None]:
-    """Where the file cannot be written, remove the part of it and warn; the run goes on."""
-    try:
-        yield
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        warn_once(f"{path} could not be written ({error}); training goes on without it.")
+def _whole_file(path: Path) -> Iterator[Path]:
+    """Write a file whole; where it cannot be written, warn: the run goes on."""
+    with log_errors(f"{path}"):
+        with atomic_write(path) as partial:
+            yield partial
+        _written[path] = None
 
 
 def draw_cosines(axis: Any, title: str, true: Tensor, other: Tensor, least: float) -> None:
@@ -109,7 +115,9 @@ class BeforeAfter(pl.Callback):
         self.scores[str(pl_module.stage)] = x @ y.T
         if len(self.scores) == 2 and trainer.is_global_zero:
             publish_figure(trainer, "before_after", draw_before_after(*self.scores.values()))
-            (Path(trainer.default_root_dir) / "neighbors.md").write_text(self.neighbors(), encoding="utf-8")
+            path = Path(trainer.default_root_dir) / "neighbors.md"
+            with _whole_file(path) as partial:
+                partial.write_text(self.neighbors(), encoding="utf-8")
 
     @cached_property
     def texts(self) -> tuple[list[str], list[str]]:
@@ -128,11 +136,11 @@ class BeforeAfter(pl.Callback):
         step = max(1, len(queries) // self.examples)
         parts = ["# Nearest neighbors before and after\n"]
         for i in range(0, len(queries), step)[: self.examples]:
-            parts.append(f"\n> {queries[i]}\n\n| | rank | nearest |\n|---|---|---|")
+            parts.append(f"\n> {markdown_text(queries[i])}\n\n| | rank | nearest |\n|---|---|---|")
             for name, scores in zip(("before", "after"), self.scores.values(), strict=True):
                 nearest, rank = int(scores[i].argmax()), int((scores[i] > scores[i, i]).sum()) + 1
-                parts.append(f"| {name} | {rank} | {documents[nearest]}{' ✓' if nearest == i else ''} |")
-            parts.append(f"| correct | | {documents[i]} |")
+                parts.append(f"| {name} | {rank} | {markdown_text(documents[nearest])}{' ✓' if nearest == i else ''} |")
+            parts.append(f"| correct | | {markdown_text(documents[i])} |")
         return "\n".join(parts) + "\n"
 
 

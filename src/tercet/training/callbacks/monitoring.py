@@ -16,7 +16,7 @@ from torch.nn.utils import get_total_norm
 
 from tercet.distributed.gather import rank, world_size
 from tercet.errors import InputError, require
-from tercet.messages import ProgressLines, warn_once
+from tercet.messages import ProgressLines, log_errors, warn_once
 from tercet.types import Batch, TokenBatch, concat_inputs
 
 
@@ -56,7 +56,7 @@ class SkipNonFinite(pl.Callback):
         for parameter in pl_module.parameters():
             parameter.grad = None  # the optimizer leaves such parameters out: no momentum, no weight decay
         path = Path(trainer.default_root_dir) / "skipped.csv"
-        with path.open("a", newline="", encoding="utf-8") as file:
+        with log_errors(f"{path}"), path.open("a", newline="", encoding="utf-8") as file:
             csv.writer(file).writerow([trainer.global_step, rank(), " ".join(map(str, rows))])
         if self.skipped == 1:
             warn_once(f"step {trainer.global_step}: the gradient is not finite. The step is skipped; {path} names its rows.")

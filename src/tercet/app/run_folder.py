@@ -1,0 +1,81 @@
+"""The folder of a run: it belongs to one run, and one run at a time writes there."""
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import LeaseCompromise, SoftFileLease, Timeout
+
+from tercet.app.record import is_main_process
+from tercet.errors import InputError
+from tercet.messages import print_status, warn_once
+from tercet.paths import PARTIAL, remove_partials
+
+LOCK = ".lock"
+LEASE_SECONDS = 30.0  # a run on another machine whose lock has not been renewed for so long is taken for dead
+WAIT_SECONDS = LEASE_SECONDS + 10  # for a run that is ending, or is dead
+MOVING = ".before"  # the folder of a run that is being set aside
+ASIDE = re.compile(r"before-(\d+)")
+RUN = ("config.yaml", "metrics.json", "checkpoints/*.ckpt", "[0-9]*_*/config.yaml")  # what only a run or its stages have
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Hold a run's folder; a run that is ending there is waited for, a dead one's lock is taken over.
+
+    A thread renews the lock. Raises ``InputError`` naming the process that holds it after ``WAIT_SECONDS``. Of several
+    processes of a run the first one holds it.
+    """
+    if not is_main_process():
+        yield
+        return
+    lease = SoftFileLease(output / LOCK, lease_duration=LEASE_SECONDS, thread_local=False, on_compromise=_lost)
+    try:
+        lease.acquire(timeout=1)  # a dead process's lock is free at the second try
+    except Timeout:
+        _wait(lease, output)
+    try:
+        remove_partials(output)
+        remove_partials(output / "checkpoints")
+        if (output / MOVING).is_dir():  # a process was killed in it
+            set_aside(output)
+        yield
+    finally:
+        lease.release()
+
+
+def _wait(lease: SoftFileLease, output: Path) -> None:
+    owner = lease.owner
+    by = f"process {owner.pid} on {owner.hostname.partition('?')[0]}" if owner else "another process"
+    print_status(f"{output} is in use by {by}; waiting up to {WAIT_SECONDS:.0f} seconds for it to end.")
+    try:
+        lease.acquire(timeout=WAIT_SECONDS, poll_interval=0.2)
+    except Timeout:
+        advice = "Wait until it has ended, end it, or use another output_dir."
+        raise InputError(f"output_dir={output} is in use by {by}, which writes its run there. {advice}") from None
+
+
+def _lost(loss: LeaseCompromise) -> None:
+    if loss.reason == "owner-changed":  # this process was suspended for so long that another one goes on in its place
+        print(f"{loss.lock_file} has been taken over by another process; this one ends and writes no more.", file=sys.stderr)
+        os._exit(1)
+    warn_once(f"{loss.lock_file} could not be renewed ({loss.reason}): another run might begin in this folder.")
+
+
+def holds_run(output: Path) -> bool:
+    """Whether a run, or one with stages, has begun to write there."""
+    return any(next(output.glob(pattern), None) for pattern in RUN)
+
+
+def set_aside(output: Path) -> None:
+    """Move all that is in the folder into ``before-<n>`` inside it."""
+    aside = [(int(found[1]), path) for path in output.iterdir() if (found := ASIDE.fullmatch(path.name))]
+    moving, kept = output / MOVING, {LOCK, MOVING, *(path.name for _, path in aside)}
+    moving.mkdir(exist_ok=True)
+    for path in [path for path in output.iterdir() if path.name not in kept and not path.name.startswith(PARTIAL)]:
+        path.rename(moving / path.name)
+    target = moving.rename(output / f"before-{max((n for n, _ in aside), default=0) + 1}")
+    print_status(f"{output} held another run, which is now in {target.name}/.")
