@@ -76,9 +76,10 @@ class SlowSteps(pl.Callback):
 
 
 def descendants(pid: int) -> list[int]:
-    """The children of a process, and theirs."""
+    """The children of a process, and theirs; not the tracker of multiprocessing, which ends after them."""
     try:
         own = [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+        own = [p for p in own if b"resource_tracker" not in Path(f"/proc/{p}/cmdline").read_bytes()]
     except FileNotFoundError:
         return []
     return [*own, *(grandchild for child in own for grandchild in descendants(child))]

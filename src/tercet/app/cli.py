@@ -125,7 +125,7 @@ def _run_composed(command: str, arguments: Sequence[str]) -> None:
         try:
             getattr(importlib.import_module(f"tercet.app.commands.{module}"), function)(cfg, Path.cwd())
         finally:
-            if cfg.output:
+            if not OmegaConf.is_missing(cfg, "output") and cfg.output:
                 remove_empty(Path(cfg.output))
 
 

@@ -24,6 +24,7 @@ SAVE_SECONDS = 60  # for stopped jobs to write their checkpoints
 RUNNING_JOBS = "TERCET_RUNNING_JOBS"  # the variable that names the file which jobs have locked
 
 _lock: int | None = None  # the handle of that file, in the process of a job
+_sweep = 0  # the id of the sweep's process there
 
 
 class SweepSummary(Callback):
@@ -50,7 +51,8 @@ class StopJobs(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Install the handlers in the process that starts the jobs, and block signals in those that it starts."""
         if "joblib" in str(config.hydra.launcher._target_):
-            resource_tracker.ensure_running()  # beginning later it would unblock them
+            sys.warnoptions.append("ignore:resource_tracker:UserWarning")  # about what killed processes have left
+            resource_tracker.ensure_running()  # beginning later it would unblock the signals
             handle, os.environ[RUNNING_JOBS] = tempfile.mkstemp()
             os.close(handle)
             numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
@@ -69,12 +71,13 @@ class StopJobs(Callback):
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """In the process of a job: say that it runs, and stop it when the sweep is killed."""
-        global _lock
+        global _lock, _sweep
         if _is_joblib_worker():
             from tercet.distributed.processes import end_with_parent
 
             _lock = os.open(os.environ[RUNNING_JOBS], os.O_RDONLY) if _lock is None else _lock
             fcntl.flock(_lock, fcntl.LOCK_SH)
+            _sweep = os.getppid()
             end_with_parent(signal.SIGTERM)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
@@ -91,9 +94,9 @@ def end_stopped_job() -> None:
     if _lock is not None:
         sys.stdout.flush()
         sys.stderr.flush()
-        sweep, end = os.getppid(), time.monotonic() + SAVE_SECONDS
+        end = time.monotonic() + SAVE_SECONDS
         fcntl.flock(_lock, fcntl.LOCK_UN)  # closing is not enough: the workers that read its data have the file, too
-        while os.getppid() == sweep and time.monotonic() < end:
+        while os.getppid() == _sweep and time.monotonic() < end:
             time.sleep(0.1)
         os._exit(signals.TERMINATED)
 
