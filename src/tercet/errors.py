@@ -2,7 +2,8 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 _PARAMETER = re.compile(r"`([A-Za-z_][\w.]*)`")
 
@@ -50,3 +51,21 @@ def require(condition: object, message: str) -> None:
     """Raise ``InputError(message)`` unless ``condition`` holds."""
     if not condition:
         raise InputError(message)
+
+
+@contextmanager
+def refuse_damaged(what: str, fault: str = "cannot be read", advice: str = "Copy or write it anew.") -> Iterator[None]:
+    """Raise ``InputError`` about the file or folder ``what`` in place of whatever a library raises while it reads it.
+
+    >>> with refuse_damaged("x.json"):
+    ...     {}["name"]
+    Traceback (most recent call last):
+    tercet.errors.InputError: x.json cannot be read (KeyError: 'name'). Copy or write it anew.
+    """
+    try:
+        yield
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # libraries raise dozens of types
+        reason = " ".join(str(error).split())[:500]
+        raise InputError(f"{what} {fault} ({type(error).__name__}{f': {reason}' if reason else ''}). {advice}") from error

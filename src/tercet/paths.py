@@ -71,11 +71,18 @@ def visible_files(folder: Path) -> list[Path]:
             for path in files:
                 if not path.exists():
                     warn_once(f"{folder}: {path.relative_to(folder)} is a link to nothing; left out.")
-    for name in (os.fsencode(file.relative_to(folder)) for file in found):
-        if name.decode(errors="ignore").encode() != name:
+    for file in found:
+        for part in (*reversed(file.relative_to(folder).parents), file):
+            what = "file" if part is file else "folder"
+            fault = f"the name of the {what} {os.fsencode(part.name)!r} is not UTF-8"
             advice = "Rename it (for many: convmv -r -f latin1 -t utf8 --notest)."
-            raise InputError(f"`path`={folder}: the name of the file {name!r} is not UTF-8. {advice}")
+            require(is_utf8(part.name), f"`path`={folder}: {fault}. {advice}")
     return sorted(found)
+
+
+def is_utf8(name: str) -> bool:
+    """Whether the name of a file, or a text of the command line, can be written to a file: its bytes are UTF-8."""
+    return name.isascii() or name.encode(errors="replace") == name.encode(errors="surrogatepass")
 
 
 def check_new_folder(folder: Path, parameter: str) -> None:

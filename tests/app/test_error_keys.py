@@ -114,6 +114,20 @@ def test_an_error_of_a_method_has_the_key_of_the_object_that_raised_it():
     assert "count=2" in explain(caught.value, "train")  # no key is called so: the bare name
 
 
+class Silent(Part):
+    def use(self):
+        raise InputError("There is too much of it.")
+
+
+def test_a_message_without_a_parameter_begins_with_the_key_of_the_component():
+    cfg = composed("+outer={_target_: '', size: 3}")
+    cfg.outer._target_ = f"{__name__}.Silent"
+    start_record(cfg)
+    with pytest.raises(InputError) as caught:
+        build(cfg.outer).use()
+    assert explain(caught.value, "train") == "outer: There is too much of it."
+
+
 def test_what_a_partial_makes_is_recorded():
     cfg = composed(*TEXT, "sampler=random")
     cfg.sampler._target_ = f"{__name__}.Part"

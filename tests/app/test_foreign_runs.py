@@ -66,7 +66,7 @@ def test_a_pipe_or_a_device_is_no_file_of_a_run(tmp_path):
     lay(tmp_path / "run", 1, {"test/a": 1.0})
     (tmp_path / "run" / "config.yaml").unlink()
     os.mkfifo(tmp_path / "run" / "config.yaml")
-    with pytest.raises(InputError, match="is not a regular file"):
+    with pytest.raises(InputError, match="no finished run"):
         compare.read_runs([tmp_path])
 
 
@@ -128,4 +128,7 @@ def test_what_strangers_wrote_is_text_everywhere(tmp_path, monkeypatch, capsys):
 def test_settings_of_another_run_are_not_resolved(tmp_path):
     (tmp_path / "config.yaml").write_text(json.dumps({"name": "${oc.env:HOME}", "seed": 1}))
     cfg = OmegaConf.create({"name": os.environ["HOME"], "seed": 1})
-    assert record.first_difference(tmp_path, cfg, lambda key: True) == f"name=${{oc.env:HOME}}, not {os.environ['HOME']}"
+    assert (
+        record.first_difference(record.read_settings(tmp_path), cfg, lambda key: True)
+        == f"name=${{oc.env:HOME}}, not {os.environ['HOME']}"
+    )

@@ -1,6 +1,5 @@
 """The small parts around a run."""
 
-import signal
 import subprocess
 import sys
 
@@ -14,7 +13,7 @@ from tercet import messages
 from tercet.app import error_formatting, record
 from tercet.app.cli import main
 from tercet.app.components import takes
-from tercet.app.launch import num_processes, restored_signals
+from tercet.app.launch import num_processes
 from tercet.app.report import before_after_table
 from tercet.distributed.gather import reduce_loss
 from tercet.errors import InputError
@@ -86,18 +85,11 @@ def test_processes_are_counted():
         num_processes(cfg(num_nodes=2))
 
 
-def test_signal_handlers_are_put_back_also_beside_one_that_was_installed_from_c(monkeypatch):
-    before, get = signal.getsignal(signal.SIGTERM), signal.getsignal
-    monkeypatch.setattr(signal, "getsignal", lambda number: None if number == signal.SIGHUP else get(number))
-    with restored_signals():
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    assert get(signal.SIGTERM) is before
-
-
 @pytest.mark.parametrize(("override", "hint"), [
     ("model.poolng=cls", "Did you mean model.pooling?"), ("lr=1", "Did you mean optimizer.lr?"),
     ("data.train.qery=3", "Did you mean data.train.query?"), ("objectiv=mlm", "Did you mean objective?"),
-    ("temperature=1", "Did you mean loss.temperature?"),
+    ("temperature=1", "Did you mean loss.temperature?"), ("learning_rate=1e-5", "Did you mean optimizer.lr?"),
+    ("epochs=3", "Did you mean trainer.max_epochs?"), ("keep=3", "Did you mean keep_last?"),
     ("zzzz=1", "--cfg job"),
 ])  # fmt: skip
 def test_a_mistyped_key_is_answered_with_the_nearest_of_this_configuration(override, hint):
@@ -174,9 +166,9 @@ def test_a_run_of_version_0_1_is_not_resumed_by_mistake(tmp_path):
 
 def test_versions_are_recorded_where_the_package_is_not_installed(monkeypatch):
     monkeypatch.setattr("importlib.metadata.distributions", lambda: [])
-    monkeypatch.setattr(record, "_git", lambda *arguments: "")
+    monkeypatch.setattr(record, "_git", lambda *arguments, folder=None: "")
     assert record.versions()["tercet"] == tercet.__version__
-    assert record.revision() == f"no repository, tercet {tercet.__version__}"
+    assert record.revision() == f"tercet {tercet.__version__}, installed, not of a repository of its own"
 
 
 COMMANDS = {

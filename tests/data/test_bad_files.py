@@ -89,6 +89,8 @@ def test_unknown_and_packed_files(told):
 def test_columns(told):
     table = "sentance,Kind\nx,1\n"
     has(told("a.csv", table), "has the columns sentance, Kind", "columns=[sentance]")
+    has(told("a.csv", "id,note,when\n1,a long note,2024\n2,another,2025\n"), "columns=[note]")  # numbers are no example
+    has(told("a.parquet", pa.table({"id": [1, 2], "note": ["a", "b"]})), "columns=[note]")
     has(told("a.csv", table, columns=["sentence"]), "columns names 'sentence'", "Did you mean 'sentance'?")
     has(told("a.csv", table, columns=["sentance"], label="kind"), "label names 'kind'", "Did you mean 'Kind'?")
     has(told("a.csv", table, columns=["sentance"], where={"zz": 1}), "where names 'zz'", "sentance, Kind")
@@ -188,6 +190,7 @@ def test_labels_and_positions_that_are_none(tmp_path):
 
 def test_another_separator(told):
     has(told("a.csv", "text;kind\nx;1\n"), "line 1", "'text;kind'", "cut by ';'")
+    has(told("a.csv", "text;kind, or label\nx;1\n"), "line 2 has 1 cells", "cut by ';'")
     has(told("a.csv", "text\tkind\nx\t1\n"), "cut by '\\t'", "a .tsv file by tabs")
     has(told("a.tsv", "text,kind\nx,1\n"), "cut by ','")
 
@@ -258,6 +261,7 @@ def test_the_encoding_of_windows_is_recognized(told):
     has(told("a.txt", "é is in both\n".encode("latin-1")), "iconv -f latin1")
     has(told("a.txt", "é, and later “quotes”\n".encode("cp1252")), "iconv -f cp1252")
     has(told("a.txt", "é\nplain\n“quotes”\n".encode("cp1252")), "line 1", "iconv -f cp1252")
+    has(told("a.txt", "é".encode("latin-1") + "\n“quotes”\n".encode()), "line 1", "iconv -f latin1")  # the rest is UTF-8
 
 
 def test_a_file_whose_name_is_not_utf8(tmp_path):
@@ -267,3 +271,17 @@ def test_a_file_whose_name_is_not_utf8(tmp_path):
         pytest.skip("the file system takes UTF-8 only")
     with pytest.raises(InputError, match=r"name of the file b'caf\\xe9.txt' is not UTF-8. Rename it"):
         TextFiles(str(tmp_path))
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).unlink()
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    (folder / "a.txt").write_text("x")
+    with pytest.raises(InputError, match=r"name of the folder b'caf\\xe9' is not UTF-8. Rename it"):
+        TextFiles(str(tmp_path))
+
+
+def test_a_stream_that_is_held_out_whole(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\nthree\n")
+    stream = TextFiles(str(tmp_path / "a.txt"), split="train", held_out=2, validation_rows=1, streaming=True)
+    with pytest.raises(InputError, match=r"held_out=2 and validation_rows=1 take all 3 rows of the stream.*streaming=false"):
+        list(stream.rows())
+    assert len(list(TextFiles(str(tmp_path / "a.txt"), split="train", held_out=2, streaming=True).rows())) == 1

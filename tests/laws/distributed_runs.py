@@ -12,13 +12,12 @@ from omegaconf import OmegaConf
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tercet.app.components import build
-from tercet.app.launch import restored_signals
 from tercet.data import TextTransform
 from tercet.losses.triplet_mining import MININGS
 from tercet.models import load_tokenizer
 from tercet.training.datamodule import DataModule
 from tercet.training.lightning_compat import FSDP2
-from tests.conftest import MINILM, NEEDED, TEXTS, choices, composed, tiny
+from tests.conftest import MINILM, NEEDED, TEXTS, choices, composed, restored_signals, tiny
 
 OBJECTIVES = choices("objective")
 SETTINGS = {

@@ -64,7 +64,7 @@ def test_what_cannot_be_opened_is_explained(encoder, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_device_that_is_missing_is_named():
-    with pytest.raises(InputError, match="device=cuda, but torch sees no GPU"):
+    with pytest.raises(InputError, match="device=cuda, but torch sees 0 GPUs"):
         load(MINILM, device="cuda")
 
 

@@ -283,7 +283,7 @@ def test_lowercase_and_the_inner_folder_are_read_for_training_too(parts, tmp_pat
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"1_Pooling/config.json": {"pooling_mode": ["mean", "max"]}}, "its pooling is mean and max; tercet runs one of"),
+        ({"1_Pooling/config.json": {"pooling_mode": ["mean", "max"]}}, "its pooling is mean and max; .*take no other"),
         ({"1_Pooling/config.json": {"pooling_mode": "mean_sqrt_len_tokens"}}, "its pooling is mean_sqrt_len_tokens"),
         ({"2_Dense/config.json": {"out_features": 8, "activation_function": "my.Act"}}, "its Dense has the activation my.Act"),
         ({"2_Dense/config.json": {"out_features": 8, "use_residual": True}}, "its module Dense has {.use_residual"),
@@ -310,6 +310,8 @@ def test_a_pooling_that_is_chosen_needs_none_that_is_known(parts, tmp_path):
     folder = write(LAYOUTS["distiluse-base-multilingual-cased-v2"], parts, tmp_path)
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "mean_sqrt_len_tokens"}))
     close(load(folder, pooling="mean").encode(TEXTS), expected(LAYOUTS["distiluse-base-multilingual-cased-v2"], folder))
+    (folder / "modules.json").write_text(json.dumps([{"path": "", "type": V2 + "Transformer"}]))
+    assert load(folder, pooling="max").pooling == "max"
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])

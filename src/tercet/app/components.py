@@ -2,21 +2,43 @@
 
 import functools
 import inspect
+import math
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from hydra.errors import InstantiationException
-from hydra.utils import get_object, instantiate
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from tercet.app.hydra_compat import full_key, source_key
-from tercet.errors import InputError
+from tercet.errors import InputError, require
 
 SPECIAL = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 SCALARS = (bool, int, float, str, type(None))
+SETTINGS: dict[str, Any] = {  # what a key takes that belongs to no component; a list of others is of numbers with limits
+    **dict.fromkeys(("check", "measure_before", "resume"), bool),
+    **dict.fromkeys(("artifacts", "init_from", "metric", "monitor", "optimized_metric", "output"), str | None),
+    **dict.fromkeys(("device", "output_dir", "precision", "save_dtype", "vectors"), str),
+    **dict.fromkeys(("callback", "data", "expected", "logger", "model", "trainer"), dict),
+    **dict.fromkeys(("data.batch_size", "keep_last", "negatives", "seed", "skip"), int),
+    **dict.fromkeys(("data.name", "name"), str | int),
+    "model.max_length": int | None, "model.normalize": bool | None, "model.path": list | str, "model.pooling": str | None,
+    "model.prompt": str | None, "num_threads": int | None, "run_length": dict | None, "runs": list | str,
+    "save_every": int | str | None, "stages.runs": dict,
+}  # fmt: skip
+COMPONENTS = ("data.module", "data.train", "loss", "objective", "optimizer", "sampler", "scheduler", "test", "trainer",
+              "validation", "view", "evaluation", "guard")  # fmt: skip
+LIMITS: dict[str, tuple[float, float, str]] = {  # of numbers that no component checks: least, largest, what else is taken
+    "seed": (0, 2**32 - 1, ""), "num_threads": (1, 4096, " (null: as many as torch chooses)"), "keep_last": (1, 1000, ""),
+    "negatives": (1, 1000, ""), "skip": (0, math.inf, ""), "model.max_length": (1, math.inf, ""),
+    **{f"trainer.{name}": (1, math.inf, ", or -1: no limit") for name in ("max_steps", "max_epochs")},
+    **{f"trainer.{name}": (1, math.inf, "") for name in (
+        "accumulate_grad_batches", "check_val_every_n_epoch", "log_every_n_steps", "min_epochs", "min_steps", "num_nodes")},
+    "trainer.gradient_clip_val": (0, math.inf, ""), "trainer.num_sanity_val_steps": (-1, math.inf, ""),
+}  # fmt: skip
 
 
 class _Run:
@@ -57,7 +79,7 @@ def _build(node: Any, key: str, extra: Mapping[str, Any]) -> Any:
     values |= extra
     if "_target_" not in node:
         return values
-    target = instantiate({"_target_": node["_target_"], "_partial_": True})
+    target = locate_target(node, key)
     make = functools.partial(create, target, key, *node.get("_args_", []), **values)
     if node.get("_partial_"):
         return record(make, key)
@@ -67,8 +89,22 @@ def _build(node: Any, key: str, extra: Mapping[str, Any]) -> Any:
         raise InstantiationException(f"{node['_target_']}: {error!r}\nfull_key: {key}") from error
 
 
+def locate_target(node: Mapping[str, Any], key: str) -> Any:
+    """The class or function that a node names as its ``_target_``; ``InputError`` names the ``key`` of the node."""
+    name = node["_target_"]
+    try:
+        target = get_object(name)
+    except Exception as error:  # importing a module runs its code
+        raise InputError(f"{_join(key, '_target_')}={name}: it cannot be imported ({' '.join(str(error).split())}).") from error
+    require(callable(target), f"{_join(key, '_target_')}={name}: a class or function is needed, this is {_kind(target)}.")
+    return target
+
+
 def create(target: Callable[..., Any], key: str, /, *arguments: Any, **values: Any) -> Any:
     """Call a target and record the result; in the traceback of an error ``error_formatting`` finds the ``key`` here."""
+    for name, hint in _hints(target).items():
+        if not isinstance(made := values.get(name), (*SCALARS, list, dict, tuple)) and not _fits(hint, made):
+            raise InputError(f"{_join(key, name)}: {_words(hint)} is needed, its _target_ makes {_kind(made)}.")
     return record(target(*arguments, **values), key)
 
 
@@ -119,13 +155,41 @@ def _join(key: str, name: str) -> str:
     return f"{key}.{name}" if key else name
 
 
+def check_settings(cfg: DictConfig) -> None:
+    """Raise ``InputError`` for a number that is not finite, wherever it is, and for what a key of no component does not take.
+
+    Interpolations are left aside: what they refer to is checked at its own place.
+    """
+    values = dict(walk(OmegaConf.to_container(cfg, resolve=False)))
+    for key, value in values.items():
+        if isinstance(value, float):
+            require(math.isfinite(value), f"{key}={value}: a finite number is needed.")
+        if isinstance(value, int):
+            require(abs(value) < 1 << 63, f"{key}={value}: a whole number of 64 bits is needed.")
+    for key, hint in SETTINGS.items():
+        value = values.get(key)
+        is_given = key in values and value != "???" and "${" not in str(value)
+        if is_given and not takes(hint, value):
+            raise InputError(f"{key}={_shown(value)}: {_words(hint)} is needed here, this is {_kind(value)}.")
+    for key, value in values.items():
+        group, _, name = key.rpartition(".")
+        is_part = key in COMPONENTS or (group in ("callback", "logger") and name and value is not None)
+        if is_part and not (isinstance(value, dict) and isinstance(value.get("_target_"), str)) and "${" not in str(value):
+            raise InputError(f"{key}={_shown(value)}: a component is needed, a group of keys with a _target_.")
+    for key, (least, largest, others) in LIMITS.items():
+        value = values.get(key)
+        if isinstance(value, int | float) and not (least <= value <= largest or (value == -1 and "-1" in others)):
+            above = f"from {least:g} to {largest}" if math.isfinite(largest) else f"of {least:g} or more"
+            raise InputError(f"{key}={value}: a number {above}{others} is needed.")
+
+
 def check_values(cfg: DictConfig, raw: DictConfig) -> None:
     """Raise ``InputError`` for a key that its target does not take, and for a scalar of a type that a parameter does not.
 
     ``cfg`` is resolved; ``raw`` still holds the interpolations, so that the key which the user can set is named.
     """
     for place, node in find_targets(OmegaConf.to_container(cfg, resolve=True)):
-        target = get_object(node["_target_"])
+        target = locate_target(node, source_key(raw, place))
         parameters = inspect.signature(target).parameters
         open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         # An experiment may have set what only another choice of the group has.
@@ -137,9 +201,10 @@ def check_values(cfg: DictConfig, raw: DictConfig) -> None:
             )
         hints = _hints(target)
         for name, value in node.items():
-            if name in hints and isinstance(value, SCALARS) and not takes(hints[name], value):
+            is_plain = isinstance(value, (*SCALARS, list, dict)) and not find_targets(value)
+            if name in hints and is_plain and not takes(hints[name], value):
                 key = source_key(raw, _join(place, name))
-                raise InputError(f"{key}={value}: {_words(hints[name])} is needed here, this is {type(value).__name__}.")
+                raise InputError(f"{key}={_shown(value)}: {_words(hints[name])} is needed here, this is {_kind(value)}.")
 
 
 def find_targets(node: Any, key: str = "") -> list[tuple[str, dict[str, Any]]]:
@@ -156,14 +221,20 @@ def _hints(target: Any) -> dict[str, Any]:
 
 
 def takes(hint: Any, value: Any) -> bool:
-    """Whether a scalar may be given where ``hint`` stands; whole numbers may stand for fractions."""
-    origin = get_origin(hint)
+    """Whether plain values may be given where ``hint`` stands; 1 stands for a fraction, too, and inside of lists for a text."""
+    origin, inside = get_origin(hint), get_args(hint)
     if hint is Any:
         return True
+    if isinstance(value, list) and isinstance(origin, type) and (origin is tuple or issubclass(list, origin)):
+        hints = inside if origin is tuple and ... not in inside else [inside[0]] * len(value)
+        pairs = zip(hints, value, strict=False)
+        return len(value) == len(hints) and all(takes(part, x) or (part is str and type(x) is int) for part, x in pairs)
     if origin in (Union, types.UnionType):
-        return any(takes(part, value) for part in get_args(hint))
+        return any(takes(part, value) for part in inside)
     if origin is Literal:
         return value in get_args(hint) or str(value) in get_args(hint)
+    if isinstance(value, dict) and isinstance(origin, type):
+        return issubclass(dict, origin)
     if origin is not None or not isinstance(hint, type) or getattr(hint, "_is_protocol", False):
         return False
     if isinstance(value, bool):
@@ -172,12 +243,35 @@ def takes(hint: Any, value: Any) -> bool:
     return isinstance(value, hint) or (hint is float and isinstance(value, int)) or is_path
 
 
+def _fits(hint: Any, made: Any) -> bool:
+    """Whether an object may be given where ``hint`` stands, as far as that is a class or several; protocols are not checked."""
+    parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    are_classes = all(isinstance(p, type) and p is not Any and not get_origin(p) for p in parts)
+    return not are_classes or any(getattr(p, "_is_protocol", False) or isinstance(made, p) for p in parts)
+
+
 def _words(hint: Any) -> str:
     """An annotation in words."""
-    words = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    words = {
+        int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null", list: "a list",
+        dict: "a group of keys",
+    }  # fmt: skip
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(map(_words, get_args(hint))))
     if origin is Literal:
         return f"one of {', '.join(map(str, get_args(hint)))}"
+    if origin is tuple and ... not in get_args(hint):
+        return f"a list of {len(get_args(hint))} values"
     return words.get(hint) or ("a list" if origin else str(getattr(hint, "__name__", hint)))
+
+
+def _kind(value: Any) -> str:
+    """The type of a value in words."""
+    return _words(type(value))
+
+
+def _shown(value: Any) -> str:
+    """A value as the command line has it, cut to a length that can be read."""
+    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

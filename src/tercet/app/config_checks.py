@@ -45,6 +45,7 @@ def check_config(cfg: DictConfig, objective: Any, data: Any) -> None:
     _evaluators(cfg)
     _devices(cfg)
     _trainer(cfg)
+    _optimizer(cfg)
     require(cfg.artifacts in (*ARTIFACTS, None), f"artifacts={cfg.artifacts}: choose one of {', '.join(ARTIFACTS)}, or null.")
 
 
@@ -249,6 +250,12 @@ def _batch_norm(execution: Any, several: bool) -> None:
     if several:
         advice = "trainer.sync_batchnorm=true normalizes over all of it; with model.norm=group or frozen rows are independent."
         warnings.warn(f"{norm} each process's part of the batch. {advice}", stacklevel=2)
+
+
+def _optimizer(cfg: DictConfig) -> None:
+    """The optimizer and the scheduler check their parameters when they are made, which training does after the data is read."""
+    optimizer = build(cfg.optimizer)(torch.nn.Linear(1, 1))
+    build(cfg.scheduler)(optimizer, 1)
 
 
 def _trainer(cfg: DictConfig) -> None:

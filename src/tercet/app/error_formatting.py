@@ -3,16 +3,32 @@
 import difflib
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Sequence
 from types import FrameType
 
 from hydra import errors
-from omegaconf.errors import InterpolationKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationKeyError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
 from tercet.app import components, hydra_compat
 from tercet.errors import InputError
 
 NOT_SETTABLE = re.compile(r"(^|\.)(_|\d|defaults\b|hydra\b)")  # keys, or their parts: _target_, an index of a list
+
+ELSEWHERE = {  # what other programs call a key
+    "learning_rate": "optimizer.lr", "warmup_ratio": "scheduler.warmup", "tau": "loss.temperature",
+    "steps": "trainer.max_steps",
+    **dict.fromkeys(("epochs", "num_epochs", "num_train_epochs"), "trainer.max_epochs"), "gpus": "trainer.devices",
+    **dict.fromkeys(("train_batch_size", "per_device_train_batch_size"), "data.batch_size"), "num_workers": "data.workers",
+    "max_seq_length": "data.max_length", "model_name_or_path": "model.backbone.name", "output": "output_dir",
+    # version 0.1
+    "threads": "num_threads", "start_from": "init_from", "schedule": "scheduler", "keep": "keep_last", "batches": "sampler",
+}  # fmt: skip
 
 
 def explain(error: BaseException, command: str) -> str:
@@ -20,7 +36,10 @@ def explain(error: BaseException, command: str) -> str:
     chain = _chain(error)
     for i, cause in enumerate(chain):
         if isinstance(cause, InputError):
-            return cause.rename(parameter_keys(cause, chain[: i + 1]))
+            owners = _owners(chain[: i + 1])
+            text = cause.rename(parameter_keys(cause, owners))
+            names_key = cause.parameters() or not owners or "=" in text.split(":")[0] or text.startswith(owners[0])
+            return text if names_key else f"{hydra_compat.source_key(components.raw_config(), owners[0])}: {text}"
     text = " ".join(str(error).split())
     if isinstance(error, errors.OverrideParseException):
         return f"{error.override}: cannot be read ({text}). Quote it: 'key=\"value\"'."
@@ -28,21 +47,34 @@ def explain(error: BaseException, command: str) -> str:
         return _missing_choice(error)
     if isinstance(error, errors.ConfigCompositionException):
         return _mistyped(error, command)
-    if isinstance(error, errors.InstantiationException):
-        where = re.search(r"full_key: (\S+)", str(error))
-        place = f"{hydra_compat.source_key(components.raw_config(), where[1])}: " if where else ""
-        return place + " ".join(str(error.__cause__ or error).split())
     if isinstance(error, MissingMandatoryValue) and error.full_key:
         return f"{error.full_key} must be given: {error.full_key}=..."
     if isinstance(error, InterpolationKeyError) and (found := re.search(r"'model\.(tokenizer|pixels)'", str(error))):
         if found[1] == "tokenizer":
             return "data holds text, but model reads images. Use model=minilm, or data=images."
         return "data holds images, but model reads text. Use model=resnet_small, or data=text."
-    if isinstance(error, (errors.HydraException, OmegaConfBaseException)):
+    if isinstance(error, (ConfigAttributeError, ConfigKeyError)) and error.full_key:
+        return f"{error.full_key} is needed, but the configuration lacks it: leave out the override that removes it."
+    where = re.search(r"full_key: (\S+)", str(error)) if isinstance(error, errors.InstantiationException) else None
+    place = f"{hydra_compat.source_key(components.raw_config(), where[1])}: " if where else ""
+    if isinstance(error, (errors.HydraException, OmegaConfBaseException)) and not where:
         return text
+    if where and isinstance(error.__cause__, ValueError) and not str(error).startswith("tercet."):
+        return place + " ".join(str(error.__cause__).split())  # a library's constructor refuses a value
+    return place + _library_error(error.__cause__ or error if where else error)
+
+
+def _library_error(error: BaseException) -> str:
+    """The message for an exception of a library: those whose words are for users; the others with a hint how to find them."""
+    kind, text = type(error).__name__, " ".join(str(error).split())
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}. output_dir is the folder that a run writes, data.path what it reads."
-    return f"{type(error).__name__}: {text or 'no message'} (TERCET_DEBUG=1 shows where)"
+    if kind in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in text:
+        advice = "Use a smaller data.batch_size, model or head, or model.execution.chunk_tokens=auto"
+        return f"There is too little memory ({text[:200] or kind}). {advice}."
+    if kind == "MisconfigurationException":  # Lightning's
+        return text
+    return f"{kind}: {text or 'no message'} (TERCET_DEBUG=1 shows where)"
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:
@@ -54,26 +86,22 @@ def _chain(error: BaseException | None) -> list[BaseException]:
     return seen
 
 
-def parameter_keys(error: InputError, chain: list[BaseException]) -> dict[str, str]:
-    """The configuration key of each parameter that the error names: of the component whose method or constructor raised it.
+def parameter_keys(error: InputError, owners: Sequence[str]) -> dict[str, str]:
+    """The configuration key of each parameter that the error names: of the first of the components at ``owners`` with it."""
+    found = {p: [components.settable_key(owner, p) for owner in owners] for p in error.parameters()}
+    return {parameter: key for parameter, keys in found.items() if (key := next(filter(None, keys), None))}
 
-    ``chain`` are the exceptions from the outermost one to ``error``; their tracebacks are searched from the innermost frame.
-    """
+
+def _owners(chain: list[BaseException]) -> list[str]:
+    """The keys of the components whose methods or constructors raised the last of the exceptions, the innermost first."""
     frames = [frame for cause in reversed(chain) for frame, _ in reversed(list(traceback.walk_tb(cause.__traceback__)))]
-    owners = list(dict.fromkeys(_owners(frames)))
-    keys = {}
-    for parameter in error.parameters():
-        if key := next(filter(None, (components.settable_key(owner, parameter) for owner in owners)), None):
-            keys[parameter] = key
-    return keys
+    return list(dict.fromkeys(filter(None, map(_owner, frames))))
 
 
-def _owners(frames: list[FrameType]) -> Iterator[str]:
-    for frame in frames:
-        if frame.f_code is components.create.__code__:  # a constructor or function: there is no object yet
-            yield frame.f_locals["key"]
-        elif key := components.component_key(frame.f_locals.get("self")):
-            yield key
+def _owner(frame: FrameType) -> str | None:
+    if frame.f_code is components.create.__code__:  # a constructor or function: there is no object yet
+        return str(frame.f_locals["key"])
+    return components.component_key(frame.f_locals.get("self"))
 
 
 def _missing_choice(error: errors.MissingConfigException) -> str:
@@ -96,6 +124,7 @@ def _mistyped(error: errors.ConfigCompositionException, command: str) -> str:
     if not known or not key or key in known:
         return text
     inside = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
-    near = (inside if "." not in key else []) or difflib.get_close_matches(key, known, 1, 0.5) or inside
+    near = [k for k in (ELSEWHERE.get(key),) if k in known]
+    near = near or (inside if "." not in key else []) or difflib.get_close_matches(key, known, 1, 0.5) or inside
     hint = f" Did you mean {near[0]}?" if near else ""
     return f"{key}: there is no such key.{hint} `--cfg job` prints all keys with their values."

@@ -58,8 +58,8 @@ Metrics = dict[str, float]
 def write_start(cfg: DictConfig, output: Path, data: Any, loggers: Sequence[Logger]) -> dict[str, Any]:
     """Write the configuration and the versions of code and data, also to the loggers.
 
-    ``run`` in the configuration, and in the notes that are returned, is new: results carry it, too (see ``is_finished``).
-    With ``cfg.code_changes`` changes.patch has what of Tercet's own checkout is not committed.
+    With ``cfg.code_changes`` changes.patch has what of Tercet's own checkout is not committed. ``run`` in the configuration,
+    and in the notes that are returned, is new: results carry it, too (see ``is_finished``).
     """
     data_notes = {"name": data.name, "fingerprint": data.fingerprint()}
     notes: dict[str, Any] = {"revision": revision(), "data": data_notes, "versions": versions()}
@@ -188,7 +188,8 @@ def is_finished(run: Path) -> bool:
     """Whether the folder has metrics, and they are of the run in its ``config.yaml``, not of one before it."""
     if not all((run / name).is_file() for name in ("config.yaml", "metrics.json")):
         return False
-    found = re.findall(r"^run: (\w+)$", (run / "config.yaml").read_text(encoding="utf-8"), re.MULTILINE)
+    settings = read_regular_file(run / "config.yaml", SETTINGS_SIZE).decode(errors="replace")
+    found = re.findall(r"^run: (\w+)$", settings, re.MULTILINE)
     return [_read_results(run).get("run")] == (found or [None])  # None: of an earlier version
 
 

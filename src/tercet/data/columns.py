@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,16 +44,22 @@ def as_dataset(table: pa.Table, fingerprint: str, features: Mapping[str, Any] | 
     return Dataset(table, info=info, fingerprint=fingerprint)
 
 
-def text_columns(path: str, available: Sequence[str], columns: Sequence[str]) -> tuple[str, ...]:
-    """The named columns; none: a pair or triplet under its usual names, the only column, ``text`` or ``sentence``."""
+def text_columns(
+    path: str, available: Sequence[str], columns: Sequence[str], example: Callable[[], str] | None = None
+) -> tuple[str, ...]:
+    """The named columns; none: a pair or triplet under its usual names, the only column, ``text`` or ``sentence``.
+
+    ``example`` gives one that holds text, for the message where there is none of these.
+    """
     require(len(set(columns)) == len(columns), f"`columns`=[{', '.join(columns)}]: name columns, none of them twice.")
     require(available, f"`path`={path} has no rows.")
     for name in columns:
         check_column(f"`path`={path}", available, name, "columns")
     usual = (columns,) if columns else (available,) if len(available) == 1 else USUAL
     found = [tuple(names) for names in usual if set(names) <= set(available)]
-    advice = f"say which hold text, for example `columns`=[{available[0]}]"
-    require(found, f"`path`={path} has the columns {', '.join(available)}: {advice}.")
+    if not found:
+        advice = f"say which hold text, for example `columns`=[{example() if example else available[0]}]"
+        raise InputError(f"`path`={path} has the columns {', '.join(available)}: {advice}.")
     return found[0]
 
 
@@ -85,7 +91,8 @@ def label_ids(column: pa.ChunkedArray, path: str, name: str) -> tuple[pa.Chunked
 def to_integers(column: pa.ChunkedArray, path: str, name: str, parameter: str, advice: str = "") -> pa.ChunkedArray:
     """The column as int64; raises ``InputError`` with the first value that is no whole number of 64 bits."""
     if (numbers := _try_cast(column)) is None:
-        example = next(x for x in column.to_pylist() if x is not None and _try_cast(pa.array([x], column.type)) is None)
+        given = (x for x in column.to_pylist() if x is not None and _try_cast(pa.array([x], column.type)) is None)
+        example = next(given, column.type)
         accepted = "whole numbers of 64 bits are accepted"
         raise InputError(f"`{parameter}`={name}: `path`={path} holds {example!r} there; {accepted}.{advice}")
     return numbers
@@ -134,9 +141,9 @@ def where_mask(table: pa.Table, where: Mapping[str, Sequence[Any]], path: str) -
         column = table[name]
         try:
             accepted = pa.array([None if value is None else str(value) for value in values], pa.string()).cast(column.type)
-        except pa.ArrowException as error:
+            keep &= np.asarray(pc.is_in(column, value_set=accepted))
+        except (pa.ArrowException, UnicodeError) as error:
             raise InputError(f"`where`={{{name}: {values}}}: `path`={path} holds {column.type} there.") from error
-        keep &= np.asarray(pc.is_in(column, value_set=accepted))
     return keep
 
 

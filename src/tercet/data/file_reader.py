@@ -17,7 +17,7 @@ from huggingface_hub import hf_hub_download
 
 from tercet.data.columns import Chunk, check_column, files_fingerprint, plain_schema, text_fingerprint
 from tercet.data.formats import FORMATS, JSON, ROWS, Format, Opened, number_rows
-from tercet.errors import InputError, require
+from tercet.errors import InputError, refuse_damaged, require
 from tercet.paths import locate, visible_files
 
 PREFIX = "hf://datasets/"
@@ -44,13 +44,15 @@ class DataPath(NamedTuple):
         for name, schema, chunks in self._open(columns, texts):
             for column in columns if self.format is not JSON else ():
                 check_column(name, schema.names, column, "columns")
-            yield from chunks
+            with refuse_damaged(name):
+                yield from chunks
 
     def _open(self, columns: Sequence[str], texts: Sequence[str]) -> Iterator[tuple[str, pa.Schema, Iterator[Chunk]]]:
         for file in self.files or (Path(self.path),):
             name = self.describe(file)
             require(not file.is_file() or file.stat().st_size, f"{name}: the file is empty.")
-            schema, chunks = self.format.open(file, name, columns, texts)
+            with refuse_damaged(name):
+                schema, chunks = self.format.open(file, name, columns, texts)
             twice = ", ".join(sorted({n for n in schema.names if schema.names.count(n) > 1}))
             require(not twice, f"{name}: the column {twice} is there twice. Rename one of them.")
             yield name, schema, chunks

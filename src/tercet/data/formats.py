@@ -23,6 +23,7 @@ CELL = 1 << 24  # characters of the longest cell of CSV
 LINE = 1 << 29  # characters of the longest line, which may be a whole list of JSON
 LEVELS = 64  # of lists and objects in an object of JSON: libraries read deeper ones until the stack overflows
 LINE_END = re.compile(rb"\r\n?|\n")
+SEPARATORS = "A .csv file is cut by commas, a .tsv file by tabs: save it so, or rename it."
 TABS = "A cell cannot hold a tab, not even in quotes."
 QUOTES = 'Double a quote inside of a quoted cell (""), or save the table as .jsonl or .parquet, where a cell may hold any text.'
 MAGIC = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"PAR1": "parquet", b"%PDF": "PDF"}
@@ -70,8 +71,7 @@ def _open_delimited(delimiter: str, file: Path, name: str, columns: Sequence[str
     rows = _read_cells(file, name, delimiter)
     header = next(rows, [])
     if len(header) == 1 and (found := re.search(r"[;\t|,]", header[0])):
-        advice = "A .csv file is cut by commas, a .tsv file by tabs: save it so, or rename it."
-        raise InputError(f"{name}: line 1, {header[0]!r}, seems to be cut by {found[0]!r}. {advice}")
+        raise InputError(f"{name}: line 1, {header[0]!r}, seems to be cut by {found[0]!r}. {SEPARATORS}")
     if delimiter == "\t" and (quoted := [cell for cell in header if len(cell) > 1 and cell[0] == cell[-1] == '"']):
         raise InputError(f"{name}: line 1 has {quoted[0]}, but a .tsv file has no quotes around its cells. Save it as .csv.")
     places = [(column, header.index(column)) for column in columns if column in header]
@@ -88,15 +88,18 @@ def _read_cells(file: Path, name: str, delimiter: str) -> Iterator[list[str]]:
     """
     csv.field_size_limit(CELL)
     quoting: Any = csv.QUOTE_NONE if delimiter == "\t" else csv.QUOTE_MINIMAL
-    width, start, rows = 0, 1, csv.reader(read_lines(file, name), delimiter=delimiter, quoting=quoting, strict=True)
+    header: list[str] = []
+    start, rows = 1, csv.reader(read_lines(file, name), delimiter=delimiter, quoting=quoting, strict=True)
     try:
         for cells in rows:
-            width = width or len(cells)
+            header = header or cells
             if rows.line_num > start:
                 _check_line_ends(cells, delimiter, f"{name}: line", start)
-            if cells and len(cells) != width:
+            if cells and len(cells) != len(header):
                 advice = 'Cells that hold the separator or a line end must be quoted ("...").' if delimiter == "," else TABS
-                raise InputError(f"{name}: line {start} has {len(cells)} cells, the header {width}. {advice}")
+                if mark := next((mark for mark in ";|\t" if delimiter == "," and any(mark in cell for cell in header)), ""):
+                    advice = f"The columns seem to be cut by {mark!r}. {SEPARATORS}"
+                raise InputError(f"{name}: line {start} has {len(cells)} cells, the header {len(header)}. {advice}")
             if cells:
                 yield cells
             start = rows.line_num + 1
@@ -203,6 +206,7 @@ def number_rows(name: str, what: str, tables: Iterable[Any]) -> Iterator[Chunk]:
     try:
         for rows in tables:
             table = pa.table(rows).cast(plain_schema(rows.schema))
+            table.validate(full=True)  # of a damaged file: text that is no UTF-8, places outside of the data
             yield Chunk(name, "row", range(count + 1, count + 1 + len(rows)), table)
             count += len(rows)
     except (pa.ArrowException, OSError) as error:
@@ -243,8 +247,9 @@ def _not_utf8(file: Path, name: str) -> InputError:
             except UnicodeDecodeError as error:
                 if not 0 <= at < error.start:
                     at = error.start
-                    # Windows has letters, as curly quotes, where Latin-1 has control characters.
-                    code = "cp1252" if any(re.search(rb"[\x80-\x9f]", rest) for rest in chain([part], stream)) else "latin1"
+                    # Windows has letters, as curly quotes, where Latin-1 has control characters. Of UTF-8 they are parts.
+                    rests = (rest.decode(errors="surrogateescape") for rest in chain([part], stream))
+                    code = "cp1252" if any(re.search("[\udc80-\udc9f]", rest) for rest in rests) else "latin1"
                     advice = f"Save the file as UTF-8 (for example: iconv -f {code} -t utf-8)."
                     fault = f", byte {offset + at} (0x{part[at]:02x}) is not UTF-8. {advice}"
             if at >= 0:

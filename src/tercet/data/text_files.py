@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
 
 from tercet.data import columns as cols
-from tercet.data.file_reader import resolve
+from tercet.data.file_reader import DataPath, resolve
 from tercet.errors import InputError, check_choice, require
 from tercet.messages import warn_once
 
@@ -59,8 +59,10 @@ class TextFiles:
         cols.check_split(self.split, self.held_out, self.validation_rows)
         check_choice("bad_rows", self.bad_rows, ("error", "drop"))
         require(not isinstance(self.columns, str), f"`columns`={self.columns}: a list is needed, `columns`=[{self.columns}].")
-        available = resolve(self.path).schema().names
-        columns = cols.text_columns(self.path, available, [str(name) for name in self.columns or ()])
+        data = resolve(self.path)
+        available = data.schema().names
+        names = [str(name) for name in self.columns or ()]
+        columns = cols.text_columns(self.path, available, names, lambda: _most_text(data, available))
         taken = ", ".join({"label", "position"} & set(columns))
         require(not taken, f"`columns`: a text column may not be called {taken}. Rename it.")
         for key in ("label", "position", "held_out_by"):
@@ -137,6 +139,7 @@ class TextFiles:
 
     def _stream(self) -> Iterator[dict[str, Any]]:
         rows = (row for table in self._tables() for row in self._cells(table)[0].to_pylist())
+        number, held_out = -1, self.held_out + self.validation_rows
         for number, row in enumerate(rows):
             validation = "validation" if number < self.held_out + self.validation_rows else "train"
             side = "test" if number < self.held_out else validation
@@ -144,6 +147,9 @@ class TextFiles:
                 yield row
             elif side == "train":
                 return
+        sizes = f"`held_out`={self.held_out} and `validation_rows`={self.validation_rows}"
+        fault = f"`path`={self.path}: {sizes} take all {number + 1} rows of the stream. Use less, or `streaming`=false."
+        require(self.split != "train" or number >= held_out, fault)
 
     def _cells(self, table: pa.Table) -> tuple[pa.Table, list[str]]:
         """The columns of ``rows``, and the names of the labels; a stream's labels must be numbers, as it cannot be sorted."""
@@ -161,6 +167,13 @@ class TextFiles:
         numbers = dict.fromkeys(sorted(self.provides - {"all_rows"}), Value("int64"))
         labels = {"label": ClassLabel(names=list(names))} if names else {}
         return Features(dict.fromkeys(self.columns, Value("string")) | numbers | labels)
+
+
+def _most_text(data: DataPath, available: Sequence[str]) -> str:
+    """The column whose first cells have most letters."""
+    rows = next(data.chunks((), available)).table.slice(0, 100).to_pylist() if data.files else []
+    cells = {name: [row[name] for row in rows if isinstance(row[name], str)] for name in available}
+    return max(available, key=lambda name: sum(map(str.isalpha, "".join(cells[name]))))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -185,6 +186,9 @@ def read_table(path: str | Path, parameter: str, columns: Sequence[str], accepte
     try:
         check_columns(data.schema().names, path, parameter, columns, accepted)
         tables = [chunk.table for chunk in data.chunks((), columns)]
+        for column in (table.field(name) for table in tables for name in columns):
+            fault = f"the column '{column.name}' holds {column.type}, where text or numbers are needed"
+            require(not pa.types.is_nested(column.type), f"`{parameter}`={path}: {fault}.")
     except InputError as error:
         raise InputError(error.rename({"path": f"`{parameter}`", parameter: f"`{parameter}`"})) from error
     return {name: [cell for table in tables for cell in table[name].to_pylist()] for name in columns}

@@ -242,7 +242,7 @@ def _gold_score(score: Any, where: str) -> float:
     """NaN where there is none."""
     try:
         value = math.nan if score is None or not str(score).strip() else float(score)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         value = math.inf
     require(not math.isinf(value), f"{where}: the score is {score!r}. A finite number is needed, or none to leave the row out.")
     return value

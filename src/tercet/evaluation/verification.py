@@ -1,6 +1,7 @@
 """Accepting pairs by distance: VAL and FAR at every threshold (FaceNet, Schroff et al. 2015, arXiv:1503.03832, sec. 4)."""
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,12 +10,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from scipy.stats import binomtest
 
-from tercet.errors import InputError, require
+from tercet.errors import InputError, refuse_damaged, require
 from tercet.evaluation import inputs
 from tercet.evaluation.inputs import Bools, Floats, Ints, encode_unit
 from tercet.images import SUFFIXES, PixelFormat, UnreadableImage
@@ -246,8 +246,10 @@ class Verification:
 
 def _lfw_cells(file: Path, where: str) -> Iterable[Sequence[Any]]:
     """LFW's format: first the numbers of folds (or one) and of pairs of a kind in each; per fold same, then different."""
-    header, *lines = [line.split() for line in file.read_text("utf-8-sig").splitlines() if line.strip()] or [[]]
-    if len(header) not in (1, 2) or not all(word.isdigit() and int(word) > 0 for word in header):
+    from tercet.data.formats import read_lines  # imports datasets: a second
+
+    header, *lines = [line.split() for line in read_lines(file, where) if line.strip()] or [[]]
+    if len(header) not in (1, 2) or not all(re.fullmatch("[1-9][0-9]{0,8}", word) for word in header):
         expected = "LFW's pairs.txt begins with the numbers of folds and of pairs of a kind in each (10 300), or the second"
         raise InputError(f"{where}: the first line is {' '.join(header)!r}. {expected}.")
     folds, count = map(int, ["1", *header][-2:])
@@ -297,13 +299,13 @@ def _read_folder(root: Path, faces: Sequence[Face]) -> dict[Face, bytes]:
 def _read_images(file: Path, path: str | Path, wanted: set[Face]) -> dict[Face, bytes]:
     """Only the rows of the people that the pairs name are held in memory."""
     found: dict[Face, bytes] = {}
-    try:
+    with refuse_damaged(f"`path`={path}"):
         inputs.check_columns(pq.read_schema(file).names, path, "path", FACE_COLUMNS, FACES_ACCEPTED)
         people = [("identity", "in", {name for name, _ in wanted})]
         table = pq.read_table(file, columns=list(FACE_COLUMNS), filters=people)
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"`path`={path} cannot be read: {' '.join(str(error).split())}") from error
-    for name, number, cell in zip(*(table[column].to_pylist() for column in FACE_COLUMNS), strict=True):
+        table.validate(full=True)
+        rows = zip(*(table[column].to_pylist() for column in FACE_COLUMNS), strict=True)
+    for name, number, cell in rows:
         if (name, number) in wanted and cell is not None:
             require((name, number) not in found, f"`path`={path} has image {number} of {name} twice. Correct it.")
             cell = cell if isinstance(cell, dict) else {"bytes": cell, "path": None}

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from tercet.errors import InputError, check_choice, require
+from tercet.errors import InputError, check_choice, refuse_damaged, require
 from tercet.images import PixelFormat
 from tercet.messages import warn_once
 from tercet.models import onnx
@@ -32,7 +32,6 @@ from tercet.models.pretrained import (
     add_lowercase,
     backbone_class,
     drop_foreign_templates,
-    first_line,
     load_whole_model,
     parse_pixel_format,
     read_json,
@@ -57,6 +56,10 @@ TOKENIZER_FILES = frozenset({
     "tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
     "emoji.json", "entity_vocab.json", "dict.txt", "byte_maps.json",
 })  # fmt: skip
+CANNOT_BUILD = (  # of damaged models, and of those that other versions have written
+    "holds an encoder that cannot be built here",
+    "A file is damaged, or was written by other versions of tercet or transformers: copy it anew, or use those.",
+)
 GROUP_NORM = "tercet_group_norm_"  # before the model's type
 DTYPES = ("float32", "bfloat16", "float16")
 PARTS = ("f", "g")  # of a DualEncoder
@@ -209,21 +212,30 @@ def load_with_note(
     path_or_id: str | Path, *, pooling: str | None = None, device: str = "cpu", trust_remote_code: bool = False
 ) -> tuple[Encoder, str]:
     """``load``, and one line on the pooling and where it comes from; an empty line where it cannot be chosen."""
-    missing = device.startswith("cuda") and not torch.cuda.is_available()
-    require(not missing, f"`device`={device}, but torch sees no GPU here. Use `device`=cpu.")
+    check_device(device)
     name, path = str(path_or_id), locate(str(path_or_id))
     if any((path / file).is_file() for file in ("config.yaml", "metrics.json")):
         name = str(path := _model_of_run(path, name))
     require(path.suffix != ".ckpt" or path.exists(), f"`path_or_id`={name}: there is no such file.")
     exported = (path / onnx.SETTINGS).is_file()
     if not exported and not path.is_file():
-        encoder, source = load_folder(name, pooling, trust_remote_code)
+        with refuse_damaged(f"`path_or_id`={name}", *CANNOT_BUILD):
+            encoder, source = load_folder(name, pooling, trust_remote_code)
         poolings = dict.fromkeys(part.pooling for part in encoder.parts())
         return encoder.to(device).eval(), f"pooling: {', '.join(poolings)} ({source})"
     kind = "an exported model" if exported else "a checkpoint"
     require(not pooling, f"`pooling`={pooling}: {kind} records its own pooling. Leave `pooling` out.")
-    encoder = onnx.open_exported(path) if exported else load_checkpoint_encoder(path)
+    with refuse_damaged(f"`path_or_id`={name}", *CANNOT_BUILD):
+        encoder = onnx.open_exported(path) if exported else load_checkpoint_encoder(path)
     return encoder.to(device).eval(), ""
+
+
+def check_device(device: str) -> None:
+    """Raise ``InputError`` for a ``device`` that torch does not know, or that is not there."""
+    known = re.fullmatch(r"cpu|mps|cuda(?::(\d{1,3}))?", device)
+    require(known, f"`device`={device}: use cpu, or cuda; cuda:1 is the second GPU.")
+    there = torch.cuda.device_count() if device.startswith("cuda") else 1
+    require(int((known and known[1]) or 0) < there, f"`device`={device}, but torch sees {there} GPUs here. Use `device`=cpu.")
 
 
 def _model_of_run(run: Path, name: str) -> Path:
@@ -310,16 +322,10 @@ def read_checkpoint(path: str | Path, mmap: bool = False) -> dict[str, Any]:
 def load_checkpoint_encoder(path: str | Path) -> Encoder:
     """Build the encoder that a checkpoint describes, with the checkpoint's weights."""
     content = read_checkpoint(path)
-    try:
+    with refuse_damaged(str(path), *CANNOT_BUILD):
         check_version(content[KEY], str(path))
         encoder = encoder_from_spec(content[KEY], str(path))
         named = {re.sub(WRAPPERS, "", name): weight for name, weight in content["state_dict"].items()}
         weights = {name.removeprefix("encoder."): x for name, x in named.items() if name.startswith("encoder.")}
         load_weights(encoder, weights, str(path))
-    except InputError:
-        raise
-    except Exception as error:  # of tokenizers, configurations and weights, of many types
-        reason = f"holds an encoder that cannot be built here ({type(error).__name__}: {first_line(error)})"
-        advice = "It was written with other versions of tercet or transformers: use those, or the run's model/ folder."
-        raise InputError(f"{path} {reason}. {advice}") from error
     return encoder

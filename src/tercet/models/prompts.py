@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from tercet.errors import require
 from tercet.types import Item
 
 NAMES = ("query", "document")  # of the prompts of a model's first columns, as sentence-transformers calls them
@@ -24,6 +25,10 @@ class Prompts:
     texts: Mapping[str, str] = field(default_factory=dict)
     default: str | None = None
     pooled: bool = True
+
+    def __post_init__(self) -> None:
+        are_texts = all(isinstance(text, str) for text in (*self.texts, *self.texts.values()))
+        require(are_texts and self.default in (None, *self.texts), f"prompts={self.texts}, {self.default}: texts are needed.")
 
     @staticmethod
     def of(prompt: str | Sequence[str] | None) -> "Prompts":

@@ -131,8 +131,9 @@ def read_modules(source: str, name: str, chosen: str | None = None) -> dict[str,
             layers.append(_layer(kind, config, what))
             files.append(_weights_file(source, module["path"], what) if kind == "Dense" else None)
     if pooling is None:
-        raise InputError(f"{what}: it has no module that pools. Set the pooling in a folder of its own.")
-    settings = {"pooling": chosen or _pooling_of_module(pooling, what), **_transformer(source, what)}
+        require(chosen, f"{what}: it has no module that pools. Choose one by `pooling`, as `pooling`=mean.")
+        pooling = {}
+    settings = {"pooling": chosen or _pooling_of_module(pooling, bool(layers), what), **_transformer(source, what)}
     settings |= _model(source, pooling, layers, what)
     return {**settings, **_head(layers, files)}
 
@@ -169,15 +170,16 @@ def _weights_file(source: str, path: str, what: str) -> Path:
     raise InputError(f"{what}: {path} has no weights (model.safetensors or pytorch_model.bin).")
 
 
-def _pooling_of_module(config: Mapping[str, Any], what: str) -> str:
+def _pooling_of_module(config: Mapping[str, Any], has_layers: bool, what: str) -> str:
     modes = config.get("pooling_mode")
     if modes is None:
         flags = [key.removeprefix("pooling_mode_") for key, on in config.items() if key.startswith("pooling_mode_") and on]
         modes = [re.sub("_tokens?$", "", flag) for flag in flags] or ["mean"]  # mean_tokens, cls_token, lasttoken
     modes = [modes] if isinstance(modes, str) else list(modes)
     known = len(modes) == 1 and modes[0] in POOLINGS
-    advice = f"tercet runs one of {', '.join(POOLINGS)}. Another can be chosen by `pooling`, and gives other embeddings"
-    require(known, f"{what}: its pooling is {' and '.join(modes)}; {advice}.")
+    fits = not has_layers or len(modes) == 1  # several are side by side, and wider
+    other = "Another can be chosen by `pooling`, and gives other embeddings" if fits else "The layers behind it take no other"
+    require(known, f"{what}: its pooling is {' and '.join(modes)}; tercet runs one of {', '.join(POOLINGS)}. {other}.")
     return POOLINGS[modes[0]]
 
 

@@ -57,7 +57,7 @@ class TextEncoder(PoolingMixin, Encoder):
         require(pooling != "cls_pooler" or can_pool, f"`pooling`=cls_pooler: {name} has no pooler. Use `pooling`=cls.")
         require(pooling != "final" or is_recurrent, f"`pooling`=final: {name} is not recurrent. Use `pooling`=mean.")
         require(pooling != "sum" or word_level, "`pooling`=sum is for word-level encoders. Use `pooling`=mean.")
-        pieces, words = len(tokenizer), backbone.config.vocab_size
+        pieces, words = max(tokenizer.get_vocab().values(), default=-1) + 1, backbone.config.vocab_size
         advice = "Use the model's own `tokenizer.name`, or a larger `backbone.config.vocab_size`."
         require(pieces <= words, f"The tokenizer has {pieces} pieces, the backbone's vocabulary only {words}. {advice}")
         if pooling != "cls_pooler" and has_pooler:
@@ -98,7 +98,9 @@ class TextEncoder(PoolingMixin, Encoder):
 
     def set_max_length(self, max_length: int | None) -> None:
         """Cut texts at ``max_length`` tokens, or where the backbone's positions end; None is the limit of both parts."""
-        limit = self.runner.max_tokens
+        limit, special = self.runner.max_tokens, self.tokenizer.num_special_tokens_to_add()
+        least = f"`max_length`={max_length}: a whole number above {special}, which is how many special tokens a text has."
+        require(max_length is None or (type(max_length) is int and max_length > special), least)
         if max_length is not None and max_length > limit:
             warn_once(
                 f"Texts are cut at {limit} tokens, not {max_length}: {type(self.backbone).__name__} has no more positions."

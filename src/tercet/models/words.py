@@ -1,5 +1,6 @@
 """Word-level encoders (bag of words, GRU, LSTM) and pretrained word vectors."""
 
+import re
 from functools import lru_cache
 from itertools import chain
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from tercet.errors import InputError, check_choice, require
+from tercet.errors import InputError, check_choice, refuse_damaged, require
 from tercet.messages import warn_once
 from tercet.models.engine.transformers_compat import initialize_uniform
 from tercet.paths import locate
@@ -34,10 +35,8 @@ def read_vectors(path: str, parameter: str = "path") -> WordVectors:
     """Read pretrained word vectors: GloVe's or word2vec's text format, or a folder. ``InputError`` names ``parameter``."""
     file, name = locate(path), f"`{parameter}`={path}"
     require(file.exists(), f"{name} does not exist. It takes {ACCEPTED}.")
-    try:
+    with refuse_damaged(name, advice=f"It takes {ACCEPTED}."):
         words, matrix = _read_folder(file, name) if file.is_dir() else _read_text(file, name)
-    except UnicodeDecodeError as error:
-        raise InputError(f"{name} is not UTF-8 text ({error}). It takes {ACCEPTED}.") from error
     first = {word: row for row, word in reversed(list(enumerate(words)))}
     if len(first) < len(words):
         warn_once(f"{path}: {len(words) - len(first)} words occur more than once; their first vector is used.")
@@ -52,10 +51,11 @@ def _read_folder(folder: Path, name: str) -> tuple[list[str], Tensor]:
     words = (folder / "vocab.txt").read_text(encoding="utf-8").split("\n")
     words = words[:-1] if words[-1] == "" else words
     tensors = load_file(folder / "embeddings.safetensors")
-    matrix = next(iter(tensors.values())).float()
-    fits = len(tensors) == 1 and matrix.ndim == 2 and len(matrix) == len(words)
+    matrix = next(iter(tensors.values()), torch.empty(0)).float()
+    fits = len(tensors) == 1 and matrix.ndim == 2 and len(matrix) == len(words) and matrix.numel()
     held = ", ".join(f"{key} {tuple(value.shape)}" for key, value in tensors.items())
     require(fits, f"{name}: vocab.txt has {len(words)} words, embeddings.safetensors holds {held}; a row each is needed.")
+    require(matrix.isfinite().all(), f"{name}: embeddings.safetensors holds numbers that are not finite.")
     return words, matrix
 
 
@@ -66,7 +66,8 @@ def _read_text(file: Path, name: str) -> tuple[list[str], Tensor]:
         first = next(lines, "")
         head = first.split()
         require(head, f"{name} is empty. It takes {ACCEPTED}.")
-        has_header = len(head) == 2 and all(part.isdigit() for part in head)  # word2vec's: number of words and E
+        # word2vec has a header: the number of words and E
+        has_header = len(head) == 2 and all(re.fullmatch("[0-9]{1,9}", part) for part in head)
         size = int(head[1]) if has_header else len(head) - 1
         for number, line in enumerate(lines if has_header else chain([first], lines), start=2 if has_header else 1):
             word, *parts = line.rstrip().rsplit(" ", size)  # from the right: a few of GloVe's words contain spaces

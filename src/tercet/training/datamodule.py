@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from tercet.data.samplers import RandomBatchSampler, ResumableSampler
 from tercet.data.text_transform import StreamingBatches, TextTransform
+from tercet.distributed.processes import block_signals, start_worker
 from tercet.errors import InputError, require
 from tercet.training.lightning_compat import (
     EvaluationHooks,
@@ -54,14 +55,16 @@ class RunLength:
 
 
 class LazyLoader(DataLoader[Batch]):
-    """A loader whose workers start when the first batch is asked for.
+    """A loader whose workers start when the first batch is asked for, and do not get the signals that stop a run.
 
     Lightning makes an iterator before it restores the progress of a checkpoint and tells the sampler its epoch. Workers, which
-    fetch ahead at once, would be given the rows of another epoch.
+    fetch ahead at once, would be given the rows of another epoch. At a signal the step is completed, with their batches.
     """
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
-        yield from super().__iter__()
+        with block_signals():
+            batches = super().__iter__()
+        yield from batches
 
 
 class DataModule(EvaluationHooks, pl.LightningDataModule):
@@ -124,7 +127,8 @@ class DataModule(EvaluationHooks, pl.LightningDataModule):
         dataset: Any = self.dataset
         sampler = ResumableSampler(self.sampler, lambda: num_processed_batches(self.trainer))
         generator = torch.Generator()  # for the workers' seeds; torch's own generator is training's
-        return LazyLoader(dataset, batch_size=None, sampler=sampler, num_workers=self.workers, generator=generator)
+        started: dict[str, Any] = {"num_workers": self.workers, "worker_init_fn": start_worker, "generator": generator}
+        return LazyLoader(dataset, batch_size=None, sampler=sampler, **started)
 
     def state_dict(self) -> dict[str, Any]:
         """The epoch and its number of processed batches, for streams: they start before Lightning's loops are restored."""

@@ -48,7 +48,7 @@ def num_processed_batches(trainer: pl.Trainer | None) -> int:
 
 def epoch_and_batches(trainer: pl.Trainer | None) -> tuple[int, int]:
     """The epoch and how many of its batches are processed; between two epochs the next one and 0, as outside a fit."""
-    progress = trainer.fit_loop.epoch_progress.current if trainer else None
+    progress: Any = trainer.fit_loop.epoch_progress.current if trainer else None
     if progress is None or progress.processed > progress.completed:
         return (progress.processed if progress else 0), 0
     return progress.completed, num_processed_batches(trainer)
@@ -64,6 +64,7 @@ def begin_next_epoch(trainer: pl.Trainer) -> None:
     progress, batches = loop.epoch_progress, loop.epoch_loop
     is_stream = trainer.num_training_batches == float("inf")
     if is_stream and loop.restarted_mid_epoch and batches.restarted_on_train_batch_end and batches.batch_progress.is_last_batch:
+        counts: Any
         for counts in (progress.total, progress.current):  # it is still to end, with a validation if one is due
             counts.processed, counts.completed = counts.processed - 1, counts.completed - 1
     if loop.restarted_on_epoch_end:
@@ -89,6 +90,19 @@ def forget_pending_batches(checkpoint: dict[str, Any], pending: int) -> None:
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     for counts in (progress["total"], progress["current"]):
         counts.update(dict.fromkeys(counts, counts["processed"] - pending))
+
+
+def keep_signal_handlers(trainer: pl.Trainer) -> None:
+    """Let a trainer install no handler of signals, but restore those of its start at its end.
+
+    Its own handler of SIGTERM begins a broadcast, wherever the process is, and hangs.
+    """
+    connector = trainer._signal_connector
+
+    def remember() -> None:
+        connector._original_handlers = connector._get_current_signal_handlers()
+
+    connector.register_signal_handlers = remember  # type: ignore[method-assign]
 
 
 def injects_distributed_sampler(trainer: pl.Trainer) -> bool:

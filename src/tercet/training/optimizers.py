@@ -22,6 +22,7 @@ def parameter_groups(module: nn.Module, lr: float, weight_decay: float, layer_de
     and everything else outside the layers keep the full rate (Sun et al. 2019, arXiv:1905.05583, section 5.3.4).
     """
     require(lr > 0, f"`lr`={lr}: a number above 0 is needed.")
+    require(weight_decay >= 0, f"`weight_decay`={weight_decay}: 0 or more.")
     require(0 < layer_decay <= 1, f"`layer_decay`={layer_decay}: above 0 and at most 1 (1: the same rate in every layer).")
     trained = [(p, _depth(name)) for name, p in module.named_parameters() if p.requires_grad]
     top = max((depth for _, depth in trained if depth is not None), default=0)
@@ -46,6 +47,7 @@ def adagrad(module: nn.Module, lr: float = 0.05, weight_decay: float = 0.0) -> A
 
 def sgd(module: nn.Module, lr: float = 0.05, momentum: float = 0.9, weight_decay: float = 0.0) -> SGD:
     """Stochastic gradient descent with momentum."""
+    require(momentum >= 0, f"`momentum`={momentum}: 0 or more.")
     return SGD(parameter_groups(module, lr, weight_decay), lr=lr, momentum=momentum)
 
 
@@ -54,6 +56,8 @@ def adamw(
     betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
 ) -> AdamW:  # fmt: skip
     """AdamW over ``parameter_groups``, fused where torch can: on a CPU that takes an eighth of the time."""
+    require(len(betas) == 2 and all(0 <= beta < 1 for beta in betas), f"`betas`={list(betas)}: two numbers from 0 to below 1.")
+    require(eps >= 0, f"`eps`={eps}: 0 or more.")
     groups = parameter_groups(module, lr, weight_decay, layer_decay)
     fused = all(p.device.type in ("cpu", "cuda") for p in module.parameters())
     optimizer = AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=fused or None)

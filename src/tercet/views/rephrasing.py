@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tercet.errors import InputError, require
+from tercet.errors import InputError, refuse_damaged, require
 from tercet.messages import warn_once
 from tercet.paths import locate
 from tercet.rng import derive_seed, uniform
@@ -50,7 +50,8 @@ class Synonyms(RowView):
         require(0 <= self.rate <= 1, f"Synonyms with `rate`={self.rate}: a rate from 0 to 1.")
         file = locate(self.path)
         require(file.is_file(), f"Synonyms with `path`={self.path}: there is no such file.")
-        lines = [line.split("\t") for line in file.read_text(encoding="utf-8").splitlines()]
+        with refuse_damaged(f"`path`={self.path}", advice="Save it as UTF-8."):
+            lines = [line.split("\t") for line in file.read_text(encoding="utf-8").splitlines()]
         cells = [tuple(text for cell in line if (text := cell.strip())) for line in lines]
         for number, line in enumerate(cells, 1):
             require(len(line) != 1, f"`path`={self.path}: line {number} has no tab: a word, a tab, a synonym are needed.")

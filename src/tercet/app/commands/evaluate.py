@@ -14,7 +14,7 @@ from tercet.app.components import build, check_values, raw_config
 from tercet.errors import InputError, require
 from tercet.messages import print_status, silence_libraries
 from tercet.models import CachedEncoder, ConcatEncoder, Encoder
-from tercet.models.folder import load_with_note
+from tercet.models.folder import check_device, load_with_note
 from tercet.models.prompts import Prompts
 from tercet.paths import atomic_write, check_writable, locate
 from tercet.types import EncodeFunction
@@ -69,8 +69,7 @@ def open_model(
 
     A choice has the random weights that ``train.py model=<name>`` would start from, its vocabulary that of the command's data.
     """
-    available = torch.cuda.is_available() or not device.startswith("cuda")
-    require(available, f"device={device}, but torch sees no GPU here. Use device=cpu.")
+    check_device(device)
     if seed is not None and not locate(name).exists() and "/" not in name:
         entries = sorted(entry.stem for entry in Path(config_folder(), "model").glob("*.yaml"))
         if name in entries:
@@ -98,7 +97,7 @@ def initialize_from(encoder: Encoder, name: str) -> str:
     try:
         other = open_model(name, None, "cpu")
     except InputError as error:
-        text = str(error).replace("; model.trust_remote_code=true runs it", ": `init_from` never runs it")
+        text = str(error).replace("; model.trust_remote_code=true runs it", ": init_from never runs it")
         raise InputError(text.replace("model=", "init_from=", 1)) from error
     words: list[dict[str, int]] = [getattr(getattr(part, "tokenizer", None), "get_vocab", dict)() for part in (encoder, other)]
     require(

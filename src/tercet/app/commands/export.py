@@ -1,10 +1,13 @@
 """The commands ``export`` (an encoder as one ONNX file) and ``expand`` (a model of words learns more words)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from omegaconf import DictConfig
 
 from tercet.app.commands.evaluate import open_model
+from tercet.errors import InputError
 from tercet.messages import print_status, silence_libraries
 from tercet.models.folder import save_model
 from tercet.models.onnx import FILE, export_onnx
@@ -20,9 +23,19 @@ def run(cfg: DictConfig, output: Path) -> None:
     check_new_folder(target, "output")
     encoder = open_model(cfg.model.path, cfg.model.pooling, "cpu", cfg.seed, cfg.model.trust_remote_code)
     check_writable(target, "output")
-    export_onnx(encoder, target, cfg.precision)
+    with about_model(cfg):
+        export_onnx(encoder, target, cfg.precision)
     megabytes = (target / FILE).stat().st_size / 1e6
     print_status(f"{cfg.precision}, {megabytes:.0f} MB. Written to {target}; `tercet evaluate model={target}` measures it.")
+
+
+@contextmanager
+def about_model(cfg: DictConfig) -> Iterator[None]:
+    """Put the model before messages that are about it, and name nothing else."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(str(error) if error.parameters() else f"model={cfg.model.path}: {error}") from error
 
 
 def expand(cfg: DictConfig, output: Path) -> None:
@@ -31,7 +44,9 @@ def expand(cfg: DictConfig, output: Path) -> None:
     target = Path(cfg.output)
     check_new_folder(target, "output")
     vectors = read_vectors(cfg.vectors, "vectors")
-    encoder, expansion = expand_vocabulary(open_model(cfg.model.path, None, "cpu"), vectors)
+    opened = open_model(cfg.model.path, None, "cpu")
+    with about_model(cfg):
+        encoder, expansion = expand_vocabulary(opened, vectors)
     check_writable(target, "output")
     save_model(encoder, target)
     fit = f"fitted on {expansion.shared} shared ones (R² {' and '.join(f'{x:.3f}' for x in expansion.fit)})"

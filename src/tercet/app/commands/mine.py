@@ -71,7 +71,7 @@ def read_mining_pairs(source: Source, seed: int) -> MiningPairs:
     """The pairs of a source with two columns or more; of one column, the pairs of texts with equal labels."""
     rows = source.rows()
     first = list(rows[source.columns[0]])
-    require(first and isinstance(first[0], str), f"mine reads texts; this data holds images. {IMAGES}")
+    require(first and isinstance(first[0], str), f"data.path: mine reads texts; this data holds images. {IMAGES}")
     if len(source.columns) > 1:
         return pairs_of_columns(first, list(rows[source.columns[1]]))
     advice = "two columns, as data.columns=[question,answer], or one with a label, as data.label=intent."

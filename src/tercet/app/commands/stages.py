@@ -61,6 +61,8 @@ def _run_stages(cfg: DictConfig, output: Path, runs: dict[str, DictConfig], fold
         else:
             print_status(f"\n{number} of {len(runs)}: {name}")
             train.run(config, folder)
+        if cfg.check:  # no model and no metrics: every stage is checked from the start of the first one
+            continue
         metrics = record.read_metrics(folder)
         after = record.stage_metrics(metrics, "test")
         for key in ("in_domain", "out_of_domain") if not columns else ():
@@ -70,7 +72,7 @@ def _run_stages(cfg: DictConfig, output: Path, runs: dict[str, DictConfig], fold
             columns[START] = record.stage_metrics(metrics, START)
         columns[name] = after
         start, measured = str(folder / "model"), test
-    return _finish(cfg, output, columns, start)
+    return None if cfg.check else _finish(cfg, output, columns, start)
 
 
 def _check_folder(cfg: DictConfig, output: Path, folders: list[Path]) -> None:

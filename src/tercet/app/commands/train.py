@@ -13,7 +13,7 @@ from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, ModelCh
 from tercet.app import launch, record, report, run_folder
 from tercet.app.commands.evaluate import initialize_from
 from tercet.app.commands.preflight import preflight
-from tercet.app.components import build, check_values, find_targets, start_record
+from tercet.app.components import build, check_settings, check_values, find_targets, start_record
 from tercet.app.config_checks import check_config, check_model, set_monitor_mode
 from tercet.app.own_texts import choose_by_columns, set_run_length
 from tercet.distributed.sharding import gather_weights, load_state
@@ -44,11 +44,11 @@ def run(cfg: DictConfig, output: Path) -> float | None:
     """Train in this process, or in as many as the trainer asks for; returns the optimized metric."""
     config, data = prepare(choose_by_columns(cfg), output)
     alone = not launch.started_by_launcher()
-    with launch.requeue_on_signal(), nullcontext() if config.check else run_folder.locked(output):
+    with nullcontext() if config.check else run_folder.locked(output):
         if alone:
             data.prepare_data()  # errors in the data are found, and tokens cached, before any process is started
         set_run_length(config, data)
-        if config.resume and is_finished(config, output):
+        if config.resume and is_done(config, output):
             print_status(f"{output} is finished; there is nothing left to do.")
             return optimized_value(config, record.read_metrics(output))
         if not check_resume(config, output) and not config.check:
@@ -61,6 +61,7 @@ def run(cfg: DictConfig, output: Path) -> float | None:
 def prepare(cfg: DictConfig, output: Path) -> tuple[DictConfig, DataModule]:
     """Resolve the configuration and build its data; run every check that needs no data."""
     start_record(cfg)
+    check_settings(cfg)
     config: Any = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     check_writable(output, "output_dir")
     silence_libraries()
@@ -145,7 +146,7 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
     return optimized_value(cfg, metrics)
 
 
-def is_finished(cfg: DictConfig, output: Path) -> bool:
+def is_done(cfg: DictConfig, output: Path) -> bool:
     """Whether the folder has the results of these settings."""
     if not record.is_finished(output):
         return False

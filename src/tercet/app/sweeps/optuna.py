@@ -14,7 +14,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from tercet.app.hydra_compat import parse_overrides
+from tercet.app.hydra_compat import parse_overrides, swept_values
 from tercet.errors import check_choice, require
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class OptunaSweeper(Sweeper):
         folder = Path(self.cfg.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "multirun.yaml", OmegaConf.to_yaml(self.cfg))
-        storage = f"sqlite:///{folder.resolve() / 'study.db'}"
+        storage = study_url(folder / "study.db")
         study = optuna.create_study(study_name=STUDY, storage=storage, load_if_exists=True, direction=direction)
         # A study that goes on must not repeat its first samples.
         study.sampler = optuna.samplers.TPESampler(seed=self.seed + len(study.trials))
@@ -93,6 +93,13 @@ class OptunaSweeper(Sweeper):
         return space, [o.input_line for o in overrides if not o.is_sweep_override() and o.input_line]
 
 
+def study_url(file: str | Path) -> str:
+    """The address of the study in a file, whose path may hold what means something in an address."""
+    from sqlalchemy.engine import URL
+
+    return URL.create("sqlite", database=str(Path(file).resolve())).render_as_string()
+
+
 def to_distribution(override: Override) -> "BaseDistribution":
     """Optuna's distribution for an override that sweeps."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution
@@ -100,20 +107,21 @@ def to_distribution(override: Override) -> "BaseDistribution":
     value: Any = override.value()
     if isinstance(value, IntervalSweep):
         return FloatDistribution(float(value.start or 0), float(value.end or 0), log="log" in value.tags)
-    return CategoricalDistribution(list(override.sweep_string_iterator()))
+    return CategoricalDistribution(swept_values(override))
 
 
-def pruning_callback(storage: str, number: int, monitor: str | None, mode: str = "max") -> "pl.Callback":
+def pruning_callback(study: str, number: int, monitor: str | None, mode: str = "max") -> "pl.Callback":
     """A callback that reports ``monitor`` to trial ``number`` after each validation, and stops training if it is pruned.
 
-    Optuna's median rule: a trial whose value is worse than the median of the earlier trials at the same step is stopped.
+    ``study`` is the file of the search. Optuna's median rule: a trial whose value is worse than the median of the earlier
+    trials at the same step is stopped.
     """
     from pytorch_lightning.callbacks import LambdaCallback
 
     def report(trainer: "pl.Trainer", _: "pl.LightningModule") -> None:
         fits = monitor and trainer.state.fn == "fit" and trainer.is_global_zero  # not the validation after training
         value = trainer.callback_metrics.get(f"{monitor}") if fits else None
-        stop = value is not None and _report(storage, number, f"{monitor}", float(value), mode, trainer.global_step)
+        stop = value is not None and _report(study_url(study), number, f"{monitor}", float(value), mode, trainer.global_step)
         if trainer.strategy.broadcast(stop):  # the first process decides for all
             trainer.should_stop = True
 

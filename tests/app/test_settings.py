@@ -1,0 +1,96 @@
+"""Values of keys: each is right, or refused with its key before anything is read."""
+
+import pytest
+from omegaconf import OmegaConf
+
+from tercet.app import components
+from tercet.app.components import check_settings, check_values, start_record
+from tercet.app.config_checks import _optimizer
+from tercet.app.error_formatting import explain
+from tercet.app.hydra_compat import parse_overrides
+from tercet.errors import InputError
+from tests.conftest import composed, tiny
+
+TEXT = ("data=text", "data.path=my.txt")
+
+
+def told(*overrides):
+    """The message for a run with these overrides of its keys; None where they are accepted. Composing anew takes long."""
+    cfg = composed(*tiny(*TEXT))
+    for override in parse_overrides(overrides):
+        OmegaConf.update(cfg, override.key_or_group, override.value())
+    start_record(cfg)
+    try:
+        check_settings(cfg)
+        check_values(cfg, cfg)
+        _optimizer(cfg)
+    except Exception as error:
+        return explain(error, "train")
+    return None
+
+
+@pytest.mark.parametrize(("override", "accepted"), [
+    ("trainer.max_steps=0", "1 or more, or -1"), ("trainer.max_steps=-2", "1 or more, or -1"),
+    ("trainer.max_epochs=0", "1 or more"),
+    ("trainer.accumulate_grad_batches=0", "1 or more"), ("trainer.log_every_n_steps=0", "1 or more"),
+    ("trainer.gradient_clip_val=-1", "0 or more"), ("trainer.gradient_clip_val=nan", "finite"), ("optimizer.lr=inf", "finite"),
+    ("optimizer.lr=-1", "above 0"), ("optimizer.weight_decay=nan", "finite"), ("optimizer.weight_decay=-1", "0 or more"),
+    ("optimizer.betas=[0.9]", "2 values"), ("optimizer.betas=[0.9,1.5]", "below 1"), ("optimizer.eps=-1", "0 or more"),
+    ("scheduler.warmup=2", "below 1"), ("objective.mlm.weight=nan", "finite"), ("loss.temperature=inf", "finite"),
+    ("seed=-1", "from 0 to 4294967295"), ("seed=4294967296", "from 0 to 4294967295"), ("seed=1.5", "a whole number"),
+    ("num_threads=-1", "from 1"), ("num_threads=0", "from 1"), ("num_threads=all", "a whole number or null"),
+    ("keep_last=abc", "a whole number"), ("keep_last=0", "from 1"), ("expected=null", "a group of keys"),
+    ("check=no", "true or false"),
+    ("resume=no", "true or false"), ("resume=1", "true or false"), ("measure_before=off", "true or false"),
+    ("monitor=5", "text or null"),
+    ("init_from=[a]", "text or null"), ("stages.runs=null", "a group of keys"), ("trainer.detect_anomaly=no", "true or false"),
+    ("data.workers=1.5", "a whole number"), ("data.columns=text", "a list"), ("model.normalize=no", "true or false"),
+    ("loss._target_=tercet.losses.Nothing", "cannot be imported"), ("loss._target_=tercet.losses", "a class or function"),
+    ("loss=5", "a component"), ("callback.best=5", "a component"),
+    ("model=null", "a group of keys"),
+])  # fmt: skip
+def test_a_value_that_is_not_accepted_is_named_with_its_key(override, accepted):
+    message = told(override)
+    assert message is not None
+    assert message.replace(", ", ",").replace("'", "").startswith(override), message
+    assert accepted in message
+    assert "TERCET_DEBUG" not in message
+
+
+@pytest.mark.parametrize("overrides", [
+    (), ("trainer.max_steps=-1", "trainer.max_epochs=3"), ("seed=0",), ("num_threads=2",), ("resume=true", "check=false"),
+    ("optimizer.weight_decay=0.01", "optimizer.betas=[0.9,0.98]"), ("data.columns=[1,b]",), ("monitor=val/x",),
+    ("save_every=10m",),
+    ("trainer.devices=[0,1]",), ("trainer.limit_train_batches=0.5",),
+])  # fmt: skip
+def test_good_values_are_accepted(overrides):
+    assert told(*overrides) is None
+
+
+def test_a_missing_part_is_named():
+    cfg = composed(*tiny(*TEXT))
+    start_record(cfg)
+    del cfg.optimizer.lr
+    with pytest.raises(Exception) as caught:
+        _ = cfg.optimizer.lr
+    assert explain(caught.value, "train").startswith("optimizer.lr is needed")
+
+
+def test_limits_are_of_keys_that_exist():
+    known = {key for command in ("train", "evaluate", "mine", "compare", "export", "expand")
+             for key, _ in components.walk(OmegaConf.to_container(composed(entry=command), resolve=False))}  # fmt: skip
+    assert {*components.LIMITS, *components.SETTINGS} <= known
+
+
+def test_infinite_numbers_are_refused_wherever_they_are():
+    with pytest.raises(InputError, match=r"^model\.pixels\.mean\.0=nan: a finite number"):
+        check_settings(composed("model=resnet_small", "data=images", "data.path=x", "model.pixels.mean=[nan]"))
+
+
+def test_a_target_that_makes_something_else_is_named():
+    cfg = composed(*tiny(*TEXT))
+    cfg.loss = {"_target_": "builtins.object"}
+    start_record(cfg)
+    with pytest.raises(Exception) as caught:
+        components.build(cfg.objective)
+    assert explain(caught.value, "train") == "objective.loss: Module or null is needed, its _target_ makes object."
