@@ -8,17 +8,18 @@ of a run ends, at a moment drawn between the start of its process and the end of
 of its process group, or by SIGTERM or SIGINT to the group, as ``timeout``, ``scancel`` and Ctrl-C send them. The same command
 with ``resume=true`` goes on. A small random model with dropout; weights are compared bit by bit with those of a whole run.
 
-Each run is forked from this process, which has imported everything and started no thread: a start takes no imports.
+Each life is forked from this process, which has imported everything, composed the configuration and started no thread.
 """
 
 import argparse
+import gc
 import os
 import random
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +28,28 @@ import pytorch_lightning as pl
 import torch
 import transformers.models.bert.modeling_bert
 import transformers.models.resnet.modeling_resnet  # noqa: F401
+from omegaconf import DictConfig
 from PIL import Image
 
-import tercet.app.commands.train
 from benchmarks.report import write
 from benchmarks.shapes import MODEL
 from benchmarks.texts import sentences
 from benchmarks.turns import surroundings
 from tercet.app.cli import main as tercet
+from tercet.app.commands import train
 
 ROWS, BATCH = 48, 8  # six batches an epoch
 WORKERS = (0, 1, 2)
 WAYS = ("SIGKILL", "SIGKILL to the group", "SIGTERM to the group", "SIGINT to the group")
 EXITS = {"SIGTERM to the group": 143, "SIGINT to the group": 130}
+EARLY = 0.1  # of the moments are counted from the start of the process
 ENDED = 60.0  # seconds that a signal may take to end a run
 BERT = ["model=bert_small", f"model.tokenizer.name={MODEL}", "model.backbone.config.hidden_size=32",
         "model.backbone.config.num_hidden_layers=2", "model.backbone.config.num_attention_heads=2",
         "model.backbone.config.intermediate_size=64"]  # fmt: skip
 RESNET = ["model=resnet_small", "model.pixels.size=16", "model.backbone.config.embedding_size=8", "model.head.dim=8",
           "model.backbone.config.hidden_sizes=[8,16]", "model.backbone.config.depths=[1,1]", "model.norm=group"]  # fmt: skip
-TEXT = ["data=text", "data.path={folder}/rows.csv", "data.columns=[text]", *BERT]
+TEXT = ["data=text", "data.path={folder}/rows.csv", "data.columns=[text]", "data.held_out=0", "data.test=null", *BERT]
 KINDS = {
     "rows": [*TEXT, "objective=simcse_unsup"],
     "no duplicates": [*TEXT, "objective=simcse_unsup", "sampler=no_duplicates"],
@@ -62,7 +65,7 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Kill runs again and again.")
     parser.add_argument("--kills", type=int, default=240, help="of all runs together")
-    parser.add_argument("--steps", type=int, default=120, help="of a run")
+    parser.add_argument("--steps", type=int, default=60, help="of a run")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--only", choices=KINDS, nargs="*", default=list(KINDS))
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks/kills.json"))
@@ -86,38 +89,64 @@ def command(kind: str, workers: int, folder: Path, output: Path, steps: int) -> 
     return [
         *(override.format(folder=folder) for override in KINDS[kind]), f"data.workers={workers}", f"data.batch_size={BATCH}",
         "num_threads=1", f"trainer.max_steps={steps}", "trainer.max_epochs=1000", "trainer.accelerator=cpu", "save_every=2",
-        "measure_before=false", "logger=none", "evaluation@test=none", "selection=none", "callback.progress=null",
-        "callback.summary=null", "callback.embeddings=null", f"output_dir={output}", "resume=true",
+        "measure_before=false", "logger=none", "evaluation@test=none", "selection=none", "trainer.enable_progress_bar=false",
+        "trainer.enable_model_summary=false", "callback.embeddings=null", f"output_dir={output}", "resume=true",
     ]  # fmt: skip
 
 
-def start(given: Sequence[str], log: Path) -> tuple[int, int]:
-    """Fork a run, in a process group of its own: its id, and a pipe that says when training begins."""
-    reading, writing = os.pipe()
-    if process := os.fork():
-        os.close(writing)
-        return process, reading
-    os.setpgid(0, 0)
-    with log.open("wb") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where this process is in the background
-    fit = pl.Trainer.fit
+class Forked(BaseException):
+    """Raised in a process that was just forked."""
 
-    def announced(*values: Any, **names: Any) -> None:
-        os.write(writing, b"!")
-        fit(*values, **names)
 
-    pl.Trainer.fit = announced  # type: ignore[method-assign]
-    code = 1
+Start = Callable[[Path], tuple[int, int]]  # of a log: the id of a process, and a pipe that says when training begins
+
+
+def with_command(given: Sequence[str], play: Callable[[Start], None]) -> None:
+    """Compose a command once; ``play`` is given a function that forks a run of it, in a process group of its own."""
+    run, forked, code = train.run, False, 1
+
+    def start(log: Path) -> tuple[int, int]:
+        nonlocal forked
+        reading, writing = os.pipe()
+        if process := os.fork():
+            os.setpgid(process, process)  # here too: it may be signaled before it does so itself
+            os.close(writing)
+            return process, reading
+        forked = True
+        os.setpgid(0, 0)
+        with log.open("wb") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # also where this process is in the background
+        fit = pl.Trainer.fit
+
+        def announced(*values: Any, **names: Any) -> None:
+            os.write(writing, b"!")
+            fit(*values, **names)
+
+        pl.Trainer.fit = announced  # type: ignore[method-assign]
+        raise Forked
+
+    def hold(cfg: DictConfig, output: Path) -> float | None:
+        try:
+            play(start)
+        except Forked:
+            return run(cfg, output)
+        raise SystemExit(0)
+
+    train.run = hold
     try:
         tercet("train", given)
     except SystemExit as ended:
         code = int(ended.code or 0)
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        train.run = run
+        if forked:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    if code:
+        raise SystemExit(f"{' '.join(given)} could not be started.")
 
 
 def wait(process: int, seconds: float) -> int | None:
@@ -131,14 +160,14 @@ def wait(process: int, seconds: float) -> int | None:
     return None
 
 
-def live(given: Sequence[str], log: Path, moment: float, share: float, way: str) -> tuple[int, bool]:
+def live(start: Start, log: Path, moment: float, share: float, way: str) -> tuple[int, bool]:
     """One life of a run: the exit code, and whether a signal was sent.
 
-    ``moment`` is in seconds since training began; of a ``share`` below a tenth, since the process did.
+    ``moment`` is in seconds since training began; of a ``share`` below ``EARLY``, since the process did.
     """
-    process, pipe = start(given, log)
+    process, pipe = start(log)
     os.set_blocking(pipe, False)
-    if share >= 0.1:
+    if share >= EARLY:
         while (code := wait(process, 0.01)) is None:
             try:
                 os.read(pipe, 1)
@@ -179,26 +208,29 @@ def killed(
     """One case of the matrix: a whole run, and one in ``kills`` + 1 lives."""
     name = f"{kind.replace(' ', '_')}-{workers}"
     whole, pieces, log = folder / f"{name}-whole", folder / f"{name}-pieces", folder / f"{name}.log"
-    begun = time.perf_counter()
-    code, _ = live(command(kind, workers, folder, whole, options.steps), log, 600, 1.0, WAYS[0])
-    if code:
-        raise SystemExit(f"{name}: the whole run failed.\n{log.read_text()}")
-    seconds = time.perf_counter() - begun
-    given, lives, faults = command(kind, workers, folder, pieces, options.steps), 0, list[str]()
-    counts = dict.fromkeys(WAYS, 0)
-    while lives < kills:
-        way, share = WAYS[lives % len(WAYS)], draw.random()
-        code, sent = live(given, log, draw.uniform(0, 1.6 * seconds / (kills + 1)), share, way)
-        if not sent:
-            if code:
-                raise SystemExit(f"{name}: a resumed run failed.\n{log.read_text()}")
-            break  # it came to its end before
-        lives, counts[way] = lives + 1, counts[way] + 1
-        expected = EXITS.get(way, -signal.SIGKILL)
-        if code not in (expected, 0) and share >= 0.1:
-            faults.append(f"{way}: exit {code}, not {expected}: {log.read_text()[-300:]!r}")
-    if (code := live(given, log, 600, 1.0, WAYS[0])[0]) != 0:
-        raise SystemExit(f"{name}: the last life failed.\n{log.read_text()}")
+    counts, faults, seconds = dict.fromkeys(WAYS, 0), list[str](), 0.0
+
+    def once(start: Start) -> None:
+        nonlocal seconds
+        begun = time.perf_counter()
+        if live(start, log, 600, 1.0, WAYS[0])[0]:
+            raise SystemExit(f"{name}: a run that nobody stopped has failed.\n{log.read_text()}")
+        seconds = time.perf_counter() - begun
+
+    def many(start: Start) -> None:
+        for number in range(kills):
+            way, share = WAYS[number % len(WAYS)], draw.random()
+            code, sent = live(start, log, draw.uniform(0, 1.5 * seconds / (kills + 1)), share, way)
+            if not sent:  # it came to its end before
+                break
+            counts[way] += 1
+            expected = EXITS.get(way, -signal.SIGKILL)
+            if code not in (expected, 0) and share >= EARLY:
+                faults.append(f"{way}: exit {code}, not {expected}: {log.read_text()[-300:]!r}")
+        once(start)
+
+    with_command(command(kind, workers, folder, whole, options.steps), once)
+    with_command(command(kind, workers, folder, pieces, options.steps), many)
     row = {"kind": kind, "workers": workers, **counts, "identical": same(whole, pieces), "wrong_exits": len(faults)}
     print(row, *faults, sep="\n  ", flush=True)
     return row
@@ -214,6 +246,7 @@ def main() -> None:
     write_data(folder)
     draw = random.Random(options.seed)
     cases = [(kind, workers) for kind in options.only for workers in WORKERS]
+    gc.freeze()  # forks share what is there
     begun = time.perf_counter()
     kills = -(-options.kills // len(cases))
     rows = [killed(kind, workers, folder, options, kills, draw) for kind, workers in cases]

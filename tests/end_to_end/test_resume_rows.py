@@ -11,7 +11,7 @@ from tercet.training import SimCSEUnsup
 from tests.end_to_end.conftest import assert_same_weights
 
 SLOW = pytest.mark.slow  # the same of other batches
-STREAM = ["data.streaming=true", "trainer.max_steps=50"]
+STREAM = ["data.streaming=true", "data.held_out=8", "trainer.max_steps=50"]
 DOCUMENTS = [
     "data.path={folder}/books.csv",
     "data.columns=[text]",
@@ -88,8 +88,9 @@ def test_more_steps_have_the_learning_rates_of_the_longer_schedule(run, monkeypa
         return original(self, batch, batch_idx)
 
     monkeypatch.setattr(SimCSEUnsup, "training_step", recorded)
-    assert run("trainer.max_steps=4", "trainer.max_epochs=-1", "optimizer.lr=0.1").code == 0
-    resumed = run("trainer.max_steps=8", "trainer.max_epochs=-1", "optimizer.lr=0.1", "resume=true")
+    settings = ["trainer.max_epochs=-1", "optimizer.lr=0.1", "scheduler.warmup=0"]
+    assert run("trainer.max_steps=4", *settings).code == 0
+    resumed = run("trainer.max_steps=8", *settings, "resume=true")
     assert resumed.code == 0 and "step 4" in resumed.terminal, resumed.terminal
     expected = [0.1 * (1 - step / total) for step, total in [*((i, 4) for i in range(4)), *((i, 8) for i in range(4, 8))]]
     assert [rates[step] for step in range(8)] == pytest.approx(expected)

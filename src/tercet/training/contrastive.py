@@ -99,7 +99,10 @@ class ObjectiveHooks(EvaluationHooks):
 
     def configure_optimizers(self: Any) -> OptimizerLRScheduler:
         """The optimizer and its schedule, which advances every step and is logged as ``train/lr``."""
-        optimizer, steps = self.optimizer(self), self.trainer.estimated_stepping_batches
+        streaming = getattr(getattr(self.trainer, "datamodule", None), "streaming", False)
+        # The estimate opens the loader, which is too early for a stream: FSDP2 restores where it was after this.
+        steps = self.trainer.max_steps if streaming else self.trainer.estimated_stepping_batches
+        optimizer = self.optimizer(self)
         known = 1 <= steps < float("inf")  # a stream has no length, and a time limit is no number of steps
         require(known, "The number of steps is not known, which the schedule needs. Set `trainer.max_steps`.")
         schedule = self.scheduler(optimizer, int(steps))

@@ -127,9 +127,10 @@ def stage_table(columns: Columns, inside: str, outside: str) -> str:
     kept = [x for x in found.get(outside, []) if x is not None]
     rows = {name: found[name] for name in (inside, outside) if name in found}
     if len(kept) == len(columns):
-        sign, best = (-1, min) if is_smaller_better(outside) else (1, max)
-        rows[f"forgotten: {outside}"] = [sign * (kept[0] - x) for x in kept]
-        rows["  since its best"] = [sign * (best(kept[: i + 1]) - x) for i, x in enumerate(kept)]
+        less = is_smaller_better(outside)
+        best = [(min if less else max)(kept[: i + 1]) for i in range(len(kept))]
+        rows[f"forgotten: {outside}"] = [x - kept[0] if less else kept[0] - x for x in kept]
+        rows["  since its best"] = [x - y if less else y - x for x, y in zip(kept, best, strict=True)]
     rows |= found
     width = max(map(len, rows), default=0)
     lines = [" " * width + "".join(f"{name:>14}" for name in columns)]
