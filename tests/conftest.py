@@ -1,6 +1,8 @@
 """What tests share: tiny models, texts, and the configuration as the command line composes it."""
 
 import os
+import signal
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
@@ -80,6 +82,18 @@ def tiny(*overrides: str) -> list[str]:
     """Overrides that put a tiny random BERT in the model's place."""
     sizes = [f"model.backbone.config.{name}={value}" for name, value in TINY.items()]
     return ["model=bert_small", f"model.tokenizer.name={MINILM}", *sizes, *overrides]
+
+
+@contextmanager
+def restored_signals():
+    """Put the signal handlers back at the end: torch's launcher, and a command that was stopped, leave others behind."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
+    before = {number: handler for number in numbers if (handler := signal.getsignal(number)) is not None}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -258,9 +258,10 @@ class BatchDataset(Protocol):
 class Evaluator(Protocol):
     """A function of an encode function.
 
-    Optional: ``needs``, what its source must provide ("label", "position", "pairs"); ``table(metrics) -> str``, the metrics as
-    text; ``figures(encode) -> dict[str, Figure]``; ``examples(encode) -> dict[str, (N,)]``, by metric the values of the N
-    examples whose mean it is.
+    Optional: ``needs``, what its source must provide ("label", "position", "pairs"); ``smaller_is_better``, the names (last
+    parts) of its metrics that are better when smaller; without it the direction of its metrics is unknown;
+    ``table(metrics) -> str``, the metrics as text; ``figures(encode) -> dict[str, Figure]``; ``examples(encode) -> dict[str,
+    (N,)]``, by metric the values of the N examples whose mean it is.
     """
 
     def __call__(self, encode: EncodeFunction) -> dict[str, float]:

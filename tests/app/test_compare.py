@@ -7,9 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
 from tercet.app import record
 from tercet.app.commands import compare
+from tercet.app.sweeps import summary
 from tercet.errors import InputError
 
 
@@ -148,11 +150,28 @@ def test_a_folder_without_runs_is_named(tmp_path):
         compare.read_runs([tmp_path / "none"])
 
 
+def test_the_jobs_of_a_sweep_are_found_by_what_they_wrote(tmp_path, capsys):
+    """``hydra.sweep.subdir`` may be anything, also several folders deep, with what Hydra makes of the overrides."""
+    names = ["lr=0.1,é", "deep/lr=0.2", "killed"]
+    for seed, (name, metrics) in enumerate(zip(names, [{"test/a": 1.0}, {"test/a": 3.0}, None], strict=True)):
+        lay(tmp_path / name, seed, metrics)
+    (tmp_path / "failed (1)").mkdir()
+    (tmp_path / "failed (1)" / "error.txt").write_text("no memory")
+    stages = OmegaConf.create({"runs": {}})
+    assert not summary.summarize_sweep(tmp_path, stages)
+    said = capsys.readouterr().err
+    assert "mean ± sd over 2 runs" in said and "job killed has not finished" in said
+    assert f"job failed (1) failed: {tmp_path / 'failed (1)' / 'error.txt'}" in said
+    assert json.loads((tmp_path / "summary.json").read_text())["test/a"]["mean"] == 2
+    (tmp_path / "failed (1)" / "error.txt").unlink()
+    assert summary.summarize_sweep(tmp_path, stages)
+
+
 def test_a_sweep_is_summed_up():
     runs = [{"test/a": 1.0, "before/a": 0.0, "train/loss": 9.0}, {"test/a": 3.0, "before/a": 0.0}]
-    table = compare.summarize(runs)
+    table = summary.summarize(runs)
     assert table["test/a"] == {"mean": 2.0, "sd": pytest.approx(2**0.5), "runs": 2}
     assert "train/loss" not in table
-    assert "0.0000 ± 0.0000  →     2.0000 ± 1.4142" in compare.summary_table(table, 2)
-    stages = compare.summary_table({**table, "first/a": table["before/a"]}, 2, ["first"]).splitlines()
+    assert "0.0000 ± 0.0000  →     2.0000 ± 1.4142" in summary.summary_table(table, 2)
+    stages = summary.summary_table({**table, "first/a": table["before/a"]}, 2, ["first"]).splitlines()
     assert stages[1].split() == ["before", "→", "first", "→", "after"] and stages[2].count("→") == 2

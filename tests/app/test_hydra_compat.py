@@ -33,6 +33,13 @@ def test_overrides_are_parsed_as_on_the_command_line():
     assert (group.key_or_group, group.package, group.input_line) == ("d", "e", "d@e=f")
 
 
+@pytest.mark.parametrize("text", ["k=choice('a=b','é (,',c d)", "k='a=b',c", "k=choice([1,2],{a:1})", "k=range(1,3)"])
+def test_swept_values_can_be_read_again(text):
+    (override,) = hydra_compat.parse_overrides([text])
+    again = [hydra_compat.parse_overrides([f"k={value}"])[0].value() for value in hydra_compat.swept_values(override)]
+    assert again == [getattr(value, "text", value) for value in override.sweep_iterator()]
+
+
 @pytest.mark.parametrize("value", ["it's", r"C:\new", r"a\'b\\", "a=b, [c]", "", "1", 1, None, True, ["a", {"b": [0.5, "x"]}]])
 def test_a_quoted_value_is_read_as_it_was(value):
     assert hydra_compat.parse_overrides([f"key={hydra_compat.quote(value)}"])[0].value() == value

@@ -1,6 +1,5 @@
 """The small parts around a run."""
 
-import signal
 import subprocess
 import sys
 
@@ -14,7 +13,7 @@ from tercet import messages
 from tercet.app import error_formatting, record
 from tercet.app.cli import main
 from tercet.app.components import takes
-from tercet.app.launch import num_processes, restored_signals
+from tercet.app.launch import num_processes
 from tercet.app.report import before_after_table
 from tercet.distributed.gather import reduce_loss
 from tercet.errors import InputError
@@ -85,14 +84,6 @@ def test_processes_are_counted():
     assert num_processes(cfg(strategy="fsdp2", devices=4)) == 4
     with pytest.raises(InputError, match="RUN_ID"):
         num_processes(cfg(num_nodes=2))
-
-
-def test_signal_handlers_are_put_back_also_beside_one_that_was_installed_from_c(monkeypatch):
-    before, get = signal.getsignal(signal.SIGTERM), signal.getsignal
-    monkeypatch.setattr(signal, "getsignal", lambda number: None if number == signal.SIGHUP else get(number))
-    with restored_signals():
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    assert get(signal.SIGTERM) is before
 
 
 @pytest.mark.parametrize(("override", "hint"), [
@@ -178,7 +169,7 @@ def test_versions_are_recorded_where_the_package_is_not_installed(monkeypatch):
     monkeypatch.setattr("importlib.metadata.distributions", lambda: [])
     monkeypatch.setattr(record, "_git", lambda *arguments, folder=None: "")
     assert record.versions()["tercet"] == tercet.__version__
-    assert record.revision() == f"no repository, tercet {tercet.__version__}"
+    assert record.revision() == f"tercet {tercet.__version__}, installed, not of a repository of its own"
 
 
 COMMANDS = {

@@ -10,7 +10,7 @@ import torch
 from tercet.app.cli import main
 from tercet.app.record import read_metrics
 from tercet.models.folder import read_checkpoint
-from tests.conftest import TEXTS, tiny
+from tests.conftest import TEXTS, restored_signals, tiny
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def command(tmp_path, monkeypatch, capsys):
         output = tmp_path / "run"
         extra = [f"output_dir={output}"] if name == "train" and "-m" not in overrides else []
         monkeypatch.setattr(sys, "argv", ["tercet", *overrides, *extra])
-        with pytest.raises(SystemExit) as stopped:
+        with pytest.raises(SystemExit) as stopped, restored_signals():
             main(name)
         seen = capsys.readouterr()
         return Result(stopped.value.code or 0, seen.out + seen.err, output)

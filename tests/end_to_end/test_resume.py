@@ -189,6 +189,7 @@ def test_ctrl_c_lets_the_step_be_made(run, whole, monkeypatch, terminal):
         value = original(self, batch, batch_idx)
         if self.global_step == 5:
             signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)  # `timeout` sends it to the process and to its group
         return value
 
     monkeypatch.setattr(SimCSEUnsup, "training_step", interrupted)
@@ -261,6 +262,7 @@ def test_a_second_ctrl_c_ends_at_once(run, monkeypatch, terminal):
         value = original(self, batch, batch_idx)
         if self.global_step == 5:
             signal.raise_signal(signal.SIGINT)
+            time.sleep(1.1)
             signal.raise_signal(signal.SIGINT)
         return value
 
@@ -298,7 +300,7 @@ def test_sigterm_saves_the_step_it_was_at(run, monkeypatch):
     def told(self, trainer, *args, **kwargs):
         original(self, trainer, *args, **kwargs)
         if trainer.global_step == 5 and self.filename == "last":
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)  # os.kill may choose another thread, and this one makes further steps
 
     monkeypatch.setattr(ModelCheckpoint, "on_train_batch_end", told)
     result = run("save_every=null")

@@ -15,14 +15,11 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution
 
 from tercet.app.hydra_compat import parse_overrides
 from tercet.app.record import read_metrics
-from tercet.app.sweeps.optuna import to_distribution
+from tercet.app.sweeps.optuna import study_url, to_distribution
 from tercet.app.sweeps.ray import lost_job_result
 from tests.conftest import tiny
 from tests.end_to_end.conftest import FAST, write_texts
-from tests.end_to_end.test_processes import children
-
-# Ctrl-C counts in what it becomes, also where the tests run in the background, which ignores it.
-TERMINAL = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.executable, sys.argv[1:])"
+from tests.end_to_end.forked import Forked, SlowSteps, alive, descendants
 
 
 def test_a_sweep_begun_again_makes_what_is_missing(command, tmp_path):
@@ -43,6 +40,9 @@ def test_a_sweep_begun_again_makes_what_is_missing(command, tmp_path):
         "compare", str(tmp_path / "sweep"), "metric=test/alignment_uniformity/text/alignment", f"output={tmp_path / 'out'}"
     )
     assert table.code == 0 and "less is better" in table.terminal, table.terminal
+    (tmp_path / "sweep").rename(tmp_path / "lr=0.1,b")
+    table = command("compare", str(tmp_path / "lr=0.1,b"), "metric=test/retrieval/text/mrr", f"output={tmp_path / 'out'}")
+    assert table.code == 0, table.terminal
     assert (tmp_path / "out" / "comparison.txt").is_file()
 
 
@@ -53,14 +53,14 @@ def test_a_budgeted_search_goes_on_until_its_trials_are_made(command, tmp_path):
              "trainer.max_steps=4", "trainer.val_check_interval=1", "evaluation@validation=heldout", "sweep=optuna",
              "monitor=val/alignment_uniformity/text/uniformity", "optimized_metric=test/alignment_uniformity/text/alignment",
              "callback.embeddings=null", "hydra.sweeper.direction=minimize",
-             f"hydra.sweep.dir={tmp_path / 'sweep'}"]  # fmt: skip
+             f"hydra.sweep.dir='{tmp_path / 'a=b,(é'}'"]  # fmt: skip
     first = command("train", *given, "hydra.sweeper.trials=2")
     assert first.code == 0 and "0 of 2 trials are there" in first.terminal, first.terminal
     more = command("train", *given, "hydra.sweeper.trials=3", "model.pooling=choice(cls,mean)")
     assert more.code == 0 and "2 of 3 trials are there" in more.terminal, more.terminal
     assert "best of 3 trials" in more.terminal
-    assert sorted(p.name for p in (tmp_path / "sweep").iterdir() if p.name.isdigit()) == ["0", "1", "2"]
-    study = optuna.load_study(study_name="sweep", storage=f"sqlite:///{tmp_path / 'sweep' / 'study.db'}")
+    assert sorted(p.name for p in (tmp_path / "a=b,(é").iterdir() if p.name.isdigit()) == ["0", "1", "2"]
+    study = optuna.load_study(study_name="sweep", storage=study_url(tmp_path / "a=b,(é" / "study.db"))
     rates = [trial.params["optimizer.lr"] for trial in study.trials]
     assert len(set(rates)) == 3 and all(1e-5 <= rate <= 1e-3 for rate in rates)
     assert [len(t.intermediate_values) for t in study.trials] == [4, 4, 4], "each validation is reported"
@@ -70,40 +70,37 @@ def test_a_budgeted_search_goes_on_until_its_trials_are_made(command, tmp_path):
     assert none.code == 1 and "optimized_metric, which is null" in none.terminal
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("send", "number", "code"),
-    [(os.killpg, signal.SIGINT, 130), (os.kill, signal.SIGTERM, 143), (os.kill, signal.SIGKILL, -9)],
-    ids=["Ctrl-C", "SIGTERM", "SIGKILL"],
+    [
+        (os.killpg, signal.SIGTERM, 143),
+        pytest.param(os.killpg, signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param(os.kill, signal.SIGTERM, 143, marks=pytest.mark.slow),
+        pytest.param(os.kill, signal.SIGKILL, -9, marks=pytest.mark.slow),
+    ],
+    ids=["SIGTERM to the group", "Ctrl-C", "SIGTERM", "SIGKILL"],
 )
 def test_the_jobs_of_joblib_save_when_their_sweep_is_stopped(send, number, code, tmp_path):
-    """SIGINT to the process group, as from a terminal; SIGTERM to the sweep alone, as from a scheduler; SIGKILL."""
+    """Also the slower one, whose step ends seconds after the other's; a third process has no job."""
     write_texts(tmp_path / "my.txt")
     few = [o for o in FAST if not o.startswith(("logger", "trainer.max_steps"))]
-    given = ["-m", *tiny("data=text", f"data.path={tmp_path / 'my.txt'}", *few), "logger=csv", "measure_before=false",
-             "trainer.max_steps=1000000", "trainer.max_epochs=-1", "save_every=1000000", "seed=1,2,3",
-             "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"hydra.sweep.dir={tmp_path / 'sweep'}"]  # fmt: skip
-    root = Path(__file__).parents[2]
-    with (tmp_path / "said.txt").open("wb") as said:
-        sweep = subprocess.Popen(
-            [sys.executable, "-c", TERMINAL, sys.executable, "train.py", *given],
-            cwd=root,
-            stdout=said,
-            stderr=said,
-            start_new_session=True,
-        )
-    ends = time.monotonic() + 120
-    while len(list(tmp_path.glob("sweep/*/metrics.csv"))) < 2 and time.monotonic() < ends:
-        time.sleep(0.2)
-    jobs = children(sweep.pid)
+    given = ["-m", *tiny("data=text", "data.path=my.txt", *few), "logger=csv", "measure_before=false",
+             "trainer.max_steps=1000000", "trainer.max_epochs=-1", "save_every=1000000",
+             "trainer.enable_progress_bar=false", "callback.progress=null", "hydra/launcher=joblib", "hydra.launcher.n_jobs=3",
+             f"+callback.slow._target_={SlowSteps.__module__}.SlowSteps", "+callback.slow.seconds=0.1,5",
+             "hydra.sweep.dir=sweep"]  # fmt: skip
+    sweep = Forked(tmp_path, "train", given)
+    sweep.wait_for(lambda: len(list(tmp_path.glob("sweep/*/stepping"))) == 2)
+    jobs = descendants(sweep.pid)
     send(sweep.pid, number)
-    assert sweep.wait(timeout=60) == code, (tmp_path / "said.txt").read_text()
+    assert sweep.end(90) == code, sweep.said()
     ends = time.monotonic() + 30  # where nobody waits for them
-    while any(Path(f"/proc/{job}").exists() for job in jobs) and time.monotonic() < ends:
+    while alive(jobs) and time.monotonic() < ends:
         time.sleep(0.2)
-    assert not any(Path(f"/proc/{job}").exists() for job in jobs)
+    assert not alive(jobs)
     saved = sorted(path.parts[-3] for path in tmp_path.glob("sweep/*/checkpoints/last.ckpt"))
-    assert saved == ["0", "1"], "and no third job was begun"
+    assert saved == ["0", "1"], sweep.said()
+    assert "Traceback" not in sweep.said() and "error" not in sweep.said(), sweep.said()
 
 
 @pytest.mark.slow
@@ -159,6 +156,15 @@ def test_a_job_whose_process_died_is_named_and_the_sweep_goes_on(tmp_path, capsy
     assert written in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["a=b", "a,b", "(", "é", "a?b%20#c"])
+def test_a_search_may_be_in_any_folder(tmp_path, name):
+    file = tmp_path / name / "study.db"
+    file.parent.mkdir()
+    optuna.create_study(study_name="sweep", storage=study_url(file)).enqueue_trial({"x": 1})
+    assert file.is_file() and len(list(tmp_path.rglob("*"))) == 2
+    assert len(optuna.load_study(study_name="sweep", storage=study_url(file)).trials) == 1
+
+
 def test_what_is_searched_is_what_was_written():
     def drawn(text):
         return to_distribution(*parse_overrides([text]))
@@ -167,4 +173,5 @@ def test_what_is_searched_is_what_was_written():
     assert drawn("x=tag(log,interval(1e-5,1e-3))") == FloatDistribution(1e-5, 1e-3, log=True)
     assert drawn("x=choice(cls,mean)") == CategoricalDistribution(["cls", "mean"])
     assert drawn("x=1,2") == CategoricalDistribution(["1", "2"])
+    assert drawn("x=choice('a=b','é (,')") == CategoricalDistribution(["'a=b'", "'é (,'"])
     assert drawn("x=range(1,4)") == CategoricalDistribution(["1", "2", "3"])

@@ -12,13 +12,12 @@ from omegaconf import OmegaConf
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tercet.app.components import build
-from tercet.app.launch import restored_signals
 from tercet.data import TextTransform
 from tercet.losses.triplet_mining import MININGS
 from tercet.models import load_tokenizer
 from tercet.training.datamodule import DataModule
 from tercet.training.lightning_compat import FSDP2
-from tests.conftest import MINILM, NEEDED, TEXTS, choices, composed, tiny
+from tests.conftest import MINILM, NEEDED, TEXTS, choices, composed, restored_signals, tiny
 
 OBJECTIVES = choices("objective")
 SETTINGS = {
@@ -47,6 +46,9 @@ SETTINGS = {
         "model.execution.chunk_tokens=24",
         "model.execution.recompute=true",
     ],
+    "in shares, in chunks, saved": ["trainer.strategy=fsdp2", "model.execution.chunk_tokens=24"],
+    "in shares, accumulated": ["trainer.strategy=fsdp2", "trainer.accumulate_grad_batches=2"],
+    "in shares, with hard labels": ["trainer.strategy=fsdp2", "callback=hard_labels", "callback.hard_labels.labels=1"],
     "with memory": ["objective.memory.size=9", "objective.memory.warmup=1"],
 }
 
@@ -64,6 +66,8 @@ def tokenizer():
 
 def has(objective, overrides):
     """Whether an objective's configuration has the keys; masked language modeling is not trained in shards."""
+    if "callback=hard_labels" in overrides:
+        return "PK" in defaults(objective).sampler._target_
     if "trainer.strategy=fsdp2" in overrides:
         return objective != "mlm"
     cfg = defaults(objective)
@@ -144,6 +148,7 @@ def step(cfg, folder, world, batch_size, steps=2):
     if getattr(module, "mlm", None) is not None:
         module.mlm.corrupt = first_token_masked  # its draws, too, differ between processes
     module.optimizer = lambda m: torch.optim.SGD(m.parameters(), lr=0.1)
+    hard_labels = build(cfg.callback.hard_labels)
     counting, start = Counting(), {n: p.detach().clone() for n, p in module.named_parameters()}
     shares = cfg.trainer.strategy == FSDP2
     strategy = "auto" if world == 1 else FSDP2 if shares else "ddp"
@@ -151,7 +156,7 @@ def step(cfg, folder, world, batch_size, steps=2):
         precision=cfg.trainer.precision, accumulate_grad_batches=cfg.trainer.accumulate_grad_batches,
         accelerator="cpu", devices=world, strategy=strategy, max_steps=steps, logger=False,
         gradient_clip_val=0.5, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        use_distributed_sampler=False, callbacks=[counting],
+        use_distributed_sampler=False, callbacks=[counting, *([hard_labels] if hard_labels else [])],
     )  # fmt: skip
     trainer.fit(module, datamodule=data(cfg, folder, batch_size))
     size = sum(p.numel() for p in module.parameters() if p.requires_grad)

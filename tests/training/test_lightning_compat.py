@@ -1,6 +1,7 @@
 """Canaries: what training uses of private interfaces of Lightning and torch is still there and means the same."""
 
 import inspect
+import signal
 from contextlib import suppress
 
 import pytest
@@ -125,3 +126,24 @@ def test_the_csv_writer_has_what_the_atomic_logger_sets(tmp_path):
     writer = csv_logs._ExperimentWriter(str(tmp_path))
     assert (writer.metrics, writer.metrics_keys) == ([], []), "rows that are not saved, and the columns"
     assert writer.metrics_file_path == str(tmp_path / "metrics.csv")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trainer_leaves_signals_alone_and_puts_back_the_handlers_of_its_start():
+    def handler(number, frame):
+        pass
+
+    class Look(pl.Callback):
+        def setup(self, trainer, pl_module, stage):
+            compat.keep_signal_handlers(trainer)
+
+        def on_train_start(self, trainer, pl_module):
+            seen.append(signal.getsignal(signal.SIGTERM))
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    seen, before = [], signal.signal(signal.SIGTERM, handler)
+    try:
+        fit(Module(), callbacks=[Look()])
+        assert [*seen, signal.getsignal(signal.SIGTERM)] == [handler, handler]
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -20,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from tercet.app import components, error_formatting, hydra_compat, sweeps
+from tercet.app import components, error_formatting, hydra_compat, signals, sweeps
 from tercet.errors import require
 from tercet.messages import printable
 from tercet.paths import is_utf8, write_text
@@ -68,24 +68,25 @@ def main(command: str, arguments: Sequence[str] | None = None) -> NoReturn:
     if command == "train" and "data=text" in given and not any(o.lstrip("+~").split("=")[0] == "experiment" for o in given):
         given.insert(given.index("data=text"), "experiment=own_texts")  # the quickstart's 50 steps would not fit other data
     failed: list[str] = []
-    try:
-        _check_letters(given)
-        if command == "train":
-            hydra_compat.run_main(_job(failed), config_folder(), command, given)
-        else:
-            _run_composed(command, given)
-    except KeyboardInterrupt:
-        exit_stopped()
-    except SystemExit as error:  # what Lightning makes of SIGTERM, and of Ctrl-C
-        if type(error).__name__ == "SIGTERMException" or error.code == 143:
-            exit_stopped(143)
-        if isinstance(error.__context__, KeyboardInterrupt):
-            exit_stopped()
-        raise
-    except Exception as error:
-        report_error(error, command)
-        raise SystemExit(1) from None
-    raise SystemExit(1 if failed else 0)
+    with signals.stop_on_signals():
+        try:
+            _check_letters(given)
+            if command == "train":
+                hydra_compat.run_main(_job(failed), config_folder(), command, given)
+            else:
+                _run_composed(command, given)
+        except KeyboardInterrupt:
+            signals.exit_stopped(signals.INTERRUPTED)
+        except SystemExit as error:  # what Lightning makes of Ctrl-C, and GracefulStop of SIGTERM
+            if isinstance(error.__context__, KeyboardInterrupt):
+                signals.exit_stopped(signals.INTERRUPTED)
+            if type(error).__name__ == "SIGTERMException" or error.code == signals.TERMINATED:
+                signals.exit_stopped(signals.TERMINATED)
+            raise
+        except Exception as error:
+            report_error(error, command)
+            raise SystemExit(1) from None
+        raise SystemExit(1 if failed else 0)
 
 
 def _check_letters(arguments: Sequence[str]) -> None:
@@ -93,12 +94,6 @@ def _check_letters(arguments: Sequence[str]) -> None:
     for text in (*arguments, str(Path.cwd())):
         advice = "Rename the file or folder (for many: convmv -r -f latin1 -t utf8 --notest)."
         require(is_utf8(text), f"{os.fsencode(text)!r} is not UTF-8. {advice}")
-
-
-def exit_stopped(code: int = 130) -> NoReturn:
-    """Exit after Ctrl-C, or after SIGTERM (143): not with 0, which a scheduler would take for finished."""
-    print("\nstopped; checkpoints/last.ckpt of the run holds the last weights, if training had begun", file=sys.stderr)
-    raise SystemExit(code)
 
 
 def _run_composed(command: str, arguments: Sequence[str]) -> None:
@@ -112,7 +107,9 @@ def _run_composed(command: str, arguments: Sequence[str]) -> None:
     parser.add_argument("--cfg", choices=["job"], help="print the configuration instead of running")
     parser.add_argument("--config-dir", help="a folder with more choices of the configuration groups")
     options = parser.parse_intermixed_args(list(arguments))
-    folders = [a for a in options.overrides if command == "compare" and "=" not in a]
+    keys = OmegaConf.load(Path(config_folder(), "compare.yaml"))  # what else holds a `=` is a folder, if there is one
+    named = [a for a in options.overrides if "=" not in a or (Path(a).is_dir() and a.split("=")[0] not in keys)]
+    folders = named if command == "compare" else []
     overrides = [_model_is_a_path(a) for a in options.overrides if a not in folders]
     overrides += [f"runs={hydra_compat.quote(_unquoted(folders))}"] if folders else []
     if options.config_dir:
@@ -125,7 +122,11 @@ def _run_composed(command: str, arguments: Sequence[str]) -> None:
         components.start_record(cfg)
         components.check_settings(cfg)
         module, function = ("export", "expand") if command == "expand" else (command, "run")
-        getattr(importlib.import_module(f"tercet.app.commands.{module}"), function)(cfg, Path.cwd())
+        try:
+            getattr(importlib.import_module(f"tercet.app.commands.{module}"), function)(cfg, Path.cwd())
+        finally:
+            if cfg.output:
+                remove_empty(Path(cfg.output))
 
 
 def _model_is_a_path(override: str) -> str:
@@ -145,14 +146,15 @@ def _job(failed: list[str]) -> Callable[[DictConfig], Any]:
     def job(cfg: DictConfig) -> Any:
         output = Path(HydraConfig.get().runtime.output_dir)
         try:
-            components.start_record(cfg)
-            components.check_settings(cfg)
-            moved = "paths would start in the folder of the run, not where the command was typed. Leave it out"
-            require(not HydraConfig.get().job.chdir, f"hydra.job.chdir=true: {moved}.")
-            module = importlib.import_module(f"tercet.app.commands.{'stages' if cfg.stages.runs else 'train'}")
-            if int(os.environ.get("SLURM_RESTART_COUNT", 0)):
-                cfg.resume = True  # SLURM has queued the job again
-            return module.run(cfg, output)
+            with signals.stop_on_signals():  # in a worker process of a sweep, which has not come by `main`
+                components.start_record(cfg)
+                components.check_settings(cfg)
+                moved = "paths would start in the folder of the run, not where the command was typed. Leave it out"
+                require(not HydraConfig.get().job.chdir, f"hydra.job.chdir=true: {moved}.")
+                module = importlib.import_module(f"tercet.app.commands.{'stages' if cfg.stages.runs else 'train'}")
+                if int(os.environ.get("SLURM_RESTART_COUNT", 0)):
+                    cfg.resume = True  # SLURM has queued the job again
+                return module.run(cfg, output)
         except Exception as error:
             failed.append(report_error(error, "train"))
             if HydraConfig.get().mode == RunMode.MULTIRUN:  # the sweep goes on, its summary points here
@@ -160,10 +162,21 @@ def _job(failed: list[str]) -> Callable[[DictConfig], Any]:
                     write_text(output / "error.txt", failed[-1] + "\n")
             return float("nan")
         except (KeyboardInterrupt, SystemExit):
-            sweeps.exit_stopped_job()
+            remove_empty(output)
+            sweeps.end_stopped_job()
             raise
+        finally:
+            remove_empty(output)
 
     return job
+
+
+def remove_empty(path: Path) -> None:
+    """Remove the folder of a run that has written nothing, and empty ones around it up to the working directory."""
+    path = path.absolute()
+    for folder in (path, *(parent for parent in path.parents if Path.cwd() in parent.parents)):
+        with suppress(OSError):  # it holds something
+            folder.rmdir()
 
 
 def report_error(error: Exception, command: str) -> str:

@@ -14,7 +14,9 @@ from tercet.app.components import build, find_targets, settable_key
 from tercet.app.hydra_compat import config_folders
 from tercet.app.launch import num_devices, num_processes, started_by_launcher
 from tercet.app.record import ARTIFACTS
+from tercet.distributed.sharding import layers_to_shard
 from tercet.errors import InputError, require
+from tercet.evaluation.direction import SMALLER_IS_BETTER, is_smaller_better
 from tercet.messages import warn_once
 from tercet.models.engine.transformers_compat import pretrained_source
 from tercet.models.folder import DTYPES
@@ -56,6 +58,51 @@ def choices(group: str, accept: Callable[[Any], bool]) -> str:
         if isinstance(node, dict) and "_target_" in node and accept(get_object(node["_target_"])):
             found.append(f"{group}={path.stem}")
     return " or ".join(dict.fromkeys(found))
+
+
+def set_monitor_mode(cfg: DictConfig) -> None:
+    """Set ``monitor_mode`` where it is null, as the evaluators declare, and the mode of the callbacks that follow it.
+
+    ``smaller_is_better`` is set to the metrics' names, for the record.
+    """
+    accepted = f"monitor_mode={cfg.monitor_mode}: choose max, min, or null (as the metric's evaluator declares)."
+    require(cfg.monitor_mode in (None, "max", "min"), accepted)
+    plain: Any = OmegaConf.to_container(cfg)
+    kinds = [kind for stage in ("validation", "test") for kind in _evaluator_classes(plain[stage])]
+    names = SMALLER_IS_BETTER.union(*(_declared(kind, "smaller_is_better") for kind in kinds))
+    mode = cfg.monitor_mode or monitor_mode(cfg, str(cfg.monitor)) or "max"
+    if cfg.monitor:
+        name = {str(cfg.monitor).rsplit("/", 1)[-1]}
+        names = names | name if mode == "min" else names - name
+    cfg.monitor_mode, cfg.smaller_is_better = mode, sorted(names)
+    for callback in cfg.callback.values():
+        if callback and "mode" in callback and callback.mode is None:
+            callback.mode = mode
+
+
+def monitor_mode(cfg: DictConfig, metric: str) -> str | None:
+    """Which way a metric of validation is better, ``max`` or ``min``; None for no metric, ``InputError`` if it is unknown."""
+    if metric == "None":
+        return None
+    if cfg.monitor_mode and metric == cfg.monitor:
+        return str(cfg.monitor_mode)
+    plain: Any = OmegaConf.to_container(cfg, resolve=False)
+    kinds = _evaluator_classes(plain["validation"])
+    if is_smaller_better(metric, SMALLER_IS_BETTER.union(*(_declared(kind, "smaller_is_better") for kind in kinds))):
+        return "min"
+    unknown = ", ".join(kind.__name__ for kind in kinds if not hasattr(kind, "smaller_is_better"))
+    fault = f"monitor={metric}: whether more of it is better is not known, as {unknown} does not declare smaller_is_better"
+    require(not unknown, f"{fault}. Set monitor_mode=max or monitor_mode=min.")
+    return "max"
+
+
+def _evaluator_classes(node: Any) -> list[Any]:
+    """The targets of the evaluators in a node, without those of their sources."""
+    if not node:
+        return []
+    if "members" in node:
+        return [kind for member in (node["members"] or {}).values() for kind in _evaluator_classes(member)]
+    return [get_object(node["_target_"])] if "_target_" in node else []
 
 
 def _declared(component: Any, name: str) -> frozenset[str]:
@@ -177,9 +224,11 @@ def _devices(cfg: DictConfig) -> None:
         raise InputError(f"trainer.devices={devices}, but this machine has {there}. Use trainer.devices={there}.")
 
 
-def check_model(objective: Any, data: Any, several: bool) -> None:
-    """Raise ``InputError`` for what only the loaded model shows: its length, its dropout, its batch normalization."""
+def check_model(objective: Any, data: Any, several: bool, sharded: bool = False) -> None:
+    """Raise ``InputError`` for what only the loaded model shows: its length, layers, dropout and batch normalization."""
     encoder = objective.encoder
+    if sharded:
+        layers_to_shard(encoder)
     for part in encoder.text_parts():
         length, longest = data.transform.max_length, part.token_info().max_length
         require(length <= longest, f"data.max_length={length}, but the backbone takes {longest} tokens at most.")

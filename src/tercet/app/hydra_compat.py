@@ -105,6 +105,16 @@ def quote(value: Any) -> str:
     return "null" if value is None else str(value)
 
 
+def swept_values(override: Override) -> list[str]:
+    """The values of an override that sweeps, each as it is written on a command line.
+
+    Hydra itself writes those of ``choice(…)`` so that it cannot read letters beyond ASCII again.
+    """
+    pairs = zip(override.sweep_iterator(), override.sweep_string_iterator(), strict=True)
+    plain = re.compile(r"[\w./-]+", re.ASCII)
+    return [quote(x) if isinstance(x, str) and not plain.fullmatch(x) else written for x, written in pairs]
+
+
 def process_state() -> Any:
     """What a worker process needs of this one's Hydra before ``run_worker_job``; it can be pickled."""
     return Singleton.get_state()

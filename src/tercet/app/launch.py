@@ -1,29 +1,34 @@
-"""One process per device, and SLURM's signal to requeue a job."""
+"""One process per device of this machine."""
 
-import logging
+import multiprocessing
 import os
 import signal
-import subprocess
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.utilities.exceptions import SIGTERMException
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from tercet.app import components
+from tercet.app import components, signals
 from tercet.app.error_formatting import explain
+from tercet.distributed.processes import block_signals, end_with_parent, start_processes
 from tercet.errors import InputError, require
 from tercet.messages import print_status
 
 Worker = Callable[[dict[str, Any], str], float | None]
+
+START_METHOD = "spawn"  # a forked process could not use CUDA where this one has
+SAVE_SECONDS = 50  # for stopped processes to write their checkpoint
+LOOPBACK = "127.0.0.1"
 
 
 def started_by_launcher() -> bool:
@@ -64,58 +69,94 @@ def num_devices(cfg: DictConfig) -> int:
 
 
 def launch_processes(worker: Worker, cfg: DictConfig, output: Path) -> float | None:
-    """Run ``worker`` in every process; when one fails the others are ended, and its message is raised."""
+    """Run ``worker`` in every process; when one fails the others are ended, and its message is raised.
+
+    A signal to this process, or to the whole group, is passed on as SIGTERM once: all save after the same step.
+    """
     count = num_processes(cfg)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    plan = LaunchConfig(1, 1, count, run_id=output.name, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
     print_status(f"{count} processes on this machine")
-    if not os.environ.get("TERCET_DEBUG"):  # the launcher logs the traceback of a failure, which is raised below
-        for name in ("", ".agent.server.api", ".multiprocessing.api"):
-            logging.getLogger(f"torch.distributed.elastic{name}").setLevel(logging.CRITICAL)
-    config, raw = OmegaConf.to_container(cfg), OmegaConf.to_container(components.raw_config())
     (output / "error.txt").unlink(missing_ok=True)
+    listener = socket.create_server((LOOPBACK, 0))
+    port = listener.getsockname()[1]
+    store = TCPStore(LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+    context: Any = multiprocessing.get_context(START_METHOD)
+    results = context.SimpleQueue()
+    configs = [OmegaConf.to_container(config) for config in (cfg, components.raw_config())]
+    processes = [
+        context.Process(target=_run_rank, args=(rank, count, port, worker, *configs, str(output), results))
+        for rank in range(count)
+    ]
     try:
-        with restored_signals():
-            results: dict[int, float | None] = elastic_launch(plan, _reported)(worker, config, str(output), raw)
-    except SignalException as error:  # the processes have received it, too, and have saved
-        raise (KeyboardInterrupt if error.sigval == signal.SIGINT else SIGTERMException) from None
-    except ChildFailedError as error:
-        for rank, failure in sorted(error.failures.items()):
-            if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:  # SIGTERM is what the others get
-                what = f"process {rank} of {count} was ended by {signal.Signals(-failure.exitcode).name}"
-                why = "SIGKILL: often there was too little memory"
-                saved = f"{output / 'checkpoints'} holds what was saved; the same command with resume=true goes on."
-                raise InputError(f"{what} ({why}), and the others were stopped. {saved}") from None
-        if (output / "error.txt").is_file():
-            raise InputError((output / "error.txt").read_text(encoding="utf-8").strip()) from None
-        rank, failure = error.get_first_failure()
-        raise InputError(f"process {rank} of {count} ended with exit code {failure.exitcode}: {failure.message}") from error
-    return results[0]
-
-
-@contextmanager
-def restored_signals() -> Iterator[None]:
-    """Put the signal handlers back at the end: torch's launcher leaves its own behind.
-
-    A handler that was installed from C is None in Python and cannot be put back.
-    """
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)}
-    try:
-        yield
+        start_processes(processes)
+        codes = _wait(processes)
     finally:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in before.items():
-                if handler is not None:
-                    signal.signal(number, handler)
+        _end(processes)
+        del store
+    if codes:
+        _raise_failure(codes, count, output)
+    value: float | None = results.get()
+    return value
 
 
-def _reported(worker: Worker, config: dict[str, Any], output: str, raw: Any) -> float | None:
-    """Run the worker; write its error message to the run folder before it fails."""
+def _wait(processes: Sequence[BaseProcess]) -> dict[int, int]:
+    """Wait until all processes have ended or one has failed; returns the exit codes of those that have failed."""
+    running: dict[Any, BaseProcess] = {process.sentinel: process for process in processes}
+    while running:
+        for sentinel in wait(list(running)):
+            running.pop(sentinel).join()
+        if codes := {rank: process.exitcode for rank, process in enumerate(processes) if process.exitcode}:
+            return codes
+    return {}
+
+
+def _end(processes: Sequence[BaseProcess]) -> None:
+    """Let the processes that run save after their step, and kill those that have not after ``SAVE_SECONDS``."""
+    with block_signals():  # one that comes again must not cut this short
+        running = [process for process in processes if process.is_alive()]
+        for process in running:
+            process.terminate()
+        end = time.monotonic() + SAVE_SECONDS
+        for process in running:
+            process.join(max(0.0, end - time.monotonic()))
+            process.kill()
+            process.join()
+
+
+def _raise_failure(codes: dict[int, int], count: int, output: Path) -> NoReturn:
+    """Raise what the processes with these exit codes have ended of."""
+    if signals.TERMINATED in codes.values():
+        raise SIGTERMException
+    for rank, code in codes.items():
+        if code < 0:
+            what = f"process {rank} of {count} was ended by {signal.Signals(-code).name}"
+            why = "SIGKILL: often there was too little memory"
+            saved = f"{output / 'checkpoints'} holds what was saved; the same command with resume=true goes on."
+            raise InputError(f"{what} ({why}), and the others were stopped. {saved}")
+    if (output / "error.txt").is_file():
+        raise InputError((output / "error.txt").read_text(encoding="utf-8").strip())
+    rank, code = next(iter(codes.items()))
+    raise InputError(f"process {rank} of {count} ended with exit code {code}.")
+
+
+def _run_rank(
+    rank: int, count: int, port: int, worker: Worker, config: dict[str, Any], raw: Any, output: str, results: Any
+) -> None:
+    """Run the worker as one of ``count`` processes; write its error message to the run folder before it fails."""
+    end_with_parent()
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "tercet", "TORCHELASTIC_USE_AGENT_STORE": "True",  # as torchrun: the store is in the parent
+    }  # fmt: skip
+    if sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     components.start_record(OmegaConf.create(raw))
-    if "SLURM_JOB_ID" in os.environ:
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the process that started this one passes it on
     try:
-        return worker(config, output)
+        with signals.stop_on_signals():
+            value = worker(config, output)
+    except SIGTERMException:
+        raise SystemExit(signals.TERMINATED) from None
     except Exception as error:
         # The first to fail knows why; the others only miss it.
         with suppress(OSError), (Path(output) / "error.txt").open("x", encoding="utf-8") as file:
@@ -123,41 +164,5 @@ def _reported(worker: Worker, config: dict[str, Any], output: str, raw: Any) -> 
         if os.environ.get("TERCET_DEBUG"):
             raise
         raise SystemExit(1) from None
-
-
-@contextmanager
-def requeue_on_signal() -> Iterator[None]:
-    """Stop the run inside at SLURM's SIGUSR1 (``sbatch --requeue --signal=USR1@120``) as SIGTERM does, then requeue the job."""
-    if "SLURM_JOB_ID" not in os.environ or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    asked = False
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # nothing trains: there is nothing to save
-            raise SIGTERMException
-        signal.raise_signal(signal.SIGTERM)
-
-    before = signal.signal(signal.SIGUSR1, stop)
-    try:
-        yield
-    except SIGTERMException:
-        before = signal.SIG_IGN  # it may come to this process after the others have agreed to stop
-        if asked and os.environ.get("SLURM_PROCID", "0") == os.environ.get("RANK", "0") == "0":
-            _queue_again()
-        raise
-    finally:
-        signal.signal(signal.SIGUSR1, before)
-
-
-def _queue_again() -> None:
-    array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
-    try:
-        subprocess.run(["scontrol", "requeue", job], check=True, capture_output=True, text=True)
-        print_status(f"SLURM queues job {job} again; it will be resumed.")
-    except (OSError, subprocess.CalledProcessError) as error:
-        why = str(getattr(error, "stderr", "") or error).strip()
-        print_status(f"scontrol requeue {job}: {why}. The same command with resume=true continues the run.")
+    if rank == 0:
+        results.put(value)

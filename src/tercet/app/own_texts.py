@@ -8,6 +8,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from tercet.app.components import build, check_values
+from tercet.app.config_checks import set_monitor_mode
 from tercet.messages import print_status
 from tercet.training.datamodule import DataModule, RunLength
 from tercet.types import Source
@@ -21,6 +22,7 @@ def choose_by_columns(cfg: DictConfig) -> DictConfig:
     if not (cfg.run_length and cfg.data.validation):
         return cfg
     resolved: Any = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    set_monitor_mode(resolved)
     check_values(resolved, cfg)
     command = list(HydraConfig.get().overrides.task)
     given = {override.lstrip("+~").split("=")[0] for override in command}

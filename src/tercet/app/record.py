@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from tercet import __version__
@@ -21,6 +21,7 @@ from tercet.app.components import walk
 from tercet.app.hydra_compat import PlainLoader
 from tercet.distributed.gather import rank
 from tercet.errors import InputError, require
+from tercet.evaluation.direction import SMALLER_IS_BETTER
 from tercet.messages import describe_logger, log_errors
 from tercet.models.folder import TOKENIZER_FILES
 from tercet.paths import atomic_write, read_json_file, read_regular_file, write_text
@@ -45,7 +46,8 @@ SECRET = re.compile(  # a line of changes.patch that is left out
 )
 KEYS_WITHOUT_EFFECT = (  # keys, or their beginnings, that change no result
     "output_dir", "name", "resume", "check", "num_threads", "logger", "keep_last", "save_every", "measure_before",
-    "optimized_metric", "artifacts", "code_changes", "callback.progress", "callback.summary", "callback.embeddings",
+    "optimized_metric", "artifacts", "code_changes", "allow_changed_data", "callback.progress", "callback.summary",
+    "callback.embeddings",
     "callback.figures",
 )  # fmt: skip
 PACKAGES = ("torch", "pytorch-lightning", "transformers", "datasets", "hydra-core", "torchmetrics", "wandb")
@@ -56,8 +58,8 @@ Metrics = dict[str, float]
 def write_start(cfg: DictConfig, output: Path, data: Any, loggers: Sequence[Logger]) -> dict[str, Any]:
     """Write the configuration and the versions of code and data, also to the loggers.
 
-    ``run`` in the configuration, and in the notes that are returned, is new: results carry it, too (see ``is_finished``).
-    With ``cfg.code_changes`` changes.patch has what of Tercet's own checkout is not committed.
+    With ``cfg.code_changes`` changes.patch has what of Tercet's own checkout is not committed. ``run`` in the configuration,
+    and in the notes that are returned, is new: results carry it, too (see ``is_finished``).
     """
     data_notes = {"name": data.name, "fingerprint": data.fingerprint()}
     notes: dict[str, Any] = {"revision": revision(), "data": data_notes, "versions": versions()}
@@ -186,7 +188,8 @@ def is_finished(run: Path) -> bool:
     """Whether the folder has metrics, and they are of the run in its ``config.yaml``, not of one before it."""
     if not all((run / name).is_file() for name in ("config.yaml", "metrics.json")):
         return False
-    found = re.findall(r"^run: (\w+)$", (run / "config.yaml").read_text(encoding="utf-8"), re.MULTILINE)
+    settings = read_regular_file(run / "config.yaml", SETTINGS_SIZE).decode(errors="replace")
+    found = re.findall(r"^run: (\w+)$", settings, re.MULTILINE)
     return [_read_results(run).get("run")] == (found or [None])  # None: of an earlier version
 
 
@@ -204,6 +207,8 @@ def first_difference(settings: Mapping[str, Any], cfg: DictConfig, counts: Calla
     plain = settings, OmegaConf.to_container(cfg, resolve=True)
     before, now = ({key: value for key, value in walk(node) if not isinstance(value, dict)} for node in plain)
     other = [key for key in {**before, **now} if counts(key) and before.get(key) != now.get(key)]
+    if "data.fingerprint" not in before:  # written by a version that did not record it
+        other = [key for key in other if key != "data.fingerprint"]
     key = min(other, key=lambda name: name.count("."), default=None)  # the one that others interpolate
     return key and f"{key}={before.get(key)}, not {now.get(key)}"
 
@@ -234,6 +239,12 @@ def _read_results(run: Path) -> dict[str, Any]:
 def read_metrics(run: Path) -> Metrics:
     """The metrics that a run has written."""
     return {name: float(value) for name, value in _read_results(run).items() if name != "run"}
+
+
+def smaller_is_better(settings: Mapping[str, Any] | DictConfig) -> frozenset[str]:
+    """The names, without stage, suite and task, of a run's metrics that are better when smaller."""
+    names = settings.get("smaller_is_better")
+    return frozenset(map(str, names)) if isinstance(names, list | ListConfig) else SMALLER_IS_BETTER
 
 
 def stage_metrics(values: Metrics, name: str) -> Metrics:

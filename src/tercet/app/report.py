@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from omegaconf import DictConfig, OmegaConf
 
-from tercet.app.record import KEYS_WITHOUT_EFFECT, Metrics, stage_metrics
+from tercet.app.record import KEYS_WITHOUT_EFFECT, Metrics, smaller_is_better, stage_metrics
+from tercet.evaluation.direction import is_smaller_better
 from tercet.evaluation.significance import prediction_interval
 from tercet.paths import write_text
 
 CURVES = (  # columns of metrics.csv, or how they begin
     "train/loss", "train/accuracy", "train/alignment", "train/uniformity", "train/active", "train/gradient_norm", "val/", "lr",
 )  # fmt: skip
-LESS_IS_BETTER = ("alignment", "uniformity", "loss", "perplexity", "forgotten")  # metrics, by how their names end
 SPEED = ("sentences_per_second", "tokens_per_second", "images_per_second", "padding", "waiting", "memory_gb", "skipped")
 
 
@@ -96,7 +96,7 @@ def run_result(cfg: DictConfig, metrics: Metrics, before: Metrics, after: Metric
         return Result("No test metric was measured.")
     name, value = main.removeprefix("test/"), metrics[main]
     start = f"{format_number(before[name])} → " if name in before else ""
-    loss = (before.get(name, value) - value) * (-1 if name.endswith(LESS_IS_BETTER) else 1)
+    loss = (before.get(name, value) - value) * (-1 if is_smaller_better(name, smaller_is_better(cfg)) else 1)
     same = bool(before) and all(after.get(measured) == x for measured, x in before.items())
     unchanged = "Nothing beat the model that training started from, which is kept: " if same and cfg.monitor else ""
     headline = f"{'Worse than before training: ' if loss > 0 else unchanged}{name}: {start}{format_number(value)}"

@@ -62,7 +62,7 @@ class DataPath(NamedTuple):
         return f"`path`={self.path}" + ("" if len(self.files) < 2 else f", file {file.name}")
 
     def fingerprint(self, options: Sequence[Any], whole: bool = True) -> str:
-        """Hash the options and the files' contents, with ``whole`` false their sizes and ends, but not where they are."""
+        """Hash the options and the files' contents, with ``whole`` false at most a GiB, but not where they are."""
         files = files_fingerprint(self.format.kind, self.files, whole)
         return text_fingerprint(repr((*options, "" if self.files else self.path)), files)
 

@@ -93,7 +93,7 @@ class TextFiles:
         return cols.as_dataset(rows, self.fingerprint(), self._features(names))
 
     def fingerprint(self) -> str:
-        """Hash the files' contents (of a stream: their sizes and ends) and every option but where the files are."""
+        """Hash the files' contents (of a stream: at most a GiB of them) and every option but where the files are."""
         return resolve(self.path).fingerprint(astuple(self)[1:], whole=not self.streaming)
 
     def _tables(self) -> Iterator[pa.Table]:

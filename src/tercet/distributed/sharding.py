@@ -25,12 +25,21 @@ def shard(encoder: "Encoder", mesh: DeviceMesh) -> None:
     """
     if is_sharded(encoder):
         return
-    stack = encoder.layer_stack()
-    if stack is None:
-        raise InputError("FSDP2 shards a text encoder's stack of layers, and this model has none. Use DDP instead.")
+    stack = layers_to_shard(encoder)
+    equal = _EqualPasses()
+    encoder.register_forward_pre_hook(equal.count)
+    encoder.register_forward_hook(equal.complete)  # before FSDP2's, which frees the gathered weights
     once = encoder.execution.recompute
     for part in (*stack, encoder):
         fully_shard(part, mesh=mesh, reshard_after_forward=False if once else None).set_reshard_after_backward(not once)
+
+
+def layers_to_shard(encoder: "Encoder") -> nn.ModuleList:
+    """The encoder's stack of layers; ``InputError`` where there is not exactly one."""
+    stack = encoder.layer_stack()
+    if stack is None:
+        raise InputError("FSDP2 shards a text encoder's stack of layers, and this model has none, or two. Use DDP instead.")
+    return stack
 
 
 def reshard(encoder: "Encoder") -> None:
@@ -42,23 +51,30 @@ def reshard(encoder: "Encoder") -> None:
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether any weight is sharded."""
-    return any(isinstance(p, DTensor) for p in module.parameters())
+    return any(isinstance(part, FSDPModule) for part in module.modules())  # weights are whole while they are gathered
 
 
-def equalized_forward(encoder: "Encoder", inputs: Any) -> Tensor:
-    """``encoder(inputs)``, with the same number of forward passes in every process where the weights are sharded.
+class _EqualPasses:
+    """Hooks of a sharded encoder: every process runs as many chunks as the one with the most.
 
-    Each pass gathers the layers from all processes. Processes with fewer chunks encode one row again, multiplied by zero.
+    Each chunk gathers the layers from all processes. Processes with fewer encode one row again, multiplied by zero.
     """
+
     more = 0
-    if is_sharded(encoder):
-        most = torch.tensor(own := len(encoder.execution.chunks(inputs.lengths)), device=encoder.device)
+
+    def count(self, encoder: "Encoder", arguments: tuple[Any, ...]) -> None:
+        """Before the first chunk: how many will be missing here."""
+        own = len(encoder.execution.chunks(arguments[0].lengths))
+        most = torch.tensor(own, device=encoder.device)
         dist.all_reduce(most, dist.ReduceOp.MAX)
-        more, row = int(most) - own, inputs.select(torch.tensor([0]))
-    z: Tensor = encoder(inputs)
-    for _ in range(more):
-        z = z + 0 * encoder(row).sum()
-    return z
+        self.more = int(most) - own
+
+    def complete(self, encoder: "Encoder", arguments: tuple[Any, ...], z: Tensor) -> Tensor:
+        """After the last one: run those."""
+        row = arguments[0].select(torch.tensor([0]))
+        for _ in range(self.more):
+            z = z + 0 * encoder.run(row, encoder.execution).sum()
+        return z
 
 
 def gather_weights(encoder: "Encoder") -> "Encoder":
@@ -68,7 +84,8 @@ def gather_weights(encoder: "Encoder") -> "Encoder":
     if not is_sharded(encoder):
         return encoder
     state = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in encoder.state_dict().items()}
-    whole = encoder_from_spec(encoder_spec(encoder))
+    with torch.random.fork_rng(devices=[]):  # its first weights are drawn at random: training must not notice
+        whole = encoder_from_spec(encoder_spec(encoder))
     whole.load_state_dict(state)
     return whole.to(encoder.device).eval()
 

@@ -36,6 +36,7 @@ class AdjacentSentences:
     similarity: str = "dot"
     name: str = "documents"
     needs: ClassVar[frozenset[str]] = frozenset({"label", "position"})
+    smaller_is_better: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         check_source("adjacent_sentences", self.name, self.source)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +54,7 @@ class AlignmentUniformity:
 
     source: Rows
     name: str = "pairs"
+    smaller_is_better: ClassVar[frozenset[str]] = frozenset({"alignment", "uniformity"})
 
     def __post_init__(self) -> None:
         check_source("alignment_uniformity", self.name, self.source)

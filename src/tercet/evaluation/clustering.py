@@ -94,6 +94,7 @@ class Clustering:
     max_items: int = 5000
     name: str = "items"
     needs: ClassVar[frozenset[str]] = frozenset({"label"})
+    smaller_is_better: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         check_source("clustering", self.name, self.source)

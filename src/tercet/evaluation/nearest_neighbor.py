@@ -41,6 +41,7 @@ class NearestNeighbor:
     neighbors: int = 20
     name: str = "items"
     needs: ClassVar[frozenset[str]] = frozenset({"label"})
+    smaller_is_better: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         check_source("nearest_neighbor", self.name, self.source)

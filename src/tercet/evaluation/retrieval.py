@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,7 @@ class Retrieval:
     source: Rows
     ks: Sequence[int] = (1, 10)
     name: str = "pairs"
+    smaller_is_better: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         check_source("retrieval", self.name, self.source)

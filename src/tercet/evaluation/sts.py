@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -87,6 +87,7 @@ class STS:
     path: str | Path
     tasks: Sequence[str] = STS_TASKS
     split: str = "test"
+    smaller_is_better: ClassVar[frozenset[str]] = frozenset({"alignment", "uniformity"})
 
     def __post_init__(self) -> None:
         check_choice("split", self.split, tuple(STS_SPLITS))

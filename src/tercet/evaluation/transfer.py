@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -64,6 +64,7 @@ class Transfer:
     folds: int = 10
     seed: int = 1111
     device: str = "auto"
+    smaller_is_better: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
         check_tasks(self.tasks, TRANSFER_TASKS)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -158,6 +158,7 @@ class Verification:
     pairs: str | Path
     folds: Sequence[int] | None = None
     name: str = "lfw"
+    smaller_is_better: ClassVar[frozenset[str]] = frozenset({"eer", "far"})
 
     def __post_init__(self) -> None:
         inputs.check_source("verification", self.name, self.path)

@@ -11,16 +11,16 @@ from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from tercet.distributed import contrast, reduce_loss
-from tercet.distributed.sharding import equalized_forward, reshard, shard
+from tercet.distributed.sharding import reshard, shard
 from tercet.errors import require
 from tercet.losses import InfoNCE
 from tercet.messages import print_status
 from tercet.models import CachedEncoder, Encoder
 from tercet.models.engine.deterministic_dropout import with_dropout_seeds
 from tercet.models.folder import KEY, encoder_spec
-from tercet.training.lightning_compat import EvaluationHooks, FSDP2Strategy
+from tercet.training.lightning_compat import EvaluationHooks, FSDP2Strategy, begin_next_epoch
 from tercet.training.masked_lm import MaskedLM
-from tercet.training.optimizers import MakeOptimizer, MakeScheduler, adamw, make_scheduler
+from tercet.training.optimizers import MakeOptimizer, MakeScheduler, adamw, follow_schedule, make_scheduler
 from tercet.types import Batch, Embeddings, LossOutput, concat_inputs
 
 UNIFORMITY_ROWS = 1024  # they have a million pairs
@@ -110,6 +110,12 @@ class ObjectiveHooks(EvaluationHooks):
         if isinstance(self.trainer.strategy, FSDP2Strategy):
             shard(self.encoder, self.trainer.strategy.device_mesh["data_parallel"])
 
+    def on_train_start(self: Any) -> None:
+        """Where a run is resumed: after a whole epoch the next one, with the rates of the schedule, which may be longer."""
+        begin_next_epoch(self.trainer)
+        for config in self.trainer.lr_scheduler_configs:
+            follow_schedule(config.scheduler)
+
     def seed_dropout(self: Any, batch: Batch) -> Batch:
         """The batch, with the seeds of this step's deterministic dropout where the encoder draws from them."""
         return with_dropout_seeds(batch, self.seed, self.global_step) if self.encoder.deterministic_dropout else batch
@@ -161,7 +167,7 @@ class Contrastive(ObjectiveHooks, pl.LightningModule):
 
     def embed(self, batch: Batch) -> Embeddings:
         """All views in one forward pass: ``z (V, N, D)``."""
-        z = equalized_forward(self.encoder, concat_inputs(batch.views)).unflatten(0, (len(batch.views), len(batch)))
+        z = self.encoder(concat_inputs(batch.views)).unflatten(0, (len(batch.views), len(batch)))
         return Embeddings(z, batch.example_id, batch.label, batch.position, batch.content_hash)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -1,7 +1,7 @@
 """The data module: a source of rows becomes batches."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,8 +11,14 @@ from torch.utils.data import DataLoader, Sampler
 
 from tercet.data.samplers import RandomBatchSampler, ResumableSampler
 from tercet.data.text_transform import StreamingBatches, TextTransform
+from tercet.distributed.processes import block_signals, start_worker
 from tercet.errors import InputError, require
-from tercet.training.lightning_compat import EvaluationHooks, injects_distributed_sampler, num_processed_batches
+from tercet.training.lightning_compat import (
+    EvaluationHooks,
+    epoch_and_batches,
+    injects_distributed_sampler,
+    num_processed_batches,
+)  # fmt: skip
 from tercet.types import Batch, BatchDataset, BatchIndices, Source
 
 
@@ -46,6 +52,19 @@ class RunLength:
     def steps(self, rows: int | None, batch_size: int) -> int:
         """The number of steps of ``batch_size`` rows; of a stream, whose ``rows`` are None, as many as there may be."""
         return self.at_most if rows is None else max(1, min(self.at_most, math.ceil(self.epochs * (rows // batch_size))))
+
+
+class LazyLoader(DataLoader[Batch]):
+    """A loader whose workers start when the first batch is asked for, and do not get the signals that stop a run.
+
+    Lightning makes an iterator before it restores the progress of a checkpoint and tells the sampler its epoch. Workers, which
+    fetch ahead at once, would be given the rows of another epoch. At a signal the step is completed, with their batches.
+    """
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        with block_signals():
+            batches = super().__iter__()
+        yield from batches
 
 
 class DataModule(EvaluationHooks, pl.LightningDataModule):
@@ -108,11 +127,13 @@ class DataModule(EvaluationHooks, pl.LightningDataModule):
         dataset: Any = self.dataset
         sampler = ResumableSampler(self.sampler, lambda: num_processed_batches(self.trainer))
         generator = torch.Generator()  # for the workers' seeds; torch's own generator is training's
-        return DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=self.workers, generator=generator)
+        started: dict[str, Any] = {"num_workers": self.workers, "worker_init_fn": start_worker, "generator": generator}
+        return LazyLoader(dataset, batch_size=None, sampler=sampler, **started)
 
     def state_dict(self) -> dict[str, Any]:
         """The epoch and its number of processed batches, for streams: they start before Lightning's loops are restored."""
-        return {"epoch": self.trainer.current_epoch if self.trainer else 0, "done": num_processed_batches(self.trainer)}
+        epoch, done = epoch_and_batches(self.trainer)
+        return {"epoch": epoch, "done": done}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Let a stream continue where the checkpoint was."""

@@ -46,6 +46,33 @@ def num_processed_batches(trainer: pl.Trainer | None) -> int:
     return int(loop.epoch_loop.batch_progress.current.processed) if loop else 0
 
 
+def epoch_and_batches(trainer: pl.Trainer | None) -> tuple[int, int]:
+    """The epoch and how many of its batches are processed; between two epochs the next one and 0, as outside a fit."""
+    progress: Any = trainer.fit_loop.epoch_progress.current if trainer else None
+    if progress is None or progress.processed > progress.completed:
+        return (progress.processed if progress else 0), 0
+    return progress.completed, num_processed_batches(trainer)
+
+
+def begin_next_epoch(trainer: pl.Trainer) -> None:
+    """After resuming from a checkpoint of the end of an epoch, go on with the next one; to be called before the first epoch.
+
+    Lightning would count one epoch more: where ``max_steps`` is set and the checkpoint was written after the epoch, and where
+    it was written after the last batch of a stream.
+    """
+    loop = trainer.fit_loop
+    progress, batches = loop.epoch_progress, loop.epoch_loop
+    is_stream = trainer.num_training_batches == float("inf")
+    if is_stream and loop.restarted_mid_epoch and batches.restarted_on_train_batch_end and batches.batch_progress.is_last_batch:
+        counts: Any
+        for counts in (progress.total, progress.current):  # it is still to end, with a validation if one is due
+            counts.processed, counts.completed = counts.processed - 1, counts.completed - 1
+    if loop.restarted_on_epoch_end:
+        loop.epoch_progress.increment_completed()
+        loop._restarting = loop.epoch_loop.restarting = False
+        loop.reset_restart_stage()
+
+
 def restart_validation(trainer: pl.Trainer) -> None:
     """After resuming, run a validation again that was interrupted, or that was due after the checkpoint's step.
 
@@ -63,6 +90,19 @@ def forget_pending_batches(checkpoint: dict[str, Any], pending: int) -> None:
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     for counts in (progress["total"], progress["current"]):
         counts.update(dict.fromkeys(counts, counts["processed"] - pending))
+
+
+def keep_signal_handlers(trainer: pl.Trainer) -> None:
+    """Let a trainer install no handler of signals, but restore those of its start at its end.
+
+    Its own handler of SIGTERM begins a broadcast, wherever the process is, and hangs.
+    """
+    connector = trainer._signal_connector
+
+    def remember() -> None:
+        connector._original_handlers = connector._get_current_signal_handlers()
+
+    connector.register_signal_handlers = remember  # type: ignore[method-assign]
 
 
 def injects_distributed_sampler(trainer: pl.Trainer) -> bool:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from tercet.distributed import reduce_loss
-from tercet.distributed.sharding import equalized_forward
 from tercet.errors import InputError, require
 from tercet.losses import ContextLoss, TripletLoss
 from tercet.models import Encoder
@@ -194,7 +193,7 @@ class Classification(ObjectiveHooks, pl.LightningModule):
         """Cross entropy, averaged over the labeled items of the global batch."""
         assert self.classifier is not None
         batch = self.seed_dropout(batch)
-        z, label = equalized_forward(self.encoder, concat_inputs(batch.views)), batch.label.repeat(len(batch.views))
+        z, label = self.encoder(concat_inputs(batch.views)), batch.label.repeat(len(batch.views))
         logits = self.classifier(z).float() / self.temperature
         target = torch.where(label >= 0, torch.searchsorted(self.classes, label), -100)  # cross entropy leaves -100 out
         loss_sum = F.cross_entropy(logits, target, reduction="sum", label_smoothing=self.label_smoothing)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from torch import nn
 from torch.optim import SGD, Adagrad, AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_scheduler
 
 from tercet.errors import check_choice, require
@@ -75,3 +75,14 @@ def make_scheduler(optimizer: Optimizer, steps: int, shape: str = "linear", warm
     name = "constant_with_warmup" if shape == "constant" else shape
     scheduler: LRScheduler = get_scheduler(name, optimizer, round(warmup * steps), steps)
     return scheduler
+
+
+def follow_schedule(scheduler: LRScheduler) -> None:
+    """Set the learning rates that a schedule has at its present step.
+
+    Those in a checkpoint are of the schedule that it was saved with, 0 at its last step; a resumed run may have more steps.
+    """
+    if isinstance(scheduler, LambdaLR):  # in others a rate follows from the one before
+        rates = zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+        for group, lr, factor in rates:
+            group["lr"] = lr * factor(scheduler.last_epoch)

@@ -6,7 +6,6 @@ by the first one only, corrected for the number of pairs of settings: which one 
 
 import csv
 import functools
-import json
 import math
 import shlex
 import statistics
@@ -23,9 +22,8 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
 from tercet.app import record, report
-from tercet.app.commands.stages import draw_stages
-from tercet.app.report import LESS_IS_BETTER
 from tercet.errors import require
+from tercet.evaluation.direction import SMALLER_IS_BETTER, is_smaller_better
 from tercet.evaluation.figures import figure_text
 from tercet.evaluation.significance import PairedDifference, holm, paired_difference, randomization_test
 from tercet.messages import csv_cell, print_status, printable, warn_once
@@ -44,12 +42,14 @@ examples: paired approximate randomization over the test's examples, corrected t
 examples and the same trained models. It says nothing about other seeds."""
 
 Setting = tuple[str, ...]  # a value for each axis
-Summary = dict[str, dict[str, float]]  # metric -> mean, sd, runs
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run; ``overrides`` are the keys and values of its command, ``optimized`` its optimized metric."""
+    """A finished run; ``overrides`` are the keys and values of its command, ``optimized`` its optimized metric.
+
+    ``smaller_is_better`` has the names of metrics, without their stage, suite and task.
+    """
 
     folder: Path
     seed: int
@@ -57,6 +57,7 @@ class Run:
     overrides: dict[str, str]
     command: str
     optimized: str | None
+    smaller_is_better: frozenset[str] = SMALLER_IS_BETTER
 
 
 class Lead(NamedTuple):
@@ -86,10 +87,14 @@ class Comparison:
     axes: tuple[str, ...]
     runs: dict[Setting, list[Run]]
 
+    def is_smaller_better(self, metric: str) -> bool:
+        """Whether less of a metric is better, as the runs have recorded."""
+        return any(is_smaller_better(metric, run.smaller_is_better) for runs in self.runs.values() for run in runs)
+
     def rank(self, metric: str) -> dict[Setting, dict[int, float]]:
         """The values of a metric by seed, for each setting that has it, from the best mean to the worst."""
         found = {s: {run.seed: run.metrics[metric] for run in runs if metric in run.metrics} for s, runs in self.runs.items()}
-        sign = 1 if metric.endswith(LESS_IS_BETTER) else -1
+        sign = 1 if self.is_smaller_better(metric) else -1
         measured = [(setting, values) for setting, values in found.items() if values]
         return dict(sorted(measured, key=lambda pair: sign * statistics.fmean(pair[1].values())))
 
@@ -97,7 +102,7 @@ class Comparison:
         """The optimized metric where all runs have the same one, else the metrics of the test stage."""
         runs = [run for group in self.runs.values() for run in group]
         names = {name for run in runs for name in run.metrics}
-        tests = sorted((n for n in names if n.startswith("test/")), key=lambda name: (name.endswith(LESS_IS_BETTER), name))
+        tests = sorted((n for n in names if n.startswith("test/")), key=lambda name: (self.is_smaller_better(name), name))
         first = runs[0].optimized
         return [first] if first in names and all(run.optimized == first for run in runs) else tests
 
@@ -167,14 +172,19 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     """All finished runs in or below ``paths``; prints how many have no metrics and are left out."""
     for path in paths:
         require(path.is_dir(), f"runs={path}: there is no such folder. Give run folders, or one that holds them.")
-    folders = {file.parent for path in paths for file in path.rglob("config.yaml")}
-    top = [folder for folder in folders if not folders & set(folder.parents)]  # the stages of a run are not runs
-    top.sort(key=lambda folder: [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in folder.parts])
-    runs = [_read_run(folder) for folder in top if record.is_finished(folder)]
-    if unfinished := len(top) - len(runs):
+    found = find_runs(paths)
+    runs = [_read_run(folder) for folder in found if record.is_finished(folder)]
+    if unfinished := len(found) - len(runs):
         print_status(f"{unfinished} runs have not finished and are left out.")
     require(runs, f"runs={', '.join(map(str, paths))}: no finished run (config.yaml and metrics.json) is there.")
     return runs
+
+
+def find_runs(paths: Sequence[Path], files: Sequence[str] = ("config.yaml",)) -> list[Path]:
+    """The folders of runs in or below ``paths``, which hold one of ``files``, in the order of their names and numbers."""
+    folders = {file.parent for path in paths for name in files for file in path.rglob(name)}
+    top = [folder for folder in folders if not folders & set(folder.parents)]  # the stages of a run are not runs
+    return sorted(top, key=lambda folder: [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in folder.parts])
 
 
 def _read_run(folder: Path) -> Run:
@@ -187,7 +197,8 @@ def _read_run(folder: Path) -> Run:
     overrides = dict(printable(part, lines=False).partition("=")[::2] for part in given)
     command = shlex.join(["python", "train.py", *given])
     metrics = {printable(name, lines=False): value for name, value in record.read_metrics(folder).items()}
-    return Run(folder, seed, metrics, overrides, printable(command, lines=False), optimized)
+    smaller = record.smaller_is_better(cfg)
+    return Run(folder, seed, metrics, overrides, printable(command, lines=False), optimized, smaller)
 
 
 def group_runs(runs: Sequence[Run]) -> Comparison:
@@ -228,7 +239,7 @@ def comparison_text(comparison: Comparison, metrics: Sequence[str]) -> str:
         if len(comparison.axes) > 1 and (effects := axis_effects(comparison, metric)):
             blocks.append(effects)
     if metrics:
-        metric, pick = metrics[0], min if metrics[0].endswith(LESS_IS_BETTER) else max
+        metric, pick = metrics[0], min if comparison.is_smaller_better(metrics[0]) else max
         setting = next(iter(comparison.rank(metric)))
         runs = [one for one in comparison.runs[setting] if metric in one.metrics]
         best = pick(runs, key=lambda one: one.metrics[metric])
@@ -276,7 +287,7 @@ def ranking_table(comparison: Comparison, metric: str) -> str:
         "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in zip(*columns, strict=True)
     ]
-    return "\n".join([f"{metric}, {'less' if metric.endswith(LESS_IS_BETTER) else 'more'} is better", *lines])
+    return "\n".join([f"{metric}, {'less' if comparison.is_smaller_better(metric) else 'more'} is better", *lines])
 
 
 def _on_common_seeds(best: Any, other: Any) -> PairedDifference | None:
@@ -337,64 +348,3 @@ def draw_comparison(comparison: Comparison, metrics: Sequence[str]) -> Figure:
         axes.set_yticklabels([figure_text(comparison.label(setting, short=True)) for setting, _ in ranked])
         axes.spines[["top", "right"]].set_visible(False)
     return figure
-
-
-def summarize_sweep(root: Path, stages: DictConfig) -> bool:
-    """Print and write the metrics of a sweep's jobs: ``summary.json`` and the comparison. False if a job has failed."""
-    jobs = sorted((folder for folder in root.glob("*") if folder.name.isdigit()), key=lambda folder: int(folder.name))
-    if not jobs:
-        return True
-    done = [folder for folder in jobs if record.is_finished(folder)]
-    comparison = group_runs(read_runs(done)) if done else Comparison((), {})
-    summaries = {comparison.label(s): summarize([one.metrics for one in runs]) for s, runs in comparison.runs.items()}
-    content: Any = summaries
-    if len(summaries) > 1:
-        write_comparison(comparison, comparison.metrics(), root)
-    elif summaries:
-        (content,) = summaries.values()
-        _show_summary(content, len(done), stages, root)
-    failed = [folder for folder in jobs if folder not in done]
-    for folder in failed:
-        print_status(f"job {folder.name} failed: {folder / 'error.txt'}")
-    write_text(root / "summary.json", json.dumps(content, indent=2) + "\n")
-    print_status(f"Written to {root / 'summary.json'}")
-    return not any((folder / "error.txt").is_file() for folder in failed)
-
-
-def _show_summary(summary: Summary, runs: int, stages: DictConfig, root: Path) -> None:
-    names = [name for name, stage in stages.runs.items() if stage is not None]
-    print_status("\n" + summary_table(summary, runs, names[:-1]))  # the last stage's metrics are the test's
-    if names:
-        means, sds = (
-            {stage: record.stage_metrics({n: x[key] for n, x in summary.items()}, stage) for stage in ("before", *names)}
-            for key in ("mean", "sd")
-        )
-        with atomic_write(root / "stages.png") as partial:
-            draw_stages(means, stages, sds).savefig(partial, dpi=150)
-
-
-def summarize(runs: Sequence[dict[str, float]]) -> Summary:
-    """Mean, standard deviation (n - 1) and number of runs of each metric; those of training and validation are left out.
-
-    >>> summarize([{"test/mrr": 0.25, "train/loss": 1.0}, {"test/mrr": 0.25}])
-    {'test/mrr': {'mean': 0.25, 'sd': 0.0, 'runs': 2}}
-    """
-    summary = {}
-    for name in sorted({name for run in runs for name in run if not name.startswith(("train/", "val/"))}):
-        values = [run[name] for run in runs if name in run]
-        sd = statistics.stdev(values) if len(values) > 1 else 0.0
-        summary[name] = {"mean": statistics.fmean(values), "sd": sd, "runs": len(values)}
-    return summary
-
-
-def summary_table(summary: Summary, runs: int, stages: Sequence[str] = ()) -> str:
-    """The test metrics before training, after each of ``stages``, and at the end, as text."""
-    tests = [name.removeprefix("test/") for name in summary if name.startswith("test/")]
-    width = max(map(len, tests), default=0)
-    columns = ("before", *stages)
-    lines = [f"mean ± sd over {runs} runs", f"{'':{width}}  {''.join(f'{name:>17}  →   ' for name in columns)}{'after':>17}"]
-    for name in tests:
-        entries = [summary.get(f"{column}/{name}") for column in (*columns, "test")]
-        cells = [f"{entry['mean']:.4f} ± {entry['sd']:.4f}" if entry else "" for entry in entries]
-        lines.append(f"{name:{width}}  " + "  →   ".join(f"{cell:>17}" for cell in cells))
-    return "\n".join(lines)

@@ -97,7 +97,7 @@ def initialize_from(encoder: Encoder, name: str) -> str:
     try:
         other = open_model(name, None, "cpu")
     except InputError as error:
-        text = str(error).replace("; model.trust_remote_code=true runs it", ": `init_from` never runs it")
+        text = str(error).replace("; model.trust_remote_code=true runs it", ": init_from never runs it")
         raise InputError(text.replace("model=", "init_from=", 1)) from error
     words: list[dict[str, int]] = [getattr(getattr(part, "tokenizer", None), "get_vocab", dict)() for part in (encoder, other)]
     require(

@@ -13,12 +13,13 @@ from tercet.app import record, run_folder
 from tercet.app.commands import train
 from tercet.app.hydra_compat import quote
 from tercet.errors import require
+from tercet.evaluation.direction import is_smaller_better
 from tercet.evaluation.figures import figure_text
 from tercet.messages import print_status
 from tercet.paths import atomic_write, check_writable, write_text
 
 OWN = ("experiment", "stages", "init_from", "output_dir", "resume", "optimized_metric", "name", "measure_before")
-COUNTS = (*train.RESULT_GROUPS, "trainer", "test")  # a finished stage is kept where these are the same
+COUNTS = ("trainer", "test")  # beside what changes results: a finished stage is kept where these are the same
 START = "before"
 
 Columns = Mapping[str, Mapping[str, float]]  # stage -> metric -> value
@@ -51,7 +52,9 @@ def _run_stages(cfg: DictConfig, output: Path, runs: dict[str, DictConfig], fold
         config.measure_before = bool(cfg.measure_before and test != measured)  # else the last stage has just done so
         config.resume = cfg.resume
         if cfg.resume and record.is_finished(folder):
-            other = record.first_difference(record.read_settings(folder), config, lambda key: key.split(".")[0] in COUNTS)
+            now, _ = train.prepare(config, folder)
+            counts = lambda key: train.changes_results(key) or key.split(".")[0] in COUNTS  # noqa: E731
+            other = record.first_difference(record.read_settings(folder), now, counts)
             advice = f"Use another output_dir, or delete {folder} and what follows it."
             require(not other, f"{folder.name} was finished with {other}. {advice}")
             print_status(f"{folder.name} is finished; kept")
@@ -119,13 +122,14 @@ def _finish(cfg: DictConfig, output: Path, columns: dict[str, dict[str, float]],
 
 
 def stage_table(columns: Columns, inside: str, outside: str) -> str:
-    """One row per metric, one column per stage, and the decrease of ``outside`` since the start and since its best value."""
+    """One row per metric, one column per stage, and by how much ``outside`` is worse than at the start and than at its best."""
     found = {name: [column.get(name) for column in columns.values()] for some in columns.values() for name in some}
     kept = [x for x in found.get(outside, []) if x is not None]
     rows = {name: found[name] for name in (inside, outside) if name in found}
     if len(kept) == len(columns):
-        rows[f"forgotten: {outside}"] = [kept[0] - x for x in kept]
-        rows["  since its best"] = [max(kept[: i + 1]) - x for i, x in enumerate(kept)]
+        sign, best = (-1, min) if is_smaller_better(outside) else (1, max)
+        rows[f"forgotten: {outside}"] = [sign * (kept[0] - x) for x in kept]
+        rows["  since its best"] = [sign * (best(kept[: i + 1]) - x) for i, x in enumerate(kept)]
     rows |= found
     width = max(map(len, rows), default=0)
     lines = [" " * width + "".join(f"{name:>14}" for name in columns)]

@@ -14,7 +14,7 @@ from tercet.app import launch, record, report, run_folder
 from tercet.app.commands.evaluate import initialize_from
 from tercet.app.commands.preflight import preflight
 from tercet.app.components import build, check_settings, check_values, find_targets, start_record
-from tercet.app.config_checks import check_config, check_model
+from tercet.app.config_checks import check_config, check_model, set_monitor_mode
 from tercet.app.own_texts import choose_by_columns, set_run_length
 from tercet.distributed.sharding import gather_weights, load_state
 from tercet.errors import require
@@ -27,22 +27,28 @@ from tercet.training.callbacks.evaluation import START, Evaluation, evaluate_sta
 from tercet.training.callbacks.figures import shown_files
 from tercet.training.contrastive import Contrastive
 from tercet.training.datamodule import DataModule
+from tercet.training.lightning_compat import FSDP2
 from tercet.training.loggers import fault_tolerant
 
 RESULT_GROUPS = ("seed", "data", "sampler", "model", "loss", "view", "objective", "optimizer", "scheduler", "init_from")
+RESULT_KEYS = (
+    "monitor", "callback.hard_labels", "trainer.precision", "trainer.accumulate_grad_batches", "trainer.gradient_clip",
+    "trainer.limit_train_batches", "trainer.overfit_batches",
+)  # fmt: skip
+SAME_ROWS = ("path", "cache", "workers", "name")  # of data: ``data.fingerprint`` says what the rows are
 # A finished run is not repeated where only these differ.
-FREE_KEYS = ("resume", "output_dir", "command", "check", "code_changes", "run")
+FREE_KEYS = ("resume", "output_dir", "command", "check", "code_changes", "run", "allow_changed_data")
 
 
 def run(cfg: DictConfig, output: Path) -> float | None:
     """Train in this process, or in as many as the trainer asks for; returns the optimized metric."""
     config, data = prepare(choose_by_columns(cfg), output)
     alone = not launch.started_by_launcher()
-    with launch.requeue_on_signal(), nullcontext() if config.check else run_folder.locked(output):
+    with nullcontext() if config.check else run_folder.locked(output):
         if alone:
             data.prepare_data()  # errors in the data are found, and tokens cached, before any process is started
         set_run_length(config, data)
-        if config.resume and is_finished(config, output):
+        if config.resume and is_done(config, output):
             print_status(f"{output} is finished; there is nothing left to do.")
             return optimized_value(config, record.read_metrics(output))
         if not check_resume(config, output) and not config.check:
@@ -60,11 +66,13 @@ def prepare(cfg: DictConfig, output: Path) -> tuple[DictConfig, DataModule]:
     check_writable(output, "output_dir")
     silence_libraries()
     drop_missing_validation(config)
+    set_monitor_mode(config)
     check_values(config, cfg)
     config.output_dir = str(output)
     data = build(config.data.module)
     build(config.validation)  # an error in it ends the run here
     check_config(config, get_class(config.objective._target_), data)
+    config.data.fingerprint = data.fingerprint()  # for the record: a run is resumed with the same rows
     return config, data
 
 
@@ -95,7 +103,7 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
     objective: Contrastive = build(cfg.objective)
     if cfg.init_from:
         print_status(initialize_from(objective.encoder, cfg.init_from))
-    check_model(objective, data, launch.started_by_launcher())
+    check_model(objective, data, launch.started_by_launcher(), cfg.trainer.strategy == FSDP2)
     validated = len(build(cfg.data.validation).rows()) if cfg.data.validation and cfg.data.validation_rows else None
     evaluation = Evaluation(build(cfg.validation), build(cfg.test), validated)
     if cfg.check:
@@ -138,7 +146,7 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
     return optimized_value(cfg, metrics)
 
 
-def is_finished(cfg: DictConfig, output: Path) -> bool:
+def is_done(cfg: DictConfig, output: Path) -> bool:
     """Whether the folder has the results of these settings."""
     if not record.is_finished(output):
         return False
@@ -160,8 +168,12 @@ def check_resume(cfg: DictConfig, output: Path) -> bool:
     require("batches" not in written, old + new)  # a key of version 0.1
     newest = newest_checkpoint(there)
     settings = (newest and Settings.read(read_checkpoint(newest, mmap=True))) or written
-    other = record.first_difference(settings, cfg, lambda key: key.split(".")[0] in RESULT_GROUPS)
-    require(not other, f"resume=true: {output} was started with {other}. Set it as it was, or use another output_dir.")
+    allowed = ("data.fingerprint",) if cfg.allow_changed_data else ()
+    other = record.first_difference(settings, cfg, lambda key: changes_results(key) and key not in allowed)
+    advice = "Set it as it was"
+    if other and other.startswith("data.fingerprint="):
+        advice = "The data, or how it is read, has changed: restore it, set allow_changed_data=true to go on with it"
+    require(not other, f"resume=true: {output} was started with {other}. {advice}, or use another output_dir.")
     return True
 
 
@@ -180,7 +192,7 @@ def _is_same_start(cfg: DictConfig, output: Path) -> bool:
     """Whether the folder has nothing but the beginning of a run with these settings, stopped before its first checkpoint."""
     if (output / "metrics.json").is_file() or not (output / "config.yaml").is_file():
         return False
-    return not record.first_difference(record.read_settings(output), cfg, lambda key: key.split(".")[0] in RESULT_GROUPS)
+    return not record.first_difference(record.read_settings(output), cfg, changes_results)
 
 
 def last_checkpoints(output: Path) -> list[Path]:
@@ -192,6 +204,14 @@ def plain_settings(cfg: DictConfig) -> dict[str, Any]:
     """The settings as plain values, for a checkpoint."""
     settings: Any = OmegaConf.to_container(cfg, resolve=True)
     return dict(settings)
+
+
+def changes_results(key: str) -> bool:
+    """Whether a run learns something else with another value of this setting."""
+    group, last = key.split(".")[0], key.split(".")[-1]
+    if group == "data" and last in SAME_ROWS:
+        return False
+    return group in RESULT_GROUPS or key.startswith(RESULT_KEYS)
 
 
 def is_enabled(cfg: DictConfig, callback: pl.Callback, has_logger: bool) -> bool:
@@ -225,8 +245,8 @@ def restore_best(trainer: pl.Trainer, objective: Contrastive, evaluation: Evalua
             print_status(f"The checkpoint of {monitor} {score:.4f} could not be written; the best one is that before it.")
             score = written
         print_status(f"best {monitor}: {score:.4f}")
-        if evaluation.start is not None and evaluation.keeps_start(score) and path.with_name(START).is_file():
-            before = f"{evaluation.start:.4f} before training, standard error {evaluation.standard_error():.4f}"
+        if evaluation.start is not None and evaluation.keeps_start(score, best.mode) and path.with_name(START).is_file():
+            before = f"{evaluation.start:.4f} before training, standard error {evaluation.standard_error(best.mode):.4f}"
             print_status(f"Nothing beat the start ({before}): the model is the one that training started from.")
             path, score = path.with_name(START), evaluation.start
         load_state(objective, read_checkpoint(path)["state_dict"])

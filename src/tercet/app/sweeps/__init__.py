@@ -1,21 +1,29 @@
 """Sweeps: the search with Optuna, jobs on Ray, and callbacks of Hydra: a summary over seeds, and an orderly stop of jobs."""
 
-import ctypes
+import fcntl
 import multiprocessing
 import os
 import signal
 import sys
+import tempfile
+import threading
 import time
+from contextlib import suppress
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
+from tercet.app import signals
+
 SAVE_SECONDS = 60  # for stopped jobs to write their checkpoints
-PR_SET_PDEATHSIG = 1  # of prctl: the signal that a process gets when its parent ends
-DEFAULT_HANDLERS: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+RUNNING_JOBS = "TERCET_RUNNING_JOBS"  # the variable that names the file which jobs have locked
+
+_lock: int | None = None  # the handle of that file, in the process of a job
 
 
 class SweepSummary(Callback):
@@ -23,54 +31,94 @@ class SweepSummary(Callback):
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Summarize the jobs found on disk, and exit with 1 if one of them failed."""
-        from tercet.app.commands.compare import summarize_sweep
+        from tercet.app.sweeps.summary import summarize_sweep
 
         if not summarize_sweep(Path(config.hydra.sweep.dir), config.stages):
             raise SystemExit(1)  # the command line sees failures of jobs in its own process only
 
 
 class StopJobs(Callback):
-    """Pass Ctrl-C and SIGTERM on to the jobs of joblib, and wait until they have written their checkpoints."""
+    """Pass Ctrl-C and SIGTERM on to the jobs of joblib, and wait until they have written their checkpoints.
+
+    joblib kills all of its processes when one ends. So the process of a stopped job stays, and none gets what is sent to the
+    whole group: one without a job would end. Every job has a shared lock on a file, which tells how long jobs run.
+    """
+
+    def __init__(self) -> None:
+        self.handlers: dict[int, Any] = {}  # of before the sweep
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Install the handlers in the process that starts the jobs."""
+        """Install the handlers in the process that starts the jobs, and block signals in those that it starts."""
         if "joblib" in str(config.hydra.launcher._target_):
-            for number, default in DEFAULT_HANDLERS.items():
-                if signal.getsignal(number) is default:  # keep a handler of the caller, and SIG_IGN
-                    signal.signal(number, _stop_jobs)
+            resource_tracker.ensure_running()  # beginning later it would unblock them
+            handle, os.environ[RUNNING_JOBS] = tempfile.mkstemp()
+            os.close(handle)
+            numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+            self.handlers = {number: signal.signal(number, _stop_jobs) for number in numbers}
+            # Signals are for this thread now; the main one, from which joblib's processes inherit, still handles them.
+            threading.Thread(target=threading.Event().wait, daemon=True).start()
+            signal.pthread_sigmask(signal.SIG_BLOCK, signals.HANDLED)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Restore the handlers."""
-        for number, default in DEFAULT_HANDLERS.items():
-            if signal.getsignal(number) is _stop_jobs:
-                signal.signal(number, default)
+        if path := os.environ.pop(RUNNING_JOBS, None):
+            Path(path).unlink(missing_ok=True)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.HANDLED)
+            for number, handler in self.handlers.items():
+                signal.signal(number, handler)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """In the process of a job: end it when the sweep's process is killed."""
-        if _is_joblib_worker() and sys.platform == "linux":
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        """In the process of a job: say that it runs, and stop it when the sweep is killed."""
+        global _lock
+        if _is_joblib_worker():
+            from tercet.distributed.processes import end_with_parent
+
+            _lock = os.open(os.environ[RUNNING_JOBS], os.O_RDONLY) if _lock is None else _lock
+            fcntl.flock(_lock, fcntl.LOCK_SH)
+            end_with_parent(signal.SIGTERM)
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """The process may get another job."""
+        if _lock is not None:
+            from tercet.distributed.processes import end_with_parent
+
+            fcntl.flock(_lock, fcntl.LOCK_UN)
+            end_with_parent()
 
 
-def exit_stopped_job() -> None:
-    """End the process of a stopped job if it is a worker of joblib, which would give it the next job."""
-    if _is_joblib_worker():
+def end_stopped_job() -> None:
+    """Wait for the end of the sweep in the process of a stopped job, if it is one of joblib's."""
+    if _lock is not None:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(128 + signal.SIGTERM)
+        sweep, end = os.getppid(), time.monotonic() + SAVE_SECONDS
+        fcntl.flock(_lock, fcntl.LOCK_UN)  # closing is not enough: the workers that read its data have the file, too
+        while os.getppid() == sweep and time.monotonic() < end:
+            time.sleep(0.1)
+        os._exit(signals.TERMINATED)
 
 
 def _is_joblib_worker() -> bool:
     return multiprocessing.current_process().name.startswith("LokyProcess")
 
 
-def _stop_jobs(number: int, frame: FrameType | None) -> None:
-    for handled in DEFAULT_HANDLERS:
+def _stop_jobs(number: int, frame: FrameType | None) -> NoReturn:
+    for handled in (signal.SIGINT, signal.SIGTERM):
         signal.signal(handled, signal.SIG_IGN)
     jobs, end = multiprocessing.active_children(), time.monotonic() + SAVE_SECONDS
     for job in jobs:
         job.terminate()
-    for job in jobs:
-        job.join(max(0.0, end - time.monotonic()))
+    with Path(os.environ[RUNNING_JOBS]).open() as file:
+        while time.monotonic() < end:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.1)
+    for pid in (job.pid for job in jobs if job.pid):  # loky's processes lack `kill`
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    Path(os.environ.pop(RUNNING_JOBS)).unlink()
     if number == signal.SIGINT:
         raise KeyboardInterrupt
-    raise SystemExit(128 + signal.SIGTERM)
+    raise SystemExit(signals.TERMINATED)

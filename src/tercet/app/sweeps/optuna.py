@@ -14,7 +14,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from tercet.app.hydra_compat import parse_overrides
+from tercet.app.hydra_compat import parse_overrides, swept_values
 from tercet.errors import check_choice, require
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 Direction = Literal["maximize", "minimize"]
+MODES: dict[str, Direction] = {"max": "maximize", "min": "minimize"}
 STUDY = "sweep"  # its name in study.db
 
 
@@ -31,11 +32,11 @@ class OptunaSweeper(Sweeper):
 
     ``params`` and the command line say what is searched: ``interval(1e-5, 1e-3)``, ``tag(log, interval(…))`` for a
     logarithmic scale, ``range(1, 5)``, ``choice(cls, mean)`` or a list. The study is ``study.db`` in the sweep's folder: the
-    same command there makes the trials that are missing.
+    same command there makes the trials that are missing. Without a ``direction`` the metric's own is taken.
     """
 
-    def __init__(self, trials: int, jobs: int, direction: Direction, seed: int, params: dict[str, str]) -> None:
-        check_choice("hydra.sweeper.direction", direction, get_args(Direction))
+    def __init__(self, trials: int, jobs: int, direction: Direction | None, seed: int, params: dict[str, str]) -> None:
+        check_choice("hydra.sweeper.direction", direction or "maximize", get_args(Direction))
         self.trials, self.jobs, self.direction, self.seed = trials, jobs, direction, seed
         self.params = dict(params or {})
 
@@ -48,16 +49,18 @@ class OptunaSweeper(Sweeper):
         """Sample settings, run them and report their results to the study, until it has ``trials`` finished trials."""
         import optuna
 
+        from tercet.app.config_checks import monitor_mode
         from tercet.messages import print_status
         from tercet.paths import write_text
 
+        direction = self.direction or MODES[monitor_mode(self.cfg, str(self.cfg.optimized_metric)) or "max"]
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         space, fixed = self._split_arguments(arguments)
         folder = Path(self.cfg.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "multirun.yaml", OmegaConf.to_yaml(self.cfg))
-        storage = f"sqlite:///{folder.resolve() / 'study.db'}"
-        study = optuna.create_study(study_name=STUDY, storage=storage, load_if_exists=True, direction=self.direction)
+        storage = study_url(folder / "study.db")
+        study = optuna.create_study(study_name=STUDY, storage=storage, load_if_exists=True, direction=direction)
         # A study that goes on must not repeat its first samples.
         study.sampler = optuna.samplers.TPESampler(seed=self.seed + len(study.trials))
         print_status(f"{len(study.trials)} of {self.trials} trials are there; the study is {storage}")
@@ -90,6 +93,13 @@ class OptunaSweeper(Sweeper):
         return space, [o.input_line for o in overrides if not o.is_sweep_override() and o.input_line]
 
 
+def study_url(file: str | Path) -> str:
+    """The address of the study in a file, whose path may hold what means something in an address."""
+    from sqlalchemy.engine import URL
+
+    return URL.create("sqlite", database=str(Path(file).resolve())).render_as_string()
+
+
 def to_distribution(override: Override) -> "BaseDistribution":
     """Optuna's distribution for an override that sweeps."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution
@@ -97,36 +107,39 @@ def to_distribution(override: Override) -> "BaseDistribution":
     value: Any = override.value()
     if isinstance(value, IntervalSweep):
         return FloatDistribution(float(value.start or 0), float(value.end or 0), log="log" in value.tags)
-    return CategoricalDistribution(list(override.sweep_string_iterator()))
+    return CategoricalDistribution(swept_values(override))
 
 
-def pruning_callback(storage: str, number: int, monitor: str | None) -> "pl.Callback":
+def pruning_callback(study: str, number: int, monitor: str | None, mode: str = "max") -> "pl.Callback":
     """A callback that reports ``monitor`` to trial ``number`` after each validation, and stops training if it is pruned.
 
-    Optuna's median rule: a trial whose value is worse than the median of the earlier trials at the same step is stopped.
+    ``study`` is the file of the search. Optuna's median rule: a trial whose value is worse than the median of the earlier
+    trials at the same step is stopped.
     """
     from pytorch_lightning.callbacks import LambdaCallback
 
     def report(trainer: "pl.Trainer", _: "pl.LightningModule") -> None:
         fits = monitor and trainer.state.fn == "fit" and trainer.is_global_zero  # not the validation after training
         value = trainer.callback_metrics.get(f"{monitor}") if fits else None
-        stop = value is not None and _report(storage, number, f"{monitor}", float(value), trainer.global_step)
+        stop = value is not None and _report(study_url(study), number, f"{monitor}", float(value), mode, trainer.global_step)
         if trainer.strategy.broadcast(stop):  # the first process decides for all
             trainer.should_stop = True
 
     return LambdaCallback(on_validation_end=report)
 
 
-def _report(storage: str, number: int, monitor: str, value: float, step: int) -> bool:
+def _report(storage: str, number: int, monitor: str, value: float, mode: str, step: int) -> bool:
     import optuna
 
     from tercet.messages import warn_once
 
     store = optuna.storages.RDBStorage(storage)
     trial_id = store.get_trial_id_from_study_id_trial_number(store.get_study_id_from_name(STUDY), number)
-    trial = optuna.Trial(optuna.load_study(study_name=STUDY, storage=store), trial_id)
-    trial.report(value, step)
+    study = optuna.load_study(study_name=STUDY, storage=store)
+    trial = optuna.Trial(study, trial_id)
+    same = study.direction.name.lower() == MODES[mode]  # of the monitored and of the optimized metric
+    trial.report(value if same else -value, step)
     if stop := trial.should_prune():
         trial.set_user_attr("pruned", step)
-        warn_once(f"trial {number} is stopped at step {step}: {monitor} is below the median.")
+        warn_once(f"trial {number} is stopped at step {step}: {monitor} is worse than the median.")
     return stop

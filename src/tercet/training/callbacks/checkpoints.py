@@ -6,8 +6,9 @@ import pickle
 import re
 import shutil
 import signal
+import sys
 import threading
-from collections.abc import Callable
+import time
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
@@ -24,7 +25,7 @@ from tercet.distributed.gather import rank
 from tercet.errors import InputError, require
 from tercet.messages import log_errors, warn_once
 from tercet.paths import atomic_write
-from tercet.training.lightning_compat import forget_pending_batches, restart_validation
+from tercet.training.lightning_compat import forget_pending_batches, keep_signal_handlers, restart_validation
 
 LAST = "last.ckpt"
 
@@ -35,7 +36,7 @@ class LastCheckpoint(ModelCheckpoint):
     def __init__(self, dirpath: str, save_every: int | str | None = None) -> None:
         steps, minutes = interval(save_every)
         super().__init__(
-            dirpath, "last", save_on_exception=True, auto_insert_metric_name=False, enable_version_counter=False,
+            dirpath, "last", save_on_exception=False, auto_insert_metric_name=False, enable_version_counter=False,
             every_n_train_steps=steps, train_time_interval=timedelta(minutes=minutes) if minutes else None,
         )  # fmt: skip
 
@@ -43,6 +44,7 @@ class LastCheckpoint(ModelCheckpoint):
         """Repeat a validation that was interrupted, or that was due after the checkpoint's step."""
         super().on_train_start(trainer, pl_module)
         restart_validation(trainer)
+        self.save_on_exception = True  # until here the state may be restored in part
 
 
 def interval(save_every: int | str | None) -> tuple[int | None, float | None]:
@@ -224,59 +226,57 @@ class GracefulStop(pl.Callback):
     """Complete the step, save a checkpoint and end the run at SIGTERM or Ctrl-C.
 
     Lightning would end in the middle of an optimizer step at Ctrl-C, and its processes hang at SIGTERM. Here the signal is
-    recorded, and after each step the processes exchange whether one of them has received one. A second Ctrl-C ends a single
-    process at once, and evaluations, which have nothing to save, end at once.
+    recorded, and after each step the processes exchange whether one of them has received one. A single process ends at once
+    in a validation, which is repeated, and at a second Ctrl-C.
     """
 
     def __init__(self) -> None:
-        self.received = 0  # the number of the signal
-        self.stepping = False
+        self.received = 0  # the number of the first signal
+        self.since = 0.0
+        self.trainer: pl.Trainer | None = None  # a single process's
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Keep Lightning's handlers away, also where nothing trains."""
+        keep_signal_handlers(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Install the handlers, after Lightning's; at the end Lightning restores what was there before its own."""
-        if trainer.world_size > 1:
-            _install(self._record, signal.SIGTERM, signal.SIGINT)
-        elif signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # otherwise it is ignored, or the user's own
-            _install(self._stop_after_step, signal.SIGINT)
-
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Let a signal end an evaluation at once: Lightning would look for it after the next training step only."""
-        _install(_stop, signal.SIGTERM, *([signal.SIGINT] if trainer.world_size > 1 else []))
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The same for a validation after training; one during training ends with the next step."""
-        if trainer.state.fn == "validate":
-            self.on_test_start(trainer, pl_module)
+        """Install the handlers; at the end Lightning restores those of before."""
+        self.received, self.trainer = 0, trainer if trainer.world_size == 1 else None
+        if threading.current_thread() is threading.main_thread():
+            if signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN:
+                signal.signal(signal.SIGTERM, self._receive)
+            if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # otherwise it is ignored, or the user's own
+                signal.signal(signal.SIGINT, self._receive)
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        """A step begins."""
-        self.stepping = True
+        """Stop at a signal that came between the steps of a single process."""
+        if self.received and self.trainer:
+            _stop(self.received)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop where any process has received a signal."""
-        self.stepping = False
         number = self.received
-        if trainer.world_size > 1:
+        if not self.trainer:
             received = torch.tensor(number, device=trainer.strategy.root_device)
             number = int(trainer.strategy.reduce(received, reduce_op="max"))
         if number:
             _stop(number)
 
-    def _record(self, number: int, _: Any) -> None:
-        self.received = max(self.received, number)
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop at a signal that came after the last step."""
+        if self.received:
+            _stop(self.received)
 
-    def _stop_after_step(self, number: int, _: Any) -> None:
-        if self.received or not self.stepping:
+    def _receive(self, number: int, _: Any) -> None:
+        now, first = time.monotonic(), not self.received
+        again = self.received == number == signal.SIGINT and now > self.since + 1  # `timeout -s INT` sends two at once
+        if first:
+            self.received, self.since = number, now
+        if self.trainer and (again or (first and self.trainer.validating)):
             _stop(number)
-        self.received = number
-        warn_once("Ctrl-C: the run is saved after this step. Press it again to end now.")
+        if first and self.trainer and number == signal.SIGINT and sys.stderr.isatty():
+            warn_once("Ctrl-C: the run is saved after this step. Press it again to end now.")
 
 
-def _install(handler: Callable[[int, Any], None], *numbers: int) -> None:
-    if threading.current_thread() is threading.main_thread():
-        for number in numbers:
-            signal.signal(number, handler)
-
-
-def _stop(number: int, _: Any = None) -> None:
+def _stop(number: int) -> None:
     raise KeyboardInterrupt if number == signal.SIGINT else SIGTERMException

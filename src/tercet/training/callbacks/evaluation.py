@@ -62,24 +62,32 @@ class Evaluation(pl.Callback):
         """Save the weights before training, and log their metrics, which Lightning would drop."""
         best: Any = trainer.checkpoint_callback
         measured = {name: float(x) for name, x in trainer.callback_metrics.items() if name.startswith("val/")}
-        if (monitor := getattr(best, "monitor", None)) and best.mode == "max":
+        if monitor := getattr(best, "monitor", None):
             self.start = measured[monitor]
             trainer.save_checkpoint(Path(best.dirpath) / START, weights_only=True)
         for logger in trainer.loggers:
             logger.log_metrics(measured, step=trainer.global_step)
 
-    def standard_error(self) -> float:
-        """At most that of the metric before training, m: a mean over n examples of values in [0, 1] has sqrt(m (1 - m) / n)."""
-        m = self.start or 0.0
-        return math.sqrt(max(0.0, m * (1 - m)) / self.validation_rows) if self.validation_rows else 0.0
+    def standard_error(self, mode: str = "max") -> float:
+        """At most that of the metric before training, m: a mean over n examples of values in [0, 1] has sqrt(m (1 - m) / n).
 
-    def keeps_start(self, best: float) -> bool:
-        """Whether ``best``, of the best checkpoint, is less than a standard error above the metric before training.
+        0, as not known, of metrics that are better when smaller: distances and losses have no such bounds.
+        """
+        m = self.start or 0.0
+        return (
+            0.0 if mode == "min" else math.sqrt(max(0.0, m * (1 - m)) / self.validation_rows) if self.validation_rows else 0.0
+        )
+
+    def keeps_start(self, best: float, mode: str = "max") -> bool:
+        """Whether ``best``, of the best checkpoint, is less than a standard error better than the metric before training.
 
         The one-standard-error rule of Breiman et al. 1984 (Classification and Regression Trees, section 3.4.3): of models that
         validation does not tell apart the simplest, here the one that was there before.
         """
-        return self.start is not None and not best > self.start + self.standard_error()
+        if self.start is None:
+            return False
+        gain = best - self.start if mode == "max" else self.start - best
+        return not gain > self.standard_error(mode)
 
     def state_dict(self) -> dict[str, Any]:
         """The metric before training: a resumed run does not measure it again."""
@@ -99,8 +107,9 @@ def refresh_encoder(trainer: pl.Trainer, module: pl.LightningModule) -> CachedEn
 
 
 def run_evaluator(evaluator: Evaluator, module: pl.LightningModule, encode: Any) -> dict[str, float]:
-    """The metrics of ``evaluator``, computed without autocast."""
-    with torch.autocast(module.device.type, enabled=False):
+    """The metrics of ``evaluator``, computed without autocast; what it draws leaves torch's random state as it was."""
+    devices = [module.device] if module.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.autocast(module.device.type, enabled=False):
         return evaluator(encode)
 
 

@@ -2,7 +2,8 @@
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 from tercet.evaluation.figures import ACCENT, GRAY, make_axes
 from tercet.evaluation.inputs import embed_columns
 from tercet.messages import csv_cell, log_errors, markdown_text
-from tercet.paths import atomic_write, write_text
+from tercet.paths import atomic_write
 from tercet.training.callbacks.evaluation import Evaluation
 from tercet.training.loggers import FIGURE, TABLE, has_images, log_to_all
 from tercet.types import Source
@@ -57,10 +58,8 @@ def publish_figure(trainer: pl.Trainer, name: str, figure: Figure) -> None:
     """Write ``<name>.png`` into the run's folder, from the first process, and log it."""
     path = Path(trainer.default_root_dir) / f"{name}.png"
     if trainer.is_global_zero:
-        with log_errors(f"{path}"):
-            with atomic_write(path) as partial:
-                figure.savefig(partial, dpi=150)
-            _written[path] = None
+        with _whole_file(path) as partial:
+            figure.savefig(partial, dpi=150)
         if path.is_file():
             log_to_all(trainer, FIGURE, name, figure, str(path))
 
@@ -69,11 +68,18 @@ def publish_table(trainer: pl.Trainer, name: str, columns: Sequence[str], rows: 
     """Write ``<name>.csv`` into the run's folder, unless it has images (bytes), and log it."""
     path = Path(trainer.default_root_dir) / f"{name}.csv"
     if not has_images(rows):
-        with log_errors(f"{path}"):
-            with atomic_write(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-                csv.writer(file).writerows(map(csv_cell, row) for row in [columns, *rows])
-            _written[path] = None
+        with _whole_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(map(csv_cell, row) for row in [columns, *rows])
     log_to_all(trainer, TABLE, name, columns, rows)
+
+
+@contextmanager
+def _whole_file(path: Path) -> Iterator[Path]:
+    """Write a file whole; where it cannot be written, warn: the run goes on."""
+    with log_errors(f"{path}"):
+        with atomic_write(path) as partial:
+            yield partial
+        _written[path] = None
 
 
 def draw_cosines(axis: Any, title: str, true: Tensor, other: Tensor, least: float) -> None:
@@ -110,9 +116,8 @@ class BeforeAfter(pl.Callback):
         if len(self.scores) == 2 and trainer.is_global_zero:
             publish_figure(trainer, "before_after", draw_before_after(*self.scores.values()))
             path = Path(trainer.default_root_dir) / "neighbors.md"
-            with log_errors(f"{path}"):
-                write_text(path, self.neighbors())
-                _written[path] = None
+            with _whole_file(path) as partial:
+                partial.write_text(self.neighbors(), encoding="utf-8")
 
     @cached_property
     def texts(self) -> tuple[list[str], list[str]]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tercet.data import PKBatchSampler
 from tercet.distributed.gather import gather_rows, rank, world_size
+from tercet.distributed.sharding import gather_weights
 from tercet.errors import require
 from tercet.evaluation.search import FalseNegativeFilter, hard_negatives
 from tercet.types import BatchIndices
@@ -37,16 +38,20 @@ class HardLabels(pl.Callback):
         self.every, self.rows, self.labels = every, rows, labels
         self.filter = FalseNegativeFilter(max_similarity, relative_margin)
         self.neighbors: dict[int, list[int]] = {}
+        self.epoch: int | None = None  # that the neighbors are of
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Give the sampler the neighbors of a checkpoint."""
+        """Give the sampler the neighbors of a checkpoint, or find those of the epoch that begins where it ended another."""
         sampler = trainer.datamodule.sampler  # type: ignore[attr-defined]
         got = f"it needs a PKBatchSampler, but the sampler is {type(sampler).__name__}."
         require(hasattr(sampler, "neighbors"), f"HardLabels chooses the labels of a batch: {got}")
         sampler.neighbors, self.sampler = self.neighbors, sampler
+        if self.epoch not in (None, trainer.current_epoch):  # Lightning calls no on_train_epoch_start then
+            self.on_train_epoch_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Find neighbors before the epoch's batches are drawn, except in the first epoch."""
+        self.epoch = trainer.current_epoch
         if trainer.current_epoch == 0 or trainer.current_epoch % self.every:
             return
         z, label = embed_rows(trainer, pl_module, self._sample_rows(self.sampler, trainer.current_epoch))
@@ -64,18 +69,18 @@ class HardLabels(pl.Callback):
         return torch.from_numpy(np.concatenate(rows)[: self.rows])
 
     def state_dict(self) -> dict[str, Any]:
-        """The neighbors."""
-        return {"neighbors": self.neighbors}
+        """The neighbors and their epoch."""
+        return {"neighbors": self.neighbors, "epoch": self.epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the neighbors."""
-        self.neighbors = state_dict["neighbors"]
+        """Restore them."""
+        self.neighbors, self.epoch = state_dict["neighbors"], state_dict.get("epoch")
 
 
 @torch.no_grad()
 def embed_rows(trainer: pl.Trainer, module: Any, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Unit vectors ``(N, D)`` and labels ``(N,)`` of training rows, transformed as in training; the same in every process."""
-    encoder, data = module.encoder, trainer.datamodule  # type: ignore[attr-defined]
+    encoder, data = gather_weights(module.encoder), trainer.datamodule  # type: ignore[attr-defined]
     parts = [(torch.zeros(0, encoder.dim), torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long))]
     training = encoder.training
     encoder.eval()
