@@ -21,7 +21,7 @@ SMALL = 1 << 24  # bytes of a settings file, at most
 
 def locate(path: str) -> Path:
     """Resolve a path: itself if it is absolute or exists, else below the folder TERCET_DATA if that variable is set."""
-    here = Path(path).expanduser()
+    here = Path(os.path.expanduser(path))
     root = os.environ.get("TERCET_DATA")
     return here if here.is_absolute() or here.exists() or not root else Path(root) / here
 

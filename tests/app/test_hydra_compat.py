@@ -13,7 +13,17 @@ from omegaconf import OmegaConf, open_dict
 
 from tercet.app import hydra_compat
 from tercet.app.cli import config_folder
+from tercet.app.error_formatting import explain
 from tests.conftest import composed
+
+
+@pytest.mark.parametrize("override", ["optimizer=null", "loss=5"])
+def test_a_group_that_is_given_no_name(override):
+    with pytest.raises(ValueError, match="Config group override") as caught:
+        composed(override)
+    assert hydra_compat.failed_group(caught.value) == override
+    assert explain(caught.value, "train").startswith(f"{override}: the name of a choice")
+    assert hydra_compat.failed_group(KeyError("x")) is None
 
 
 def test_overrides_are_parsed_as_on_the_command_line():

@@ -45,6 +45,7 @@ def test_paths_start_here_or_under_the_data_root(tmp_path, monkeypatch):
     assert locate("there.txt").name == "there.txt"
     monkeypatch.delenv("TERCET_DATA")
     assert str(locate("nowhere.txt")) == "nowhere.txt"
+    assert str(locate("~nobody.txt")) == "~nobody.txt"  # a name; there is no such user
 
 
 def test_the_mean_divides_the_total_by_the_count_and_each_stat_by_its_own():

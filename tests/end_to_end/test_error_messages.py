@@ -1,6 +1,7 @@
 """Every mistake gets one message (what was got, where, what is accepted, which key to change) and exit code 1."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -19,6 +20,10 @@ CASES = {
     "broken syntax": (["data.path=[a"], ["data.path=[a"]),
     "a value of the wrong type": (["trainer.max_steps=many"], ["max_steps", "many"]),
     "a missing file": (["data=text", "data.path={folder}/mine.txt"], ["mine.txt", "does not exist", "my.txt"]),
+    "a run that changes the folder": ([*OWN, "hydra.job.chdir=true"], ["hydra.job.chdir=true", "where the command was typed"]),
+    "a name that is not UTF-8": (["data=text", os.fsdecode(b"data.path=caf\xe9.txt")], ["caf\\xe9.txt", "is not UTF-8"]),
+    "a switch that is neither true nor false": ([*OWN, "resume=no"], ["resume=no: true or false is needed"]),
+    "a group without a choice": ([*OWN, "optimizer=null"], ["optimizer=null", "the name of a choice"]),
     "an empty file": (["data=text", "data.path={folder}/empty.txt"], ["empty.txt"]),
     "a wrong column": (["data=text", "data.path={folder}/pairs.csv", "data.columns=[quest,answer]"],
                        ["data.columns", "quest", "question"]),

@@ -43,6 +43,8 @@ def explain(error: BaseException, command: str) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, errors.OverrideParseException):
         return f"{error.override}: cannot be read ({text}). Quote it: 'key=\"value\"'."
+    if isinstance(error, ValueError) and (group := hydra_compat.failed_group(error)):
+        return f"{group}: the name of a choice of this group is needed. `--help` lists them."
     if isinstance(error, errors.MissingConfigException):
         return _missing_choice(error)
     if isinstance(error, errors.ConfigCompositionException):

@@ -1,6 +1,7 @@
 """Private interfaces of Hydra and OmegaConf; tests/app/test_hydra_compat.py says which one an update has changed."""
 
 import re
+import traceback
 from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -9,6 +10,7 @@ from typing import Any
 
 import yaml
 from hydra import version
+from hydra._internal.defaults_list import Overrides
 from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -56,6 +58,13 @@ def failed_config(error: BaseException | None) -> Any:
     """The whole configuration, as plain dicts and lists, in which OmegaConf raised an error; None for other errors."""
     node = getattr(error, "parent_node", None)
     return None if node is None else OmegaConf.to_container(node._get_root(), resolve=False)
+
+
+def failed_group(error: BaseException) -> str | None:
+    """The override of a group, as it was typed, whose value Hydra cannot take for a choice; None for other errors."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    found = (frame.f_locals.get("override") for frame in frames if frame.f_code is Overrides.__init__.__code__)
+    return next((override.input_line for override in found if override is not None), None)
 
 
 def run_main(job: Callable[[DictConfig], Any], folder: str, name: str, arguments: Sequence[str]) -> None:

@@ -78,7 +78,7 @@ def resolve(path: str, streaming: bool = False) -> DataPath:
         return _folder(path, here)
     if not here.exists():
         # A path into an existing folder, or with a known ending, names a missing file, not a data set of the hub.
-        folders = list(dict.fromkeys(p.parent.absolute() for p in (Path(path).expanduser(), here) if p.parent.is_dir()))
+        folders = list(dict.fromkeys(p.parent.absolute() for p in (Path(os.path.expanduser(path)), here) if p.parent.is_dir()))
         if HUB_ID.fullmatch(path) and suffix not in {*FORMATS, *ARCHIVES} and not folders:
             return DataPath(path, Format("hub", partial(_open_hub, streaming)))
         raise InputError(f"`path`={path} does not exist.{_describe_folders(here.name, folders)} `path` takes {ACCEPTED}.")
