@@ -34,13 +34,12 @@ def test_spans_are_for_people():
     assert [format_duration(x) for x in (5, 300, 7200)] == ["5 s", "5 min", "2.0 h"]
 
 
-FEW = ["trainer.accelerator=cpu", "logger=none", "data.batch_size=8", "check=true", "num_threads=1"]
+FEW = ["trainer.accelerator=cpu", "logger=none", "check=true", "num_threads=1"]
 SMALL = {  # what keeps an experiment of texts short; the data and everything else are its own
-    "quick_thoughts_small": ["data.held_out=2000", "data.batch_size=20"],
-    "quick_thoughts_minilm": tiny("data.held_out=2000", "data.batch_size=20"),
+    "quick_thoughts_small": ["data.held_out=2000"],
+    "quick_thoughts_minilm": tiny("data.held_out=2000"),
     "facenet_lfw_small": ["data.workers=0"],
-    "facenet_questions": tiny("~test.reference", "sampler.per_label=2"),
-    "facenet_intents": tiny("sampler.per_label=2"),
+    "facenet_questions": tiny("~test.reference"),
 }
 AT_HAND = [name for name in choices("experiment") if "base" not in name and "large" not in name]
 
