@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import time
 import unicodedata
 from pathlib import Path
 
@@ -313,11 +312,8 @@ def test_sources_can_be_pickled_and_compared(tmp_path):
 
 
 @needs_data
-def test_a_million_sentences_are_quick():
-    start = time.perf_counter()
-    rows = TextFiles("sentences_unlabelled.parquet").rows()
-    assert len(rows) == 991_263
-    assert time.perf_counter() - start < 10
+def test_a_million_sentences_are_read():
+    assert len(TextFiles("sentences_unlabelled.parquet").rows()) == 991_263
 
 
 @needs_data
