@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 
 from tercet.app.components import build, check_values
+from tercet.app.config_checks import set_monitor_mode
 from tests.conftest import CONF, choices, composed
 
 ROOT = CONF.parent
@@ -241,7 +242,9 @@ def test_every_experiment_composes_and_its_values_fit_their_parameters(experimen
     text = (CONF / "experiment" / f"{experiment}.yaml").read_text()
     assert text.splitlines()[1].startswith("# python train.py"), "the second line is the command"
     cfg = composed(f"experiment={experiment}", *(["data.path=faces"] if experiment == "facenet" else []))
-    check_values(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)), cfg)
+    resolved = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    set_monitor_mode(resolved)
+    check_values(resolved, cfg)
 
 
 NEEDS = {"faces": ["model=resnet_small"], "raw_books": ["data.path=books"], "text": ["data.path=x"], "table": ["data.path=x"],
@@ -253,7 +256,9 @@ def test_every_data_sets_values_fit_their_parameters(data):
     cfg = composed(
         f"data={data}", "evaluation@test=sts", "evaluation@validation=none", "callback.before_after=null", *NEEDS.get(data, ())
     )
-    check_values(OmegaConf.create(OmegaConf.to_container(cfg, resolve=True)), cfg)
+    resolved = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+    set_monitor_mode(resolved)
+    check_values(resolved, cfg)
 
 
 def test_a_groups_default_is_no_surprise():

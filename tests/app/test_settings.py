@@ -5,7 +5,7 @@ from omegaconf import OmegaConf
 
 from tercet.app import components
 from tercet.app.components import check_settings, check_values, start_record
-from tercet.app.config_checks import _optimizer
+from tercet.app.config_checks import _optimizer, set_monitor_mode
 from tercet.app.error_formatting import explain
 from tercet.app.hydra_compat import parse_overrides
 from tercet.errors import InputError
@@ -22,7 +22,9 @@ def told(*overrides):
     start_record(cfg)
     try:
         check_settings(cfg)
-        check_values(cfg, cfg)
+        resolved = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
+        set_monitor_mode(resolved)
+        check_values(resolved, cfg)
         _optimizer(cfg)
     except Exception as error:
         return explain(error, "train")

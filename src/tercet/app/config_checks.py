@@ -10,7 +10,7 @@ import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
-from tercet.app.components import build, find_targets, settable_key
+from tercet.app.components import build, find_targets, locate_target, settable_key
 from tercet.app.hydra_compat import config_folders
 from tercet.app.launch import num_devices, num_processes, started_by_launcher
 from tercet.app.record import ARTIFACTS
@@ -68,7 +68,7 @@ def set_monitor_mode(cfg: DictConfig) -> None:
     accepted = f"monitor_mode={cfg.monitor_mode}: choose max, min, or null (as the metric's evaluator declares)."
     require(cfg.monitor_mode in (None, "max", "min"), accepted)
     plain: Any = OmegaConf.to_container(cfg)
-    kinds = [kind for stage in ("validation", "test") for kind in _evaluator_classes(plain[stage])]
+    kinds = [kind for stage in ("validation", "test") for kind in _evaluator_classes(plain.get(stage))]
     names = SMALLER_IS_BETTER.union(*(_declared(kind, "smaller_is_better") for kind in kinds))
     mode = cfg.monitor_mode or monitor_mode(cfg, str(cfg.monitor)) or "max"
     if cfg.monitor:
@@ -102,7 +102,7 @@ def _evaluator_classes(node: Any) -> list[Any]:
         return []
     if "members" in node:
         return [kind for member in (node["members"] or {}).values() for kind in _evaluator_classes(member)]
-    return [get_object(node["_target_"])] if "_target_" in node else []
+    return [locate_target(node, "")] if "_target_" in node else []
 
 
 def _declared(component: Any, name: str) -> frozenset[str]:
