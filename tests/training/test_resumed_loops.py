@@ -1,5 +1,6 @@
 """The rows after a resume are those of a run that went on, wherever it was stopped and however its length is given."""
 
+import contextlib
 import itertools
 
 import pytest
@@ -7,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from tercet.training.callbacks import LastCheckpoint
+from tercet.training.callbacks import LastCheckpoint, RNGState
 from tercet.training.contrastive import ObjectiveHooks
 from tercet.training.datamodule import DataModule
 from tercet.training.lightning_compat import EvaluationHooks
@@ -88,7 +89,7 @@ def fit(folder, data, stop, save_every, resume, **length):
     module, last = Module(stop), LastCheckpoint(str(folder), save_every)
     last.save_on_exception = False
     trainer = pl.Trainer(
-        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[last],
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[last, RNGState()],
         use_distributed_sampler=False, default_root_dir=folder, num_sanity_val_steps=0, **length,
     )  # fmt: skip
     try:
@@ -118,3 +119,43 @@ def test_the_batches_after_a_resume_are_those_that_were_left(tmp_path, kind, wor
         first = len(whole.seen) - len(resumed.seen)
         steps = sum(number % BATCHES in (2, 3) for number in range(first)) if length == "accumulated" else first
         assert steps == step, (stop, save_every)
+
+
+class Interrupted(pl.Callback):
+    """Ctrl-C before the batch of a number, counted from the start, or after as many batches."""
+
+    def __init__(self, where, number):
+        self.where, self.number, self.count = where, number, 0
+
+    def on_train_batch_start(self, *_):
+        if (self.where, self.count) == ("before", self.number):
+            raise KeyboardInterrupt
+        self.count += 1
+
+    def on_train_batch_end(self, *_):
+        if (self.where, self.count) == ("after", self.number):
+            raise KeyboardInterrupt
+
+
+def go_on(folder, data, *callbacks):
+    module = Module(None)
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, max_epochs=3, max_steps=50,
+        callbacks=[LastCheckpoint(str(folder), 2), RNGState(), *callbacks], use_distributed_sampler=False,
+        default_root_dir=folder, num_sanity_val_steps=0,
+    )  # fmt: skip
+    last = folder / "last.ckpt"
+    with contextlib.suppress(KeyboardInterrupt, SystemExit):
+        trainer.fit(module, datamodule=data, ckpt_path=str(last) if last.is_file() else None)
+    return module.seen
+
+
+@pytest.mark.parametrize(("kind", "workers"), [(Rows, 0), (Rows, 1), (Stream, 0)], ids=["rows", "workers", "stream"])
+def test_two_stops_in_a_row_lose_and_repeat_no_batch(tmp_path, kind, workers):
+    """Around the ends of epochs, too, and where a batch was begun and not processed."""
+    whole = go_on(tmp_path / "whole", kind(0))
+    firsts = [("after", 4), ("before", 3), ("before", 4), ("after", 5)]
+    for number, (first, second) in enumerate(itertools.product(firsts, [("after", 4), ("before", 0), ("before", 4)])):
+        folder = tmp_path / str(number)
+        seen = go_on(folder, kind(workers), Interrupted(*first)) + go_on(folder, kind(workers), Interrupted(*second))
+        assert seen + go_on(folder, kind(workers)) == whole, (first, second)

@@ -58,15 +58,17 @@ def begin_next_epoch(trainer: pl.Trainer) -> None:
     """After resuming from a checkpoint of the end of an epoch, go on with the next one; to be called before the first epoch.
 
     Lightning would count one epoch more: where ``max_steps`` is set and the checkpoint was written after the epoch, and where
-    it was written after the last batch of a stream.
+    it was written after the last batch of a stream. Of other rows it begins the next epoch without counting its start.
     """
     loop = trainer.fit_loop
     progress, batches = loop.epoch_progress, loop.epoch_loop
-    is_stream = trainer.num_training_batches == float("inf")
-    if is_stream and loop.restarted_mid_epoch and batches.restarted_on_train_batch_end and batches.batch_progress.is_last_batch:
+    if loop.restarted_mid_epoch and batches.restarted_on_train_batch_end and batches.batch_progress.is_last_batch:
         counts: Any
-        for counts in (progress.total, progress.current):  # it is still to end, with a validation if one is due
-            counts.processed, counts.completed = counts.processed - 1, counts.completed - 1
+        for counts in (progress.total, progress.current):
+            if trainer.num_training_batches == float("inf"):  # it is still to end, with a validation if one is due
+                counts.processed, counts.completed = counts.processed - 1, counts.completed - 1
+            else:
+                counts.ready, counts.started = counts.ready + 1, counts.started + 1
     if loop.restarted_on_epoch_end:
         loop.epoch_progress.increment_completed()
         loop._restarting = loop.epoch_loop.restarting = False
@@ -86,10 +88,16 @@ def restart_validation(trainer: pl.Trainer) -> None:
 
 
 def forget_pending_batches(checkpoint: dict[str, Any], pending: int) -> None:
-    """Subtract ``pending`` batches from a checkpoint's progress: their accumulated gradient is not saved."""
+    """Subtract ``pending`` batches from a checkpoint's progress: their accumulated gradient is not saved.
+
+    Of none, forget a batch that was begun and not processed: it is drawn again, and Lightning would count it twice.
+    """
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    if progress["current"]["ready"] > progress["current"]["processed"]:
+        progress["is_last_batch"] = False  # that of the one which was begun
     for counts in (progress["total"], progress["current"]):
-        counts.update(dict.fromkeys(counts, counts["processed"] - pending))
+        names = counts if pending else ("ready", "started")
+        counts.update(dict.fromkeys(names, counts["processed"] - pending))
 
 
 def keep_signal_handlers(trainer: pl.Trainer) -> None:

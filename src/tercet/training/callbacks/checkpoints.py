@@ -36,15 +36,21 @@ class LastCheckpoint(ModelCheckpoint):
     def __init__(self, dirpath: str, save_every: int | str | None = None) -> None:
         steps, minutes = interval(save_every)
         super().__init__(
-            dirpath, "last", save_on_exception=False, auto_insert_metric_name=False, enable_version_counter=False,
+            dirpath, "last", save_on_exception=True, auto_insert_metric_name=False, enable_version_counter=False,
             every_n_train_steps=steps, train_time_interval=timedelta(minutes=minutes) if minutes else None,
         )  # fmt: skip
+        self.restored = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Repeat a validation that was interrupted, or that was due after the checkpoint's step."""
         super().on_train_start(trainer, pl_module)
         restart_validation(trainer)
-        self.save_on_exception = True  # until here the state may be restored in part
+        self.restored = True
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Save at an interruption, unless the state of the checkpoint before is restored in part only."""
+        if self.restored:
+            super().on_exception(trainer, pl_module, exception)
 
 
 def interval(save_every: int | str | None) -> tuple[int | None, float | None]:
@@ -186,8 +192,8 @@ class RNGState(pl.Callback):
         self._record(trainer, 0 if trainer.is_last_batch else (batch_idx + 1) % trainer.accumulate_grad_batches)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Subtract the batches of an incompletely accumulated gradient from the saved progress."""
-        if not self.pending or "loops" not in checkpoint:
+        """Subtract the batches of an incompletely accumulated gradient, and an incomplete one, from the saved progress."""
+        if "loops" not in checkpoint:
             return
         forget_pending_batches(checkpoint, self.pending)
         if "done" in (state := checkpoint.get(type(trainer.datamodule).__qualname__, {})):  # type: ignore[attr-defined]
@@ -247,11 +253,6 @@ class GracefulStop(pl.Callback):
                 signal.signal(signal.SIGTERM, self._receive)
             if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # otherwise it is ignored, or the user's own
                 signal.signal(signal.SIGINT, self._receive)
-
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Stop at a signal that came between the steps of a single process."""
-        if self.received and self.trainer:
-            _stop(self.received)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop where any process has received a signal."""
