@@ -71,10 +71,10 @@ def visible_files(folder: Path) -> list[Path]:
             for path in files:
                 if not path.exists():
                     warn_once(f"{folder}: {path.relative_to(folder)} is a link to nothing; left out.")
-    for file in found:
-        for part in (*reversed(file.relative_to(folder).parents), file):
+    for file in (path.relative_to(folder) for path in found):
+        for part in (*reversed(file.parents), file):
             what = "file" if part is file else "folder"
-            fault = f"the name of the {what} {os.fsencode(part.name)!r} is not UTF-8"
+            fault = f"the name of the {what} {os.fsencode(part)!r} is not UTF-8"
             advice = "Rename it (for many: convmv -r -f latin1 -t utf8 --notest)."
             require(is_utf8(part.name), f"`path`={folder}: {fault}. {advice}")
     return sorted(found)

@@ -35,7 +35,7 @@ def holder(folder, seconds=60.0):
         finally:
             os._exit(code)
     ends = time.monotonic() + 10
-    while not (folder / LOCK).is_file() and time.monotonic() < ends:
+    while not ((folder / LOCK).is_file() and "host=" in (folder / LOCK).read_text()) and time.monotonic() < ends:
         time.sleep(0.01)
     return child
 

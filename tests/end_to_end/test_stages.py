@@ -47,9 +47,9 @@ def test_each_stage_starts_where_the_last_one_ended(staged):
     table = (result.output / "stages.txt").read_text().splitlines()
     assert table[0].split() == ["before", "words", "looks"]
     assert table[1].split()[0] == "retrieval/text/mrr" and table[2].split()[0] == "alignment_uniformity/text/uniformity"
-    lost = metrics["before/alignment_uniformity/text/uniformity"] - metrics["looks/alignment_uniformity/text/uniformity"]
+    start, end = (metrics[f"{stage}/alignment_uniformity/text/uniformity"] for stage in ("before", "looks"))
     assert table[3].startswith("forgotten: alignment_uniformity/text/uniformity")
-    assert float(table[3].split()[-1]) == pytest.approx(lost, abs=1e-4)
+    assert float(table[3].split()[-1]) == pytest.approx(end - start, abs=1e-4), "smaller is better"
     assert (result.output / "stages.png").stat().st_size > 5000
     torch.testing.assert_close(vectors(result.output), vectors(result.output / "2_looks"))
 
