@@ -31,7 +31,9 @@ STREAM = ["data.streaming=true", "data.held_out=4", "trainer.max_steps=50"]  # t
         ("mlm", 10, []),
         ("classification", 10, LABELED),
         ("simcse_unsup", 10, ["sampler=no_duplicates"]),
-        *(("simcse_unsup", stop, STREAM) for stop in (3, 8, 15)),
+        pytest.param("simcse_unsup", 3, STREAM, marks=SLOW),
+        ("simcse_unsup", 8, STREAM),
+        pytest.param("simcse_unsup", 15, STREAM, marks=SLOW),
     ],
 )  # 8 batches are an epoch
 def test_weights_are_bit_identical(run, whole, monkeypatch, stop, objective, more):

@@ -70,13 +70,14 @@ def test_a_budgeted_search_goes_on_until_its_trials_are_made(command, tmp_path):
     assert none.code == 1 and "optimized_metric, which is null" in none.terminal
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("send", "number", "code"),
     [
         (os.killpg, signal.SIGTERM, 143),
-        pytest.param(os.killpg, signal.SIGINT, 130, marks=pytest.mark.slow),
-        pytest.param(os.kill, signal.SIGTERM, 143, marks=pytest.mark.slow),
-        pytest.param(os.kill, signal.SIGKILL, -9, marks=pytest.mark.slow),
+        (os.killpg, signal.SIGINT, 130),
+        (os.kill, signal.SIGTERM, 143),
+        (os.kill, signal.SIGKILL, -9),
     ],
     ids=["SIGTERM to the group", "Ctrl-C", "SIGTERM", "SIGKILL"],
 )
