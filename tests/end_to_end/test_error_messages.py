@@ -24,6 +24,7 @@ CASES = {
     "a name that is not UTF-8": (["data=text", os.fsdecode(b"data.path=caf\xe9.txt")], ["caf\\xe9.txt", "is not UTF-8"]),
     "a switch that is neither true nor false": ([*OWN, "resume=no"], ["resume=no: true or false is needed"]),
     "a group without a choice": ([*OWN, "optimizer=null"], ["optimizer=null", "the name of a choice"]),
+    "devices that Lightning refuses": ([*OWN, "trainer.devices='a=b'"], ["trainer: ", "devices", "should be an int"]),
     "an empty file": (["data=text", "data.path={folder}/empty.txt"], ["empty.txt"]),
     "a wrong column": (["data=text", "data.path={folder}/pairs.csv", "data.columns=[quest,answer]"],
                        ["data.columns", "quest", "question"]),

@@ -89,8 +89,8 @@ def test_torchruns_processes_share_one_folder(folder):
 
 
 def test_a_mistake_in_a_process_is_one_message(folder):
-    code, text = start_by(folder, *PAIRS, "trainer.devices=2", "optimized_metric=train/none", "output_dir=run",
-                       "data.batch_size=8")  # fmt: skip
+    mistake = ["optimized_metric=train/none", "output_dir=run", "data.batch_size=8"]
+    code, text = start(folder, *PAIRS, "trainer.devices=2", *mistake)
     assert code == 1
     assert text.count("error: ") == 1, text
     assert "optimized_metric=train/none was not measured" in text

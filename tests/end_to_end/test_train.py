@@ -150,7 +150,7 @@ def test_a_stream_without_an_end_is_refused(small):
 
 
 def test_every_logger_gets_configuration_code_and_data(small):
-    result = small("logger=[csv,tensorboard]")
+    result = small("logger=[csv,tensorboard]", "callback.embeddings.source=${data.test}")
     assert result.code == 0, result.terminal
     events = b"".join(e.read_bytes() for e in (result.output / "tensorboard").rglob("events*"))
     for content in (events, (result.output / "hparams.yaml").read_bytes()):

@@ -43,7 +43,8 @@ def raise_disk_full(*_, **__):
 
 def test_a_run_is_whole_in_its_folder(small):
     result = small("logger=wandb", "artifacts=checkpoints", "name='my texts/1'", "evaluation@validation=heldout",
-                   "trainer.val_check_interval=1", "trainer.log_every_n_steps=1")  # fmt: skip
+                   "trainer.val_check_interval=1", "trainer.log_every_n_steps=1",
+                   "callback.embeddings.source=${data.test}")  # fmt: skip
     assert result.code == 0, result.terminal
     assert result.terminal.count("the run is written offline") == 1
     seen = written(result.output)
@@ -69,7 +70,7 @@ def test_a_run_is_whole_in_its_folder(small):
 
 def test_tables_of_images_have_pictures(command, people):  # noqa: F811
     own = ["objective=facenet", "data=images", f"data.path={people}", "data.held_out=12", "sampler.per_label=2",
-           "evaluation@test=none", "measure_before=false"]  # fmt: skip
+           "evaluation@test=none", "measure_before=false", "callback.embeddings.source=${data.test}"]  # fmt: skip
     done = command("train", *FAST, *TINY, *own, "logger=wandb_offline")
     assert done.code == 0, done.terminal
     seen = written(done.output)

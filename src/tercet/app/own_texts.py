@@ -24,7 +24,7 @@ def choose_by_columns(cfg: DictConfig) -> DictConfig:
     resolved: Any = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     set_monitor_mode(resolved)
     check_values(resolved, cfg)
-    command = list(HydraConfig.get().overrides.task)
+    command: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)  # `${...}` in them stays
     given = {override.lstrip("+~").split("=")[0] for override in command}
     source, chosen = build(cfg.data.train), list[str]()
     if "objective" not in given:

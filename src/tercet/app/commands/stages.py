@@ -90,7 +90,8 @@ def compose_stage(stage: DictConfig, start: str | None, folder: Path) -> DictCon
     hydra: Any = HydraConfig.get()  # what ${hydra:...} looks into
     with read_write(hydra):
         hydra.runtime.output_dir = str(folder)
-    given = {o.lstrip("+~").split("=")[0]: o for o in HydraConfig.get().overrides.task}
+    command: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)  # `${...}` in them stays
+    given = {o.lstrip("+~").split("=")[0]: o for o in command}
     given = {key: o for key, o in given.items() if key.split(".")[0] not in OWN}
     own = {"experiment": "~experiment"}
     settings: Any = OmegaConf.to_container(stage, resolve=True)
