@@ -15,6 +15,7 @@ from typing import Any
 from tercet.errors import InputError, require
 from tercet.messages import warn_once
 
+RENAME_MANY = "(for many: convmv -r -f latin1 -t utf8 --notest)"  # names that are not UTF-8
 PARTIAL = ".partial-"  # how the names of unfinished files begin
 SMALL = 1 << 24  # bytes of a settings file, at most
 
@@ -75,7 +76,7 @@ def visible_files(folder: Path) -> list[Path]:
         for part in (*reversed(file.parents), file):
             what = "file" if part is file else "folder"
             fault = f"the name of the {what} {os.fsencode(part)!r} is not UTF-8"
-            advice = "Rename it (for many: convmv -r -f latin1 -t utf8 --notest)."
+            advice = f"Rename it {RENAME_MANY}."
             require(is_utf8(part.name), f"`path`={folder}: {fault}. {advice}")
     return sorted(found)
 

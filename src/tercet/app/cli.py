@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from tercet.app import components, error_formatting, hydra_compat, signals, sweeps
 from tercet.errors import require
 from tercet.messages import printable
-from tercet.paths import is_utf8, write_text
+from tercet.paths import RENAME_MANY, is_utf8, write_text
 
 COMMANDS = {
     "compare": "runs as one table: compare <folders> metric=<name> output=<folder>",
@@ -92,7 +92,7 @@ def main(command: str, arguments: Sequence[str] | None = None) -> NoReturn:
 def _check_letters(arguments: Sequence[str]) -> None:
     """Raise ``InputError`` for an argument that is not UTF-8, or typed in a folder whose name is not: no file can record it."""
     for text in (*arguments, str(Path.cwd())):
-        advice = "Rename the file or folder (for many: convmv -r -f latin1 -t utf8 --notest)."
+        advice = f"Rename the file or folder {RENAME_MANY}."
         require(is_utf8(text), f"{os.fsencode(text)!r} is not UTF-8. {advice}")
 
 
@@ -107,9 +107,7 @@ def _run_composed(command: str, arguments: Sequence[str]) -> None:
     parser.add_argument("--cfg", choices=["job"], help="print the configuration instead of running")
     parser.add_argument("--config-dir", help="a folder with more choices of the configuration groups")
     options = parser.parse_intermixed_args(list(arguments))
-    keys = OmegaConf.load(Path(config_folder(), "compare.yaml"))  # what else holds a `=` is a folder, if there is one
-    named = [a for a in options.overrides if "=" not in a or (Path(a).is_dir() and a.split("=")[0] not in keys)]
-    folders = named if command == "compare" else []
+    folders = _named_folders(options.overrides) if command == "compare" else []
     overrides = [_model_is_a_path(a) for a in options.overrides if a not in folders]
     overrides += [f"runs={hydra_compat.quote(_unquoted(folders))}"] if folders else []
     if options.config_dir:
@@ -127,6 +125,12 @@ def _run_composed(command: str, arguments: Sequence[str]) -> None:
         finally:
             if not OmegaConf.is_missing(cfg, "output") and cfg.output:
                 remove_empty(Path(cfg.output))
+
+
+def _named_folders(arguments: Sequence[str]) -> list[str]:
+    """The arguments of ``compare`` that are folders: also one whose name holds a `=`, if it is there and no key of its own."""
+    keys = OmegaConf.load(Path(config_folder(), "compare.yaml"))
+    return [a for a in arguments if "=" not in a or (Path(a).is_dir() and a.split("=")[0] not in keys)]
 
 
 def _model_is_a_path(override: str) -> str:

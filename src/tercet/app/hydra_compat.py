@@ -25,6 +25,12 @@ from omegaconf._utils import get_yaml_loader
 MAX_DEPTH = 32  # of values in values, in a configuration that is read as plain data
 
 
+def typed_overrides() -> list[str]:
+    """The overrides of the command as they were typed: reading them one by one would resolve a `${...}` in them."""
+    typed: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    return list(typed)
+
+
 def full_key(node: Any) -> str:
     """The key of a node in its configuration, as ``model.head``; empty for the root, and for what is no configuration."""
     return re.sub(r"\[(\d+)\]", r".\1", node._get_full_key(None)) if isinstance(node, Node) else ""

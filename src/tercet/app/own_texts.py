@@ -3,12 +3,12 @@
 from typing import Any
 
 from hydra import compose
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from tercet.app.components import build, check_values
 from tercet.app.config_checks import set_monitor_mode
+from tercet.app.hydra_compat import typed_overrides
 from tercet.messages import print_status
 from tercet.training.datamodule import DataModule, RunLength
 from tercet.types import Source
@@ -24,7 +24,7 @@ def choose_by_columns(cfg: DictConfig) -> DictConfig:
     resolved: Any = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     set_monitor_mode(resolved)
     check_values(resolved, cfg)
-    command: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)  # `${...}` in them stays
+    command = typed_overrides()
     given = {override.lstrip("+~").split("=")[0] for override in command}
     source, chosen = build(cfg.data.train), list[str]()
     if "objective" not in given:

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf, read_write
 
 from tercet.app import record, run_folder
 from tercet.app.commands import train
-from tercet.app.hydra_compat import quote
+from tercet.app.hydra_compat import quote, typed_overrides
 from tercet.errors import require
 from tercet.evaluation.direction import is_smaller_better
 from tercet.evaluation.figures import figure_text
@@ -90,8 +90,7 @@ def compose_stage(stage: DictConfig, start: str | None, folder: Path) -> DictCon
     hydra: Any = HydraConfig.get()  # what ${hydra:...} looks into
     with read_write(hydra):
         hydra.runtime.output_dir = str(folder)
-    command: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)  # `${...}` in them stays
-    given = {o.lstrip("+~").split("=")[0]: o for o in command}
+    given = {o.lstrip("+~").split("=")[0]: o for o in typed_overrides()}
     given = {key: o for key, o in given.items() if key.split(".")[0] not in OWN}
     own = {"experiment": "~experiment"}
     settings: Any = OmegaConf.to_container(stage, resolve=True)
