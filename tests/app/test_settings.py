@@ -45,7 +45,8 @@ def told(*overrides):
     ("check=no", "true or false"),
     ("resume=no", "true or false"), ("resume=1", "true or false"), ("measure_before=off", "true or false"),
     ("monitor=5", "text or null"),
-    ("init_from=[a]", "text or null"), ("stages.runs=null", "a group of keys"), ("trainer.detect_anomaly=no", "true or false"),
+    ("init_from=[a]", "text or null"), ("stages.runs=null", "a group of keys"), ("stages=a", "a group of keys"),
+    ("trainer.detect_anomaly=no", "true or false"),
     ("data.workers=1.5", "a whole number"), ("data.columns=text", "a list"), ("model.normalize=no", "true or false"),
     ("loss._target_=tercet.losses.Nothing", "cannot be imported"), ("loss._target_=tercet.losses", "a class or function"),
     ("loss=5", "a component"), ("callback.best=5", "a component"),
@@ -96,3 +97,33 @@ def test_a_target_that_makes_something_else_is_named():
     with pytest.raises(Exception) as caught:
         components.build(cfg.objective)
     assert explain(caught.value, "train") == "objective.loss: Module or null is needed, its _target_ makes object."
+
+
+def part(size: int | None = None, names: list[str] | None = None, parts: dict[str, float | str] | None = None) -> tuple:
+    """A target whose parameters have annotations."""
+    return size, names, parts
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ({"size": "os.getcwd"}, "outer.size: a whole number or null is needed, its _target_ makes text."),
+    ({"size": "os.getpid", "names": "builtins.list", "parts": "builtins.dict"}, None),
+    ({"size": "builtins.list"}, "outer.size: a whole number or null is needed, its _target_ makes a list."),
+    ({"names": ["os.getcwd", "os.getpid"]}, "outer.names.1: text is needed, its _target_ makes a whole number."),
+    ({"names": ["os.getcwd", "builtins.object"]}, "outer.names.1: text is needed, its _target_ makes object."),
+    ({"parts": {"a": "os.getcwd", "b": "builtins.bool"}},
+     "outer.parts.b: a number or text is needed, its _target_ makes true or false."),
+])  # fmt: skip
+def test_plain_values_that_a_target_makes_are_checked_too(values, message):
+    def targets(value):
+        if isinstance(value, str):
+            return {"_target_": value}
+        return [targets(x) for x in value] if isinstance(value, list) else {name: targets(x) for name, x in value.items()}
+
+    node = OmegaConf.create({"outer": {"_target_": f"{__name__}.part", **targets(values)}})
+    start_record(node)
+    if message is None:
+        components.build(node.outer)
+        return
+    with pytest.raises(InputError) as caught:
+        components.build(node.outer)
+    assert str(caught.value) == message

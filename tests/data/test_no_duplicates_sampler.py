@@ -13,7 +13,7 @@ from tercet.data import samplers as batches_module
 from tercet.data.samplers import ResumableSampler
 from tercet.errors import InputError
 from tercet.models import load_tokenizer
-from tests.conftest import MINILM, Ids
+from tests.conftest import TOKENIZER, Ids
 
 
 def drawn(sampler, rank=0, world=1, epoch=0):
@@ -72,7 +72,7 @@ def test_several_answers_of_a_file(tmp_path):
     file = tmp_path / "answers.csv"
     lines = [f"Which number is it?,It is number {i}." for i in range(9)] + [f"Who is person {i}?,It is {i}." for i in range(9)]
     file.write_text("\n".join(["question,answer", *lines, "Who is he?,It is 3."]))
-    rows = TextTransform(load_tokenizer(MINILM), cache=str(tmp_path)).load(TextFiles(str(file), ["question", "answer"]))
+    rows = TextTransform(load_tokenizer(TOKENIZER), cache=str(tmp_path)).load(TextFiles(str(file), ["question", "answer"]))
     batches = drawn(NoDuplicatesBatchSampler(rows, 6, seed=1))
     assert len(batches) == 3
     for draw in batches:

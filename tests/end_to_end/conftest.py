@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra._internal.hydra import Hydra
 
 from tercet.app.cli import main
 from tercet.app.record import read_metrics
@@ -26,12 +27,18 @@ class Result:
         return read_metrics(self.output)
 
 
+def skip_get_mode(set_attribute=setattr):
+    """Hydra composes once more to look whether a configuration sets ``hydra.mode``; none of these does, and it takes 0.2 s."""
+    set_attribute(Hydra, "get_mode", lambda self, config_name, overrides: None)
+
+
 @pytest.fixture
 def command(tmp_path, monkeypatch, capsys):
     """``command("train", *overrides) -> Result``, writing into a temporary folder."""
     monkeypatch.setenv("TERCET_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("TERCET_DEBUG", raising=False)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # the entry sets it: put back afterwards
+    skip_get_mode(monkeypatch.setattr)
 
     def run(name, *overrides):
         output = tmp_path / "run"

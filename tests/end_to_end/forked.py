@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 
 from tercet.app import cli, launch
+from tests.end_to_end.conftest import skip_get_mode
 
 METHOD = "spawn" if torch.cuda.is_available() else "fork"  # autograd's threads of a GPU outlive no fork
 CONTEXT = multiprocessing.get_context(METHOD)
@@ -108,5 +109,6 @@ def _run(
     os.environ.update(settings)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background ignores it
     launch.START_METHOD = METHOD
+    skip_get_mode()
     prepare()
     cli.main(command, overrides)

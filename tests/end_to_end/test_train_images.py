@@ -8,6 +8,7 @@ from PIL import Image
 
 from tests.conftest import tiny
 from tests.end_to_end.conftest import FAST
+from tests.end_to_end.forked import Forked
 
 TINY = ["model=resnet_small", "model.pixels.size=16", "model.backbone.config.embedding_size=8",
         "model.backbone.config.hidden_sizes=[8,16]", "model.backbone.config.depths=[1,1]", "model.head.dim=8"]  # fmt: skip
@@ -50,10 +51,13 @@ def test_a_folder_of_images_trains_with_hard_labels(command, people, caplog):
     assert found["train/unreadable"] >= 1
 
 
-def test_two_processes_train_on_images(command, people):
-    done = images(command, people, "trainer=ddp_cpu", "model.norm=group", "data.workers=0")
-    assert done.code == 0, done.terminal
-    assert (done.output / "model").is_dir()
+def test_two_processes_train_on_images(people, tmp_path):
+    def start(name, *overrides):
+        run = Forked(tmp_path, name, [*overrides, "output_dir=run"])
+        assert run.end(120) == 0, run.said()
+
+    images(start, people, "trainer=ddp_cpu", "model.norm=group", "data.workers=0")
+    assert (tmp_path / "run" / "model").is_dir()
 
 
 def test_held_out_people_are_searched(command, people):

@@ -7,6 +7,7 @@ from functools import cache
 import datasets
 import pytorch_lightning as pl
 import torch
+import yaml
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -17,7 +18,7 @@ from tercet.losses.triplet_mining import MININGS
 from tercet.models import load_tokenizer
 from tercet.training.datamodule import DataModule
 from tercet.training.lightning_compat import FSDP2
-from tests.conftest import MINILM, NEEDED, TEXTS, choices, composed, restored_signals, tiny
+from tests.conftest import NEEDED, TEXTS, TOKENIZER, choices, composed, restored_signals, tiny
 
 OBJECTIVES = choices("objective")
 SETTINGS = {
@@ -61,7 +62,7 @@ def defaults(objective):
 
 @cache
 def tokenizer():
-    return load_tokenizer(MINILM)
+    return load_tokenizer(TOKENIZER)
 
 
 def has(objective, overrides):
@@ -109,7 +110,11 @@ def config(objective, *overrides):
     """
     sampler = ["sampler=random"] if "Window" in defaults(objective).sampler._target_ else []
     needed = [*sampler, *NEEDED.get(objective, ())]
-    return composed(*tiny(f"objective={objective}", "model.backbone.dropout=0", *needed, *overrides))
+    groups = [override for override in overrides if "." not in override.split("=")[0]]
+    cfg = composed(*tiny(f"objective={objective}", "model.backbone.dropout=0", *needed, *groups))
+    for key, value in (override.split("=") for override in overrides if override not in groups):
+        OmegaConf.update(cfg, key, yaml.safe_load(value))  # as Hydra does, after it has composed the groups, which takes long
+    return cfg
 
 
 def data(cfg, folder, batch_size):

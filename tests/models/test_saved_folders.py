@@ -28,7 +28,7 @@ from tercet.models import (
     word_backbone,
 )  # fmt: skip
 from tercet.models.folder import SETTINGS, load_checkpoint_encoder
-from tests.conftest import MINILM, TEXTS, TINY
+from tests.conftest import TEXTS, TINY, TOKENIZER
 from tests.models.test_loading import write_checkpoint
 
 RESNET = {"model_type": "resnet", "num_channels": 3, "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1],
@@ -38,8 +38,9 @@ VIT = {"model_type": "vit", "image_size": 32, "patch_size": 8, "num_channels": 3
 
 
 def text(pooling="mean", head=None, normalize=True, **options):
-    backbone = random_backbone({"model_type": "bert", "vocab_size": 30522, **TINY})
-    return TextEncoder(backbone, load_tokenizer(MINILM), pooling, head, normalize, 32, **options)
+    tokenizer = load_tokenizer(TOKENIZER)
+    backbone = random_backbone({"model_type": "bert", "vocab_size": len(tokenizer), **TINY})
+    return TextEncoder(backbone, tokenizer, pooling, head, normalize, 32, **options)
 
 
 def words(pooling="final"):

@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTo
 from tercet.errors import InputError
 from tercet.models import load, load_backbone, load_tokenizer, save_model
 from tercet.models.folder import KEY, encoder_spec, load_checkpoint_encoder
+from tercet.models.sentence_transformers import MODEL_SETTINGS, default_prompt
 from tercet.training.masked_lm import MaskedLM
 
 TEXTS = ["A man plays.", "WHO is Anna, and where?", "one two three four five six", "x", "B"]
@@ -380,3 +381,12 @@ def test_a_pooler_that_cannot_be_left_out_is_not_used_without_its_weights(parts,
     assert load(tmp_path).encode(TEXTS).isfinite().all()
     with pytest.raises(InputError, match="pooling=cls_pooler: SqueezeBertModel has no pooler"):
         load(tmp_path, pooling="cls_pooler")
+
+
+@pytest.mark.parametrize("settings", [
+    {"prompts": []}, {"prompts": ["a"], "default_prompt_name": "a"}, {"prompts": {"a": 5}, "default_prompt_name": "a"},
+    {"prompts": {"a": "b"}, "default_prompt_name": ["a"]}, {"prompts": {"a": "b"}}, {"default_prompt_name": "a"}, {},
+])  # fmt: skip
+def test_a_default_prompt_that_is_none_is_no_error(settings, tmp_path):
+    (tmp_path / MODEL_SETTINGS).write_text(json.dumps(settings))
+    assert default_prompt(str(tmp_path)) == ""

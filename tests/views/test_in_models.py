@@ -11,11 +11,11 @@ from tercet.models.text import word_starts
 from tercet.rng import derive_seed
 from tercet.types import Batch, TokenBatch, TokenState
 from tercet.views import FeatureCutoff, Shuffle, SpanCutoff, TokenCutoff, TokenInfo
-from tests.conftest import MINILM, TEXTS, choices, composed, tiny
+from tests.conftest import TEXTS, TOKENIZER, choices, composed, tiny
 from tests.laws.test_encoding import FAMILIES, encoder_of
 
-TOKENIZER = f"+model.tokenizer={{_target_:tercet.models.load_tokenizer,name:'{MINILM}'}}"
-GRU = ["model=gru", "~model.tokenizer", TOKENIZER, "model.backbone.hidden_size=8", "model.backbone.trained_dim=6"]
+PART = f"+model.tokenizer={{_target_:tercet.models.load_tokenizer,name:'{TOKENIZER}'}}"
+GRU = ["model=gru", "~model.tokenizer", PART, "model.backbone.hidden_size=8", "model.backbone.trained_dim=6"]
 
 
 def encoder(family):

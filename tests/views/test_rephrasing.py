@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from tercet.app.components import build
 from tercet.errors import InputError
@@ -11,7 +11,7 @@ from tercet.rng import derive_seed
 from tercet.training import SimCSEUnsup
 from tercet.types import TokenBatch
 from tercet.views import MLMReplacement, Synonyms, TokenInfo, Views
-from tests.conftest import MINILM, TEXTS, TINY, composed, tiny
+from tests.conftest import TEXTS, TINY, TOKENIZER, composed, tiny
 
 LIST = "man\tguy\telderly gentleman\n\nharp\tlyre\nsnowballs\tsnow balls\nsnowball fight\tbattle\nmarch\tjune\n"
 
@@ -103,11 +103,12 @@ def test_a_list_that_cannot_be_used_is_said(info, tmp_path, text, message):
 
 @pytest.fixture(scope="module")
 def masked_lm(tmp_path_factory):
-    """A folder with a random masked language model of MiniLM's vocabulary."""
+    """A folder with a random masked language model of the tiny model's vocabulary."""
     folder = tmp_path_factory.mktemp("lm")
     torch.manual_seed(0)
-    BertForMaskedLM(BertConfig(**TINY)).save_pretrained(folder)
-    load_tokenizer(MINILM).save_pretrained(folder)
+    tokenizer = load_tokenizer(TOKENIZER)
+    BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **TINY)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return str(folder)
 
 
@@ -139,10 +140,14 @@ def test_one_of_the_best_is_drawn_and_a_row_does_not_depend_on_the_others(info, 
 
 
 def test_a_model_that_cannot_replace_is_refused_before_training(encoder, info, masked_lm, tmp_path):
-    for name, message in ((MINILM, "it has no language-model head"), (str(tmp_path), "could not be read")):
+    headless, empty = tmp_path / "headless", tmp_path / "empty"
+    BertModel(BertConfig(vocab_size=len(encoder.tokenizer), **TINY)).save_pretrained(headless)
+    encoder.tokenizer.save_pretrained(headless)
+    empty.mkdir()
+    for name, message in ((headless, "it has no language-model head"), (empty, "could not be read")):
         with pytest.raises(InputError, match=message):
-            SimCSEUnsup(encoder, view=Views(second=[MLMReplacement(name)]))
-    other = info._replace(tokenizer=load_tokenizer(MINILM))
+            SimCSEUnsup(encoder, view=Views(second=[MLMReplacement(str(name))]))
+    other = info._replace(tokenizer=load_tokenizer(TOKENIZER))
     other.tokenizer.add_tokens(["zzqq"])
     with pytest.raises(InputError, match="its vocabulary is not that of the encoder"):
         MLMReplacement(masked_lm)(rows_of(info, ["a"]), seeds(1), other)

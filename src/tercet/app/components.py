@@ -22,12 +22,12 @@ SETTINGS: dict[str, Any] = {  # what a key takes that belongs to no component; a
     **dict.fromkeys(("check", "measure_before", "resume"), bool),
     **dict.fromkeys(("artifacts", "init_from", "metric", "monitor", "optimized_metric", "output"), str | None),
     **dict.fromkeys(("device", "output_dir", "precision", "save_dtype", "vectors"), str),
-    **dict.fromkeys(("callback", "data", "expected", "logger", "model", "trainer"), dict),
+    **dict.fromkeys(("callback", "data", "expected", "logger", "model", "stages", "stages.runs", "trainer"), dict),
     **dict.fromkeys(("data.batch_size", "keep_last", "negatives", "seed", "skip"), int),
     **dict.fromkeys(("data.name", "name"), str | int),
     "model.max_length": int | None, "model.normalize": bool | None, "model.path": list | str, "model.pooling": str | None,
     "model.prompt": str | None, "num_threads": int | None, "run_length": dict | None, "runs": list | str,
-    "save_every": int | str | None, "stages.runs": dict,
+    "save_every": int | str | None, "stages.in_domain": str | None, "stages.out_of_domain": str | None,
 }  # fmt: skip
 COMPONENTS = ("data.module", "data.train", "loss", "objective", "optimizer", "sampler", "scheduler", "test", "trainer",
               "validation", "view", "evaluation", "guard")  # fmt: skip
@@ -80,6 +80,7 @@ def _build(node: Any, key: str, extra: Mapping[str, Any]) -> Any:
     if "_target_" not in node:
         return values
     target = locate_target(node, key)
+    _check_made(target, key, node, values)
     make = functools.partial(create, target, key, *node.get("_args_", []), **values)
     if node.get("_partial_"):
         return record(make, key)
@@ -100,11 +101,29 @@ def locate_target(node: Mapping[str, Any], key: str) -> Any:
     return target
 
 
+def _check_made(target: Any, key: str, node: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    """Raise ``InputError`` for a value that a nested ``_target_`` made and the parameter of ``target`` does not take."""
+    hints = _hints(target)
+    for name in hints.keys() & values.keys():
+        for place, hint, made in _made(_join(key, name), hints[name], node.get(name), values[name]):
+            fits = takes(hint, made) if isinstance(made, SCALARS) else _fits(hint, made)
+            require(fits, f"{place}: {_words(hint)} is needed, its _target_ makes {_kind(made)}.")
+
+
+def _made(key: str, hint: Any, node: Any, value: Any) -> Iterator[tuple[str, Any, Any]]:
+    """What nested targets made, here and inside of lists and groups of keys: each with its key and its annotation."""
+    if (isinstance(node, dict) and "_target_" in node) or not isinstance(value, (*SCALARS, list, dict, tuple)):
+        yield key, hint, value
+    elif isinstance(node, list | dict) and isinstance(value, list | dict):
+        is_list = isinstance(node, list)
+        arms = [get_args(arm) for arm in (get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,))]
+        inside = next((arm[0 if is_list else -1] for arm in arms if arm), Any)
+        for name in range(len(node)) if is_list else node:
+            yield from _made(_join(key, str(name)), inside, node[name], value[name])
+
+
 def create(target: Callable[..., Any], key: str, /, *arguments: Any, **values: Any) -> Any:
     """Call a target and record the result; in the traceback of an error ``error_formatting`` finds the ``key`` here."""
-    for name, hint in _hints(target).items():
-        if not isinstance(made := values.get(name), (*SCALARS, list, dict, tuple)) and not _fits(hint, made):
-            raise InputError(f"{_join(key, name)}: {_words(hint)} is needed, its _target_ makes {_kind(made)}.")
     return record(target(*arguments, **values), key)
 
 

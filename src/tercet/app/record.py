@@ -133,7 +133,8 @@ def _artifact(output: Path, name: str, kind: str, metadata: dict[str, Any], file
 
 def versions() -> dict[str, str]:
     """The versions of the packages that a result depends on."""
-    installed = {d.name.lower(): d.version for d in importlib.metadata.distributions()}
+    described = (distribution.metadata for distribution in importlib.metadata.distributions())  # each access parses its file
+    installed = {metadata["Name"].lower(): metadata["Version"] for metadata in described if metadata["Name"]}
     found = {package: installed[package] for package in PACKAGES if package in installed}
     return {"python": platform.python_version(), "tercet": __version__, **found}
 

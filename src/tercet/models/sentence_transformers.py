@@ -201,7 +201,9 @@ def _transformer(source: str, what: str) -> dict[str, Any]:
 def default_prompt(source: str) -> str:
     """The prompt that a folder or hub id puts before each text; empty where it has none."""
     found = (read_json(source, MODEL_SETTINGS) if source else None) or {}
-    return str((found.get("prompts") or {}).get(found.get("default_prompt_name"), ""))
+    prompts, name = found.get("prompts"), found.get("default_prompt_name")
+    prompt = prompts.get(name) if isinstance(prompts, dict) and isinstance(name, str) else None
+    return prompt if isinstance(prompt, str) else ""
 
 
 def _model(source: str, pooling: Mapping[str, Any], layers: list[dict[str, Any]], what: str) -> dict[str, Any]:

@@ -32,6 +32,8 @@ def run(cfg: DictConfig, output: Path) -> float | None:
     """
     runs = {str(name): stage for name, stage in cfg.stages.runs.items() if stage is not None}
     require(runs, "stages.runs: every stage is null. Set one of them, or use another experiment.")
+    for name, stage in runs.items():
+        require(OmegaConf.is_dict(stage), f"stages.runs.{name}={stage}: a group of keys is needed, what is set in this stage.")
     taken = {START, "test", "train", "val"} & runs.keys()
     require(not taken, f"stages.runs: a stage may not be called {' or '.join(taken)}. Rename it.")
     check_writable(output, "output_dir")
