@@ -1,5 +1,6 @@
 """What tests share: tiny models, texts, and the configuration as the command line composes it."""
 
+import gc
 import json
 import os
 import signal
@@ -134,6 +135,11 @@ def encoder():
 def _seed():
     torch.manual_seed(0)
     warn_once.cache_clear()
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # all that has been imported is searched for garbage no more: composing takes a fifth less
 
 
 def pytest_collection_modifyitems(items):

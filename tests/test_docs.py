@@ -4,6 +4,7 @@ import ast
 import importlib
 import re
 import shlex
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,7 @@ def keys_of(node):
     return set().union(*map(keys_of, node)) if isinstance(node, list) else set()
 
 
+@cache
 def known_names():
     files = list(CONF.rglob("*.yaml"))
     names = set().union(*(keys_of(OmegaConf.to_container(OmegaConf.load(path), resolve=False)) for path in files))

@@ -26,6 +26,15 @@ def test_a_group_that_is_given_no_name(override):
     assert hydra_compat.failed_group(KeyError("x")) is None
 
 
+@pytest.mark.parametrize("override", ["~data.columns.0", "~optimizer.betas.1"])
+def test_an_override_that_cannot_be_applied_is_named(override):
+    with pytest.raises(TypeError) as caught:
+        composed("data=text", "data.path=x", "data.columns=[a,b]", override)
+    assert hydra_compat.failed_override(caught.value) == override
+    assert explain(caught.value, "train").startswith(f"{override}: it cannot be applied (")
+    assert hydra_compat.failed_override(KeyError("x")) is None
+
+
 def test_overrides_are_parsed_as_on_the_command_line():
     fixed, swept, group = hydra_compat.parse_overrides(["a.b=1", "c=x,y", "d@e=f"])
     assert (fixed.get_key_element(), fixed.value(), fixed.is_sweep_override()) == ("a.b", 1, False)

@@ -61,6 +61,8 @@ def explain(error: BaseException, command: str) -> str:
     place = f"{hydra_compat.source_key(components.raw_config(), where[1])}: " if where else ""
     if isinstance(error, (errors.HydraException, OmegaConfBaseException)) and not where:
         return text
+    if override := hydra_compat.failed_override(error):
+        return f"{override}: it cannot be applied ({text}). An item of a list is changed by giving the whole list."
     if where and isinstance(error.__cause__, (TypeError, ValueError)) and not str(error).startswith("tercet."):
         return place + " ".join(str(error.__cause__).split())  # a library's constructor refuses a value
     return place + _library_error(error.__cause__ or error if where else error)

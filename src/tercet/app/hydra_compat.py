@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 from hydra import version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.defaults_list import Overrides
 from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core.global_hydra import GlobalHydra
@@ -68,8 +69,17 @@ def failed_config(error: BaseException | None) -> Any:
 
 def failed_group(error: BaseException) -> str | None:
     """The override of a group, as it was typed, whose value Hydra cannot take for a choice; None for other errors."""
+    return _override_in(error, Overrides.__init__)
+
+
+def failed_override(error: BaseException) -> str | None:
+    """The override of a key, as it was typed, that Hydra cannot apply to the configuration; None for other errors."""
+    return _override_in(error, ConfigLoaderImpl._apply_overrides_to_config)
+
+
+def _override_in(error: BaseException, function: Any) -> str | None:
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
-    found = (frame.f_locals.get("override") for frame in frames if frame.f_code is Overrides.__init__.__code__)
+    found = (frame.f_locals.get("override") for frame in frames if frame.f_code is function.__code__)
     return next((override.input_line for override in found if override is not None), None)
 
 
