@@ -109,7 +109,7 @@ def test_not_utf8(told):
 
 
 def test_not_utf8_after_the_first_rows(told, monkeypatch):
-    monkeypatch.setattr("tercet.data.formats.ROWS", 2)
+    monkeypatch.setattr("tercet.data.file_formats.ROWS", 2)
     has(told("a.txt", b"one\ntwo\nthree\nfour\nfi\xffe\n"), "line 5, byte 21 (0xff)")
     has(told("a.csv", b"text\none\ntwo\nthree\nfour\nfi\xffe\n"), "line 6, byte 26 (0xff)")
 

@@ -65,7 +65,7 @@ def test_a_schema_of_endless_levels_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["x.txt", "x.csv", "x.jsonl"])
 def test_a_line_without_an_end_is_refused(tmp_path, monkeypatch, name):
-    monkeypatch.setattr("tercet.data.formats.LINE", 100)
+    monkeypatch.setattr("tercet.data.file_formats.LINE", 100)
     (tmp_path / name).write_text({"x.jsonl": '{"text": "a"}'}.get(name, "text") + "\n" + "a" * 200)
     with pytest.raises(InputError, match="a line has more than 100 characters"):
         TextFiles(str(tmp_path / name), ["text"]).rows()

@@ -89,7 +89,7 @@ def test_lines_end_at_line_ends_only(tmp_path):
 def test_lines_cross_blocks(tmp_path, monkeypatch):
     lines = [f"é{i}" * 3 for i in range(50)]
     for rows in (1, 2, 7):
-        monkeypatch.setattr("tercet.data.formats.ROWS", rows)
+        monkeypatch.setattr("tercet.data.file_formats.ROWS", rows)
         (tmp_path / "a.txt").write_bytes("\r\n".join(lines).encode())
         assert TextFiles(str(tmp_path / "a.txt")).rows()["text"][:] == lines
 
@@ -324,14 +324,14 @@ def test_real_triplets():
 
 
 def test_quoted_line_ends_cross_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr("tercet.data.formats.ROWS", 3)
+    monkeypatch.setattr("tercet.data.file_formats.ROWS", 3)
     cells = [f'line one of {i}\nline "two"' for i in range(50)]
     path = write(tmp_path / "a.csv", [{"text": cell, "n": i} for i, cell in enumerate(cells)], "csv")
     assert TextFiles(str(path), position="n").rows()["text"][:] == cells
 
 
 def test_row_numbers_cross_blocks(tmp_path, monkeypatch):
-    monkeypatch.setattr("tercet.data.formats.ROWS", 3)
+    monkeypatch.setattr("tercet.data.file_formats.ROWS", 3)
     (tmp_path / "a.csv").write_text("text,n\n" + "".join(f"cell,{i}\n" for i in range(70)) + ",70\n")
     with pytest.raises(InputError, match="row 71: column 'text' is empty"):
         TextFiles(str(tmp_path / "a.csv")).rows()

@@ -8,7 +8,7 @@ import urllib.request
 import datasets
 import pytest
 
-from tercet.data import file_reader
+from tercet.data import data_path
 from tercet.data.text_files import TextFiles
 from tercet.errors import InputError
 
@@ -86,7 +86,7 @@ def test_a_file_on_the_hub_is_fetched_and_read(monkeypatch, tmp_path):
     file.write_text("a,b\none text,another text\n")
     asked = []
     monkeypatch.setattr(urllib.request, "urlopen", lambda request, timeout: io.BytesIO())
-    monkeypatch.setattr(file_reader, "hf_hub_download", lambda *a, **k: asked.append((a, k)) or str(file))
+    monkeypatch.setattr(data_path, "hf_hub_download", lambda *a, **k: asked.append((a, k)) or str(file))
     rows = TextFiles("hf://datasets/owner/name/folder/pairs.csv", columns=["a", "b"]).rows()
     assert rows.to_dict() == {"a": ["one text"], "b": ["another text"]}
     assert asked[0] == (("owner/name", "folder/pairs.csv"), {"repo_type": "dataset"})

@@ -73,7 +73,7 @@ def test_hub_sets_are_read_as_files_are(world, monkeypatch):
     import datasets
 
     rows = datasets.Dataset(pq.read_table(world / "struct.parquet"))
-    monkeypatch.setattr("tercet.data.file_reader.open_hub", lambda path, streaming: rows)
+    monkeypatch.setattr("tercet.data.data_path.open_hub", lambda path, streaming: rows)
     files = source("somebody/faces")
     assert pictures(batch(files, list(range(40)))) == pictures(batch(source(world / "folder"), list(range(40))))
 

@@ -13,8 +13,8 @@ import pyarrow as pa
 from datasets import ClassLabel, Dataset, Value
 
 from tercet.data.columns import as_dataset, check_split, files_fingerprint, split_rows, text_fingerprint
-from tercet.data.file_reader import DataPath, resolve
-from tercet.data.formats import read_text
+from tercet.data.data_path import DataPath, resolve
+from tercet.data.file_formats import read_text
 from tercet.errors import InputError, require
 from tercet.messages import warn_once
 

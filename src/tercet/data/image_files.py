@@ -15,7 +15,7 @@ from huggingface_hub.constants import HF_HUB_CACHE
 
 from tercet.data import columns as cols
 from tercet.data.columns import Chunk
-from tercet.data.file_reader import DataPath, resolve
+from tercet.data.data_path import DataPath, resolve
 from tercet.errors import require
 from tercet.images import SUFFIXES
 from tercet.messages import warn_once

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, Features, IterableDataset, Value
 
 from tercet.data import columns as cols
-from tercet.data.file_reader import DataPath, resolve
+from tercet.data.data_path import DataPath, resolve
 from tercet.errors import InputError, check_choice, require
 from tercet.messages import warn_once
 

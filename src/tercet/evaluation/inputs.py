@@ -178,8 +178,8 @@ def find_input(path: str | Path, parameter: str, accepted: str, suffixes: Iterab
 
 def read_table(path: str | Path, parameter: str, columns: Sequence[str], accepted: str) -> dict[str, list[Any]]:
     """Read the cells of ``columns``, which must be there once each; cells of csv and tsv are text."""
-    from tercet.data.file_reader import DataPath  # imports datasets: a second
-    from tercet.data.formats import FORMATS
+    from tercet.data.data_path import DataPath  # imports datasets: a second
+    from tercet.data.file_formats import FORMATS
 
     file = find_input(path, parameter, accepted, TABLES)
     data = DataPath(str(path), FORMATS[file.suffix.lower()], (file,))

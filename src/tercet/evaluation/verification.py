@@ -246,7 +246,7 @@ class Verification:
 
 def _lfw_cells(file: Path, where: str) -> Iterable[Sequence[Any]]:
     """LFW's format: first the numbers of folds (or one) and of pairs of a kind in each; per fold same, then different."""
-    from tercet.data.formats import read_lines  # imports datasets: a second
+    from tercet.data.file_formats import read_lines  # imports datasets: a second
 
     header, *lines = [line.split() for line in read_lines(file, where) if line.strip()] or [[]]
     if len(header) not in (1, 2) or not all(re.fullmatch("[1-9][0-9]{0,8}", word) for word in header):

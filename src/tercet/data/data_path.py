@@ -16,7 +16,7 @@ import pyarrow as pa
 from huggingface_hub import hf_hub_download
 
 from tercet.data.columns import Chunk, check_column, files_fingerprint, plain_schema, text_fingerprint
-from tercet.data.formats import FORMATS, JSON, ROWS, Format, Opened, number_rows
+from tercet.data.file_formats import FORMATS, JSON, ROWS, Format, Opened, number_rows
 from tercet.errors import InputError, refuse_damaged, require
 from tercet.paths import locate, visible_files
 
