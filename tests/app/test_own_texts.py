@@ -6,6 +6,7 @@ import pytest
 
 from tercet.app.cli import main
 from tercet.app.own_texts import objective_for, selection_for, set_run_length
+from tercet.errors import InputError
 from tercet.training import FaceNet, Pretraining, QuickThoughts, SimCSESup, SimCSEUnsup
 from tests.conftest import composed
 
@@ -45,6 +46,11 @@ def test_steps_and_validations_follow_the_rows(capsys):
     assert lengths(rows=None) == (1000, -1, 100, None)
     assert lengths("run_length.epochs=2", "run_length.validations=3") == (12, -1, 4, None)
     assert lengths("trainer.accumulate_grad_batches=2") == (60, -1, 12, None)
+
+
+def test_another_component_is_no_length():
+    with pytest.raises(InputError, match="^run_length: a component is needed, with _target_: tercet.training.RunLength"):
+        lengths("run_length={_target_:os.getcwd}", "~run_length.epochs", "~run_length.at_most", "~run_length.validations")
 
 
 def test_what_the_user_gives_is_obeyed(capsys):

@@ -127,3 +127,16 @@ def test_plain_values_that_a_target_makes_are_checked_too(values, message):
     with pytest.raises(InputError) as caught:
         components.build(node.outer)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(("override", "message"), [
+    ("callback.best=${seed}", "callback.best=1: a component is needed"),
+    ("stages=${seed}", "stages=1: a group of keys is needed"),
+    ("seed=${name}", "seed=test: a whole number is needed"),
+    ("keep_last=${stages.in_domain}", "keep_last=null: a whole number is needed"),
+    ("seed=${keep_last}", None),
+    ("seed=${no_such_key}", "Interpolation key 'no_such_key' not found"),
+])  # fmt: skip
+def test_what_an_interpolation_refers_to_is_checked_where_it_stands(override, message):
+    found = told(override)
+    assert found is None if message is None else message in str(found), found

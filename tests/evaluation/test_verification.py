@@ -204,6 +204,13 @@ def test_an_unreadable_image_is_named(world):
     fails(r"path=.*image 1 of Bo \(fold 1\) is unreadable: it cannot be decoded", world, "lfw")
 
 
+def test_a_number_of_an_image_that_is_none(world):
+    table = pq.read_table(world / "faces.parquet")
+    numbers = pa.array([[n] for n in table["image_no"].to_pylist()])
+    pq.write_table(table.set_column(table.schema.get_field_index("image_no"), "image_no", numbers), world / "faces.parquet")
+    fails(r"image_no=\[1\] of .*: a whole number is needed", world)
+
+
 def test_a_face_that_is_there_twice(world):
     table = pq.read_table(world / "faces.parquet")
     pq.write_table(pa.concat_tables([table, table.slice(2, 1)]), world / "faces.parquet")

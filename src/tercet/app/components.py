@@ -177,9 +177,9 @@ def _join(key: str, name: str) -> str:
 def check_settings(cfg: DictConfig) -> None:
     """Raise ``InputError`` for a number that is not finite, wherever it is, and for what a key of no component does not take.
 
-    Interpolations are left aside: what they refer to is checked at its own place.
+    Interpolations that cannot be resolved yet are left aside.
     """
-    values = dict(walk(OmegaConf.to_container(cfg, resolve=False)))
+    values = {key: _resolved(cfg, key, value) for key, value in walk(OmegaConf.to_container(cfg, resolve=False))}
     for key, value in values.items():
         if isinstance(value, float):
             require(math.isfinite(value), f"{key}={value}: a finite number is needed.")
@@ -200,6 +200,17 @@ def check_settings(cfg: DictConfig) -> None:
         if isinstance(value, int | float) and not (least <= value <= largest or (value == -1 and "-1" in others)):
             above = f"from {least:g} to {largest}" if math.isfinite(largest) else f"of {least:g} or more"
             raise InputError(f"{key}={value}: a number {above}{others} is needed.")
+
+
+def _resolved(cfg: DictConfig, key: str, value: Any) -> Any:
+    """The value of a key, an interpolation replaced by what it refers to where that is known."""
+    if not isinstance(value, str) or "${" not in value:
+        return value
+    try:
+        found = OmegaConf.select(cfg, key, default=value)
+        return OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found
+    except OmegaConfBaseException:
+        return value
 
 
 def check_values(cfg: DictConfig, raw: DictConfig) -> None:

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from tercet.app.components import build, check_values
 from tercet.app.config_checks import set_monitor_mode
 from tercet.app.hydra_compat import typed_overrides
+from tercet.errors import require
 from tercet.messages import print_status
 from tercet.training.datamodule import DataModule, RunLength
 from tercet.types import Source
@@ -69,7 +70,7 @@ def set_run_length(config: DictConfig, data: DataModule) -> None:
     if not config.run_length:
         return
     trainer, length = config.trainer, build(config.run_length)
-    assert isinstance(length, RunLength)
+    require(isinstance(length, RunLength), "run_length: a component is needed, with _target_: tercet.training.RunLength.")
     rows = data.num_rows()
     if trainer.max_steps == -1 and trainer.max_epochs == -1:
         trainer.max_steps = length.steps(rows, data.batch_size)

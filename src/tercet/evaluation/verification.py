@@ -306,6 +306,7 @@ def _read_images(file: Path, path: str | Path, wanted: set[Face]) -> dict[Face, 
         table.validate(full=True)
         rows = zip(*(table[column].to_pylist() for column in FACE_COLUMNS), strict=True)
     for name, number, cell in rows:
+        require(isinstance(number, int | float), f"`path`={path}: image_no={number!r:.40} of {name}: a whole number is needed.")
         if (name, number) in wanted and cell is not None:
             require((name, number) not in found, f"`path`={path} has image {number} of {name} twice. Correct it.")
             cell = cell if isinstance(cell, dict) else {"bytes": cell, "path": None}
