@@ -49,7 +49,7 @@ def test_steps_and_validations_follow_the_rows(capsys):
 
 
 def test_another_component_is_no_length():
-    with pytest.raises(InputError, match="^run_length: a component is needed, with _target_: tercet.training.RunLength"):
+    with pytest.raises(InputError, match=r"^run_length: a component is needed, with _target_: tercet.training.RunLength"):
         lengths("run_length={_target_:os.getcwd}", "~run_length.epochs", "~run_length.at_most", "~run_length.validations")
 
 
