@@ -66,17 +66,17 @@ def selection_for(objective: Any, num_columns: int) -> str:
 
 
 def set_run_length(config: DictConfig, data: DataModule) -> None:
-    """Set the number of steps by ``run_length``, unless steps or epochs are given, and how often validation runs."""
+    """Set the number of steps by ``run_length``, unless steps, epochs or a time are given, and how often validation runs."""
     if not config.run_length:
         return
     trainer, length = config.trainer, build(config.run_length)
     require(isinstance(length, RunLength), "run_length: a component is needed, with _target_: tercet.training.RunLength.")
     rows = data.num_rows()
-    if trainer.max_steps == -1 and trainer.max_epochs == -1:
+    if trainer.max_steps == -1 and trainer.max_epochs == -1 and trainer.max_time is None:
         trainer.max_steps = length.steps(rows, data.batch_size)
         seen = trainer.max_steps * trainer.accumulate_grad_batches * data.batch_size
         passes = "" if rows is None else f", {seen / rows:.1f} passes over {rows:,} training rows"
-        advice = "run_length sets that; trainer.max_steps or trainer.max_epochs another length."
+        advice = "run_length sets that; trainer.max_steps, trainer.max_epochs or trainer.max_time another length."
         print_status(f"{trainer.max_steps} steps of {data.batch_size} rows{passes}: {advice}")
     if config.monitor and trainer.val_check_interval is None and trainer.max_steps > 0:
         batches = trainer.max_steps * trainer.accumulate_grad_batches

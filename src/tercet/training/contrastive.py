@@ -18,9 +18,17 @@ from tercet.messages import print_status
 from tercet.models import CachedEncoder, Encoder
 from tercet.models.engine.deterministic_dropout import with_dropout_seeds
 from tercet.models.folder import KEY, encoder_spec
-from tercet.training.lightning_compat import EvaluationHooks, FSDP2Strategy, begin_next_epoch
+from tercet.training.lightning_compat import EvaluationHooks, FSDP2Strategy, begin_next_epoch, elapsed_share
 from tercet.training.masked_lm import MaskedLM
-from tercet.training.optimizers import MakeOptimizer, MakeScheduler, adamw, follow_schedule, make_scheduler
+from tercet.training.optimizers import (
+    TIMED_STEPS,
+    MakeOptimizer,
+    MakeScheduler,
+    adamw,
+    end_with_time,
+    follow_schedule,
+    make_scheduler,
+)
 from tercet.types import Batch, Embeddings, LossOutput, concat_inputs
 
 UNIFORMITY_ROWS = 1024  # they have a million pairs
@@ -102,10 +110,13 @@ class ObjectiveHooks(EvaluationHooks):
         streaming = getattr(getattr(self.trainer, "datamodule", None), "streaming", False)
         # The estimate opens the loader, which is too early for a stream: FSDP2 restores where it was after this.
         steps = self.trainer.max_steps if streaming else self.trainer.estimated_stepping_batches
-        optimizer = self.optimizer(self)
-        known = 1 <= steps < float("inf")  # a stream has no length, and a time limit is no number of steps
-        require(known, "The number of steps is not known, which the schedule needs. Set `trainer.max_steps`.")
-        schedule = self.scheduler(optimizer, int(steps))
+        optimizer, elapsed = self.optimizer(self), elapsed_share(self.trainer)
+        known = 1 <= steps < float("inf")  # a stream has no length
+        advice = "Set `trainer.max_steps`, or `trainer.max_time` to train for a given time."
+        require(known or elapsed, f"The number of steps is not known, which the schedule needs. {advice}")
+        schedule = self.scheduler(optimizer, int(steps) if known else TIMED_STEPS)
+        if elapsed is not None:
+            end_with_time(schedule, int(steps) if known else None, elapsed)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "train/lr"}}
 
     def configure_model(self: Any) -> None:

@@ -1,9 +1,11 @@
 """All uses of private interfaces of Lightning and torch's optimizers; tests/training/test_lightning_compat.py checks each."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import Timer
 from pytorch_lightning.loops.evaluation_loop import RestartStage
 from pytorch_lightning.strategies import ModelParallelStrategy, StrategyRegistry
 from torch.optim import Optimizer
@@ -52,6 +54,24 @@ def epoch_and_batches(trainer: pl.Trainer | None) -> tuple[int, int]:
     if progress is None or progress.processed > progress.completed:
         return (progress.processed if progress else 0), 0
     return progress.completed, num_processed_batches(trainer)
+
+
+def time_limit(trainer: pl.Trainer) -> Timer | None:
+    """The clock of ``max_time``, which counts the time of earlier parts of a resumed run; None without a limit."""
+    return next((c for c in trainer.callbacks if isinstance(c, Timer) and c.time_remaining() is not None), None)  # type: ignore[attr-defined]
+
+
+def elapsed_share(trainer: pl.Trainer) -> Callable[[], float] | None:
+    """A function: the share of ``max_time`` that has passed, 0 to 1, the same in all processes; None without a limit."""
+    timer = time_limit(trainer)
+    if timer is None:
+        return None
+
+    def share() -> float:
+        elapsed, left = timer.time_elapsed(), timer.time_remaining() or 0.0
+        return float(trainer.strategy.broadcast(min(1.0, elapsed / max(elapsed + left, 1e-9))))
+
+    return share
 
 
 def begin_next_epoch(trainer: pl.Trainer) -> None:

@@ -12,6 +12,7 @@ from tercet.errors import check_choice, require
 from tercet.training.lightning_compat import let_scaler_unscale
 
 MakeOptimizer = Callable[[nn.Module], Optimizer]  # of a module
+TIMED_STEPS = 10_000  # of the schedule of a run whose length is a time
 MakeScheduler = Callable[[Optimizer, int], LRScheduler]  # of an optimizer and the number of steps
 
 
@@ -75,6 +76,23 @@ def make_scheduler(optimizer: Optimizer, steps: int, shape: str = "linear", warm
     name = "constant_with_warmup" if shape == "constant" else shape
     scheduler: LRScheduler = get_scheduler(name, optimizer, round(warmup * steps), steps)
     return scheduler
+
+
+def end_with_time(scheduler: LRScheduler, steps: int | None, elapsed: Callable[[], float]) -> None:
+    """Let a schedule end with the time of a run: its position is the share of the time that has ``elapsed``, 0 to 1.
+
+    Where ``steps`` are known, too, it is the larger of that share and the share of steps, because what is first ends the run.
+    Without them the schedule was made for ``TIMED_STEPS``.
+    """
+    usable = isinstance(scheduler, LambdaLR)
+    require(usable, f"`scheduler`: a {type(scheduler).__name__} does not follow the time. Set `trainer.max_steps`.")
+    assert isinstance(scheduler, LambdaLR)
+    total = TIMED_STEPS if steps is None else steps
+
+    def at_position(factor: Callable[[float], float]) -> Callable[[int], float]:
+        return lambda step: factor(max(0 if steps is None else step, elapsed() * total))
+
+    scheduler.lr_lambdas = [at_position(factor) for factor in scheduler.lr_lambdas]
 
 
 def follow_schedule(scheduler: LRScheduler) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from omegaconf import DictConfig
-from pytorch_lightning.callbacks import LambdaCallback
+from pytorch_lightning.callbacks import LambdaCallback, Timer
 
 from tercet.app import launch
 from tercet.app.components import build
@@ -55,16 +55,16 @@ def preflight(cfg: DictConfig, objective: Contrastive, data: DataModule, evaluat
         losses.append(float(trainer.callback_metrics["train/loss"]))  # waits for the device
         ends.append(time.perf_counter())
 
-    quick = {"max_steps": STEPS, "max_epochs": -1, "limit_val_batches": 0, "enable_checkpointing": False, "logger": False,
+    quick = {"max_steps": STEPS, "max_epochs": -1, "max_time": None, "limit_val_batches": 0, "enable_checkpointing": False, "logger": False,
              "enable_progress_bar": False, "enable_model_summary": False, "accumulate_grad_batches": 1,
              "callbacks": [LambdaCallback(on_train_batch_end=record_step)], "default_root_dir": str(output),
              **launch.strategy_options(cfg)}  # fmt: skip
     trainer: pl.Trainer = build(cfg.trainer, **quick)
     trainer.fit(objective, datamodule=data)
     require(math.isfinite(losses[-1]), f"check: the loss is {losses[-1]} after {len(ends)} steps.")
-    seconds = (ends[-1] - ends[0]) / max(1, len(ends) - 1)
+    seconds = (ends[-1] - ends[0]) / max(1, len(ends) - 1) * cfg.trainer.accumulate_grad_batches
     sampled = SampledEncoder(refresh_encoder(trainer, objective))
-    steps = total_steps(cfg, data)
+    steps = total_steps(cfg, data, seconds)
     often = (validations(cfg, steps, data) + bool(cfg.trainer.num_sanity_val_steps), 2 if cfg.measure_before else 1)
     items = 0
     for evaluator, times in zip((evaluation.validation, evaluation.test), often, strict=True):
@@ -93,13 +93,18 @@ def preflight(cfg: DictConfig, objective: Contrastive, data: DataModule, evaluat
             output.rmdir()
 
 
-def total_steps(cfg: DictConfig, data: DataModule) -> int:
-    """The number of steps of the whole run."""
-    given, epochs = cfg.trainer.max_steps, cfg.trainer.max_epochs
-    if data.sampler is None or epochs in (None, -1):
-        return int(given)
-    batches = len(data.sampler) // cfg.trainer.accumulate_grad_batches  # type: ignore[arg-type]
-    return int(batches * epochs if given == -1 else min(given, batches * epochs))
+def total_steps(cfg: DictConfig, data: DataModule, seconds: float) -> int:
+    """The number of steps of the whole run, of ``seconds`` each: what is first of steps, epochs and time ends it."""
+    given, epochs, limits = cfg.trainer.max_steps, cfg.trainer.max_epochs, list[float]()
+    if given not in (None, -1):
+        limits.append(given)
+    if data.sampler is not None and epochs not in (None, -1):
+        limits.append(len(data.sampler) // cfg.trainer.accumulate_grad_batches * epochs)  # type: ignore[arg-type]
+    if (time := Timer(cfg.trainer.max_time).time_remaining()) is not None:
+        limits.append(max(1, time // max(seconds, 1e-9)))
+    advice = "Set trainer.max_steps, trainer.max_epochs, or trainer.max_time to train for a given time"
+    require(limits, f"trainer.max_steps={given}: the run would not end. {advice}.")
+    return int(min(limits))
 
 
 def validations(cfg: DictConfig, steps: int, data: DataModule) -> int:

@@ -17,6 +17,7 @@ from torch.nn.utils import get_total_norm
 from tercet.distributed.gather import rank, world_size
 from tercet.errors import InputError, require
 from tercet.messages import ProgressLines, log_errors, warn_once
+from tercet.training.lightning_compat import time_limit
 from tercet.types import Batch, TokenBatch, concat_inputs
 
 
@@ -133,7 +134,10 @@ class Progress(TQDMProgressBar):
         """Update the bar, or print a line if it is due."""
         super().on_train_batch_end(trainer, pl_module, *batch)
         if self.lines is not None:
-            shown = (f", {name} {value}" for name, value in self.get_metrics(trainer, pl_module).items())
+            timer = time_limit(trainer)
+            left = max(0.0, timer.time_remaining() or 0.0) / 60 if timer else 0.0
+            shown = [f", at most {left:.1f} min left" if timer else ""]
+            shown += [f", {name} {value}" for name, value in self.get_metrics(trainer, pl_module).items()]
             self.lines.update(trainer.global_step - self.lines.n, "".join(shown))
 
     def init_test_tqdm(self) -> Tqdm:
