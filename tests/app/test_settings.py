@@ -173,7 +173,7 @@ def test_what_stands_among_components_is_one(given, message):
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"_partial_": False}, "optimizer._target_=adamw: missing a required argument: 'module'. Give it, or optimizer."),
+    ({"_partial_": False}, "optimizer._target_=adamw: missing a required argument: 'module'. Training gives it: optimizer."),
     ({"_args_": [1, 2]}, "optimizer._target_=adamw: multiple values for argument 'lr'."),
 ])  # fmt: skip
 def test_an_argument_that_is_not_given_is_named(change, message):

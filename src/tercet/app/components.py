@@ -3,6 +3,7 @@
 import functools
 import inspect
 import math
+import re
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -110,8 +111,9 @@ def _check_given(target: Any, key: str, make: functools.partial[Any]) -> None:
     except ValueError:  # some functions of C have no signature
         return
     except TypeError as error:
-        place, missing = source_key(_Run.raw, key), str(error).startswith("missing")
-        advice = f" Give it, or {place}._partial_=true where the program gives it." if missing else ""
+        place, missing = source_key(_Run.raw, key), re.match("missing a required .*'(.+)'", str(error))
+        advice = f" Give {place}.{missing[1]}." if missing else ""
+        advice = f" Training gives it: {place}._partial_=true." if missing and place in CALLED else advice
         raise InputError(f"{place}._target_={target.__name__}: {error}.{advice}") from None
 
 
