@@ -9,6 +9,7 @@ from tercet.app.config_checks import _optimizer, set_monitor_mode
 from tercet.app.error_formatting import explain
 from tercet.app.hydra_compat import parse_overrides
 from tercet.errors import InputError
+from tercet.types import Evaluator
 from tests.conftest import composed, tiny
 
 TEXT = ("data=text", "data.path=my.txt")
@@ -18,7 +19,7 @@ def told(*overrides):
     """The message for a run with these overrides of its keys; None where they are accepted. Composing anew takes long."""
     cfg = composed(*tiny(*TEXT))
     for override in parse_overrides(overrides):
-        OmegaConf.update(cfg, override.key_or_group, override.value())
+        OmegaConf.update(cfg, override.key_or_group, override.value(), force_add="._" in override.key_or_group)
     start_record(cfg)
     try:
         check_settings(cfg)
@@ -50,6 +51,8 @@ def told(*overrides):
     ("data.workers=1.5", "a whole number"), ("data.columns=text", "a list"), ("model.normalize=no", "true or false"),
     ("loss._target_=tercet.losses.Nothing", "cannot be imported"), ("loss._target_=tercet.losses", "a class or function"),
     ("loss=5", "a component"), ("callback.best=5", "a component"),
+    ("loss._partial_=true", "the component itself"), ("callback.best._partial_=true", "the component itself"),
+    ("optimizer._partial_=abc", "true or false"), ("loss._args_=5", "a list"),
     ("model=null", "a group of keys"),
 ])  # fmt: skip
 def test_a_value_that_is_not_accepted_is_named_with_its_key(override, accepted):
@@ -96,7 +99,7 @@ def test_a_target_that_makes_something_else_is_named():
     start_record(cfg)
     with pytest.raises(Exception) as caught:
         components.build(cfg.objective)
-    assert explain(caught.value, "train") == "objective.loss: Module or null is needed, its _target_ makes object."
+    assert explain(caught.value, "train") == "loss: Module or null is needed, its _target_ makes object."
 
 
 def part(size: int | None = None, names: list[str] | None = None, parts: dict[str, float | str] | None = None) -> tuple:
@@ -140,3 +143,43 @@ def test_plain_values_that_a_target_makes_are_checked_too(values, message):
 def test_what_an_interpolation_refers_to_is_checked_where_it_stands(override, message):
     found = told(override)
     assert found is None if message is None else message in str(found), found
+
+
+class Group:
+    """A target that takes components by name, and in a list."""
+
+    def __init__(self, members: dict[str, Evaluator], more: list[Evaluator] | None = None) -> None:
+        self.members, self.more = members, more
+
+
+MEMBER = {"_target_": "tercet.evaluation.STS", "path": "sts.parquet"}
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"members": {"a": MEMBER}, "more": [MEMBER]}, None),
+    ({"members": {"a": {"new": 1}}}, "outer.members={'a': {'new': 1}}: a group of keys, each of them Evaluator, is"),
+    ({"members": {"a": MEMBER, "b": {"new": 1}}}, "outer.members.b={'new': 1}: Evaluator is needed here"),
+    ({"members": {"a": MEMBER}, "more": [MEMBER, 5]}, "outer.more.1=5: Evaluator is needed here, this is a whole number."),
+])  # fmt: skip
+def test_what_stands_among_components_is_one(given, message):
+    cfg = OmegaConf.create({"outer": {"_target_": f"{__name__}.Group", **given}})
+    start_record(cfg)
+    if message is None:
+        check_values(cfg, cfg)
+        return
+    with pytest.raises(InputError) as caught:
+        check_values(cfg, cfg)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"_partial_": False}, "optimizer._target_=adamw: missing a required argument: 'module'. Training gives it: optimizer."),
+    ({"_args_": [1, 2]}, "optimizer._target_=adamw: multiple values for argument 'lr'."),
+])  # fmt: skip
+def test_an_argument_that_is_not_given_is_named(change, message):
+    cfg = composed(*tiny(*TEXT))
+    cfg.optimizer = {**OmegaConf.to_container(cfg.optimizer), "_partial_": False, **change}
+    start_record(cfg)
+    with pytest.raises(InputError) as caught:
+        components.build(cfg.optimizer)
+    assert str(caught.value).startswith(message)

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import math
+import re
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tercet.app.hydra_compat import full_key, source_key
 from tercet.errors import InputError, require
 
-SPECIAL = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
+SPECIAL = {"_target_": str, "_partial_": bool, "_convert_": str, "_recursive_": bool, "_args_": list}  # Hydra's own keys
 SCALARS = (bool, int, float, str, type(None))
 SETTINGS: dict[str, Any] = {  # what a key takes that belongs to no component; a list of others is of numbers with limits
     **dict.fromkeys(("check", "measure_before", "resume"), bool),
@@ -31,6 +32,7 @@ SETTINGS: dict[str, Any] = {  # what a key takes that belongs to no component; a
 }  # fmt: skip
 COMPONENTS = ("data.module", "data.train", "loss", "objective", "optimizer", "sampler", "scheduler", "test", "trainer",
               "validation", "view", "evaluation", "guard")  # fmt: skip
+CALLED = ("optimizer", "sampler", "scheduler")  # by training, with what is known only then: _partial_=true
 LIMITS: dict[str, tuple[float, float, str]] = {  # of numbers that no component checks: least, largest, what else is taken
     "seed": (0, 2**32 - 1, ""), "num_threads": (1, 4096, " (null: as many as torch chooses)"), "keep_last": (1, 1000, ""),
     "negatives": (1, 1000, ""), "skip": (0, math.inf, ""), "model.max_length": (1, math.inf, ""),
@@ -84,6 +86,7 @@ def _build(node: Any, key: str, extra: Mapping[str, Any]) -> Any:
     make = functools.partial(create, target, key, *node.get("_args_", []), **values)
     if node.get("_partial_"):
         return record(make, key)
+    _check_given(target, key, make)
     try:
         return make()
     except Exception as error:
@@ -101,13 +104,26 @@ def locate_target(node: Mapping[str, Any], key: str) -> Any:
     return target
 
 
+def _check_given(target: Any, key: str, make: functools.partial[Any]) -> None:
+    """Raise ``InputError`` where a parameter of ``target`` that has no default is not given."""
+    try:
+        inspect.signature(target).bind(*make.args[2:], **make.keywords)
+    except ValueError:  # some functions of C have no signature
+        return
+    except TypeError as error:
+        place, missing = source_key(_Run.raw, key), re.match("missing a required .*'(.+)'", str(error))
+        advice = f" Give {place}.{missing[1]}." if missing else ""
+        advice = f" Training gives it: {place}._partial_=true." if missing and place in CALLED else advice
+        raise InputError(f"{place}._target_={target.__name__}: {error}.{advice}") from None
+
+
 def _check_made(target: Any, key: str, node: Mapping[str, Any], values: Mapping[str, Any]) -> None:
     """Raise ``InputError`` for a value that a nested ``_target_`` made and the parameter of ``target`` does not take."""
     hints = _hints(target)
     for name in hints.keys() & values.keys():
         for place, hint, made in _made(_join(key, name), hints[name], node.get(name), values[name]):
             fits = takes(hint, made) if isinstance(made, SCALARS) else _fits(hint, made)
-            require(fits, f"{place}: {_words(hint)} is needed, its _target_ makes {_kind(made)}.")
+            require(fits, f"{source_key(_Run.raw, place)}: {_words(hint)} is needed, its _target_ makes {_kind(made)}.")
 
 
 def _made(key: str, hint: Any, node: Any, value: Any) -> Iterator[tuple[str, Any, Any]]:
@@ -116,10 +132,8 @@ def _made(key: str, hint: Any, node: Any, value: Any) -> Iterator[tuple[str, Any
         yield key, hint, value
     elif isinstance(node, list | dict) and isinstance(value, list | dict):
         is_list = isinstance(node, list)
-        arms = [get_args(arm) for arm in (get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,))]
-        inside = next((arm[0 if is_list else -1] for arm in arms if arm), Any)
         for name in range(len(node)) if is_list else node:
-            yield from _made(_join(key, str(name)), inside, node[name], value[name])
+            yield from _made(_join(key, str(name)), _inside(hint, is_list), node[name], value[name])
 
 
 def create(target: Callable[..., Any], key: str, /, *arguments: Any, **values: Any) -> Any:
@@ -192,9 +206,15 @@ def check_settings(cfg: DictConfig) -> None:
             raise InputError(f"{key}={_shown(value)}: {_words(hint)} is needed here, this is {_kind(value)}.")
     for key, value in values.items():
         group, _, name = key.rpartition(".")
+        if name in SPECIAL and not takes(SPECIAL[name], value):
+            raise InputError(f"{key}={_shown(value)}: {_words(SPECIAL[name])} is needed here, this is {_kind(value)}.")
         is_part = key in COMPONENTS or (group in ("callback", "logger") and name and value is not None)
         if is_part and not (isinstance(value, dict) and isinstance(value.get("_target_"), str)) and "${" not in str(value):
             raise InputError(f"{key}={_shown(value)}: a component is needed, a group of keys with a _target_.")
+        if is_part and key not in CALLED and isinstance(value, dict) and value.get("_partial_"):
+            raise InputError(
+                f"{key}._partial_={_shown(value['_partial_'])}: the component itself is needed here. Leave it out."
+            )
     for key, (least, largest, others) in LIMITS.items():
         value = values.get(key)
         if isinstance(value, int | float) and not (least <= value <= largest or (value == -1 and "-1" in others)):
@@ -223,18 +243,33 @@ def check_values(cfg: DictConfig, raw: DictConfig) -> None:
         parameters = inspect.signature(target).parameters
         open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         # An experiment may have set what only another choice of the group has.
-        for name in () if open_ended else node.keys() - parameters.keys() - SPECIAL:
+        for name in () if open_ended else node.keys() - parameters.keys() - SPECIAL.keys():
             # The name itself, also where it holds an interpolation: removing what it refers to would not help.
             key, accepted = _join(source_key(raw, place), name), ", ".join(parameters)
             raise InputError(
                 f"{key}={node[name]}: {target.__name__} does not take it; it takes {accepted}. Leave it out with '~{key}'."
             )
-        hints = _hints(target)
-        for name, value in node.items():
-            is_plain = isinstance(value, (*SCALARS, list, dict)) and not find_targets(value)
-            if name in hints and is_plain and not takes(hints[name], value):
-                key = source_key(raw, _join(place, name))
-                raise InputError(f"{key}={_shown(value)}: {_words(hints[name])} is needed here, this is {_kind(value)}.")
+        for name, annotation in _hints(target).items():
+            for inner, hint, value in _plain_parts(_join(place, name), annotation, node[name]) if name in node else ():
+                if isinstance(value, (*SCALARS, list, dict)) and not takes(hint, value):
+                    key = source_key(raw, inner)
+                    raise InputError(f"{key}={_shown(value)}: {_words(hint)} is needed here, this is {_kind(value)}.")
+
+
+def _plain_parts(key: str, hint: Any, value: Any) -> Iterator[tuple[str, Any, Any]]:
+    """The value, or the largest parts of it that hold no target, each with its key and its annotation."""
+    if not find_targets(value):
+        yield key, hint, value
+    elif "_target_" not in value:
+        names = range(len(value)) if isinstance(value, list) else value
+        for name in names:
+            yield from _plain_parts(_join(key, str(name)), _inside(hint, isinstance(value, list)), value[name])
+
+
+def _inside(hint: Any, of_list: bool) -> Any:
+    """The annotation of what a list or a group of keys holds whose own is ``hint``."""
+    arms = [get_args(arm) for arm in (get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,))]
+    return next((arm[0 if of_list else -1] for arm in arms if arm), Any)
 
 
 def find_targets(node: Any, key: str = "") -> list[tuple[str, dict[str, Any]]]:
@@ -264,7 +299,7 @@ def takes(hint: Any, value: Any) -> bool:
     if origin is Literal:
         return value in get_args(hint) or str(value) in get_args(hint)
     if isinstance(value, dict) and isinstance(origin, type):
-        return issubclass(dict, origin)
+        return issubclass(dict, origin) and all(takes(inside[-1], x) for x in value.values())
     if origin is not None or not isinstance(hint, type) or getattr(hint, "_is_protocol", False):
         return False
     if isinstance(value, bool):
@@ -291,6 +326,8 @@ def _words(hint: Any) -> str:
         return " or ".join(dict.fromkeys(map(_words, get_args(hint))))
     if origin is Literal:
         return f"one of {', '.join(map(str, get_args(hint)))}"
+    if isinstance(origin, type) and issubclass(dict, origin):
+        return f"a group of keys, each of them {_words(get_args(hint)[-1])},"
     if origin is tuple and ... not in get_args(hint):
         return f"a list of {len(get_args(hint))} values"
     return words.get(hint) or ("a list" if origin else str(getattr(hint, "__name__", hint)))

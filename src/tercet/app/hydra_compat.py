@@ -34,7 +34,11 @@ def typed_overrides() -> list[str]:
 
 def full_key(node: Any) -> str:
     """The key of a node in its configuration, as ``model.head``; empty for the root, and for what is no configuration."""
-    return re.sub(r"\[(\d+)\]", r".\1", node._get_full_key(None)) if isinstance(node, Node) else ""
+    names: list[str] = []
+    while isinstance(node, Node) and node._key() is not None:
+        names.insert(0, str(node._key()))
+        node = node._get_parent()
+    return ".".join(names)
 
 
 def source_key(config: DictConfig, key: str) -> str:

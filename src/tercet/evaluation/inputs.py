@@ -251,6 +251,10 @@ class EvaluatorGroup:
 
     members: Mapping[str, Evaluator]
 
+    def __post_init__(self) -> None:
+        for name, member in self.members.items():
+            require(callable(member), f"`members.{name}`={member!r:.80}: an evaluator is needed.")
+
     def __call__(self, encode: EncodeFunction) -> dict[str, float]:
         """Return the metrics of all members. Raises ``InputError`` where two members use one name."""
         metrics: dict[str, float] = {}

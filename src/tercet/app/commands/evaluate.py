@@ -70,6 +70,7 @@ def open_model(
     A choice has the random weights that ``train.py model=<name>`` would start from, its vocabulary that of the command's data.
     """
     check_device(device)
+    require(isinstance(name, str), f"model={name}: the name of one model is needed: a run, checkpoint, folder or hub id.")
     if seed is not None and not locate(name).exists() and "/" not in name:
         entries = sorted(entry.stem for entry in Path(config_folder(), "model").glob("*.yaml"))
         if name in entries:
