@@ -1,12 +1,15 @@
 """From the command line to a model that others can open."""
 
 import csv
+import re
 
 import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from pytorch_lightning.callbacks import timer
 
+from tercet.models.folder import read_checkpoint
 from tests.conftest import TEXTS, tiny
 from tests.end_to_end.conftest import FAST, write_texts
 
@@ -193,3 +196,61 @@ def test_a_sweep_ends_with_mean_and_sd(command, tmp_path):
     values = [json.loads((root / job / "metrics.json").read_text())["test/retrieval/text/mrr"] for job in ("0", "2")]
     assert entry["mean"] == pytest.approx(sum(values) / 2)
     assert entry["sd"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+
+
+class Clock:
+    """A clock that goes on by ``seconds`` each time it is read."""
+
+    def __init__(self, seconds):
+        self.seconds, self.now = seconds, 0.0
+
+    def monotonic(self):
+        self.now += self.seconds
+        return self.now
+
+
+TIMED = [
+    "scheduler.warmup=0",
+    "optimizer.lr=3e-5",
+    "trainer.max_epochs=-1",
+    "trainer.max_time=00:00:00:30",
+    "trainer.log_every_n_steps=1",
+    "trainer.gradient_clip_val=null",
+]
+
+
+def rates(output):
+    with (output / "metrics.csv").open() as file:
+        return [float(row["train/lr"]) for row in csv.DictReader(file) if row["train/lr"]]
+
+
+def test_a_run_of_a_given_time_ends_with_it_and_its_rates_fall_until_then(small, monkeypatch, tmp_path):
+    monkeypatch.setattr(timer, "time", Clock(0.5))
+    whole = small(*TIMED, "trainer.max_steps=-1", "callback.progress.seconds=0")
+    assert whole.code == 0, whole.terminal
+    found = rates(whole.output)
+    assert len(found) > 5 and found == sorted(found, reverse=True)
+    assert found[-1] < 0.2 * found[0]
+    assert re.search(r"step 1, at most 0\.\d min left", whole.terminal), whole.terminal
+    whole.output.rename(tmp_path / "whole")
+    by_steps = small(*TIMED, "trainer.max_steps=3")
+    assert rates(by_steps.output)[-1] == pytest.approx(1e-5), "the steps end it first"
+
+
+def test_a_resumed_run_has_the_time_that_was_left(small, monkeypatch):
+    clock = Clock(0.5)
+    monkeypatch.setattr(timer, "time", clock)
+    first = small(*TIMED, "trainer.max_steps=4", "save_every=1")
+    assert first.code == 0, first.terminal
+    used = read_checkpoint(first.output / "checkpoints" / "last.ckpt")["callbacks"]["Timer"]["time_elapsed"]["train"]
+    clock.now += 1000  # nothing runs meanwhile
+    resumed = small(*TIMED, "trainer.max_steps=-1", "save_every=1", "resume=true")
+    assert resumed.code == 0, resumed.terminal
+    total = read_checkpoint(first.output / "checkpoints" / "last.ckpt")["callbacks"]["Timer"]["time_elapsed"]["train"]
+    assert 0 < used < 30 <= total < 35
+    assert rates(first.output)[-1] < 0.2 * rates(first.output)[0]
+
+
+def test_a_length_that_is_not_known_is_explained(small):
+    result = small("trainer.max_epochs=-1", "trainer.max_steps=-1", "trainer.max_time=6 minutes")
+    assert result.code == 1 and "DD:HH:MM:SS" in result.terminal, result.terminal

@@ -5,7 +5,7 @@ import torch
 
 from tercet.app.components import build
 from tercet.errors import InputError
-from tercet.training.optimizers import adamw, make_scheduler, parameter_groups
+from tercet.training.optimizers import TIMED_STEPS, adamw, end_with_time, make_scheduler, parameter_groups
 from tests.conftest import composed, tiny
 
 
@@ -47,6 +47,31 @@ def test_schedules_have_their_shapes():
     assert linear[-1] == pytest.approx(1 / 90)
     assert set(constant[10:]) == {1.0}
     assert at("linear", 0.0)[0] == 1.0
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("steps", [None, 100])
+def test_a_schedule_follows_the_time(shape, steps):
+    """The share of the time where it is ahead of the share of the steps; the rates are those of a schedule by steps."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = make_scheduler(optimizer, steps or TIMED_STEPS, shape, 0.1)
+    by_steps, clock = make_scheduler(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0), 100, shape, 0.1), [0.0]
+    end_with_time(schedule, steps, lambda: clock[0])
+    for number in range(1, 101):
+        clock[0] = min(1.0, number / 100 + 0.2 * (number == 50))
+        optimizer.step()
+        schedule.step()
+        expected = by_steps.lr_lambdas[0](100 * clock[0])
+        assert schedule.get_last_lr() == pytest.approx([expected]), number
+    clock[0] = 0.3  # an earlier time: the steps are ahead
+    schedule.step()
+    assert schedule.get_last_lr() == pytest.approx([by_steps.lr_lambdas[0](101 if steps else 30)])
+
+
+def test_another_kind_of_schedule_does_not_follow_the_time():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    with pytest.raises(InputError, match="a StepLR does not follow the time"):
+        end_with_time(torch.optim.lr_scheduler.StepLR(optimizer, 3), 10, lambda: 0.5)
 
 
 @pytest.mark.parametrize("wrong", [{"lr": 0}, {"layer_decay": 0}, {"layer_decay": 1.1}])

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 from torch.optim import SGD, Adagrad, AdamW, Optimizer
@@ -89,7 +90,7 @@ def end_with_time(scheduler: LRScheduler, steps: int | None, elapsed: Callable[[
     assert isinstance(scheduler, LambdaLR)
     total = TIMED_STEPS if steps is None else steps
 
-    def at_position(factor: Callable[[float], float]) -> Callable[[int], float]:
+    def at_position(factor: Callable[[Any], float]) -> Callable[[int], float]:
         return lambda step: factor(max(0 if steps is None else step, elapsed() * total))
 
     scheduler.lr_lambdas = [at_position(factor) for factor in scheduler.lr_lambdas]

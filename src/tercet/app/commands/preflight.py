@@ -55,7 +55,8 @@ def preflight(cfg: DictConfig, objective: Contrastive, data: DataModule, evaluat
         losses.append(float(trainer.callback_metrics["train/loss"]))  # waits for the device
         ends.append(time.perf_counter())
 
-    quick = {"max_steps": STEPS, "max_epochs": -1, "max_time": None, "limit_val_batches": 0, "enable_checkpointing": False, "logger": False,
+    quick = {"max_steps": STEPS, "max_epochs": -1, "max_time": None,
+             "limit_val_batches": 0, "enable_checkpointing": False, "logger": False,
              "enable_progress_bar": False, "enable_model_summary": False, "accumulate_grad_batches": 1,
              "callbacks": [LambdaCallback(on_train_batch_end=record_step)], "default_root_dir": str(output),
              **launch.strategy_options(cfg)}  # fmt: skip
