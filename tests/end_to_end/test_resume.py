@@ -7,10 +7,14 @@ import signal
 import time
 
 import pytest
+import torch
+from omegaconf import OmegaConf
 from pytorch_lightning.callbacks import ModelCheckpoint
 
 from tercet.app import run_folder
+from tercet.app.commands.train import CHECKPOINT_PARTS, check_resume
 from tercet.app.record import read_metrics
+from tercet.errors import InputError
 from tercet.evaluation import Retrieval
 from tercet.models.folder import read_checkpoint
 from tercet.training import SimCSEUnsup
@@ -279,6 +283,20 @@ def test_other_settings_are_not_mixed_in(run):
     result = run("resume=true", "optimizer.lr=0.5")
     assert result.code == 1
     assert re.search(r"was started with optimizer.lr=5e-05, not 0.5. Set it as it was", result.terminal)
+
+
+def test_a_checkpoint_that_lacks_a_part_is_refused(run):
+    """Lightning goes on without some of them, on other rows."""
+    file = run("trainer.max_epochs=1").output / "checkpoints" / "last.ckpt"
+    whole = torch.load(file, weights_only=True)
+    for older in file.parent.glob("last-*.ckpt"):
+        older.unlink()
+    for part in CHECKPOINT_PARTS:
+        torch.save({key: value for key, value in whole.items() if key != part}, file)
+        with pytest.raises(InputError, match=f"last.ckpt lacks {part}, which a run needs to go on"):
+            check_resume(OmegaConf.create({"resume": True, "allow_changed_data": False}), file.parents[1])
+    torch.save({**whole, "global_step": "3"}, file)
+    assert "its global_step is '3', no whole number" in run("trainer.max_epochs=2", "resume=true").terminal
 
 
 def test_sigterm_ends_an_evaluation_at_once(run, monkeypatch):

@@ -299,7 +299,9 @@ def newest_checkpoint(paths: Sequence[Path]) -> Path | None:
 
 def _read_step(path: Path) -> int | InputError:
     try:
-        return int(read_checkpoint(path, mmap=True).get("global_step", -1))
+        step = read_checkpoint(path, mmap=True).get("global_step", -1)
+        require(type(step) is int, f"{path} cannot be used: its global_step is {step!r:.40}, no whole number.")
+        return int(step)
     except InputError as error:
         return error
 

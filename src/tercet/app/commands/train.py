@@ -36,6 +36,8 @@ RESULT_KEYS = (
     "trainer.limit_train_batches", "trainer.overfit_batches",
 )  # fmt: skip
 SAME_ROWS = ("path", "cache", "workers", "name")  # of data: ``data.fingerprint`` says what the rows are
+CHECKPOINT_PARTS = {"callbacks", "DataModule", "epoch", "global_step", "loops", "lr_schedulers", "optimizer_states",
+                    "pytorch-lightning_version", "state_dict"}  # fmt: skip
 # A finished run is not repeated where only these differ.
 FREE_KEYS = ("resume", "output_dir", "command", "check", "code_changes", "run", "allow_changed_data")
 
@@ -172,7 +174,11 @@ def check_resume(cfg: DictConfig, output: Path) -> bool:
     new = f"init_from={output} starts from its weights; use another output_dir."
     require("batches" not in written, old + new)  # a key of version 0.1
     newest = newest_checkpoint(there)
-    settings = (newest and Settings.read(read_checkpoint(newest, mmap=True))) or written
+    checkpoint = read_checkpoint(newest, mmap=True) if newest else {}
+    lacking = ", ".join(sorted(CHECKPOINT_PARTS - checkpoint.keys()))
+    weights = f"init_from={newest} starts from its weights; use another output_dir"
+    require(not lacking, f"resume=true: {newest} lacks {lacking}, which a run needs to go on. {weights}.")
+    settings = Settings.read(checkpoint) or written
     allowed = ("data.fingerprint",) if cfg.allow_changed_data else ()
     other = record.first_difference(settings, cfg, lambda key: changes_results(key) and key not in allowed)
     advice = "Set it as it was"
