@@ -223,8 +223,8 @@ def check_settings(cfg: DictConfig) -> None:
 
 
 def _resolved(cfg: DictConfig, key: str, value: Any) -> Any:
-    """The value of a key, an interpolation replaced by what it refers to where that is known."""
-    if not isinstance(value, str) or "${" not in value:
+    """The value of a key, an interpolation replaced by what it refers to where that is known; not one of Hydra's own state."""
+    if not isinstance(value, str) or "${" not in value or "${hydra:" in value:
         return value
     try:
         found = OmegaConf.select(cfg, key, default=value)
