@@ -51,8 +51,8 @@ def kill(run, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def books(tmp_path):
-    """Forty sentences of two documents."""
-    rows = [f"sentence {i} of book {i // 20} is about {i % 7} things,{i // 20},{i % 20}" for i in range(40)]
+    """Forty sentences of ten documents, of which some are held out."""
+    rows = [f"sentence {i} of book {i // 4} is about {i % 7} things,{i // 4},{i % 4}" for i in range(40)]
     (tmp_path / "books.csv").write_text("\n".join(["text,book,place", *rows]) + "\n")
 
 
