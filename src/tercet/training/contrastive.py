@@ -111,12 +111,12 @@ class ObjectiveHooks(EvaluationHooks):
         # The estimate opens the loader, which is too early for a stream: FSDP2 restores where it was after this.
         steps = self.trainer.max_steps if streaming else self.trainer.estimated_stepping_batches
         optimizer, elapsed = self.optimizer(self), elapsed_share(self.trainer)
-        known = 1 <= steps < float("inf")  # a stream has no length
+        total = int(steps) if 1 <= steps < float("inf") else None  # a stream has no length
         advice = "Set `trainer.max_steps`, or `trainer.max_time` to train for a given time."
-        require(known or elapsed, f"The number of steps is not known, which the schedule needs. {advice}")
-        schedule = self.scheduler(optimizer, int(steps) if known else TIMED_STEPS)
+        require(total or elapsed, f"The number of steps is not known, which the schedule needs. {advice}")
+        schedule = self.scheduler(optimizer, total or TIMED_STEPS)
         if elapsed is not None:
-            end_with_time(schedule, int(steps) if known else None, elapsed)
+            end_with_time(schedule, total, elapsed)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "train/lr"}}
 
     def configure_model(self: Any) -> None:

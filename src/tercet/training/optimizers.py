@@ -9,7 +9,7 @@ from torch.optim import SGD, Adagrad, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_scheduler
 
-from tercet.errors import check_choice, require
+from tercet.errors import InputError, check_choice, require
 from tercet.training.lightning_compat import let_scaler_unscale
 
 MakeOptimizer = Callable[[nn.Module], Optimizer]  # of a module
@@ -85,9 +85,8 @@ def end_with_time(scheduler: LRScheduler, steps: int | None, elapsed: Callable[[
     Where ``steps`` are known, too, it is the larger of that share and the share of steps, because what is first ends the run.
     Without them the schedule was made for ``TIMED_STEPS``.
     """
-    usable = isinstance(scheduler, LambdaLR)
-    require(usable, f"`scheduler`: a {type(scheduler).__name__} does not follow the time. Set `trainer.max_steps`.")
-    assert isinstance(scheduler, LambdaLR)
+    if not isinstance(scheduler, LambdaLR):
+        raise InputError(f"`scheduler`: a {type(scheduler).__name__} does not follow the time. Set `trainer.max_steps`.")
     total = TIMED_STEPS if steps is None else steps
 
     def at_position(factor: Callable[[Any], float]) -> Callable[[int], float]:

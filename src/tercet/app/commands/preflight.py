@@ -101,8 +101,8 @@ def total_steps(cfg: DictConfig, data: DataModule, seconds: float) -> int:
         limits.append(given)
     if data.sampler is not None and epochs not in (None, -1):
         limits.append(len(data.sampler) // cfg.trainer.accumulate_grad_batches * epochs)  # type: ignore[arg-type]
-    if (time := Timer(cfg.trainer.max_time).time_remaining()) is not None:
-        limits.append(max(1, time // max(seconds, 1e-9)))
+    if (left := Timer(cfg.trainer.max_time).time_remaining()) is not None:
+        limits.append(max(1, left // max(seconds, 1e-9)))
     advice = "Set trainer.max_steps, trainer.max_epochs, or trainer.max_time to train for a given time"
     require(limits, f"trainer.max_steps={given}: the run would not end. {advice}.")
     return int(min(limits))
