@@ -103,8 +103,8 @@ class CollapseWarning(pl.Callback):
         if self.in_a_row == self.patience:
             equal = "" if expected is None else f"; equal embeddings have {expected:.4g}"
             warn_once(
-                f"Collapse: at step {trainer.global_step} all embeddings are nearly one point (train/spread="
-                f"{logged['train/spread']:.2g}, train/loss={logged['train/loss']:.4g}{equal}). It does not recover. "
+                f"Collapse: at step {trainer.global_step} all embeddings are nearly one point (train/spread is "
+                f"{logged['train/spread']:.2g}, train/loss {logged['train/loss']:.4g}{equal}). It does not recover. "
                 "Start again with a lower learning rate, a warm-up of 10 % of the steps, or easier mining (semihard or all)."
             )
 
