@@ -203,11 +203,11 @@ def check_settings(cfg: DictConfig) -> None:
         value = values.get(key)
         is_given = key in values and value != "???" and "${" not in str(value)
         if is_given and not takes(hint, value):
-            raise InputError(f"{key}={_shown(value)}: {_words(hint)} is needed here, this is {_kind(value)}.")
+            raise _wrong_type(key, hint, value)
     for key, value in values.items():
         group, _, name = key.rpartition(".")
         if name in SPECIAL and not takes(SPECIAL[name], value):
-            raise InputError(f"{key}={_shown(value)}: {_words(SPECIAL[name])} is needed here, this is {_kind(value)}.")
+            raise _wrong_type(key, SPECIAL[name], value)
         is_part = key in COMPONENTS or (group in ("callback", "logger") and name and value is not None)
         if is_part and not (isinstance(value, dict) and isinstance(value.get("_target_"), str)) and "${" not in str(value):
             raise InputError(f"{key}={_shown(value)}: a component is needed, a group of keys with a _target_.")
@@ -252,8 +252,7 @@ def check_values(cfg: DictConfig, raw: DictConfig) -> None:
         for name, annotation in _hints(target).items():
             for inner, hint, value in _plain_parts(_join(place, name), annotation, node[name]) if name in node else ():
                 if isinstance(value, (*SCALARS, list, dict)) and not takes(hint, value):
-                    key = source_key(raw, inner)
-                    raise InputError(f"{key}={_shown(value)}: {_words(hint)} is needed here, this is {_kind(value)}.")
+                    raise _wrong_type(source_key(raw, inner), hint, value)
 
 
 def _plain_parts(key: str, hint: Any, value: Any) -> Iterator[tuple[str, Any, Any]]:
@@ -313,6 +312,10 @@ def _fits(hint: Any, made: Any) -> bool:
     parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     are_classes = all(isinstance(p, type) and p is not Any and not get_origin(p) for p in parts)
     return not are_classes or any(getattr(p, "_is_protocol", False) or isinstance(made, p) for p in parts)
+
+
+def _wrong_type(key: str, hint: Any, value: Any) -> InputError:
+    return InputError(f"{key}={_shown(value)}: {_words(hint)} is needed here, this is {_kind(value)}.")
 
 
 def _words(hint: Any) -> str:
