@@ -38,8 +38,9 @@ class Execution:
     whose states depend on padding. ``auto`` is the first of packed, sorted and equal_length that the backbone can.
     ``dropout``: ``deterministic`` makes masks a function of (seed, step, row, view, layer), the same for any number of
     processes and any chunks; ``torch`` is torch's own; ``auto`` is deterministic where that costs no more, on a CPU and with
-    Triton's kernels on a GPU, if the backbone can pack. ``chunk_tokens``: the most tokens of one chunk of texts, padding included, "auto" for what fits into
-    free memory, measured on the first batch; ``chunk_rows``: its most rows, of texts or images; None is no limit.
+    Triton's kernels on a GPU, if the backbone can pack. ``chunk_tokens``: the most tokens of one chunk of texts, padding
+    included, "auto" for what fits into free memory, measured on the first batch; ``chunk_rows``: its most rows, of texts or
+    images; None is no limit.
     ``recompute``: save no activations and compute each chunk again in the backward pass, with the same dropout. This is
     GradCache (Gao et al. 2021, arXiv:2101.06983): the same gradient in the memory of one chunk. ``graphs``: on a GPU, replay
     the passes of packed rows of at most 128 tokens as CUDA graphs, which the host need not launch kernel by kernel.

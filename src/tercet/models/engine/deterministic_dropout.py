@@ -9,10 +9,8 @@ from torch import Tensor, nn
 from tercet.errors import InputError
 from tercet.models.engine import triton_kernels as kernels
 from tercet.models.engine.transformers_compat import module_number, number_modules
-from tercet.rng import derive_seed
+from tercet.rng import BITS, derive_seed
 from tercet.types import Batch, TokenBatch
-
-BITS = 1 << 16  # a draw has 16 bits: a rate is rounded to a multiple of 1/65536
 
 
 class DropoutSeeds:

@@ -102,9 +102,9 @@ def attend_short(q: Tensor, k: Tensor, v: Tensor, rows: Packing, settings: Atten
     seed, first_only = settings.seed, q.shape[2] != k.shape[2]
     if seed is None and settings.dropout > 0:
         seed = torch.empty(1, q.shape[2], dtype=torch.long, device=q.device).random_()
+    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))
     return kernels.short_attention(
-        *(x.squeeze(0).transpose(0, 1) for x in (q, k, v)), rows.index.start, rows.index.length, rows.index.longest,
-        settings.scale, p=settings.dropout, seed=None if seed is None else seed.squeeze(0), number=settings.number,
+        query, key, value, rows.index.start, rows.index.length, rows.index.longest, settings.scale, p=settings.dropout, seed=None if seed is None else seed.squeeze(0), number=settings.number,
         attend=rows.attend, window=settings.window, first_only=first_only,
     )[None]  # fmt: skip
 
