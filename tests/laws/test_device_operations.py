@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from tercet.losses import base
 from tercet.types import Embeddings
-from tests.laws.device_operations import DeviceOperations, HostWaitsError
+from tests.laws.device_operations import DeviceOperations, HostWaitsError, do_as_on_a_gpu
 from tests.laws.test_loss import CASES, loss_of, rows
 
 # Operations of the forward and backward pass of two views; a bare loop's cross entropy of normalized rows has 49.
@@ -23,12 +22,6 @@ def budget(name, variant):
     return MOST if "loss.tile" in words else next((n for word, n in reversed(stated.items()) if word in words), MOST)
 
 
-@pytest.fixture
-def as_on_a_gpu(monkeypatch):
-    """Let the losses do on a CPU what they do on a GPU."""
-    monkeypatch.setattr(base, "READABLE", frozenset())
-
-
 def backward(loss, batch):
     z = batch.z.clone().requires_grad_()
     live = Embeddings(z, batch.example_id, batch.label, batch.position, batch.content_hash)
@@ -39,8 +32,9 @@ def backward(loss, batch):
 
 @pytest.mark.parametrize(("name", "variant"), CASES)
 @pytest.mark.parametrize("views", [1, 2, 3])
-def test_a_loss_asks_nothing_of_the_device(name, variant, views, as_on_a_gpu):
+def test_a_loss_asks_nothing_of_the_device(name, variant, views, monkeypatch):
     loss, batch = loss_of(name, variant), rows(n=16, views=views, duplicates=False)
+    do_as_on_a_gpu(monkeypatch)
     with DeviceOperations() as operations:
         backward(loss, batch)
     if views == 2:
@@ -52,7 +46,7 @@ def test_a_loss_asks_nothing_of_the_device(name, variant, views, as_on_a_gpu):
 def test_a_loss_on_a_gpu_is_that_of_a_cpu(name, variant, labels, monkeypatch):
     loss, batch = loss_of(name, variant), rows(n=12, labels=labels)
     expected, gradient = backward(loss, batch)
-    monkeypatch.setattr(base, "READABLE", frozenset())
+    do_as_on_a_gpu(monkeypatch)
     output, got = backward(loss, batch)
     torch.testing.assert_close(output, expected)
     torch.testing.assert_close(got, gradient)

@@ -10,12 +10,6 @@ from tercet.errors import InputError, require
 from tercet.types import Embeddings, Loss
 
 Integers = Tensor | Sequence[int]  # or a numpy array
-READABLE = {"cpu"}  # the types of device that the host reads without waiting for them; tests of what a GPU does empty it
-
-
-def is_on_host(x: Tensor) -> bool:
-    """Whether the host can read ``x`` without waiting for a device."""
-    return x.device.type in READABLE
 
 
 def positive_group(side: Embeddings) -> Tensor:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tercet.types import runs_on_cpu
+
 CPU_TILE, GPU_TILE = 1 << 20, 1 << 26  # scores at once: few enough for the cache of a CPU, enough to fill a GPU
 
 
@@ -124,7 +126,7 @@ class _BlockStatistics(torch.autograd.Function):
 
 
 def _tiles(x: Tensor, y: Tensor) -> Iterator[slice]:
-    step = max(1, (CPU_TILE if x.device.type == "cpu" else GPU_TILE) // max(1, len(y)))
+    step = max(1, (CPU_TILE if runs_on_cpu(x.device) else GPU_TILE) // max(1, len(y)))
     return (slice(start, start + step) for start in range(0, len(x) if len(y) else 0, step))
 
 

@@ -14,7 +14,7 @@ from tercet.errors import check_choice, require
 from tercet.losses import base
 from tercet.losses.info_nce import prepare_for_similarity
 from tercet.losses.triplet_mining import MININGS, ONE_NEGATIVE, Tile, expand_triplets, mine_tile
-from tercet.types import Embeddings, LossOutput
+from tercet.types import Embeddings, LossOutput, runs_on_cpu
 
 # Distances of a tile: few enough for the cache of each CPU thread, enough for all cores of a GPU.
 CPU_THREAD_TILE, GPU_TILE = 1 << 18, 1 << 22
@@ -200,7 +200,7 @@ def _tiles(anchors: _FlatRows, keys: _FlatRows, loss: TripletLoss) -> Iterator[t
         return
     start, end = (torch.searchsorted(keys.group, anchors.group, right=right)[:, None] for right in (False, True))
     longest = _most_positives(start, end, len(keys.z), loss)
-    most = CPU_THREAD_TILE * torch.get_num_threads() if base.is_on_host(start) else GPU_TILE
+    most = CPU_THREAD_TILE * torch.get_num_threads() if runs_on_cpu(start.device) else GPU_TILE
     size = loss.tile or max(1, most // len(keys.z))
     for first in range(0, len(anchors.z), size):
         rows = slice(first, first + size)
@@ -211,7 +211,7 @@ def _most_positives(start: Tensor, end: Tensor, num_keys: int, loss: TripletLoss
     """K: how many positives a row has at most, as far as that is known without waiting for the device."""
     windows = loss.form == "softplus" and loss.mining not in ONE_NEGATIVE
     costs = len(start) * num_keys * (num_keys if windows else 1)
-    return max(1, int((end - start).max())) if base.is_on_host(start) or costs > UNREAD else num_keys
+    return max(1, int((end - start).max())) if runs_on_cpu(start.device) or costs > UNREAD else num_keys
 
 
 def _make_tile(anchors: _FlatRows, keys: _FlatRows, start: Tensor, end: Tensor, longest: int) -> Tile:
@@ -234,7 +234,7 @@ def _make_tile(anchors: _FlatRows, keys: _FlatRows, start: Tensor, end: Tensor, 
 
 def _sort(x: Tensor) -> tuple[Tensor, Tensor]:
     """Sort each row of non-negative numbers; returns values and indices."""
-    if x.dtype != torch.float32 or not base.is_on_host(x):
+    if x.dtype != torch.float32 or not runs_on_cpu(x.device):
         return torch.sort(x, dim=1)
     # Positive floats sort like their bits; value and index in one integer sort several times as fast on a CPU.
     packed = torch.empty(x.shape, dtype=torch.long)

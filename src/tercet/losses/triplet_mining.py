@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tercet.losses.base import is_on_host
+from tercet.types import runs_on_cpu
 
 ONE_NEGATIVE = ("semihard", "easy_positive", "batch_hard")  # a mined pair (a, p) gets one negative
 MININGS = (*ONE_NEGATIVE, "all_semihard", "hard", "all")  # the last three: every negative of a window of distances
@@ -128,7 +128,7 @@ def _sum_soft_windows(tile: Tile, low: Tensor, high: Tensor, margin: float) -> t
     place = torch.arange(tile.negative.shape[1], device=low.device)
     negative, positive = (x.nan_to_num(posinf=0.0) for x in (tile.negative, tile.positive))
     covered, slopes, total = torch.zeros_like(negative), [], negative.new_zeros((), dtype=torch.float64)
-    step = 1 if is_on_host(negative) else max(1, GPU_CHUNK // max(1, negative.numel()))
+    step = 1 if runs_on_cpu(negative.device) else max(1, GPU_CHUNK // max(1, negative.numel()))
     for first, end, near in zip(*(x.split(step, 1) for x in (low, high, positive)), strict=True):
         left_out = (place < first[:, :, None]) | (place >= end[:, :, None])
         gap = near[:, :, None] - negative[:, None] + margin
