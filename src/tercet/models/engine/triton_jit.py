@@ -88,8 +88,9 @@ def keeps_keys(seeds, query, valid, number, head, threshold, BLOCK: tl.constexpr
     if number is not None:
         seed = derive(seed, number.to(tl.int64))
     seed = derive(seed, head)
-    j = tl.arange(0, BLOCK).to(tl.int64)[None, :]
-    return keeps(derive(seed[:, None], j >> 2), j & 3, threshold)
+    bits = derive(seed[:, None], tl.arange(0, BLOCK // 4).to(tl.int64)[None, :])
+    kept = keeps(bits[:, :, None], tl.arange(0, 4).to(tl.int64)[None, None, :], threshold)
+    return tl.reshape(kept, (query.shape[0], BLOCK))
 
 
 @triton.jit(do_not_specialize=["number", "threshold"])
@@ -102,7 +103,7 @@ def attention_forward(
     """One program for each row and head: its keys are one block, its queries blocks of ``BLOCK_Q``."""
     row = (tl.program_id(0) // HEADS).to(tl.int64)
     head = (tl.program_id(0) % HEADS).to(tl.int64)
-    start = tl.load(starts + row)
+    start = tl.load(starts + row).to(tl.int64)
     length = tl.load(lengths + row).to(tl.int32)
     j = tl.arange(0, BLOCK)
     keys = load_vectors(k + head * k_head, start + j, k_token, j < length, D, BLOCK_D)
@@ -134,7 +135,7 @@ def attention_backward(
     """Gradients of ``attention_forward``; probabilities and what is dropped are computed again."""
     row = (tl.program_id(0) // HEADS).to(tl.int64)
     head = (tl.program_id(0) % HEADS).to(tl.int64)
-    start = tl.load(starts + row)
+    start = tl.load(starts + row).to(tl.int64)
     length = tl.load(lengths + row).to(tl.int32)
     j = tl.arange(0, BLOCK)
     keys = load_vectors(k + head * k_head, start + j, k_token, j < length, D, BLOCK_D)

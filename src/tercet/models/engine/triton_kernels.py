@@ -18,7 +18,7 @@ from tercet.models.engine.deterministic_dropout import BITS
 LONGEST = 128  # tokens of a row: its keys are one block
 CAPABILITY = (8, 0)  # the first GPUs with bf16
 DRAWS = 256  # 64-bit numbers that a program of dropout draws
-WARPS = {16: 1, 32: 2, 64: 4, 128: 8}  # of a program, by its block of keys
+WARPS = {16: 1, 32: 2, 64: 4, 128: 8}  # of a program of attention, by its block of keys; products in float32 need twice as many
 
 
 @cache
@@ -65,11 +65,15 @@ def _drop(x: Tensor, seed: Tensor, threshold: int, number: int | None) -> Tensor
     out = torch.empty_like(x)
     draws = seed.numel() * -(-x.shape[-1] // 4)
     if draws:
+        options = {"H": x.shape[-1], "BLOCK": DRAWS, "num_warps": 4}
         with _on(x.device):
-            triton_jit.dropout[(-(-draws // DRAWS),)](
-                x, out, seed, draws, number, threshold, BITS / (BITS - threshold), H=x.shape[-1], BLOCK=DRAWS, num_warps=4
-            )
+            triton_jit.dropout[(-(-draws // DRAWS),)](x, out, seed, draws, number, threshold, _scale(threshold), **options)
     return out
+
+
+def _scale(threshold: int) -> float:
+    """The factor of what dropout keeps."""
+    return BITS / max(BITS - threshold, 1)
 
 
 class _Attention(NamedTuple):
@@ -122,8 +126,8 @@ def short_attention(
 def _check(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, longest: int, p: float, seed: Tensor | None, first_only: bool
 ) -> None:
-    if not 0 < longest <= LONGEST:
-        raise ValueError(f"The longest row has 1 to {LONGEST} tokens here, not {longest}.")
+    if longest > LONGEST:
+        raise ValueError(f"The longest row has up to {LONGEST} tokens here, not {longest}.")
     if k.shape != v.shape or q.shape != (len(lengths) if first_only else len(k), *k.shape[1:]):
         raise ValueError(f"Shapes of {len(lengths)} rows do not fit: {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}.")
     if not q.dtype == k.dtype == v.dtype:
@@ -160,19 +164,23 @@ class _ShortAttention(torch.autograd.Function):
 
 def _launch(kernel: Any, tensors: Any, more: tuple[Tensor, ...], settings: _Attention) -> None:
     q, k, v, starts, lengths, attend, seed = tensors
-    heads, d = q.shape[1:]
-    block = _power_of_two(settings.longest)
-    strides = [x.stride(side) for x in (q, k, v) for side in (0, 1)]
     if not len(lengths):
         return
+    heads, d = q.shape[1:]
+    block = _power_of_two(settings.longest)
+    half = q.dtype.itemsize < 4  # in float32, more queries or fewer warps would not fit into registers
+    options = {
+        "HEADS": heads, "D": d, "BLOCK_D": _power_of_two(d), "BLOCK": block, "WINDOW": settings.window,
+        "BLOCK_Q": min(block, 32) if half and not settings.first_only else 16, "FIRST_ONLY": settings.first_only,
+        "num_warps": WARPS[block] * (1 if half else 2), "num_stages": 1,
+    }  # fmt: skip
+    attend = None if attend is None else attend.contiguous().view(torch.uint8)
+    seed = None if seed is None else seed.contiguous()
+    rows = starts.contiguous(), lengths.contiguous(), attend, seed
+    numbers = settings.number, settings.threshold, _scale(settings.threshold), settings.scale
+    strides = [x.stride(side) for x in (q, k, v) for side in (0, 1)]
     with _on(q.device):
-        kernel[(len(lengths) * heads,)](
-            q, k, v, *more, starts.contiguous(), lengths.contiguous(), None if attend is None else attend.view(torch.uint8),
-            None if seed is None else seed.contiguous(), settings.number, settings.threshold,
-            BITS / max(BITS - settings.threshold, 1), settings.scale, *strides,
-            HEADS=heads, D=d, BLOCK_D=_power_of_two(d), BLOCK=block, BLOCK_Q=16 if settings.first_only else min(block, 64),
-            WINDOW=settings.window, FIRST_ONLY=settings.first_only, num_warps=WARPS[block], num_stages=1,
-        )  # fmt: skip
+        kernel[(len(lengths) * heads,)](q, k, v, *more, *rows, *numbers, *strides, **options)
 
 
 def _power_of_two(size: int) -> int:
