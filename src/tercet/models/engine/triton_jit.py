@@ -65,6 +65,25 @@ def store_vectors(vectors, value, token, stride, valid, D: tl.constexpr, BLOCK_D
 
 
 @triton.jit
+def clear_rest(
+    vectors, row, rows, end, tokens, D: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Write 0 for the tokens from ``end`` on, which belong to no row: every row's program takes its share."""
+    zero = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+    for first in range(end + row * BLOCK, tokens.to(tl.int64), rows.to(tl.int64) * BLOCK):
+        token = first + tl.arange(0, BLOCK)
+        store_vectors(vectors, zero, token, HEADS * D, token < tokens, D, BLOCK_D)
+
+
+@triton.jit
+def clear_empty(vectors, row, length, D: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
+    """Write 0 for the only query of a row without tokens."""
+    i = tl.arange(0, BLOCK)
+    zero = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+    store_vectors(vectors, zero, row + i, HEADS * D, (i == 0) & (length == 0), D, BLOCK_D)
+
+
+@triton.jit
 def softmax(q, k, i, start, length, attend, scale, BLOCK: tl.constexpr, WINDOW: tl.constexpr):
     """Probabilities ``(queries, BLOCK)`` of a row's keys, float32, and which of the keys are seen."""
     j = tl.arange(0, BLOCK)
@@ -93,9 +112,10 @@ def keeps_keys(seeds, query, valid, number, head, threshold, BLOCK: tl.constexpr
     return tl.reshape(kept, (query.shape[0], BLOCK))
 
 
-@triton.jit(do_not_specialize=["number", "threshold"])
+@triton.jit(do_not_specialize=["rows", "tokens", "number", "threshold"])
 def attention_forward(
-    q, k, v, out, starts, lengths, attend, seeds, number, threshold, keep_scale, scale,
+    q, k, v, out, starts, lengths, attend, seeds,
+    rows, tokens, number, threshold, keep_scale, scale,
     q_token, q_head, k_token, k_head, v_token, v_head,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr,
     WINDOW: tl.constexpr, FIRST_ONLY: tl.constexpr,
@@ -123,11 +143,17 @@ def attention_forward(
             p = tl.where(kept, p * keep_scale, 0.0)
         result = tl.dot(p.to(values.dtype), values, input_precision="ieee")
         store_vectors(out + head * D, result, first + i, HEADS * D, valid, D, BLOCK_D)
+    if FIRST_ONLY:
+        clear_empty(out + head * D, row, length, D, HEADS, BLOCK_D, BLOCK_Q)
+    else:
+        end = tl.load(starts + rows - 1).to(tl.int64) + tl.load(lengths + rows - 1)
+        clear_rest(out + head * D, row, rows, end, tokens, D, HEADS, BLOCK_D, BLOCK)
 
 
-@triton.jit(do_not_specialize=["number", "threshold"])
+@triton.jit(do_not_specialize=["rows", "tokens", "number", "threshold"])
 def attention_backward(
-    q, k, v, d_out, d_q, d_k, d_v, starts, lengths, attend, seeds, number, threshold, keep_scale, scale,
+    q, k, v, d_out, d_q, d_k, d_v, starts, lengths, attend, seeds,
+    rows, tokens, number, threshold, keep_scale, scale,
     q_token, q_head, k_token, k_head, v_token, v_head,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr,
     WINDOW: tl.constexpr, FIRST_ONLY: tl.constexpr,
@@ -167,3 +193,10 @@ def attention_backward(
         store_vectors(d_q + head * D, d_query, first + i, HEADS * D, valid, D, BLOCK_D)
     store_vectors(d_k + head * D, d_keys, start + j, HEADS * D, j < length, D, BLOCK_D)
     store_vectors(d_v + head * D, d_values, start + j, HEADS * D, j < length, D, BLOCK_D)
+    end = tl.load(starts + rows - 1).to(tl.int64) + tl.load(lengths + rows - 1)
+    clear_rest(d_k + head * D, row, rows, end, tokens, D, HEADS, BLOCK_D, BLOCK)
+    clear_rest(d_v + head * D, row, rows, end, tokens, D, HEADS, BLOCK_D, BLOCK)
+    if FIRST_ONLY:
+        clear_empty(d_q + head * D, row, length, D, HEADS, BLOCK_D, BLOCK_Q)
+    else:
+        clear_rest(d_q + head * D, row, rows, end, tokens, D, HEADS, BLOCK_D, BLOCK)

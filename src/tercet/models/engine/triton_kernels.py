@@ -96,9 +96,10 @@ def short_attention(
 
     Args:
         q: ``(T, heads, d)``, or ``(N, heads, d)`` if ``first_only``: the first token of each row. Any strides, but 1 for d.
-        k: Keys ``(T, heads, d)``; tokens outside all rows are not read, and their output and gradients are 0.
+        k: Keys ``(T, heads, d)``.
         v: Values ``(T, heads, d)``.
-        starts: ``(N,)``, int64, each row's first token.
+        starts: ``(N,)``, int64, each row's first token: ``lengths.cumsum(0) - lengths``. Tokens after the last row belong to
+            none: they are not read, and their output and gradients are 0.
         lengths: ``(N,)``, int64, each row's number of tokens; 0 for none.
         longest: An upper bound of ``lengths``, at most 128.
         scale: Of the scores; None is d ** -0.5.
@@ -145,7 +146,7 @@ class _ShortAttention(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         ctx.settings = settings
         q = tensors[0]
-        out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+        out = _allocate(tensors, *q.shape)
         _launch(triton_jit.attention_forward, tensors, (out,), settings)
         return out
 
@@ -157,9 +158,15 @@ class _ShortAttention(torch.autograd.Function):
         tensors = ctx.saved_tensors  # read once: recomputation allows no more
         q, k, *_ = tensors
         sizes = len(q), len(k), len(k)
-        slopes = torch.zeros(sum(sizes), *q.shape[1:], dtype=q.dtype, device=q.device).split(sizes)
+        slopes = _allocate(tensors, sum(sizes), *q.shape[1:]).split(sizes)
         _launch(triton_jit.attention_backward, tensors, (grads[0].contiguous(), *slopes), ctx.settings)
         return *slopes, None, None, None, None, None
+
+
+def _allocate(tensors: Any, *shape: int) -> Tensor:
+    """Memory that the kernel fills; without any row it does not run."""
+    q, lengths = tensors[0], tensors[4]
+    return (torch.empty if len(lengths) else torch.zeros)(shape, dtype=q.dtype, device=q.device)
 
 
 def _launch(kernel: Any, tensors: Any, more: tuple[Tensor, ...], settings: _Attention) -> None:
@@ -177,7 +184,7 @@ def _launch(kernel: Any, tensors: Any, more: tuple[Tensor, ...], settings: _Atte
     attend = None if attend is None else attend.contiguous().view(torch.uint8)
     seed = None if seed is None else seed.contiguous()
     rows = starts.contiguous(), lengths.contiguous(), attend, seed
-    numbers = settings.number, settings.threshold, _scale(settings.threshold), settings.scale
+    numbers = len(lengths), len(k), settings.number, settings.threshold, _scale(settings.threshold), settings.scale
     strides = [x.stride(side) for x in (q, k, v) for side in (0, 1)]
     with _on(q.device):
         kernel[(len(lengths) * heads,)](q, k, v, *more, *rows, *numbers, *strides, **options)
