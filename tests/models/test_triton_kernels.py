@@ -217,6 +217,13 @@ def test_a_graph_replays_both_kernels():
         assert all(map(torch.equal, replayed, step()))
 
 
+@DEVICES
+def test_what_does_not_fit_into_a_block_is_not_available(device):
+    device = torch.device(device)
+    assert available(device) and available(device, 128, 64)
+    assert not available(device, 129, 64) and not available(device, 16, 129)
+
+
 def test_arguments_that_do_not_fit_are_refused():
     (q, k, v), starts, rows = inputs([3, 2], 2, 16, "cpu")
     for wrong in ({"longest": 129}, {"p": 0.1}, {"first_only": True}, {"p": 0.1, "seed": starts}):

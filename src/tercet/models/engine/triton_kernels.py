@@ -15,22 +15,34 @@ from torch.autograd.function import once_differentiable
 
 from tercet.models.engine.deterministic_dropout import BITS
 
-LONGEST = 128  # tokens of a row: its keys are one block
+LONGEST, WIDEST = 128, 128  # tokens of a row, whose keys are one block, and elements of each
 CAPABILITY = (8, 0)  # the first GPUs with bf16
+LARGEST = {True: 128 * 128, False: 128 * 64}  # elements of a block, where a program has 160 KB of shared memory or less
 DRAWS = 256  # 64-bit numbers that a program of dropout draws
 WARPS = {16: 1, 32: 2, 64: 4, 128: 8}  # of a program of attention, by its block of keys; products in float32 need twice as many
 
 
+def available(device: torch.device, longest: int = 1, d: int = 1) -> bool:
+    """Whether the kernels run here: on a GPU that they are made for, or anywhere in Triton's interpreter.
+
+    For attention, pass the longest row and the size of a head: a row's keys must fit into the GPU's shared memory.
+    """
+    block = _power_of_two(longest) * _power_of_two(d)
+    return longest <= LONGEST and d <= WIDEST and block <= _largest_block(device)
+
+
 @cache
-def available(device: torch.device) -> bool:
-    """Whether the kernels run here: on a GPU that they are made for, or anywhere in Triton's interpreter."""
+def _largest_block(device: torch.device) -> int:
+    """How many elements a block of keys may have; 0 where no kernel runs."""
     try:
         import triton  # noqa: F401
     except ImportError:
-        return False
+        return 0
     if os.environ.get("TRITON_INTERPRET") == "1":
-        return True
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= CAPABILITY
+        return LARGEST[True]
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < CAPABILITY:
+        return 0
+    return LARGEST[torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor >= 160 << 10]
 
 
 def seeded_dropout(x: Tensor, p: float, seed: Tensor, number: int | None = None) -> Tensor:
@@ -127,8 +139,8 @@ def short_attention(
 def _check(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, longest: int, p: float, seed: Tensor | None, first_only: bool
 ) -> None:
-    if longest > LONGEST:
-        raise ValueError(f"The longest row has up to {LONGEST} tokens here, not {longest}.")
+    if longest > LONGEST or q.shape[-1] > WIDEST:
+        raise ValueError(f"Rows have up to {LONGEST} tokens of {WIDEST} elements here, not {longest} of {q.shape[-1]}.")
     if k.shape != v.shape or q.shape != (len(lengths) if first_only else len(k), *k.shape[1:]):
         raise ValueError(f"Shapes of {len(lengths)} rows do not fit: {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}.")
     if not q.dtype == k.dtype == v.dtype:
