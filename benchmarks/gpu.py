@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu --minutes 8             all parts
     python -m benchmarks.gpu --parts training profile
+    python -m benchmarks.gpu --parts none --pretrain 6    a base encoder of our own, then SimCSE from it: about ten minutes
     python -m benchmarks.gpu --device cpu --minutes 3    a rehearsal with tiny shapes
 
 Needs torch, transformers, pytorch-lightning, hydra-core and datasets; the sources may stand on PYTHONPATH, no network is used,
@@ -48,9 +49,10 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Everything that needs a GPU.")
     parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--parts", nargs="+", choices=SHARES, default=list(SHARES))
+    parser.add_argument("--parts", nargs="*", choices=[*SHARES, "none"], default=list(SHARES))
+    parser.add_argument("--pretrain", type=float, default=0.0, help="minutes of benchmarks.pretraining, at the end")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks/gpu"))
-    parser.add_argument("--part", choices=SHARES, help="one part, in this process; its result is printed as JSON")
+    parser.add_argument("--part", choices=[*SHARES, "pretrain"], help="one part, in this process; prints JSON")
     return parser.parse_args()
 
 
@@ -396,6 +398,7 @@ def run_part(name: str, options: argparse.Namespace, seconds: float, log: Any) -
     """A part in a process of its own: its result, or why there is none."""
     start = time.perf_counter()
     given = [sys.executable, "-m", "benchmarks.gpu", "--part", name, "--device", options.device]
+    given += ["--pretrain", str(options.pretrain), "--output", str(options.output)]
     lines = options.output / f"{name}.jsonl"
     with lines.open("w") as stdout:
         try:
@@ -406,6 +409,13 @@ def run_part(name: str, options: argparse.Namespace, seconds: float, log: Any) -
     found = [line for line in lines.read_text().splitlines() if line.startswith("{") and line.endswith("}")]
     lines.unlink()
     return {**(json.loads(found[-1]) if found else {}), **failed, "seconds": time.perf_counter() - start}
+
+
+def run_pretraining(options: argparse.Namespace) -> dict[str, Any]:
+    """A base encoder, and contrastive training from it."""
+    from benchmarks.pretraining import pretrain
+
+    return pretrain(options.device, options.pretrain, options.output.absolute(), show)
 
 
 def table(results: dict[str, Any]) -> str:
@@ -434,7 +444,7 @@ def main() -> None:
     options = arguments()
     if options.part:
         try:
-            result = PARTS[options.part](options.device)
+            result = run_pretraining(options) if options.part == "pretrain" else PARTS[options.part](options.device)
         except Exception:
             traceback.print_exc()
             raise SystemExit(1) from None
@@ -444,8 +454,10 @@ def main() -> None:
     results: dict[str, Any] = {}
     end = time.monotonic() + 60 * options.minutes
     with (options.output / "gpu.log").open("w") as log:
-        for name in options.parts:
-            seconds = min(60 * options.minutes * SHARES[name], end - time.monotonic())
+        for name in [*(part for part in options.parts if part in SHARES), *(["pretrain"] if options.pretrain else [])]:
+            seconds = 60 * (1.5 * options.pretrain + 1)  # beside the minutes of the others
+            if name != "pretrain":
+                seconds = min(60 * options.minutes * SHARES[name], end - time.monotonic())
             if seconds < 5:
                 results[name] = {"failed": "no time left", "seconds": 0.0}
                 continue

@@ -28,6 +28,13 @@ def measured(cfg):
             yield from ((f"val/sts/{task.lower().replace('-', '')}/", None) for task in node["tasks"])
         elif kind in SUITES:
             yield f"val/{SUITES[kind]}/{node['name']}/", node["source"]
+    if held_out := OmegaConf.select(cfg, "objective.held_out"):
+        yield "val/mlm/", OmegaConf.to_container(held_out, resolve=True)
+
+
+def settings(node, *keys):
+    """Their values in a source and in those that it reads."""
+    return [[part.get(key) for key in keys] for _, part in find_targets(node or {})]
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -42,9 +49,9 @@ def test_every_experiment_is_chosen_on_validation(experiment):
     data = OmegaConf.to_container(cfg.data, resolve=True)
     if source is not None:
         assert source == data["validation"] and source not in (data["train"], data["test"])
-        splits = [[data[side].get(key) for key in ("split", "books", "where")] for side in ("train", "validation", "test")]
+        splits = [settings(data[side], "split", "books", "where") for side in ("train", "validation", "test")]
         assert splits[0] != splits[1] != splits[2] != splits[0]
-        rows = [data[side].get("validation_rows") for side in ("train", "validation")]
+        rows = [settings(data[side], "validation_rows") for side in ("train", "validation")]
         assert rows[0] == rows[1], "training leaves out what validation takes"
 
 

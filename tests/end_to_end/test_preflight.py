@@ -40,6 +40,9 @@ SMALL = {  # what keeps an experiment of texts short; the data and everything el
     "quick_thoughts_minilm": tiny("data.held_out=2000"),
     "facenet_lfw_small": ["data.workers=0"],
     "facenet_questions": tiny("~test.reference"),
+    "pretrain_english_small": tiny(
+        "data.where={source:[speech]}", "data.train.sources.books=null", "data.validation.sources.books=null", "data.workers=0"
+    ),
 }
 AT_HAND = [name for name in choices("experiment") if "base" not in name and "large" not in name]
 

@@ -150,8 +150,6 @@ def step(cfg, folder, world, batch_size, steps=2):
     """The weights after ``steps`` of clipped SGD, how often each was reduced per step, and how far one has moved at most."""
     pl.seed_everything(0, verbose=False)
     module = build(cfg.objective)
-    if getattr(module, "mlm", None) is not None:
-        module.mlm.corrupt = first_token_masked  # its draws, too, differ between processes
     module.optimizer = lambda m: torch.optim.SGD(m.parameters(), lr=0.1)
     hard_labels = build(cfg.callback.hard_labels)
     counting, start = Counting(), {n: p.detach().clone() for n, p in module.named_parameters()}
@@ -169,12 +167,6 @@ def step(cfg, folder, world, batch_size, steps=2):
     reduced = None if shares else counting.reduced / size / steps  # shares are reduced layer by layer
     weights = {n: p.detach().clone() for n, p in weights.items()}
     return weights, reduced, max(float((w - start[n]).abs().max()) for n, w in weights.items())
-
-
-def first_token_masked(ids):
-    # A row must not see where another row ends, whichever process it is in: choose by the id, not by the place.
-    chosen = ids % 3 == 0
-    return ids.masked_fill(chosen, 103), ids.masked_fill(~chosen, -100)
 
 
 def everything(folder, world, batch_size, configs):

@@ -83,8 +83,7 @@ def test_recomputed_gradients_are_the_plain_ones_with_dropout_on(name, layout, d
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_chunks_and_padding_do_not_change_the_gradient(name, dropout):
     """With dropout on too: masks are a function of the row, not of the chunk."""
-    mlm = float(name == "mlm")  # which tokens it masks is drawn from torch's numbers
-    given = {"dropout_rate": dropout, "dropout": "deterministic", "mlm": mlm}
+    given = {"dropout_rate": dropout, "dropout": "deterministic"}
     whole = objective(name, False, None, layout="padded", **given)
     batch = batch_of(whole, whole.columns[1])
     expected = gradients(whole, batch, 0)

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tercet.app.components import build
 from tercet.models import Execution, load_backbone, load_tokenizer
-from tercet.training import MaskedLM
-from tercet.types import Batch, TokenBatch
+from tercet.training import MaskedLM, masked_lm
+from tercet.training.masked_lm import capacity
+from tercet.types import Batch, TokenBatch, TokenState
 from tests.conftest import MINILM, TEXTS, composed, tiny
 
 
@@ -52,7 +54,7 @@ def test_the_loss_is_the_one_of_transformers(head, encoder, monkeypatch):
     encoder.eval()
     inputs = encoder.prepare(TEXTS)
     corrupted, targets = head.corrupt(inputs.ids)
-    monkeypatch.setattr(head, "corrupt", lambda ids: (corrupted, targets))
+    monkeypatch.setattr(head, "corrupt", lambda *_: (corrupted, targets))
     pad = torch.nn.utils.rnn.pad_sequence
     lengths = inputs.lengths.tolist()
     ids = pad(corrupted.split(lengths), batch_first=True)
@@ -99,7 +101,7 @@ def test_the_objectives_value_is_contrast_plus_weight_times_mlm():
     torch.manual_seed(0)
     both = module.training_step(batch, 0)
     torch.manual_seed(0)
-    masked = module.mlm(TokenBatch.concat(module.views(batch).views))
+    masked = module.mlm(TokenBatch.concat(module.seed_dropout(module.views(batch)).views))
     module.mlm = None
     contrast = module.training_step(batch, 0)
     torch.testing.assert_close(both, contrast + 0.5 * masked.loss_sum / masked.normalizer)
@@ -140,3 +142,100 @@ def test_pretraining_touches_all_but_the_head(encoder):
 def test_pretraining_without_weight_is_a_mistake():
     with pytest.raises(Exception, match=r"mlm.weight=0: masked language modeling is all"):
         build(composed(*tiny("objective=mlm", "objective.mlm.weight=0")).objective)
+
+
+def of_length(*lengths):
+    """Rows without special tokens inside, and a seed for each token."""
+    ids = torch.randint(1000, 2000, (sum(lengths),))
+    return TokenBatch(ids, torch.tensor(lengths), TokenState(dropout_seed=torch.randint(1 << 62, ids.shape)))
+
+
+def test_a_seed_decides_what_is_asked_in_any_batch(encoder):
+    head = MaskedLM(weight=1.0, whole_words=True).build(encoder)
+    text = encoder.prepare(TEXTS * 9)
+    text.state.dropout_seed = torch.randint(1 << 62, text.ids.shape)
+    whole = head.corrupt(text.ids, text.state.dropout_seed)
+    torch.manual_seed(7)
+    for rows in torch.arange(len(text)).split(7):
+        part = text.select(rows)
+        for found, column in zip(head.corrupt(part.ids, part.state.dropout_seed), whole, strict=True):
+            assert torch.equal(found, TokenBatch(column, text.lengths).select(rows).ids)
+    other = head.corrupt(text.ids, text.state.dropout_seed + 1)
+    assert not torch.equal(other[1], whole[1])
+
+
+def test_seeded_choices_are_fifteen_percent_eighty_ten_ten(head):
+    inputs = of_length(200_000)
+    corrupted, targets = head.corrupt(inputs.ids, inputs.state.dropout_seed)
+    asked = targets >= 0
+    assert float(asked.float().mean()) == pytest.approx(0.15, abs=0.005)
+    assert float((corrupted == head.mask_id)[asked].float().mean()) == pytest.approx(0.8, abs=0.01)
+    assert float((corrupted == inputs.ids)[asked].float().mean()) == pytest.approx(0.1, abs=0.01)
+
+
+class DataDependent(TorchDispatchMode):
+    """The operations whose shape depends on data, or that read it."""
+
+    NAMES = ("nonzero", "_local_scalar_dense", "masked_select", "unique", "bincount", "is_nonzero", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, kwargs = function.__name__, kwargs or {}
+        overload = str(function)
+        by_mask = overload.startswith("aten.index.Tensor") and any(i is not None and i.dtype == torch.bool for i in args[1])
+        sized = kwargs.get("output_size") is not None
+        if name.split(".")[0] in self.NAMES or by_mask or (overload == "aten.repeat_interleave.Tensor" and not sized):
+            self.found.append(overload)
+        return function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("whole_words", [False, True])
+@pytest.mark.parametrize("seeded", [False, True])
+def test_nothing_is_read_and_no_shape_depends_on_the_choice(encoder, monkeypatch, whole_words, seeded):
+    head = MaskedLM(weight=1.0, whole_words=whole_words).build(encoder)
+    monkeypatch.setattr(masked_lm, "counts_exactly", lambda chosen: False)  # as on a GPU
+    inputs = of_length(*[30] * 40)
+    hidden = torch.randn(len(inputs.ids), encoder.hidden, requires_grad=True)
+    with DataDependent() as mode:
+        _, targets = head.corrupt(inputs.ids, inputs.state.dropout_seed if seeded else None)
+        head.token_losses(hidden, targets, len(inputs.ids)).sum(0)[0].backward()
+    assert mode.found == []
+    monkeypatch.undo()
+    with DataDependent() as mode:  # what a CPU may do is seen
+        head.token_losses(hidden, targets, len(inputs.ids))
+    assert mode.found == ["aten._local_scalar_dense.default"]
+
+
+@pytest.mark.parametrize("lengths", [[30] * 40, [2, 3], [9, 70, 4]])
+def test_unused_slots_change_neither_loss_nor_gradient(encoder, monkeypatch, lengths):
+    head = MaskedLM(weight=1.0, whole_words=True).build(encoder).eval()
+    encoder.eval()
+    inputs = of_length(*lengths)
+    found = []
+    for exactly in (True, False):
+        monkeypatch.setattr(masked_lm, "counts_exactly", lambda chosen, exactly=exactly: exactly)
+        head.zero_grad()
+        terms = head(inputs)
+        terms.loss_sum.backward()
+        found.append((terms.loss_sum, terms.normalizer, {n: p.grad.clone() for n, p in head.named_parameters()}))
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_the_slots_hold_what_is_asked(head):
+    assert capacity(57_344, 0.15) < 1.15 * 0.15 * 57_344
+    assert capacity(5, 0.15) == 5
+    for tokens in (40, 400, 40_000):
+        for _ in range(50):
+            asked = (head.corrupt(torch.randint(1000, 2000, (tokens,)))[1] >= 0).sum()
+            assert asked <= capacity(tokens, 0.15)
+
+
+def test_what_exceeds_the_slots_is_not_predicted(head, monkeypatch):
+    monkeypatch.setattr(masked_lm, "counts_exactly", lambda chosen: False)
+    targets = torch.arange(1000, 2000)
+    terms = head.token_losses(torch.randn(1000, head.lm.config.hidden_size), targets, 1000)
+    assert torch.equal(terms[:, 1], (torch.arange(1000) < capacity(1000, 0.15)).float())
+    assert torch.isfinite(terms).all()

@@ -1,5 +1,6 @@
 """Masked language modeling: an auxiliary loss, or continued pretraining."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,10 +16,11 @@ from tercet.models.engine.chunking import AutoChunks
 from tercet.models.engine.transformers_compat import pretrained_source
 from tercet.models.pretrained import load_pretrained
 from tercet.models.text import special_tokens, word_starts
-from tercet.rng import derive_seed
+from tercet.rng import derive_seed, uniform
 from tercet.types import LossOutput, TokenBatch, TokenState
 
-MLM_PASS = 1  # mixed into the dropout seeds: the contrastive pass over the same tokens has other masks
+MLM_PASS, MLM_CHOICE = 1, 2  # mixed into the dropout seeds: the contrastive pass over the same tokens has other masks
+IGNORED = -100  # the target of a token that is not predicted
 UNSUPPORTED = (
     "Masked language modeling needs a transformer of text with a language-model head; {}. Use another model, as MiniLM or "
     "BERT; `weight`=0 turns the auxiliary loss off."
@@ -95,25 +97,34 @@ class MaskedLMHead(nn.Module):
         self.register_buffer("special", special_tokens(tokenizer), persistent=False)
         self.register_buffer("word_start", word_starts(tokenizer), persistent=False)
 
-    def corrupt(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """``(T,)`` to the corrupted ids ``(T,)`` and the targets ``(T,)``, -100 for tokens that are not chosen."""
-        draw = torch.rand(ids.shape, device=ids.device)
+    def corrupt(self, ids: Tensor, seed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``(T,)`` to the corrupted ids ``(T,)`` and the targets ``(T,)``, -100 for tokens that are not chosen.
+
+        With ``seed (T,)`` the choice is a function of it: the same in any number of processes, and after resuming.
+        """
+        if seed is None:
+            draw, action, random = torch.rand(3, len(ids), device=ids.device)
+        else:
+            draw, action, random = (uniform(derive_seed(seed, MLM_CHOICE), i) for i in range(3))
+        special = self.special[ids]
         if self.settings.whole_words:  # a row begins with a special token, so that no word continues in the next row
-            word = (self.word_start[ids] | self.special[ids]).long().cumsum(0)
-            draw = draw[word - word[0]]
-        chosen = (draw < self.settings.probability) & ~self.special[ids]
-        action = torch.rand(ids.shape, device=ids.device)
-        random_ids = torch.randint(self.num_tokens, ids.shape, device=ids.device)
+            at = torch.arange(len(ids), device=ids.device)
+            draw = draw[torch.where(self.word_start[ids] | special, at, 0).cummax(0).values]  # that of the word's first token
+        chosen = (draw < self.settings.probability) & ~special
+        random_ids = (random * self.num_tokens).long()
         random_ids = torch.where(self.special[random_ids], ids, random_ids)  # a pad token has no position in RoBERTa
         replaced = torch.where(action < 0.8, self.mask_id, torch.where(action < 0.9, random_ids, ids))
-        return torch.where(chosen, replaced, ids), ids.masked_fill(~chosen, -100)
+        return torch.where(chosen, replaced, ids), ids.masked_fill(~chosen, IGNORED)
 
     def forward(self, inputs: TokenBatch) -> LossOutput:
-        """The summed cross entropy; the normalizer is the number of chosen tokens."""
+        """The summed cross entropy; the normalizer is the number of chosen tokens.
+
+        They are drawn from the seeds of deterministic dropout where ``inputs`` have these, else from torch's generator.
+        """
         seed = inputs.state.dropout_seed
         state = TokenState(dropout_seed=None if seed is None else derive_seed(seed, MLM_PASS))
         # Ids and targets are the two columns of one row of tokens: chunking keeps them together.
-        paired = TokenBatch(torch.stack(self.corrupt(inputs.ids), 1), inputs.lengths, state)
+        paired = TokenBatch(torch.stack(self.corrupt(inputs.ids, seed), 1), inputs.lengths, state)
         sums = self.auto_chunks.resolve(self.execution, self, self._rows, paired).run(self._rows, paired)
         return LossOutput(sums[:, 0].sum(), sums[:, 1].detach().sum())
 
@@ -121,15 +132,40 @@ class MaskedLMHead(nn.Module):
         """``n`` rows of ``ids (T, 2)`` to ``(n, 2)``: each row's summed cross entropy and number of targets."""
         ids, targets_only = (replace(paired, ids=ids) for ids in paired.ids.unbind(-1))
         output, _ = self._run_backbone(ids, self.execution.layout == "packed")
-        hidden, targets = output.last_hidden_state, targets_only.pad(-100)[0]
+        hidden, targets = output.last_hidden_state, targets_only.pad(IGNORED)[0]
         assert hidden is not None
+        sums = self.token_losses(hidden.flatten(0, 1), targets.flatten(), len(paired.ids))
+        return sums.view(*targets.shape, 2).sum(1)
+
+    def token_losses(self, hidden: Tensor, targets: Tensor, count: int) -> Tensor:
+        """``hidden (M, H)``, ``targets (M,)`` to ``(M, 2)``: cross entropy and 1 where a token is chosen, else zeros.
+
+        ``count`` of the M are tokens, the others padding. Only ``capacity`` of them get logits, the chosen ones first: those of
+        all tokens would cost more than the encoder. No shape depends on the choice, which is on the device.
+        """
         chosen = targets >= 0
-        # Logits of the vocabulary for the chosen tokens only: those of all tokens would cost more than the encoder.
-        logits = self.lm(inputs_embeds=hidden[chosen][None]).logits[0].float()
-        loss = F.cross_entropy(logits, targets[chosen], reduction="none")
-        row = torch.arange(len(chosen), device=chosen.device)[:, None].expand_as(chosen)[chosen]
-        sums = loss.new_zeros(len(chosen)).index_add(0, row, loss)
-        return torch.stack([sums, chosen.sum(1).to(sums.dtype)], 1)
+        slots = int(chosen.sum()) if counts_exactly(chosen) else min(capacity(count, self.settings.probability), len(targets))
+        at = chosen.byte().argsort(descending=True, stable=True)[:slots]
+        logits: Tensor = self.lm(inputs_embeds=hidden.index_select(0, at)[None]).logits[0].float()
+        target = targets[at]
+        loss = F.cross_entropy(logits, target, ignore_index=IGNORED, reduction="none")
+        pairs = torch.stack([loss, (target >= 0).to(loss.dtype)], 1)
+        return pairs.new_zeros(len(targets), 2).index_copy(0, at, pairs)
+
+
+def counts_exactly(chosen: Tensor) -> bool:
+    """Whether the number of chosen tokens may be read: of a GPU the host would wait for all that it has still to do."""
+    return chosen.device.type == "cpu"
+
+
+def capacity(tokens: int, probability: float) -> int:
+    """More than are chosen of so many tokens: the mean and six standard deviations for words of four pieces.
+
+    English words have 1.3 pieces, so that fewer than one batch in 10^20 has more. Those, the last ones, are corrupted but not
+    predicted.
+    """
+    spread = 6 * math.sqrt(4 * tokens * probability * (1 - probability))
+    return min(tokens, 64 * math.ceil((tokens * probability + spread) / 64))
 
 
 class HiddenStates(nn.Module):

@@ -13,13 +13,16 @@ from torch.distributed.fsdp import fully_shard
 from tercet.distributed import reduce_loss
 from tercet.errors import InputError, require
 from tercet.losses import ContextLoss, TripletLoss
-from tercet.models import Encoder
+from tercet.models import Encoder, Execution
+from tercet.rng import derive_seed
 from tercet.training.contrastive import Contrastive, Memory, ObjectiveHooks
 from tercet.training.lightning_compat import FSDP2Strategy
 from tercet.training.masked_lm import MaskedLM
 from tercet.training.optimizers import MakeOptimizer, MakeScheduler, adamw, make_scheduler
-from tercet.types import Batch, Embeddings, LossOutput, TokenBatch, concat_inputs
+from tercet.types import Batch, Embeddings, LossOutput, Source, TokenBatch, concat_inputs
 from tercet.views import Views
+
+HELD_OUT_TOKENS = 16384  # of one forward pass
 
 
 class SimCSEUnsup(Contrastive):
@@ -49,6 +52,11 @@ class SimCSEUnsup(Contrastive):
         inputs, ids = encoder.prepare(["One text.", "And another one."]), torch.arange(2)
         with torch.no_grad():  # a backbone or tokenizer that the views cannot be used with raises its error now
             self.embed(self.views(Batch((inputs,), ids, ids, ids, ids[None])))
+
+    @property
+    def views_on_device(self) -> bool:
+        """Whether an edit runs a model."""
+        return self.view.on_device
 
     def views(self, batch: Batch) -> Batch:
         """The first column twice, edited by ``view``."""
@@ -110,14 +118,15 @@ class QuickThoughts(Contrastive):
 class Pretraining(ObjectiveHooks, pl.LightningModule):
     """Masked language modeling alone (Devlin et al. 2019, arXiv:1810.04805), on the texts of every column.
 
-    Continues the pretraining of a backbone on one's own text; pooling and head are not trained.
+    Pretrains a backbone, or continues that on one's own text; pooling and head are not trained. A validation measures the
+    perplexity of the rows ``held_out`` as ``val/mlm/perplexity``, of the same masked tokens each time.
     """
 
     positives: ClassVar[str] = "none"
 
     def __init__(
         self, encoder: Encoder, optimizer: MakeOptimizer = adamw, scheduler: MakeScheduler = make_scheduler,
-        mlm: MaskedLM | None = None,
+        mlm: MaskedLM | None = None, held_out: Source | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         mlm = mlm or MaskedLM(weight=1.0)
@@ -126,16 +135,34 @@ class Pretraining(ObjectiveHooks, pl.LightningModule):
         self.optimizer, self.scheduler = optimizer, scheduler
         self.encoder = encoder
         self.mlm, self.mlm_weight = head, mlm.weight
+        self.held_out, self._held_out_rows = held_out, list[TokenBatch]()
         for unused in (encoder.head, getattr(encoder.backbone, "pooler", None)):
             if unused is not None:
                 unused.requires_grad_(False)  # DDP would wait for gradients that the loss does not reach
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross entropy of the chosen tokens, averaged over those of the global batch."""
-        value, logged = reduce_loss(self.mlm(concat_inputs(self.seed_dropout(batch).views)))
+        value, logged = reduce_loss(self.mlm(concat_inputs(self.prepare(batch).views)))
         logged["perplexity"] = logged["loss"].exp()
         self.log_training(logged, batch)
         return self.mlm_weight * value
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Log the perplexity of the held-out rows; ``batch`` is the dummy of ``EvaluationHooks``."""
+        if self.held_out is not None:
+            outputs = [self.mlm(rows.to(self.device)) for rows in self.held_out_rows()]
+            total, count = (torch.stack([getattr(x, name) for x in outputs]).sum() for name in ("loss_sum", "normalizer"))
+            self.log("val/mlm/perplexity", (total / count.clamp(min=1)).exp(), batch_size=1)
+
+    def held_out_rows(self) -> list[TokenBatch]:
+        """The held-out rows in batches that fit into memory, with the seeds that choose their masked tokens."""
+        if self.held_out is not None and not self._held_out_rows:
+            table = self.held_out.rows()
+            texts = self.encoder.prepare([text for column in self.held_out.columns for text in table[column]])
+            texts.state.dropout_seed = derive_seed(torch.zeros_like(texts.ids), torch.arange(len(texts.ids)))
+            chunks = Execution("sorted", chunk_tokens=HELD_OUT_TOKENS).chunks(texts.lengths)
+            self._held_out_rows = [texts.select(rows) for rows in chunks]
+        return self._held_out_rows
 
 
 class Classification(ObjectiveHooks, pl.LightningModule):
@@ -192,7 +219,7 @@ class Classification(ObjectiveHooks, pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross entropy, averaged over the labeled items of the global batch."""
         assert self.classifier is not None
-        batch = self.seed_dropout(batch)
+        batch = self.prepare(batch)
         z, label = self.encoder(concat_inputs(batch.views)), batch.label.repeat(len(batch.views))
         logits = self.classifier(z).float() / self.temperature
         target = torch.where(label >= 0, torch.searchsorted(self.classes, label), -100)  # cross entropy leaves -100 out

@@ -66,7 +66,7 @@ def preflight(cfg: DictConfig, objective: Contrastive, data: DataModule, evaluat
     seconds = (ends[-1] - ends[0]) / max(1, len(ends) - 1) * cfg.trainer.accumulate_grad_batches
     sampled = SampledEncoder(refresh_encoder(trainer, objective))
     steps = total_steps(cfg, data, seconds)
-    often = (validations(cfg, steps, data) + bool(cfg.trainer.num_sanity_val_steps), 2 if cfg.measure_before else 1)
+    often = (validations(cfg, steps, data, seconds) + bool(cfg.trainer.num_sanity_val_steps), 2 if cfg.measure_before else 1)
     items = 0
     for evaluator, times in zip((evaluation.validation, evaluation.test), often, strict=True):
         sampled.items = set()
@@ -108,11 +108,13 @@ def total_steps(cfg: DictConfig, data: DataModule, seconds: float) -> int:
     return int(min(limits))
 
 
-def validations(cfg: DictConfig, steps: int, data: DataModule) -> int:
-    """The number of validations of the whole run."""
+def validations(cfg: DictConfig, steps: int, data: DataModule, seconds: float) -> int:
+    """The number of validations of the whole run, whose steps take ``seconds``."""
     every = cfg.trainer.val_check_interval
     if isinstance(every, int):
         return steps // every
+    if isinstance(every, str) and (time := Timer(every).time_remaining()):
+        return int(steps * seconds // time)
     epoch = steps if data.sampler is None else len(data.sampler)  # type: ignore[arg-type]
     return max(1, round(steps / max(1.0, epoch * (every or 1.0))))
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from tercet.models.engine.deterministic_dropout import BITS
+from tercet.rng import BITS
 from tercet.rng import FIRST, GOLDEN, SECOND
 
 # Triton reads globals only where they are of this type.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tercet.models.engine.deterministic_dropout import BITS
+from tercet.rng import BITS
 
 LONGEST, WIDEST = 128, 128  # tokens of a row, whose keys are one block, and elements of each
 CAPABILITY = (8, 0)  # the first GPUs with bf16
