@@ -3,8 +3,7 @@
 import triton
 import triton.language as tl
 
-from tercet.rng import BITS
-from tercet.rng import FIRST, GOLDEN, SECOND
+from tercet.rng import BITS, FIRST, GOLDEN, SECOND
 
 # Triton reads globals only where they are of this type.
 ADD, MULTIPLY_FIRST, MULTIPLY_SECOND = tl.constexpr(GOLDEN), tl.constexpr(FIRST), tl.constexpr(SECOND)
