@@ -13,7 +13,7 @@ WORKERS ?= 2
 # A file of tests stays in one process, which makes its fixtures once.
 PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: train test test-all benchmark lint fix clean
+.PHONY: train test test-all test-triton benchmark lint fix clean
 train: .venv/quickstart
 	@echo "Training. The same without make: $(BIN)/python train.py"
 	$(BIN)/python train.py
@@ -24,6 +24,10 @@ test: lint
 
 test-all: lint
 	$(PYTEST)
+
+# Kernels for a GPU, in Triton's interpreter. Triton comes with CUDA builds of torch; beside another: pip install triton.
+test-triton: .venv/dev
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/models/test_triton_kernels.py -m "not gpu"
 
 benchmark: .venv-peers/ready
 	@echo "Benchmarks against other libraries: a quarter of an hour, outputs/benchmarks/."

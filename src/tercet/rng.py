@@ -6,6 +6,8 @@ from torch import Tensor
 # The constants of SplitMix64, as signed 64-bit numbers: torch has no arithmetic on unsigned ones.
 GOLDEN, FIRST, SECOND = (x - (1 << 64) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
+BITS = 1 << 16  # a draw of dropout has 16 bits: a rate is rounded to a multiple of 1/65536
+
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)  # filled with zeros, as for unsigned numbers

@@ -6,6 +6,7 @@ have C channels and S x S pixels.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -35,6 +36,57 @@ class TokenState:
         return TokenState(**{name: function(x) for name, x in self.set_fields().items()})
 
 
+@dataclass(frozen=True)
+class RowIndex:
+    """Where the T tokens of N rows are, on the device of the tokens: made once for a pass, not in each layer.
+
+    Tokens after the last row belong to none: their ``row`` is N and their ``position`` 0.
+    """
+
+    lengths: Tensor  # (N,), on the CPU
+    longest: int  # L
+    start: Tensor  # (N,), the first token of each row
+    length: Tensor  # (N,)
+    row: Tensor  # (T,)
+    position: Tensor  # (T,), in the row
+
+    @staticmethod
+    def of(lengths: Tensor, device: torch.device) -> "RowIndex":
+        """The index of rows of ``lengths (N,)``, sent in one copy."""
+        return RowIndex(lengths, int(lengths.max()) if len(lengths) else 0, *send(RowIndex.parts(lengths), device))
+
+    @staticmethod
+    def parts(lengths: Tensor, tokens: int | None = None) -> list[Tensor]:
+        """``start``, ``length``, ``row`` and ``position`` on the CPU; T is ``tokens``, by default that of the rows."""
+        n, start = len(lengths), lengths.cumsum(0) - lengths
+        row = torch.repeat_interleave(torch.arange(n), lengths)
+        position = torch.arange(len(row)) - start[row]
+        if tokens is not None and tokens > len(row):
+            row = torch.cat([row, row.new_full((tokens - len(row),), n)])
+            position = torch.cat([position, position.new_zeros(tokens - len(position))])
+        return [start, lengths, row, position]
+
+    @cached_property
+    def in_padded(self) -> Tensor:
+        """``(T,)``, the index of each token in the flattened ``(N, L)``; N L for those of no row."""
+        return self.row * self.longest + self.position
+
+    def pad(self, flat: Tensor, fill: int = 0) -> Tensor:
+        """``(T, ...)`` to ``(N, L, ...)``, padded on the right with ``fill``."""
+        size = len(self.start) * self.longest
+        out = flat.new_full((size + 1, *flat.shape[1:]), fill).index_copy(0, self.in_padded, flat)
+        return out[:size].view(len(self.start), -1, *flat.shape[1:])
+
+    def unpad(self, padded: Tensor) -> Tensor:
+        """The inverse of ``pad`` where all tokens belong to a row: ``(N, L, ...)`` to ``(T, ...)``."""
+        return padded.flatten(0, 1).index_select(0, self.in_padded)
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """``(N, L)``, true where there is a token."""
+        return torch.arange(self.longest, device=self.length.device) < self.length[:, None]
+
+
 @dataclass
 class TokenBatch:
     """N rows of token ids, concatenated without padding: ``ids (T,)`` and ``lengths (N,)``.
@@ -49,10 +101,23 @@ class TokenBatch:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    @cached_property
+    def index(self) -> RowIndex:
+        """Where the tokens are."""
+        return RowIndex.of(self.lengths, self.ids.device)
+
     def to(self, device: torch.device | str) -> "TokenBatch":
         """Copy ids and state to ``device``."""
-        state = self.state.map(lambda x: x.to(device, non_blocking=True))
-        return TokenBatch(self.ids.to(device, non_blocking=True), self.lengths, state)
+        return self.with_tensors(send(self.tensors(), torch.device(device)))
+
+    def tensors(self) -> list[Tensor]:
+        """The ids, and the fields of the state that are set."""
+        return [self.ids, *self.state.set_fields().values()]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> "TokenBatch":
+        """The same rows with other ``tensors()``."""
+        ids, *state = tensors
+        return TokenBatch(ids, self.lengths, TokenState(**dict(zip(self.state.set_fields(), state, strict=True))))
 
     def rows(self) -> tuple[Tensor, ...]:
         """Split into N tensors of ids, each ``(length,)``."""
@@ -63,18 +128,12 @@ class TokenBatch:
         lengths = self.lengths[which]
         start = (self.lengths.cumsum(0) - self.lengths)[which] - (lengths.cumsum(0) - lengths)
         tokens = torch.arange(int(lengths.sum())) + torch.repeat_interleave(start, lengths)
-        tokens = tokens.to(self.ids.device, non_blocking=True)
+        (tokens,) = send([tokens], self.ids.device)
         return TokenBatch(self.ids[tokens], lengths, self.state.map(lambda x: x[tokens]))
 
     def pad(self, fill: int) -> tuple[Tensor, Tensor, TokenState]:
         """Pad on the right to the longest row: ``ids (N, L)``, ``mask (N, L)``, and the state as ``(N, L, ...)`` with zeros."""
-        mask = pad_rows(torch.ones_like(self.ids), self.lengths)
-        return pad_rows(self.ids, self.lengths, fill), mask, self.state.map(lambda x: pad_rows(x, self.lengths))
-
-    def positions(self) -> Tensor:
-        """``(T,)``, the index of each token in its row."""
-        start = torch.repeat_interleave(self.lengths.cumsum(0) - self.lengths, self.lengths)
-        return torch.arange(len(self.ids), device=self.ids.device) - start.to(self.ids.device)
+        return self.index.pad(self.ids, fill), self.index.mask.long(), self.state.map(self.index.pad)
 
     def state_field(self, name: str) -> Tensor:
         """A field of the state; where it is not set, the value that changes nothing. ``dropout_seed`` has none."""
@@ -82,7 +141,7 @@ class TokenBatch:
         if value is not None:
             return value
         if name == "position":
-            return self.positions()
+            return self.index.position
         all_tokens, nothing = torch.ones_like(self.ids).bool(), self.ids.new_zeros(len(self.ids), 2)
         return {"keep": all_tokens, "attend": all_tokens, "feature_cutoff": nothing, "embedding_cutoff": nothing}[name]
 
@@ -101,21 +160,22 @@ class TokenBatch:
         return TokenBatch(ids, torch.tensor([len(row) for row in rows], dtype=torch.long))
 
 
-def pad_rows(flat: Tensor, lengths: Tensor, fill: int = 0) -> Tensor:
-    """``(T, ...)`` to ``(N, L, ...)``, padded on the right with ``fill``."""
-    out = flat.new_full((len(lengths) * int(lengths.max()), *flat.shape[1:]), fill)
-    return out.index_copy(0, _padded_index(lengths, flat.device), flat).view(len(lengths), -1, *flat.shape[1:])
+def runs_on_cpu(device: torch.device) -> bool:
+    """Whether work on ``device`` is done by the host, so that reading a result and shapes that depend on data cost nothing."""
+    return device.type == "cpu"
 
 
-def unpad_rows(padded: Tensor, lengths: Tensor) -> Tensor:
-    """The inverse of ``pad_rows``: ``(N, L, ...)`` to ``(T, ...)``."""
-    return padded.flatten(0, 1)[_padded_index(lengths, padded.device)]
-
-
-def _padded_index(lengths: Tensor, device: torch.device) -> Tensor:
-    row = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-    position = torch.arange(len(row)) - (lengths.cumsum(0) - lengths)[row]
-    return (row * int(lengths.max()) + position).to(device, non_blocking=True)
+def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """Copy tensors to a device; to a GPU those of one type in one copy, for which the host does not wait."""
+    if device.type != "cuda" or all(x.is_cuda for x in tensors):
+        return [x.to(device, non_blocking=True) for x in tensors]
+    moved: dict[int, Tensor] = {}
+    for dtype in dict.fromkeys(x.dtype for x in tensors):
+        which = [i for i, x in enumerate(tensors) if x.dtype == dtype]
+        flat = torch.cat([tensors[i].flatten() for i in which]).pin_memory().to(device, non_blocking=True)
+        parts = flat.split([tensors[i].numel() for i in which])
+        moved.update((i, part.view(tensors[i].shape)) for i, part in zip(which, parts, strict=True))
+    return [moved[i] for i in range(len(tensors))]
 
 
 @dataclass
@@ -129,7 +189,15 @@ class Images:
 
     def to(self, device: torch.device | str) -> "Images":
         """Copy to ``device``."""
-        return Images(self.pixels.to(device, non_blocking=True))
+        return Images(*send(self.tensors(), torch.device(device)))
+
+    def tensors(self) -> list[Tensor]:
+        """The pixels."""
+        return [self.pixels]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> "Images":
+        """Images with other ``tensors()``."""
+        return Images(*tensors)
 
     @staticmethod
     def concat(parts: "Sequence[Images]") -> "Images":
@@ -164,15 +232,22 @@ class Batch:
     position: Tensor  # (N,), in the document; -1 where there is none
     content_hash: Tensor  # (V, N), of each cell's token ids or image file, so that equal inputs are never used as negatives
     num_unreadable: int = 0  # rows that were drawn and could not be read
+    is_prepared: bool = False  # the objective has made its views, with the seeds of dropout
+    example_id_on_cpu: Tensor | None = None  # (N,), of a batch that has been copied to a device: reading that would block
 
     def __len__(self) -> int:
         return len(self.example_id)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Copy to ``device``."""
-        names = ("example_id", "label", "position", "content_hash")
-        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
-        return Batch(tuple(view.to(device) for view in self.views), **moved, num_unreadable=self.num_unreadable)
+        """Copy to ``device``, all tensors of one type at once."""
+        names, inputs = ("example_id", "label", "position", "content_hash"), [view.tensors() for view in self.views]
+        moved = send([*(getattr(self, name) for name in names), *(x for view in inputs for x in view)], torch.device(device))
+        rest, views = iter(moved[len(names) :]), []
+        for view, tensors in zip(self.views, inputs, strict=True):
+            views.append(view.with_tensors([next(rest) for _ in tensors]))
+        read = self.example_id if self.example_id_on_cpu is None else self.example_id_on_cpu
+        fields: dict[str, Any] = dict(zip(names, moved, strict=False))
+        return replace(self, views=tuple(views), example_id_on_cpu=read, **fields)
 
     def select_columns(self, *which: int) -> "Batch":
         """A batch with the given columns as views; a column may be given twice."""

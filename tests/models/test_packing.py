@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from tercet.app.components import build
 from tercet.models.engine import packing
 from tercet.models.engine.packing import AttentionSettings, Packing, attend_by_length, attend_nested, attend_padded
+from tercet.types import RowIndex
 from tests.conftest import TEXTS, composed, tiny
 
 LENGTHS = [5, 5, 2, 9, 1, 9]
@@ -36,14 +37,18 @@ def row_by_row(query, key, value, lengths, window=None, attend=None):
     return torch.cat(outs)[None]
 
 
+def packed(lengths, device="cpu", **options):
+    return Packing(RowIndex.of(torch.tensor(lengths, dtype=torch.long), torch.device(device)), **options)
+
+
 @pytest.mark.parametrize("device", ["cpu", GPU])
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize(("name", "window"), [*((f, None) for f in FUNCTIONS), ("by_length", 4), ("padded", 4)])
 def test_every_way_is_each_row_alone_in_value_and_gradient(name, window, first, device):
     qkv = tokens(LENGTHS, device)
-    rows = Packing(torch.tensor(LENGTHS), first_token_only=first)
+    rows = packed(LENGTHS, device, first_token_only=first)
     want = row_by_row(*qkv, LENGTHS, window)
-    starts = rows.starts.to(device)
+    starts = rows.index.start
     query = qkv[0][:, :, starts] if first else qkv[0]
     got = FUNCTIONS[name](query, *qkv[1:], rows, AttentionSettings(window=window))
     want = want[:, starts] if first else want
@@ -58,7 +63,7 @@ def test_every_way_is_each_row_alone_in_value_and_gradient(name, window, first, 
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_every_way_drops_attention_and_keeps_its_mean(name, device):
     query, key, value = (x.detach() for x in tokens(LENGTHS, device))
-    rows = Packing(torch.tensor(LENGTHS))
+    rows = packed(LENGTHS, device)
     want = FUNCTIONS[name](query, key, value, rows, AttentionSettings())
     drawn = torch.stack([FUNCTIONS[name](query, key, value, rows, AttentionSettings(0.3)) for _ in range(600)])
     sure = 6 * drawn.std(0) / 600**0.5 + 1e-4
@@ -69,13 +74,13 @@ def test_every_way_drops_attention_and_keeps_its_mean(name, device):
 @pytest.mark.parametrize("name", ["by_length", "padded"])
 def test_what_is_dropped_by_seed_is_the_same_however_rows_are_kept_apart(name):
     query, key, value = tokens(LENGTHS)
-    rows = Packing(torch.tensor(LENGTHS))
+    rows = packed(LENGTHS)
     seed = torch.arange(sum(LENGTHS))[None] + 77
     got = FUNCTIONS[name](query, key, value, rows, AttentionSettings(0.3, seed=seed))
     alone, start = [], 0
     for n in LENGTHS:
         own = slice(start, start + n)
-        one = Packing(torch.tensor([n]))
+        one = packed([n])
         alone.append(
             attend_padded(*(x[:, :, own] for x in (query, key, value)), one, AttentionSettings(0.3, seed=seed[:, own]))
         )
@@ -99,17 +104,17 @@ def test_an_encoder_is_the_same_however_its_rows_are_kept_apart(name, pooling, m
 @pytest.mark.parametrize(("name", "window"), [("by_length", None), ("padded", None), ("by_length", 4), ("padded", 4)])
 def test_no_token_attends_to_one_that_is_cut(name, window, first):
     qkv, attend = tokens(LENGTHS), torch.arange(sum(LENGTHS)) % 5 != 3
-    rows = Packing(torch.tensor(LENGTHS), first_token_only=first, attend=attend)
-    query = qkv[0][:, :, rows.starts] if first else qkv[0]
+    rows = packed(LENGTHS, first_token_only=first, attend=attend)
+    query = qkv[0][:, :, rows.index.start] if first else qkv[0]
     got = FUNCTIONS[name](query, *qkv[1:], rows, AttentionSettings(window=window))
     want = row_by_row(*qkv, LENGTHS, window, attend)
-    torch.testing.assert_close(got, want[:, rows.starts] if first else want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got, want[:, rows.index.start] if first else want, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="not seen"):
         attend_nested(*qkv, rows, AttentionSettings())
 
 
 def test_nested_rows_know_neither_windows_nor_seeds():
-    rows = Packing(torch.tensor(LENGTHS))
+    rows = packed(LENGTHS)
     for window, seed in ((4, None), (None, torch.zeros(1, sum(LENGTHS), dtype=torch.long))):
         with pytest.raises(ValueError, match="nested attention"):
             attend_nested(*tokens(LENGTHS), rows, AttentionSettings(0.1, None, window, seed))
@@ -128,7 +133,7 @@ def test_nested_rows_know_neither_windows_nor_seeds():
     ],
 )
 def test_rows_are_nested_where_padding_would_cost(lengths, wasteful):
-    assert Packing(torch.tensor(lengths, dtype=torch.long)).padding_is_wasteful == wasteful
+    assert packed(lengths).padding_is_wasteful == wasteful
 
 
 def test_nested_attention_is_verified_by_a_run(monkeypatch, caplog):
@@ -158,7 +163,7 @@ def test_nested_attention_is_verified_by_a_run(monkeypatch, caplog):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gpu_has_a_kernel_for_nested_rows(dtype):
     assert packing._nested_attention_works(torch.device("cuda", 0), dtype, 64)
-    rows = Packing(torch.tensor([300, 9, 9]))
+    rows = packed([300, 9, 9])
     assert (
         packing.choose_attention(torch.zeros(1, 2, 318, 64, device="cuda", dtype=dtype), rows, AttentionSettings())
         is attend_nested

@@ -40,7 +40,7 @@ def test_a_cut_token_is_not_seen(family):
 def test_places_as_they_are_change_nothing_and_others_do(family):
     model = encoder_of(family).eval()  # of weights as they are drawn, attention is even: places hardly matter
     rows = model.prepare(TEXTS)
-    same = TokenBatch(rows.ids, rows.lengths, TokenState(position=rows.positions()))
+    same = TokenBatch(rows.ids, rows.lengths, TokenState(position=rows.index.position))
     torch.testing.assert_close(model(same), model(rows))
     out = Shuffle()(rows, torch.arange(12), TokenInfo(*model.token_info()))
     assert not torch.allclose(model(out), model(rows), atol=1e-3)

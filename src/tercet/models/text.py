@@ -12,8 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tercet.errors import require
 from tercet.messages import warn_once
 from tercet.models.encoder import Encoder, PoolingMixin
+from tercet.models.engine import triton_kernels as kernels
 from tercet.models.engine.backbone_runner import BackboneRunner
 from tercet.models.engine.chunking import DEFAULT_EXECUTION, Execution
+from tercet.models.engine.replay import Replay
 from tercet.models.engine.transformers_compat import pooler_is_optional
 from tercet.models.pooling import NEEDS_ALL_LAYERS, NEEDS_FIRST, POOLINGS, WORD_POOLINGS, Head
 from tercet.models.pretrained import lowercases
@@ -77,6 +79,7 @@ class TextEncoder(PoolingMixin, Encoder):
         self.execution = self.runner.resolve(execution)
         self.similarity: str | None = None  # the function that sentence-transformers compares embeddings with; None: cosine
         self.prompts = Prompts.of(prompt)
+        self.replay = Replay()
 
     @property
     def prompts(self) -> Prompts:
@@ -110,7 +113,15 @@ class TextEncoder(PoolingMixin, Encoder):
     def run(self, inputs: TokenBatch, execution: Execution) -> Tensor:
         """``TokenBatch -> (N, D)``."""
         options = (execution.layout == "packed", self.pooling in NEEDS_FIRST, self.pooling in NEEDS_ALL_LAYERS)
-        return execution.run(lambda rows: self.pool(*self.runner(rows, *options)), inputs)
+
+        def embed(rows: TokenBatch) -> Tensor:
+            return self.pool(*self.runner(rows, *options))
+
+        if execution.graphs and execution.in_one_pass and execution.layout == "packed" and not execution.recompute:
+            trained = [p for p in self.parameters() if p.requires_grad]
+            if self.replay.can_run(inputs, trained):
+                return self.replay(embed, inputs, trained, (self.training, len(trained)))
+        return execution.run(embed, inputs)
 
     def prepare(self, items: Sequence[Item]) -> TokenBatch:
         """Token ids with special tokens and the prompt, cut at ``max_length``."""
@@ -125,8 +136,9 @@ class TextEncoder(PoolingMixin, Encoder):
 
     @property
     def deterministic_dropout(self) -> bool:
-        """Whether dropout draws from seeds: where it is chosen, and by default on a CPU, where it costs less than torch's."""
-        chosen = {"deterministic": True, "auto": self.device.type == "cpu", "torch": False}[self.execution.dropout]
+        """Whether dropout draws from seeds: where it is chosen, and by default where it costs no more than torch's."""
+        cheap = self.device.type == "cpu" or kernels.available(self.device)
+        chosen = {"deterministic": True, "auto": cheap, "torch": False}[self.execution.dropout]
         return chosen and self.runner.dropout_seeds is not None
 
     def describe_execution(self) -> str:

@@ -18,7 +18,7 @@ from tercet.messages import print_status
 from tercet.models import CachedEncoder, Encoder
 from tercet.models.engine.deterministic_dropout import with_dropout_seeds
 from tercet.models.folder import KEY, encoder_spec
-from tercet.training.lightning_compat import EvaluationHooks, FSDP2Strategy, begin_next_epoch, elapsed_share
+from tercet.training.lightning_compat import EvaluationHooks, FSDP2Strategy, begin_next_epoch, elapsed_share, logs_now
 from tercet.training.masked_lm import MaskedLM
 from tercet.training.optimizers import (
     TIMED_STEPS,
@@ -130,13 +130,27 @@ class ObjectiveHooks(EvaluationHooks):
         for config in self.trainer.lr_scheduler_configs:
             follow_schedule(config.scheduler)
 
-    def seed_dropout(self: Any, batch: Batch) -> Batch:
-        """The batch, with the seeds of this step's deterministic dropout where the encoder draws from them."""
-        return with_dropout_seeds(batch, self.seed, self.global_step) if self.encoder.deterministic_dropout else batch
+    def views(self, batch: Batch) -> Batch:
+        """The views that this objective trains on."""
+        return batch
+
+    @property
+    def views_on_device(self) -> bool:
+        """Whether the views have to be made on the device; others are made on the CPU, while the device works."""
+        return False
+
+    def prepare(self: Any, batch: Batch) -> Batch:
+        """The batch with this step's views, and the seeds of dropout where the encoder draws from seeds."""
+        if batch.is_prepared:
+            return batch
+        batch = self.views(batch)
+        batch = with_dropout_seeds(batch, self.seed, self.global_step) if self.encoder.deterministic_dropout else batch
+        return replace(batch, is_prepared=True)
 
     def log_training(self: Any, logged: dict[str, Tensor], batch: Batch) -> None:
-        """Log the step's metrics as ``train/<name>``."""
-        self.log_dict({f"train/{name}": x for name, x in logged.items()}, batch_size=len(batch))
+        """Log the step's metrics as ``train/<name>``, in steps whose values are written."""
+        if logs_now(self._trainer):
+            self.log_dict({f"train/{name}": x for name, x in logged.items()}, batch_size=len(batch))
 
     def on_after_backward(self: Any) -> None:
         """Free gathered weights; gradients are sharded by now."""
@@ -175,10 +189,6 @@ class Contrastive(ObjectiveHooks, pl.LightningModule):
         )
         self.num_unreadable = 0  # rows that could not be read so far
 
-    def views(self, batch: Batch) -> Batch:
-        """The views that this objective contrasts."""
-        return batch
-
     def embed(self, batch: Batch) -> Embeddings:
         """All views in one forward pass: ``z (V, N, D)``."""
         z = self.encoder(concat_inputs(batch.views)).unflatten(0, (len(batch.views), len(batch)))
@@ -186,17 +196,18 @@ class Contrastive(ObjectiveHooks, pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """A value whose gradient, averaged over the processes, is that of the loss of the global batch."""
-        batch = self.seed_dropout(self.views(batch))
+        batch, logs = self.prepare(batch), logs_now(self._trainer)
         anchors = self.embed(batch)
         keys, output = contrast(self.loss, anchors, None if self.memory is None else self.memory.extend_and_push)
-        value, logged = reduce_loss(LossOutput(output.loss_sum, output.normalizer, {**output.stats, **_alignment(anchors)}))
-        logged |= _geometry(anchors.z[0], keys.z[0])
+        stats = {**output.stats, **_alignment(anchors)} if logs else {}
+        value, logged = reduce_loss(LossOutput(output.loss_sum, output.normalizer, stats))
+        logged |= _geometry(anchors.z[0], keys.z[0]) if logs else {}
         if self.mlm is not None:
             masked, entropy = reduce_loss(self.mlm(concat_inputs(batch.views)))
             value = value + self.mlm_weight * masked
             logged["mlm_loss"] = entropy["loss"]
         self.num_unreadable += batch.num_unreadable
-        if self.num_unreadable:
+        if self.num_unreadable and logs:
             logged["unreadable"] = value.new_tensor(float(self.num_unreadable))
         self.log_training(logged, batch)
         return value

@@ -130,6 +130,11 @@ class DataModule(EvaluationHooks, pl.LightningDataModule):
         started: dict[str, Any] = {"num_workers": self.workers, "worker_init_fn": start_worker, "generator": generator}
         return LazyLoader(dataset, batch_size=None, sampler=sampler, **started)
 
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Let the objective make its views on the CPU, while the device works, unless they belong on the device."""
+        module: Any = self.trainer.lightning_module if self.trainer else None
+        return module.prepare(batch) if isinstance(batch, Batch) and not getattr(module, "views_on_device", True) else batch
+
     def state_dict(self) -> dict[str, Any]:
         """The epoch and its number of processed batches, for streams: they start before Lightning's loops are restored."""
         epoch, done = epoch_and_batches(self.trainer)

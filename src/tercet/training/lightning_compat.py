@@ -74,6 +74,18 @@ def elapsed_share(trainer: pl.Trainer) -> Callable[[], float] | None:
     return share
 
 
+def logs_now(trainer: pl.Trainer | None) -> bool:
+    """Whether the values of the current batch are written, or are the last ones of an epoch or a run; True outside a fit.
+
+    In the other steps nothing has to be computed for them: on a GPU each value costs several kernels.
+    """
+    loop: Any = getattr(trainer, "fit_loop", None)
+    if trainer is None or loop is None or trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        return True
+    step = loop.epoch_loop._batches_that_stepped + 1  # of this batch, before and after the optimizer's step
+    return step == 1 or step == trainer.max_steps or trainer.is_last_batch or step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+
+
 def begin_next_epoch(trainer: pl.Trainer) -> None:
     """After resuming from a checkpoint of the end of an epoch, go on with the next one; to be called before the first epoch.
 
@@ -137,6 +149,17 @@ def injects_distributed_sampler(trainer: pl.Trainer) -> bool:
     """Whether Lightning would split the batches among the processes a second time."""
     connector = trainer._accelerator_connector
     return bool(connector.use_distributed_sampler and connector.is_distributed)
+
+
+def can_skip_on_device(optimizer: Optimizer) -> bool:
+    """Whether the optimizer leaves weights and state as they are where the device says so: fused ones that read a flag do."""
+    reads_flag = isinstance(optimizer, torch.optim.Adam | torch.optim.SGD)  # AdamW is an Adam
+    return reads_flag and all(group.get("fused") for group in optimizer.param_groups)
+
+
+def skip_on_device(optimizer: Optimizer, skip: torch.Tensor | None) -> None:
+    """Let the next steps of a fused optimizer do nothing if ``skip``, a scalar, is 1; None: all steps are taken."""
+    optimizer.found_inf = None if skip is None else skip.reshape(1).float()  # type: ignore[attr-defined]
 
 
 def let_scaler_unscale(optimizer: Optimizer) -> None:

@@ -53,6 +53,11 @@ class SimCSEUnsup(Contrastive):
         with torch.no_grad():  # a backbone or tokenizer that the views cannot be used with raises its error now
             self.embed(self.views(Batch((inputs,), ids, ids, ids, ids[None])))
 
+    @property
+    def views_on_device(self) -> bool:
+        """Whether an edit runs a model."""
+        return self.view.on_device
+
     def views(self, batch: Batch) -> Batch:
         """The first column twice, edited by ``view``."""
         two = batch.select_columns(0, 0)
@@ -137,7 +142,7 @@ class Pretraining(ObjectiveHooks, pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross entropy of the chosen tokens, averaged over those of the global batch."""
-        value, logged = reduce_loss(self.mlm(concat_inputs(self.seed_dropout(batch).views)))
+        value, logged = reduce_loss(self.mlm(concat_inputs(self.prepare(batch).views)))
         logged["perplexity"] = logged["loss"].exp()
         self.log_training(logged, batch)
         return self.mlm_weight * value
@@ -214,7 +219,7 @@ class Classification(ObjectiveHooks, pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross entropy, averaged over the labeled items of the global batch."""
         assert self.classifier is not None
-        batch = self.seed_dropout(batch)
+        batch = self.prepare(batch)
         z, label = self.encoder(concat_inputs(batch.views)), batch.label.repeat(len(batch.views))
         logits = self.classifier(z).float() / self.temperature
         target = torch.where(label >= 0, torch.searchsorted(self.classes, label), -100)  # cross entropy leaves -100 out

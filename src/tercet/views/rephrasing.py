@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import groupby, product
 from operator import itemgetter
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -113,12 +113,13 @@ class MLMReplacement(RowView):
     In SimCSE's Table 1 (arXiv:2104.08821) BERT-base replaces 15 %. ``name`` is the folder or hub id of a model with a
     language-model head and the vocabulary of the texts. The chosen tokens of a row are masked together; each becomes one of
     its ``top_k`` most probable tokens (1: the most probable, which may be the same again). Costs a forward pass of that model
-    over the view.
+    over the view, and on a GPU the step waits for it.
 
     >>> MLMReplacement("google-bert/bert-base-uncased").rate
     0.15
     """
 
+    on_device: ClassVar[bool] = True
     name: str
     rate: float = 0.15
     top_k: int = 1

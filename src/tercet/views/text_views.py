@@ -74,6 +74,11 @@ class Views:
         """Whether both views are the unchanged text."""
         return not self.first and not self.second
 
+    @property
+    def on_device(self) -> bool:
+        """Whether an edit runs a model, which belongs on the device of the encoder."""
+        return any(getattr(edit, "on_device", False) for edit in (*self.first, *self.second))
+
     def __call__(self, inputs: TokenBatch, example_id: Tensor, step: int, info: TokenInfo) -> tuple[TokenBatch, TokenBatch]:
         """Both views of N rows of the examples ``example_id (N,)``."""
         seed = derive_seed(derive_seed(torch.full_like(example_id, self.seed), step), example_id)

@@ -17,7 +17,7 @@ from tercet.models.engine.chunking import Execution
 from tercet.models.engine.deterministic_dropout import DropoutSeeds, replace_dropouts
 from tercet.models.engine.packing import NAME, Packing, shorten_last_layer
 from tercet.rng import uniform
-from tercet.types import RATE_SCALE, TokenBatch, TokenState, pad_rows
+from tercet.types import RATE_SCALE, TokenBatch, TokenState
 
 TOLERANCE = 1e-4  # between a packed row and the same row alone; hidden states are around 1
 
@@ -109,17 +109,17 @@ class BackboneRunner:
             arguments["attention_mask"] = mask if state.attend is None else mask * state.attend
         if packed or seeds:
             attend = None if state.attend is None or not packed else state.attend[0]
-            arguments["packing"] = Packing(rows.lengths, packed, first_token_only, seeds, attend)
+            arguments["packing"] = Packing(rows.index, packed, first_token_only, seeds, attend)
         with self._cut_embeddings(state):
             out: Any = self.backbone(**arguments, output_hidden_states=all_layers)
         if not packed:
             return out, mask
-        lengths = torch.ones_like(rows.lengths) if first_token_only else rows.lengths
-        states = [pad_rows(x[0], lengths) for x in (out.hidden_states if all_layers else [out.last_hidden_state])]
-        mask = (torch.arange(states[-1].shape[1]) < lengths[:, None]).long()
+        layers = [x.squeeze(0) for x in (out.hidden_states if all_layers else [out.last_hidden_state])]
+        states = [x[:, None] if first_token_only else rows.index.pad(x) for x in layers]
+        mask = rows.index.mask[:, :1] if first_token_only else rows.index.mask
         pooler = getattr(self.backbone, "pooler", None)
         pooled = pooler(states[-1]) if pooler is not None else None
-        return BaseModelOutputWithPooling(states[-1], pooled, tuple(states)), mask.to(rows.ids.device, non_blocking=True)
+        return BaseModelOutputWithPooling(states[-1], pooled, tuple(states)), mask.long()
 
     @contextmanager
     def _cut_embeddings(self, state: TokenState) -> Iterator[None]:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tercet.errors import check_choice, require
 from tercet.messages import warn_once
-from tercet.types import TokenBatch
+from tercet.types import TokenBatch, runs_on_cpu, send
 
 Embed = Callable[[TokenBatch], Tensor]  # n rows to (n, ...)
 LAYOUTS = ("auto", "packed", "sorted", "padded", "equal_length")
@@ -37,11 +37,13 @@ class Execution:
     little of a chunk is padding; ``padded`` keeps the order; ``equal_length`` runs rows of one length at a time, for backbones
     whose states depend on padding. ``auto`` is the first of packed, sorted and equal_length that the backbone can.
     ``dropout``: ``deterministic`` makes masks a function of (seed, step, row, view, layer), the same for any number of
-    processes and any chunks; ``torch`` is torch's own; ``auto`` is deterministic on a CPU, where it is the faster one, if the
-    backbone can pack. ``chunk_tokens``: the most tokens of one chunk of texts, padding included, "auto" for what fits into
-    free memory, measured on the first batch; ``chunk_rows``: its most rows, of texts or images; None is no limit.
+    processes and any chunks; ``torch`` is torch's own; ``auto`` is deterministic where that costs no more, on a CPU and with
+    Triton's kernels on a GPU, if the backbone can pack. ``chunk_tokens``: the most tokens of one chunk of texts, padding
+    included, "auto" for what fits into free memory, measured on the first batch; ``chunk_rows``: its most rows, of texts or
+    images; None is no limit.
     ``recompute``: save no activations and compute each chunk again in the backward pass, with the same dropout. This is
-    GradCache (Gao et al. 2021, arXiv:2101.06983): the same gradient in the memory of one chunk.
+    GradCache (Gao et al. 2021, arXiv:2101.06983): the same gradient in the memory of one chunk. ``graphs``: on a GPU, replay
+    the passes of packed rows of at most 128 tokens as CUDA graphs, which the host need not launch kernel by kernel.
 
     >>> execution = Execution(layout="sorted", chunk_tokens=8)
     >>> [chunk.tolist() for chunk in execution.chunks(torch.tensor([2, 7, 3, 4]))]
@@ -53,6 +55,7 @@ class Execution:
     chunk_tokens: int | Literal["auto"] | None = None
     chunk_rows: int | None = None
     recompute: bool = False
+    graphs: bool = True
 
     def __post_init__(self) -> None:
         check_choice("layout", self.layout, LAYOUTS)
@@ -64,6 +67,11 @@ class Execution:
     def unchunked(self) -> "Execution":
         """The same in one pass, for rows that are a chunk already."""
         return replace(self, chunk_tokens=None, chunk_rows=None, recompute=False)
+
+    @property
+    def in_one_pass(self) -> bool:
+        """Whether all rows run at once."""
+        return self.chunk_tokens is None and self.chunk_rows is None
 
     def chunks(self, lengths: Tensor) -> list[Tensor]:
         """``lengths (N,)`` to tensors of row indices, each row in one; a row above the limit is a chunk of its own."""
@@ -89,9 +97,11 @@ class Execution:
 
     def run(self, function: Embed, rows: TokenBatch) -> Tensor:
         """Apply ``n rows -> (n, ...)`` to all rows, in their order."""
+        if self.layout == "packed" and self.in_one_pass and not runs_on_cpu(rows.ids.device):
+            return self.run_parts(function, [rows])  # only a CPU is faster with adjacent rows of equal length
         chunks = self.chunks(rows.lengths)
         done = self.run_parts(function, (rows.select(chunk) for chunk in chunks))
-        return done[torch.argsort(torch.cat(chunks)).to(done.device, non_blocking=True)]
+        return done.index_select(0, *send([torch.argsort(torch.cat(chunks))], done.device))
 
     def run_parts(self, function: Callable[[Any], Tensor], parts: Iterable[Any]) -> Tensor:
         """Apply ``function`` to each part and concatenate the results."""

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from tercet.errors import InputError
+from tercet.models.engine import triton_kernels as kernels
 from tercet.models.engine.transformers_compat import module_number, number_modules
-from tercet.rng import derive_seed
+from tercet.rng import BITS, derive_seed
 from tercet.types import Batch, TokenBatch
-
-BITS = 1 << 16  # a draw has 16 bits: a rate is rounded to a multiple of 1/65536
 
 
 class DropoutSeeds:
@@ -42,6 +41,8 @@ class SeededDropout(nn.Dropout):
                 f"`execution.dropout`: a dropout of this backbone gets {tuple(x.shape)}, not one vector for each of "
                 f"{tuple(seed.shape)} tokens. Use `execution.dropout`=torch."
             )
+        if kernels.available(x.device):
+            return kernels.seeded_dropout(x, self.p, seed, module_number(self))
         return apply_dropout(x, self.p, derive_seed(seed, module_number(self)))
 
 
@@ -89,6 +90,6 @@ def with_dropout_seeds(batch: Batch, seed: int, step: int) -> Batch:
     row = derive_seed(derive_seed(torch.full_like(batch.example_id, seed), step), batch.example_id)
     views = list(cast(tuple[TokenBatch, ...], batch.views))  # images have no such dropout
     for number, view in enumerate(views):
-        tokens = torch.repeat_interleave(derive_seed(row, number), view.lengths.to(row.device), output_size=len(view.ids))
-        views[number] = replace(view, state=replace(view.state, dropout_seed=derive_seed(tokens, view.positions())))
+        tokens = derive_seed(derive_seed(row, number).index_select(0, view.index.row), view.index.position)
+        views[number] = replace(view, state=replace(view.state, dropout_seed=tokens))
     return replace(batch, views=tuple(views))

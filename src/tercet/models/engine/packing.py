@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 
 from tercet.messages import warn_once
 from tercet.models.engine import transformers_compat as compat
+from tercet.models.engine import triton_kernels as kernels
 from tercet.models.engine.deterministic_dropout import DropoutSeeds, apply_dropout
 from tercet.rng import derive_seed
-from tercet.types import pad_rows, unpad_rows
+from tercet.types import RowIndex, runs_on_cpu, send
 
 NAME = "tercet"
 LONG = 128  # tokens; in shorter rows attention is a few percent of a layer's work (its scores: L / 6H of the linear layers')
@@ -30,22 +31,23 @@ KEY_VALUE = (("key", "value"), ("k_lin", "v_lin"))  # names of the projections i
 class Packing:
     """What attention needs to know of the rows in one forward pass."""
 
-    lengths: Tensor  # (n,), tokens of each row
+    index: RowIndex
     packed: bool = True  # rows are concatenated, in shape (1, T); otherwise they are padded
     first_token_only: bool = False  # the last layer computes the first token of each row and no other
     dropout_seeds: DropoutSeeds | None = None  # of deterministic dropout; None for torch's
     attend: Tensor | None = None  # (T,), of packed rows: false for tokens that no token attends to
     all_hidden: Tensor | None = field(default=None, init=False)  # of all tokens, for a layer whose input is the first tokens
 
-    def __post_init__(self) -> None:
-        self.starts = self.lengths.cumsum(0) - self.lengths
-        self.groups = [(sum(1 for _ in rows), n) for n, rows in groupby(self.lengths.tolist())]  # adjacent rows of equal length
+    @cached_property
+    def groups(self) -> list[tuple[int, int]]:
+        """The number and the length of adjacent rows of equal length."""
+        return [(sum(1 for _ in rows), n) for n, rows in groupby(self.index.lengths.tolist())]
 
     @cached_property
     def padding_is_wasteful(self) -> bool:
         """Whether padding would double the work of attention, in rows long enough for that to exceed a kernel's overhead."""
-        longest = int(self.lengths.max()) if len(self.lengths) else 0
-        return longest >= LONG and 2 * int(self.lengths.square().sum()) <= len(self.lengths) * longest**2
+        lengths, longest = self.index.lengths, self.index.longest
+        return longest >= LONG and 2 * int(lengths.square().sum()) <= len(lengths) * longest**2
 
 
 class AttentionSettings(NamedTuple):
@@ -55,6 +57,7 @@ class AttentionSettings(NamedTuple):
     scale: float | None = None  # of the scores; None is d ** -0.5
     window: int | None = None  # only tokens that are nearer than this are seen
     seed: Tensor | None = None  # one for each query, determines what is dropped; None draws from torch
+    number: int = 0  # of the layer; ``attend_short`` mixes it into the seeds, which are the layer's for all others
 
 
 def attention(
@@ -69,25 +72,41 @@ def attention(
         options = {"dropout": dropout, "scaling": scaling, **others}
         return compat.sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     seed = packing.dropout_seeds.seed if packing.dropout_seeds is not None and dropout > 0 else None
-    seed = None if seed is None else derive_seed(seed, compat.module_number(module))
-    settings = AttentionSettings(dropout, scaling, sliding_window, seed)
-    if not packing.packed:
+    settings = AttentionSettings(dropout, scaling, sliding_window, seed, 0 if seed is None else compat.module_number(module))
+    chosen = choose_attention(query, packing, settings) if packing.packed else None
+    if seed is not None and chosen is not attend_short:  # whose kernel does that
+        settings = settings._replace(seed=derive_seed(seed, settings.number))
+    if chosen is None:
         return _attend(query, key, value, attention_mask, settings).transpose(1, 2), None
     if (hidden := packing.all_hidden) is not None:  # the query is of first tokens only, keys and values are of all
         shape = (key.shape[1], key.shape[3])
         projections = (getattr(module, name) for name in key_value_names(module) or ())
         key, value = (project(hidden).unflatten(-1, shape).transpose(1, 2) for project in projections)
         packing.all_hidden = None
-    return choose_attention(query, packing, settings)(query, key, value, packing, settings), None
+    return chosen(query, key, value, packing, settings), None
 
 
 def choose_attention(query: Tensor, packing: Packing, settings: AttentionSettings) -> Callable[..., Tensor]:
     """The fastest implementation for these rows on this device; all give the same result."""
-    if not query.is_cuda:
+    if runs_on_cpu(query.device):
         return attend_by_length
+    if kernels.available(query.device) and packing.index.longest <= LONG:
+        return attend_short
     nested = settings.window is None and settings.seed is None and packing.attend is None and packing.padding_is_wasteful
     works = nested and _nested_attention_works(query.device, query.dtype, query.shape[-1])
     return attend_nested if works else attend_padded
+
+
+def attend_short(q: Tensor, k: Tensor, v: Tensor, rows: Packing, settings: AttentionSettings) -> Tensor:
+    """One kernel for rows that fit into one block. Fastest on a GPU; dropout without seeds draws them from torch."""
+    seed, first_only = settings.seed, q.shape[2] != k.shape[2]
+    if seed is None and settings.dropout > 0:
+        seed = torch.empty(1, q.shape[2], dtype=torch.long, device=q.device).random_()
+    query, key, value = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))
+    return kernels.short_attention(
+        query, key, value, rows.index.start, rows.index.length, rows.index.longest, settings.scale, p=settings.dropout, seed=None if seed is None else seed.squeeze(0), number=settings.number,
+        attend=rows.attend, window=settings.window, first_only=first_only,
+    )[None]  # fmt: skip
 
 
 def attend_by_length(q: Tensor, k: Tensor, v: Tensor, rows: Packing, settings: AttentionSettings) -> Tensor:
@@ -96,7 +115,7 @@ def attend_by_length(q: Tensor, k: Tensor, v: Tensor, rows: Packing, settings: A
     queries = tokens if q.shape[2] == k.shape[2] else [n for n, _ in rows.groups]
     seeds = [None] * len(tokens) if settings.seed is None else settings.seed[0].split(queries)
     attends = [None] * len(tokens) if rows.attend is None else rows.attend.split(tokens)
-    splits = q[0].split(queries, 1), k[0].split(tokens, 1), v[0].split(tokens, 1)
+    splits = q.squeeze(0).split(queries, 1), k.squeeze(0).split(tokens, 1), v.squeeze(0).split(tokens, 1)
     parts = []
     for *qkv, s, attend, (n, length) in zip(*splits, seeds, attends, rows.groups, strict=True):
         q, k, v = (x.unflatten(1, (n, -1)).transpose(0, 1) for x in qkv)
@@ -111,36 +130,32 @@ def attend_by_length(q: Tensor, k: Tensor, v: Tensor, rows: Packing, settings: A
 
 def attend_padded(q: Tensor, k: Tensor, v: Tensor, rows: Packing, settings: AttentionSettings) -> Tensor:
     """Pad for the attention alone and call it once: in short rows it is a few percent of the work, and calls cost more."""
-    queries, (q, k, v) = _split_rows(pad_rows, q, k, v, rows)
-    if rows.attend is None:
-        mask = (torch.arange(k.shape[2]) < rows.lengths[:, None]).to(q.device, non_blocking=True)[:, None, None]
-    else:
-        mask = pad_rows(rows.attend, rows.lengths)[:, None, None]
+    index, first_only = rows.index, q.shape[2] != k.shape[2]
+    pad = (lambda x: x[:, None]) if first_only else index.pad  # a query of each row, or all
+    q = pad(q.squeeze(0).transpose(0, 1)).transpose(1, 2)
+    k, v = (index.pad(x.squeeze(0).transpose(0, 1)).transpose(1, 2) for x in (k, v))
+    mask = (index.mask if rows.attend is None else index.pad(rows.attend))[:, None, None]
     if (near := _window_mask(q.shape[2], k.shape[2], settings.window, q.device)) is not None:
         mask = mask & near
     if settings.seed is not None:
-        settings = settings._replace(seed=pad_rows(settings.seed[0], queries))
-    return unpad_rows(_attend(q, k, v, mask, settings).transpose(1, 2), queries)[None]
+        settings = settings._replace(seed=pad(settings.seed[0]))
+    out = _attend(q, k, v, mask, settings).transpose(1, 2)
+    return (out[:, 0] if first_only else index.unpad(out))[None]
 
 
 def attend_nested(q: Tensor, k: Tensor, v: Tensor, rows: Packing, settings: AttentionSettings) -> Tensor:
     """One call on nested tensors, without padding; supports neither a window, nor seeds, nor tokens that are not seen."""
     if settings.window is not None or settings.seed is not None or rows.attend is not None:
         raise ValueError("nested attention supports neither a window, nor dropout by seed, nor tokens that are not seen.")
-    _, (q, k, v) = _split_rows(_jagged, q, k, v, rows)
+    tokens = rows.index.lengths
+    lengths = (torch.ones_like(tokens) if q.shape[2] != k.shape[2] else tokens, tokens, tokens)
+    q, k, v = (_jagged(x.squeeze(0).transpose(0, 1), n).transpose(1, 2) for x, n in zip((q, k, v), lengths, strict=True))
     return _attend(q, k, v, None, settings).transpose(1, 2).values()[None]
-
-
-def _split_rows(split: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, rows: Packing) -> tuple[Tensor, list[Tensor]]:
-    """The number of queries of each row, and query, key and value as ``(n, heads, L, d)``."""
-    queries = rows.lengths if q.shape[2] == k.shape[2] else torch.ones_like(rows.lengths)
-    lengths = (queries, rows.lengths, rows.lengths)
-    return queries, [split(x[0].transpose(0, 1), n).transpose(1, 2) for x, n in zip((q, k, v), lengths, strict=True)]
 
 
 def _jagged(tokens: Tensor, lengths: Tensor) -> Tensor:
     """``(T, heads, d)`` to a nested ``(n, L, heads, d)``; the extremes of L are passed, so that no device is read."""
-    ends = F.pad(lengths.cumsum(0), (1, 0)).to(tokens.device, non_blocking=True)
+    (ends,) = send([F.pad(lengths.cumsum(0), (1, 0))], tokens.device)
     least, most = int(lengths.min()), int(lengths.max())
     return torch.nested.nested_tensor_from_jagged(tokens.contiguous(), ends, min_seqlen=least, max_seqlen=most)
 
@@ -148,7 +163,7 @@ def _jagged(tokens: Tensor, lengths: Tensor) -> Tensor:
 @cache
 def _nested_attention_works(device: torch.device, dtype: torch.dtype, d: int) -> bool:
     """Whether nested attention equals padded attention here, in value and gradient, and applies dropout: checked by a run."""
-    rows = Packing(torch.tensor([40, 9]))
+    rows = Packing(RowIndex.of(torch.tensor([40, 9]), device))
     with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         q, k, v = (torch.randn(1, 2, 49, d, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
         try:
@@ -209,11 +224,10 @@ def _select_first_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: dict[
     packing = kwargs.get("packing")
     if packing is None or not packing.first_token_only or packing.all_hidden is not None:
         return None  # the last: this hook has run, for another encoder of the same backbone
-    starts = packing.starts.to(args[0].device, non_blocking=True)
     packing.all_hidden = args[0]
     if (seeds := packing.dropout_seeds) is not None and seeds.seed is not None:
-        seeds.seed = seeds.seed[:, starts]
-    return (args[0][:, starts], *args[1:]), kwargs
+        seeds.seed = seeds.seed.index_select(1, packing.index.start)
+    return (args[0].index_select(1, packing.index.start), *args[1:]), kwargs
 
 
 compat.register_attention(NAME, attention)

@@ -11,14 +11,15 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import TQDMProgressBar
 from pytorch_lightning.callbacks.progress.tqdm_progress import Tqdm
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
 from tercet.distributed.gather import rank, world_size
 from tercet.errors import InputError, require
 from tercet.messages import ProgressLines, log_errors, warn_once
-from tercet.training.lightning_compat import time_limit
-from tercet.types import Batch, TokenBatch, concat_inputs
+from tercet.training.lightning_compat import can_skip_on_device, logs_now, skip_on_device, time_limit
+from tercet.types import Batch, TokenBatch, concat_inputs, runs_on_cpu
 
 
 class SkipNonFinite(pl.Callback):
@@ -26,50 +27,75 @@ class SkipNonFinite(pl.Callback):
 
     Logs ``train/gradient_norm``, before clipping, and ``train/skipped``, the number of steps skipped so far. The rows of
     skipped batches are written to ``skipped.csv`` (step, process, example ids). Nothing is skipped under fp16, where the loss
-    scaler does so in order to find its scale.
+    scaler does so in order to find its scale. On a GPU a fused optimizer skips by itself, and the host counts such steps when
+    values are logged: until then it does not wait for the device.
     """
 
     def __init__(self, patience: int = 5) -> None:
         require(patience >= 1, f"`patience`={patience}: 1 step in a row, or more.")
         self.patience = patience
         self.skipped = self.in_a_row = 0
-        self.rows: list[int] = []
+        self.rows: list[Tensor] = []
+        self.unread: list[tuple[int, list[Tensor], Tensor]] = []  # step, example ids, whether it is skipped
+        self.folder = Path()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int) -> None:
         """Record the rows of all batches whose gradients are accumulated."""
-        self.rows += batch.example_id.tolist()
+        self.folder = Path(trainer.default_root_dir)
+        self.rows.append(batch.example_id if batch.example_id_on_cpu is None else batch.example_id_on_cpu)
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """Check the norm of the whole gradient: it is the same in all processes, so that all of them skip."""
         norm = get_total_norm([p.grad for p in pl_module.parameters() if p.grad is not None])
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        pl_module.log("train/gradient_norm", norm, batch_size=1)
+        if logs := logs_now(trainer):
+            pl_module.log("train/gradient_norm", norm, batch_size=1)
         rows, self.rows = self.rows, []
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             return
-        self.in_a_row = 0 if torch.isfinite(norm) else self.in_a_row + 1  # waits for the device, once a step
-        if self.in_a_row:
-            self._skip(trainer, pl_module, rows)
-        pl_module.log("train/skipped", float(self.skipped), batch_size=1)
+        skip = ~torch.isfinite(norm)
+        self.unread.append((trainer.global_step, rows, skip))
+        by_optimizer = can_skip_on_device(optimizer) and not runs_on_cpu(norm.device)
+        if by_optimizer:
+            skip_on_device(optimizer, skip)
+        elif skip:  # waits for the device
+            for parameter in pl_module.parameters():
+                parameter.grad = None  # the optimizer leaves such parameters out: no momentum, no weight decay
+        if logs or not by_optimizer:
+            self._count()
+        if logs:
+            pl_module.log("train/skipped", float(self.skipped), batch_size=1)
 
-    def _skip(self, trainer: pl.Trainer, pl_module: pl.LightningModule, rows: list[int]) -> None:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Count the last steps."""
+        self._count()
+
+    def _count(self) -> None:
+        """Count the steps that have been skipped since the last call; ``InputError`` where ``patience`` is at its end."""
+        flags = torch.stack([skip for _, _, skip in self.unread]).tolist() if self.unread else []
+        unread, self.unread = self.unread, []
+        for (step, rows, _), skipped in zip(unread, flags, strict=True):
+            self.in_a_row = self.in_a_row + 1 if skipped else 0
+            if skipped:
+                self._record(step, torch.cat(rows).tolist())
+
+    def _record(self, step: int, rows: list[int]) -> None:
         self.skipped += 1
-        for parameter in pl_module.parameters():
-            parameter.grad = None  # the optimizer leaves such parameters out: no momentum, no weight decay
-        path = Path(trainer.default_root_dir) / "skipped.csv"
+        path = self.folder / "skipped.csv"
         with log_errors(f"{path}"), path.open("a", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerow([trainer.global_step, rank(), " ".join(map(str, rows))])
+            csv.writer(file).writerow([step, rank(), " ".join(map(str, rows))])
         if self.skipped == 1:
-            warn_once(f"step {trainer.global_step}: the gradient is not finite. The step is skipped; {path} names its rows.")
+            warn_once(f"step {step}: the gradient is not finite. The step is skipped; {path} names its rows.")
         if self.in_a_row == self.patience:
             raise InputError(
-                f"The gradient is not finite, {self.in_a_row} steps in a row up to step {trainer.global_step} (`patience`): "
+                f"The gradient is not finite, {self.in_a_row} steps in a row up to step {step} (`patience`): "
                 "an embedding or the loss is not. The weights are those before them, in checkpoints/last.ckpt; skipped.csv has "
                 "the rows. A lower learning rate, the Trainer's gradient_clip_val at 1 or its precision 32-true may help."
             )
 
     def state_dict(self) -> dict[str, Any]:
         """The number of skipped steps."""
+        self._count()
         return {"skipped": self.skipped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -91,7 +117,7 @@ class CollapseWarning(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Check what the step has logged."""
-        if trainer.global_step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        if trainer.global_step % trainer.log_every_n_steps or not logs_now(trainer):  # type: ignore[attr-defined]
             return
         names = ("train/spread", "train/loss", "train/active")
         logged = {name: float(x) for name, x in trainer.callback_metrics.items() if name in names}
@@ -119,6 +145,7 @@ class Progress(TQDMProgressBar):
         super().__init__(refresh_rate, process_position, leave)
         self.seconds = seconds
         self.lines: ProgressLines | None = None
+        self.shown: dict[str, Any] = {}
 
     def init_train_tqdm(self) -> Tqdm:
         """A bar, of a terminal."""
@@ -132,6 +159,8 @@ class Progress(TQDMProgressBar):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any) -> None:
         """Update the bar, or print a line if it is due."""
+        if logs_now(trainer):
+            self.shown = self._logged(trainer)
         super().on_train_batch_end(trainer, pl_module, *batch)
         if self.lines is not None:
             timer = time_limit(trainer)
@@ -147,7 +176,10 @@ class Progress(TQDMProgressBar):
     init_validation_tqdm = init_sanity_tqdm = init_test_tqdm
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        """The values beside the bar."""
+        """The values beside the bar: those of the last step that logged any, because reading them waits for the device."""
+        return self.shown
+
+    def _logged(self, trainer: pl.Trainer) -> dict[str, Any]:
         shown = (("loss", "train/loss", ".3f"), ("sentences/s", "train/sentences_per_second", ".0f"))
         logged = trainer.callback_metrics
         return {name: format(float(logged[key]), digits) for name, key, digits in shown if key in logged}
@@ -178,23 +210,24 @@ class Throughput(pl.Callback):
         self.waited = time.perf_counter() - self.start
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Count the inputs of the step and log its cost."""
-        views = pl_module.views(batch) if hasattr(pl_module, "views") else batch
-        inputs = concat_inputs(views.views)
+        """Count the inputs of the step, and log its cost in steps whose values are written."""
         now = time.perf_counter()
         seconds, self.start = now - self.start, now
-        text = inputs if isinstance(inputs, TokenBatch) else None
-        counts = {"images": len(inputs)} if text is None else {"sentences": len(text), "tokens": len(text.ids)}
-        if seconds > 0:
-            for name, count in counts.items():
-                rate = world_size() * count / seconds
-                self.rates[name] = self.smoothing * self.rates.get(name, rate) + (1 - self.smoothing) * rate
-                pl_module.log(f"train/{name}_per_second", self.rates[name], batch_size=1)
-            pl_module.log("train/waiting", self.waited / seconds, batch_size=1)
-        if text is not None:
-            computed = pl_module.encoder.execution_for(text).computed_tokens(text.lengths)
-            pl_module.log("train/padding", 1 - len(text.ids) / max(computed, 1), batch_size=len(batch))
-        pl_module.log("train/memory_gb", peak_memory_gb(), batch_size=len(batch))
+        texts = [view for view in batch.views if isinstance(view, TokenBatch)]
+        lengths = torch.cat([view.lengths for view in texts]) if texts else torch.zeros(0, dtype=torch.long)
+        counts = {"sentences": len(lengths), "tokens": int(lengths.sum())}
+        counts = counts if texts else {"images": len(batch) * len(batch.views)}
+        for name, count in counts.items() if seconds > 0 else ():
+            rate = world_size() * count / seconds
+            self.rates[name] = self.smoothing * self.rates.get(name, rate) + (1 - self.smoothing) * rate
+        if not logs_now(trainer):
+            return
+        cost = {f"{name}_per_second": rate for name, rate in self.rates.items()}
+        cost |= {"waiting": self.waited / seconds} if seconds > 0 else {}
+        if texts:
+            computed = pl_module.encoder.execution_for(concat_inputs(texts)).computed_tokens(lengths)
+            cost["padding"] = 1 - counts["tokens"] / max(computed, 1)
+        pl_module.log_dict({f"train/{name}": x for name, x in {**cost, "memory_gb": peak_memory_gb()}.items()}, batch_size=1)
 
 
 def peak_memory_gb() -> float:

@@ -1,0 +1,185 @@
+"""Dropout by seed, and attention within short rows of packed tokens, in one kernel for each direction.
+
+Written in Triton, which comes with CUDA builds of torch. On a CPU they run, slowly, in Triton's interpreter: set
+``TRITON_INTERPRET=1`` before anything imports Triton.
+"""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tercet.rng import BITS
+
+LONGEST = 128  # tokens of a row: its keys are one block
+CAPABILITY = (8, 0)  # the first GPUs with bf16
+DRAWS = 256  # 64-bit numbers that a program of dropout draws
+WARPS = {16: 1, 32: 2, 64: 4, 128: 8}  # of a program, by its block of keys
+
+
+@cache
+def available(device: torch.device) -> bool:
+    """Whether the kernels run here: on a GPU that they are made for, or anywhere in Triton's interpreter."""
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return True
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= CAPABILITY
+
+
+def seeded_dropout(x: Tensor, p: float, seed: Tensor, number: int | None = None) -> Tensor:
+    """The same as ``apply_dropout(x, p, derive_seed(seed, number))``; without ``number``, as ``apply_dropout(x, p, seed)``.
+
+    Only the seeds are kept for the backward pass, which draws the mask again.
+    """
+    if seed.shape != x.shape[:-1]:
+        raise ValueError(f"x {tuple(x.shape)} needs seeds of {tuple(x.shape[:-1])}, not {tuple(seed.shape)}.")
+    if p >= 1:
+        return x * 0
+    return _SeededDropout.apply(x, seed, round(p * BITS), number)  # type: ignore[no-untyped-call, no-any-return]
+
+
+class _SeededDropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seed: Tensor, threshold: int, number: int | None) -> Tensor:
+        ctx.save_for_backward(seed)
+        ctx.settings = threshold, number
+        return _drop(x, seed, threshold, number)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _drop(grads[0], ctx.saved_tensors[0], *ctx.settings), None, None, None
+
+
+def _drop(x: Tensor, seed: Tensor, threshold: int, number: int | None) -> Tensor:
+    from tercet.models.engine import triton_jit
+
+    x, seed = x.contiguous(), seed.contiguous()
+    out = torch.empty_like(x)
+    draws = seed.numel() * -(-x.shape[-1] // 4)
+    if draws:
+        with _on(x.device):
+            triton_jit.dropout[(-(-draws // DRAWS),)](
+                x, out, seed, draws, number, threshold, BITS / (BITS - threshold), H=x.shape[-1], BLOCK=DRAWS, num_warps=4
+            )
+    return out
+
+
+class _Attention(NamedTuple):
+    """What a call of attention does, tensors aside."""
+
+    longest: int
+    scale: float
+    threshold: int  # of draws, below which dropout drops
+    number: int | None
+    window: int | None
+    first_only: bool
+
+
+def short_attention(
+    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, lengths: Tensor, longest: int, scale: float | None = None,
+    p: float = 0.0, seed: Tensor | None = None, attend: Tensor | None = None, number: int | None = None,
+    window: int | None = None, first_only: bool = False,
+) -> Tensor:  # fmt: skip
+    """Attention of each row's tokens to the tokens of their row, with the masks of ``apply_dropout``.
+
+    Args:
+        q: ``(T, heads, d)``, or ``(N, heads, d)`` if ``first_only``: the first token of each row. Any strides, but 1 for d.
+        k: Keys ``(T, heads, d)``; tokens outside all rows are not read, and their output and gradients are 0.
+        v: Values ``(T, heads, d)``.
+        starts: ``(N,)``, int64, each row's first token.
+        lengths: ``(N,)``, int64, each row's number of tokens; 0 for none.
+        longest: An upper bound of ``lengths``, at most 128.
+        scale: Of the scores; None is d ** -0.5.
+        p: Rate of dropout of probabilities.
+        seed: ``(len(q),)``, int64, one for each query, which with the head determines what is dropped; None drops nothing.
+        attend: ``(T,)``, bool, false for keys that no token attends to.
+        number: Mixed into ``seed``, as by ``derive_seed(seed, number)``.
+        window: Only tokens nearer than this are seen.
+        first_only: Whether the first tokens are the only queries.
+
+    Returns:
+        ``(len(q), heads, d)``, contiguous.
+
+    Raises:
+        ValueError: For arguments that do not fit, or p > 0 without seeds.
+    """
+    _check(q, k, v, lengths, longest, p, seed, first_only)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    settings = _Attention(longest, scale, round(p * BITS), number, window, first_only)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    tensors = q, k, v, starts, lengths, attend, None if p == 0 else seed
+    return _ShortAttention.apply(*tensors, settings)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, longest: int, p: float, seed: Tensor | None, first_only: bool
+) -> None:
+    if not 0 < longest <= LONGEST:
+        raise ValueError(f"The longest row has 1 to {LONGEST} tokens here, not {longest}.")
+    if k.shape != v.shape or q.shape != (len(lengths) if first_only else len(k), *k.shape[1:]):
+        raise ValueError(f"Shapes of {len(lengths)} rows do not fit: {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}.")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"Query, key and value have one dtype, not {q.dtype}, {k.dtype}, {v.dtype}.")
+    if p > 0 and (seed is None or seed.shape != q.shape[:1]):
+        raise ValueError(f"Dropout needs a seed for each of {len(q)} queries.")
+
+
+class _ShortAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        from tercet.models.engine import triton_jit
+
+        *tensors, settings = args
+        ctx.save_for_backward(*tensors)
+        ctx.settings = settings
+        q = tensors[0]
+        out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+        _launch(triton_jit.attention_forward, tensors, (out,), settings)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        from tercet.models.engine import triton_jit
+
+        tensors = ctx.saved_tensors  # read once: recomputation allows no more
+        q, k, *_ = tensors
+        sizes = len(q), len(k), len(k)
+        slopes = torch.zeros(sum(sizes), *q.shape[1:], dtype=q.dtype, device=q.device).split(sizes)
+        _launch(triton_jit.attention_backward, tensors, (grads[0].contiguous(), *slopes), ctx.settings)
+        return *slopes, None, None, None, None, None
+
+
+def _launch(kernel: Any, tensors: Any, more: tuple[Tensor, ...], settings: _Attention) -> None:
+    q, k, v, starts, lengths, attend, seed = tensors
+    heads, d = q.shape[1:]
+    block = _power_of_two(settings.longest)
+    strides = [x.stride(side) for x in (q, k, v) for side in (0, 1)]
+    if not len(lengths):
+        return
+    with _on(q.device):
+        kernel[(len(lengths) * heads,)](
+            q, k, v, *more, starts.contiguous(), lengths.contiguous(), None if attend is None else attend.view(torch.uint8),
+            None if seed is None else seed.contiguous(), settings.number, settings.threshold,
+            BITS / max(BITS - settings.threshold, 1), settings.scale, *strides,
+            HEADS=heads, D=d, BLOCK_D=_power_of_two(d), BLOCK=block, BLOCK_Q=16 if settings.first_only else min(block, 64),
+            WINDOW=settings.window, FIRST_ONLY=settings.first_only, num_warps=WARPS[block], num_stages=1,
+        )  # fmt: skip
+
+
+def _power_of_two(size: int) -> int:
+    """The least power of 2 that is at least ``size`` and 16, the least block of a product."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
