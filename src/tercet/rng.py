@@ -1,6 +1,5 @@
 """Stateless random numbers, functions of a seed and a number: the same in any process, chunk and order."""
 
-import torch
 from torch import Tensor
 
 # The constants of SplitMix64, as signed 64-bit numbers: torch has no arithmetic on unsigned ones.

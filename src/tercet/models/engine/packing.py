@@ -103,9 +103,11 @@ def attend_short(q: Tensor, k: Tensor, v: Tensor, rows: Packing, settings: Atten
     if seed is None and settings.dropout > 0:
         seed = torch.empty(1, q.shape[2], dtype=torch.long, device=q.device).random_()
     query, key, value = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))
+    place = (rows.index.start, rows.index.length, rows.index.longest)
+    drawn = None if seed is None else seed.squeeze(0)
     return kernels.short_attention(
-        query, key, value, rows.index.start, rows.index.length, rows.index.longest, settings.scale, p=settings.dropout, seed=None if seed is None else seed.squeeze(0), number=settings.number,
-        attend=rows.attend, window=settings.window, first_only=first_only,
+        query, key, value, *place, settings.scale, settings.dropout, drawn, rows.attend, settings.number, settings.window,
+        first_only,
     )[None]  # fmt: skip
 
 
