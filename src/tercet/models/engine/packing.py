@@ -90,7 +90,7 @@ def choose_attention(query: Tensor, packing: Packing, settings: AttentionSetting
     """The fastest implementation for these rows on this device; all give the same result."""
     if runs_on_cpu(query.device):
         return attend_by_length
-    if kernels.available(query.device) and packing.index.longest <= LONG:
+    if kernels.available(query.device, packing.index.longest, query.shape[-1]):
         return attend_short
     nested = settings.window is None and settings.seed is None and packing.attend is None and packing.padding_is_wasteful
     works = nested and _nested_attention_works(query.device, query.dtype, query.shape[-1])
