@@ -33,6 +33,19 @@ def row_counts(n: int) -> list[int]:
     return [int(count) for count in counts]
 
 
+def largest(number: int) -> int:
+    """The largest of the processes' numbers. Hosts exchange it, no device does.
+
+    >>> largest(3)
+    3
+    """
+    if world_size() == 1:
+        return number
+    most = torch.tensor(number)
+    dist.all_reduce(most, dist.ReduceOp.MAX, _host_group(dist.group.WORLD))
+    return int(most)
+
+
 @lru_cache(maxsize=1)
 def _host_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
     """All processes, as a group that exchanges tensors of the CPU."""
