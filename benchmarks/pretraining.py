@@ -23,30 +23,41 @@ FILE = "english.parquet"
 PART_BYTES = 15 << 20  # of the model in the output folder
 SHARES = {"pretraining": 1, "unsupervised": 1 / 3, "supervised": 1 / 6}  # of the minutes
 STARTUP, BETWEEN = 15.0, 12.0  # seconds of imports, and around each training for what is measured before and after it
-ENGLISH = [
-    "data=table", "data.name=english", f"data.path={FILE}", "data.columns=[text]", "data.batch_size=1024",
-    "data.max_length=128", "data.held_out=0", "data.test=null", "data.where={split:train}",
-    f"objective.held_out={{_target_:tercet.data.TextFiles,path:{FILE},columns:[text],where:{{split:validation}}}}",
-]  # fmt: skip
-MODERN = [f"data.path={FILE}", "+data.where.split=train"]
 TINY = [  # a rehearsal
     "model.backbone.config.hidden_size=128", "model.backbone.config.num_hidden_layers=2",
     "model.backbone.config.num_attention_heads=2", "model.backbone.config.intermediate_size=256", "data.batch_size=32",
+    "data.workers=0", "evaluation@test=stsb_dev",
 ]  # fmt: skip
+
+
+def texts(prepared: bool, cuda: bool) -> list[str]:
+    """What is read: the prepared file or the shared data, in a rehearsal a part of it."""
+    if not prepared:
+        no_books = ["data.train.sources.books=null", "data.validation.sources.books=null"]
+        return [] if cuda else ["data.where={source:[brown]}", *no_books]
+    part = "" if cuda else ",source:[brown]"
+    held_out = f"path:{FILE},columns:[text],where:{{split:validation{part}}}"
+    return [
+        "data=table", "data.name=english", f"data.path={FILE}", "data.columns=[text]", "data.batch_size=1024",
+        "data.max_length=128", "data.held_out=0", "data.test=null", f"data.where={{split:train{part}}}",
+        f"objective.held_out={{_target_:tercet.data.TextFiles,{held_out}}}",
+    ]  # fmt: skip
 
 
 def runs(device: str) -> dict[str, list[str]]:
     """The overrides of each training but its time, and where it starts."""
     cuda, prepared = device == "cuda", (Path(os.environ.get("TERCET_DATA", ".")) / FILE).is_file()
     shared = ["model=bert_6x384", "logger=csv", "callback.embeddings=null", "artifacts=null"]
-    shared += ["trainer=gpu"] if cuda else ["trainer=cpu", "data.workers=0", "evaluation@test=stsb_dev", *TINY]
+    shared += ["trainer=gpu"] if cuda else ["trainer=cpu", *TINY]
     return {
         "pretraining": [
-            "experiment=pretrain_english_small", *(ENGLISH if prepared else []), *shared, "save_dtype=float16",
+            "experiment=pretrain_english_small", *texts(prepared, cuda), *shared, "save_dtype=float16",
             *(["data.workers=12"] if cuda else []),
         ],
         "unsupervised": [
-            "experiment=simcse_unsup_small", *(MODERN if prepared else []), *shared, "trainer.max_steps=-1",
+            "experiment=simcse_unsup_small", *shared, "trainer.max_steps=-1",
+            *([f"data.path={FILE}", "+data.where.split=train"] if prepared else []),
+            *([] if cuda else ["data.where.source=[brown]"]),
             "optimizer.lr=5e-5", *(["data.batch_size=128", "data.workers=4"] if cuda else []),
         ],
         "supervised": [
@@ -62,11 +73,12 @@ def pretrain(device: str, minutes: float, output: Path, show: Callable[[dict[str
     from benchmarks.gpu import command
     from tercet.app.components import build
 
-    start, found = time.monotonic(), dict[str, Any]()
+    start, found, validations = time.monotonic(), dict[str, Any](), 15 if device == "cuda" else 3
     end = start + 60 * (1.5 * minutes + 1) - STARTUP
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     folder, base, jobs = Path(tempfile.mkdtemp()), None, runs(device)
-    build(configuration(jobs["pretraining"]).data.module).prepare_data()
+    for overrides in jobs.values():
+        build(configuration(overrides).data.module).prepare_data()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # workers are forked from here on
     found["tokenizing s"] = time.monotonic() - start
     for number, (name, overrides) in enumerate(jobs.items()):
@@ -77,14 +89,16 @@ def pretrain(device: str, minutes: float, output: Path, show: Callable[[dict[str
             found[name] = "no time left" if base or not number else "there is no base encoder"
             continue
         run = folder / name
-        times = [f"trainer.max_time={clock(seconds)}", f"trainer.val_check_interval={clock(max(3, seconds // 15))}"]
+        times = [f"trainer.max_time={clock(seconds)}", f"trainer.val_check_interval={clock(max(3, seconds // validations))}"]
         code, error = command("train", *overrides, *times, f"output_dir={run}", *([f"init_from={base}"] if base else []))
-        found[name] = results(run) | {"time s": seconds} if not code else {"exit_code": code, "error": error}
-        if not code:
+        if code:
+            found[name] = {"exit_code": code, "error": error}
+        else:
+            found[name] = results(run) | {"time s": seconds}
             keep(run, output / name)
-        if not code and base is None:
-            base = run
-            found["model"] = f"{split(run / 'model', output)} parts: cat model.tar.* | tar x"
+            if base is None:
+                base = run
+                found["model"] = f"{split(run / 'model', output)} parts: cat model.tar.* | tar x"
         show(found)
     shutil.rmtree(folder)
     return found
@@ -99,18 +113,16 @@ def results(run: Path) -> dict[str, Any]:
     """What a run has measured, in a few numbers."""
     metrics = json.loads((run / "metrics.json").read_text())
     names = {
-        "steps": "train/steps", "loss": "train/loss", "perplexity": "val/mlm/perplexity", "STS-B dev": "val/sts/stsb/spearman",
+        "tokens/s": "train/tokens_per_second", "loss": "train/loss",
+        "perplexity": "val/mlm/perplexity", "STS-B dev": "val/sts/stsb/spearman",
         "STS before": "before/sts/avg/spearman_all", "STS after": "test/sts/avg/spearman_all",
         "STS-B before": "before/sts/stsb/spearman", "STS-B after": "test/sts/stsb/spearman",
     }  # fmt: skip
-    found = {name: metrics[key] for name, key in names.items() if key in metrics}
-    curve = [float(row["val/mlm/perplexity"]) for row in rows(run) if row.get("val/mlm/perplexity")]
+    with (run / "metrics.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    found = {name: metrics[key] for name, key in names.items() if key in metrics} | {"steps": rows[-1]["step"]}
+    curve = [float(row["val/mlm/perplexity"]) for row in rows if row.get("val/mlm/perplexity")]
     return found | ({"perplexity curve": " ".join(f"{x:.4g}" for x in curve)} if curve else {})
-
-
-def rows(run: Path) -> list[dict[str, str]]:
-    """The curve of a run."""
-    return list(csv.DictReader((run / "metrics.csv").open(encoding="utf-8")))
 
 
 def keep(run: Path, output: Path) -> None:
@@ -150,7 +162,9 @@ def prepare(folder: Path, overrides: Sequence[str] = ()) -> Path:
         sources = [source.get(text, "books") for text in texts]
         made.append(pa.table({"text": texts, "source": sources, "split": [side] * len(texts)}))
     path = folder / FILE
-    pq.write_table(pa.concat_tables(made), path, compression="zstd", compression_level=19, use_dictionary=["source", "split"])
+    table = pa.concat_tables(made).sort_by([("split", "ascending"), ("source", "ascending")])
+    options = {"compression": "zstd", "compression_level": 19, "data_page_size": 1 << 28}  # compressed as one page
+    pq.write_table(table, path, use_dictionary=["source", "split"], write_statistics=False, **options)
     return path
 
 

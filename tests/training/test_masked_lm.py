@@ -101,7 +101,7 @@ def test_the_objectives_value_is_contrast_plus_weight_times_mlm():
     torch.manual_seed(0)
     both = module.training_step(batch, 0)
     torch.manual_seed(0)
-    masked = module.mlm(TokenBatch.concat(module.seed_dropout(module.views(batch)).views))
+    masked = module.mlm(TokenBatch.concat(module.prepare(batch).views))
     module.mlm = None
     contrast = module.training_step(batch, 0)
     torch.testing.assert_close(both, contrast + 0.5 * masked.loss_sum / masked.normalizer)
@@ -196,7 +196,7 @@ class DataDependent(TorchDispatchMode):
 @pytest.mark.parametrize("seeded", [False, True])
 def test_nothing_is_read_and_no_shape_depends_on_the_choice(encoder, monkeypatch, whole_words, seeded):
     head = MaskedLM(weight=1.0, whole_words=whole_words).build(encoder)
-    monkeypatch.setattr(masked_lm, "counts_exactly", lambda chosen: False)  # as on a GPU
+    monkeypatch.setattr(masked_lm, "runs_on_cpu", lambda device: False)  # as on a GPU
     inputs = of_length(*[30] * 40)
     hidden = torch.randn(len(inputs.ids), encoder.hidden, requires_grad=True)
     with DataDependent() as mode:
@@ -216,7 +216,7 @@ def test_unused_slots_change_neither_loss_nor_gradient(encoder, monkeypatch, len
     inputs = of_length(*lengths)
     found = []
     for exactly in (True, False):
-        monkeypatch.setattr(masked_lm, "counts_exactly", lambda chosen, exactly=exactly: exactly)
+        monkeypatch.setattr(masked_lm, "runs_on_cpu", lambda device, exactly=exactly: exactly)
         head.zero_grad()
         terms = head(inputs)
         terms.loss_sum.backward()
@@ -234,7 +234,7 @@ def test_the_slots_hold_what_is_asked(head):
 
 
 def test_what_exceeds_the_slots_is_not_predicted(head, monkeypatch):
-    monkeypatch.setattr(masked_lm, "counts_exactly", lambda chosen: False)
+    monkeypatch.setattr(masked_lm, "runs_on_cpu", lambda device: False)
     targets = torch.arange(1000, 2000)
     terms = head.token_losses(torch.randn(1000, head.lm.config.hidden_size), targets, 1000)
     assert torch.equal(terms[:, 1], (torch.arange(1000) < capacity(1000, 0.15)).float())

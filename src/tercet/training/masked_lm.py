@@ -17,7 +17,7 @@ from tercet.models.engine.transformers_compat import pretrained_source
 from tercet.models.pretrained import load_pretrained
 from tercet.models.text import special_tokens, word_starts
 from tercet.rng import derive_seed, uniform
-from tercet.types import LossOutput, TokenBatch, TokenState
+from tercet.types import LossOutput, TokenBatch, TokenState, runs_on_cpu
 
 MLM_PASS, MLM_CHOICE = 1, 2  # mixed into the dropout seeds: the contrastive pass over the same tokens has other masks
 IGNORED = -100  # the target of a token that is not predicted
@@ -125,37 +125,36 @@ class MaskedLMHead(nn.Module):
         state = TokenState(dropout_seed=None if seed is None else derive_seed(seed, MLM_PASS))
         # Ids and targets are the two columns of one row of tokens: chunking keeps them together.
         paired = TokenBatch(torch.stack(self.corrupt(inputs.ids, seed), 1), inputs.lengths, state)
+        paired.index = inputs.index
         sums = self.auto_chunks.resolve(self.execution, self, self._rows, paired).run(self._rows, paired)
         return LossOutput(sums[:, 0].sum(), sums[:, 1].detach().sum())
 
     def _rows(self, paired: TokenBatch) -> Tensor:
         """``n`` rows of ``ids (T, 2)`` to ``(n, 2)``: each row's summed cross entropy and number of targets."""
-        ids, targets_only = (replace(paired, ids=ids) for ids in paired.ids.unbind(-1))
-        output, _ = self._run_backbone(ids, self.execution.layout == "packed")
-        hidden, targets = output.last_hidden_state, targets_only.pad(IGNORED)[0]
+        ids, targets = paired.ids.unbind(-1)
+        rows = replace(paired, ids=ids)
+        rows.index = paired.index
+        output, _ = self._run_backbone(rows, self.execution.layout == "packed")
+        hidden, targets = output.last_hidden_state, paired.index.pad(targets, IGNORED)
         assert hidden is not None
-        sums = self.token_losses(hidden.flatten(0, 1), targets.flatten(), len(paired.ids))
+        sums = self.token_losses(hidden.flatten(0, 1), targets.flatten(), len(ids))
         return sums.view(*targets.shape, 2).sum(1)
 
     def token_losses(self, hidden: Tensor, targets: Tensor, count: int) -> Tensor:
         """``hidden (M, H)``, ``targets (M,)`` to ``(M, 2)``: cross entropy and 1 where a token is chosen, else zeros.
 
         ``count`` of the M are tokens, the others padding. Only ``capacity`` of them get logits, the chosen ones first: those of
-        all tokens would cost more than the encoder. No shape depends on the choice, which is on the device.
+        all tokens would cost more than the encoder. On a GPU no shape depends on the choice.
         """
         chosen = targets >= 0
-        slots = int(chosen.sum()) if counts_exactly(chosen) else min(capacity(count, self.settings.probability), len(targets))
+        free = runs_on_cpu(targets.device)  # of a GPU the host would wait for all that it has still to do
+        slots = int(chosen.sum()) if free else min(capacity(count, self.settings.probability), len(targets))
         at = chosen.byte().argsort(descending=True, stable=True)[:slots]
         logits: Tensor = self.lm(inputs_embeds=hidden.index_select(0, at)[None]).logits[0].float()
         target = targets[at]
         loss = F.cross_entropy(logits, target, ignore_index=IGNORED, reduction="none")
         pairs = torch.stack([loss, (target >= 0).to(loss.dtype)], 1)
         return pairs.new_zeros(len(targets), 2).index_copy(0, at, pairs)
-
-
-def counts_exactly(chosen: Tensor) -> bool:
-    """Whether the number of chosen tokens may be read: of a GPU the host would wait for all that it has still to do."""
-    return chosen.device.type == "cpu"
 
 
 def capacity(tokens: int, probability: float) -> int:
