@@ -18,7 +18,7 @@ def derive_seed(seed: Tensor, number: Tensor | int) -> Tensor:
     if isinstance(number, int):  # as a tensor it would be copied to the device, for which the host waits
         x = seed + ((GOLDEN * (number + 1) + (1 << 63)) % (1 << 64) - (1 << 63))
     else:
-        x = seed + GOLDEN * (number.to(seed.device) + 1)
+        x = seed + GOLDEN * (torch.as_tensor(number, device=seed.device) + 1)
     x.bitwise_xor_(_shift_right(x, 30)).mul_(FIRST)
     x.bitwise_xor_(_shift_right(x, 27)).mul_(SECOND)
     return x.bitwise_xor_(_shift_right(x, 31))
