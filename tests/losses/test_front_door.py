@@ -14,6 +14,7 @@ from tercet.errors import InputError
 from tercet.losses import ContextLoss, InfoNCE, TripletLoss, mine, triplet_mining
 from tercet.losses.triplet_mining import MININGS, ONE_NEGATIVE
 from tercet.types import Embeddings
+from tests.laws.device_operations import DeviceOperations
 from tests.laws.distributed_runs import in_processes
 from tests.losses.triplet_twin import batches, cells, chosen, roles
 
@@ -88,7 +89,11 @@ PARTS = [slice(0, 3), slice(3, N)]
 def outcomes_of_this_process():
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    return {name: outcome(name, PARTS[dist.get_rank()]) for name in CALLS}
+    found = {name: outcome(name, PARTS[dist.get_rank()]) for name in CALLS}
+    with DeviceOperations(refuse=False) as operations:
+        outcome("hard negatives", PARTS[dist.get_rank()])
+    collectives = {name.split(".")[1]: n for name, n in operations.counts.items() if name.startswith("c10d.")}
+    return {**found, "collectives": collectives}
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +111,12 @@ def test_two_processes_are_one(processes, name):
     for whole, *parts in zip(gradients, of_first, of_second, strict=True):
         torch.testing.assert_close(torch.tensor(parts[0] + parts[1]) / 2, torch.tensor(whole))
     assert [(a + b) / 2 for a, b in zip(one, other, strict=True)] == pytest.approx(learned)
+
+
+def test_a_step_has_one_collective_for_keys_and_one_for_their_gradient(processes):
+    """And one for the sums that are divided; the hosts tell each other the numbers of rows."""
+    for process in processes:
+        assert process["collectives"] == {"allgather_": 2, "reduce_scatter_": 1, "allreduce_": 1}
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])

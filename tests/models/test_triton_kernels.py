@@ -13,6 +13,7 @@ from tercet.models.engine.deterministic_dropout import apply_dropout
 from tercet.models.engine.packing import AttentionSettings, Packing, attend_by_length
 from tercet.models.engine.triton_kernels import available, seeded_dropout, short_attention
 from tercet.rng import derive_seed
+from tercet.types import RowIndex
 
 needs_triton = pytest.mark.skipif(not available(torch.device("cpu")), reason="needs Triton, and TRITON_INTERPRET=1")
 DEVICES = pytest.mark.parametrize(
@@ -20,6 +21,13 @@ DEVICES = pytest.mark.parametrize(
 )
 NUMBER = 7
 PADDING = 5  # tokens of no row, at the end
+
+
+@pytest.fixture(autouse=True)
+def what_no_kernel_wrote_is_not_a_number():
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def seeds(*shape, device):
@@ -50,21 +58,22 @@ def test_dropout_takes_any_strides(device):
     assert torch.equal(seeded_dropout(x, 0.5, seed), apply_dropout(x, 0.5, seed))
 
 
-def inputs(lengths, heads, d, device, dtype=torch.float32):
+def inputs(lengths, heads, d, device, dtype=torch.float32, padding=PADDING):
     """Query, key and value as views of one projection, and row starts; tokens of no row are not a number."""
-    total = sum(lengths) + PADDING
+    total = sum(lengths) + padding
     mixed = torch.randn(total, 3, heads, d, generator=torch.Generator().manual_seed(0))
     mixed[sum(lengths) :] = torch.nan
     qkv = [x.detach().requires_grad_() for x in mixed.to(device, dtype).unbind(1)]
-    rows = torch.tensor(lengths, device=device)
+    rows = torch.tensor(lengths, device=device, dtype=torch.long)
     return qkv, rows.cumsum(0) - rows, rows
 
 
 def reference(q, k, v, lengths, first_only, window=None, p=0.0, seed=None, attend=None, number=None, scale=None):
     """Each row alone, in torch; 0 for what belongs to no row."""
-    real, places = sum(lengths), torch.tensor([n > 0 for n in lengths], device=q.device)
+    real, places = sum(lengths), torch.tensor([n > 0 for n in lengths], device=q.device, dtype=torch.bool)
     keep = places if first_only else slice(real)
-    rows = Packing(torch.tensor([n for n in lengths if n]), attend=None if attend is None else attend[:real])
+    index = RowIndex.of(torch.tensor([n for n in lengths if n]), q.device)
+    rows = Packing(index, attend=None if attend is None else attend[:real])
     seed = seed if seed is None or number is None else derive_seed(seed, number)
     settings = AttentionSettings(p, scale, window, None if seed is None else seed[keep][None])
     if seed is None and attend is not None:  # torch's attention gives 0 where nothing is seen
@@ -75,8 +84,10 @@ def reference(q, k, v, lengths, first_only, window=None, p=0.0, seed=None, atten
     return out
 
 
-def compare(lengths, longest, heads, d, device, dtype=torch.float32, first_only=False, masked=False, **options):
-    (q, k, v), starts, rows = inputs(lengths, heads, d, device, dtype)
+def compare(
+    lengths, longest, heads, d, device, dtype=torch.float32, first_only=False, masked=False, padding=PADDING, **options
+):
+    (q, k, v), starts, rows = inputs(lengths, heads, d, device, dtype, padding)
     if first_only:
         first = torch.where(rows > 0, starts, 0)
         q = torch.where(rows[:, None, None] > 0, q[first], torch.nan).detach().requires_grad_()
@@ -112,6 +123,7 @@ CASES = {
     "empty rows": {"lengths": [0, 3, 0, 9, 0, 0]},
     "masked keys": {"masked": True, "p": 0.1},
     "masked keys, nothing dropped": {"masked": True},
+    "many tokens of no row": {"lengths": [3, 1], "padding": 70},
     "a window": {"window": 3, "p": 0.1},
     "a window and masked keys": {"window": 3, "masked": True},
     "a module's number": {"number": NUMBER, "p": 0.5},
@@ -128,6 +140,15 @@ def test_attention_in_special_cases(case, first_only, device):
     compare(
         **{"lengths": [7, 3, 12, 1], "longest": 12, "heads": 2, "d": 16, **CASES[case]}, first_only=first_only, device=device
     )
+
+
+@DEVICES
+@pytest.mark.parametrize("first_only", [False, True])
+def test_without_rows_all_is_zero(first_only, device):
+    (q, k, v), starts, rows = inputs([], 2, 16, device)
+    q = q[:0] if first_only else q
+    out = short_attention(q, k, v, starts, rows, 0, first_only=first_only)
+    assert all(not x.count_nonzero() for x in (out, *torch.autograd.grad(out.sum(), (q, k, v))))
 
 
 @DEVICES
@@ -196,6 +217,13 @@ def test_a_graph_replays_both_kernels():
         seed.add_(shift)
         graph.replay()
         assert all(map(torch.equal, replayed, step()))
+
+
+@DEVICES
+def test_what_does_not_fit_into_a_block_is_not_available(device):
+    device = torch.device(device)
+    assert available(device) and available(device, 128, 64)
+    assert not available(device, 129, 64) and not available(device, 16, 129)
 
 
 def test_arguments_that_do_not_fit_are_refused():

@@ -1,5 +1,6 @@
 """Gather rows with gradient, and means over the global batch. Every function is the identity in a single process."""
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,35 +24,51 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def row_counts(n: int, device: torch.device) -> list[int]:
-    """The number of rows in each process, in the order of ranks; ``n`` is this process's."""
+def row_counts(n: int) -> list[int]:
+    """The number of rows in each process, in the order of ranks; ``n`` is this process's. Hosts exchange it, no device does."""
     if world_size() == 1:
         return [n]
-    return _all_gather(torch.tensor([n], device=device), [1] * world_size()).tolist()
+    counts = [torch.empty(1, dtype=torch.long) for _ in range(world_size())]
+    dist.all_gather(counts, torch.tensor([n]), _host_group(dist.group.WORLD))
+    return [int(count) for count in counts]
+
+
+@lru_cache(maxsize=1)
+def _host_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
+    """All processes, as a group that exchanges tensors of the CPU."""
+    return world if "cpu:" in dist.get_backend_config(world) else dist.new_group(backend="gloo")
 
 
 def _all_gather(x: Tensor, counts: list[int]) -> Tensor:
-    # all_gather needs equal shapes: shorter processes are padded, and the padding is cut off again.
-    padded = x.new_zeros(max(counts), *x.shape[1:])
-    padded[: len(x)] = x
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
+    x = _pad(x, max(counts))  # all_gather needs equal shapes: the padding is cut off again
+    parts = [torch.empty_like(x) for _ in counts]
+    dist.all_gather(parts, x)
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
+def _pad(x: Tensor, n: int) -> Tensor:
+    """``x`` with rows of zeros after its own, n in all."""
+    return x.contiguous() if len(x) == n else torch.cat([x, x.new_zeros(n - len(x), *x.shape[1:])])
+
+
 class _GatherRows(torch.autograd.Function):
-    """The rows of all processes; the gradient of a row is the sum of its gradients in all processes."""
+    """``x (n, D)`` and integers ``(n, K)`` of all processes; the gradient of a row is the sum of its gradients in all."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, counts: list[int]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, integers: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
         ctx.counts = counts
-        return _all_gather(x, counts)
+        together = [part.contiguous().view(torch.uint8) for part in (integers, x)]
+        gathered = _all_gather(torch.cat(together, 1), counts).split([part.shape[1] for part in together], 1)
+        all_integers, all_x = (part.contiguous().view(own.dtype) for part, own in zip(gathered, (integers, x), strict=True))
+        ctx.mark_non_differentiable(all_integers)
+        return all_x, all_integers
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        grad = grads[0].contiguous()
-        dist.all_reduce(grad)
-        return torch.split(grad, ctx.counts)[rank()], None
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
+        most = max(ctx.counts)
+        total = grad.new_empty(most, *grad.shape[1:])
+        dist.reduce_scatter(total, [_pad(part, most) for part in grad.split(ctx.counts)])
+        return total[: ctx.counts[rank()]], None, None
 
 
 def gather_rows(x: Tensor) -> Tensor:
@@ -60,17 +77,17 @@ def gather_rows(x: Tensor) -> Tensor:
     >>> gather_rows(torch.tensor([1, 2]))
     tensor([1, 2])
     """
-    return x if world_size() == 1 else _all_gather(x, row_counts(len(x), x.device))
+    return x if world_size() == 1 else _all_gather(x, row_counts(len(x)))
 
 
 def gather_embeddings(own: Embeddings, counts: list[int]) -> Embeddings:
-    """Gather the keys of the global batch, with gradient; ``counts`` are the ``row_counts``."""
+    """Gather the keys of the global batch in one collective, with gradient; ``counts`` are the ``row_counts``."""
     if world_size() == 1:
         return own
-    z: Tensor = _GatherRows.apply(own.z.transpose(0, 1).contiguous(), counts)  # type: ignore[no-untyped-call]
-    example_id, label, position = (_all_gather(x, counts) for x in (own.example_id, own.label, own.position))
-    content = _all_gather(own.content_hash.T.contiguous(), counts).T
-    return Embeddings(z.transpose(0, 1), example_id, label, position, content)
+    integers = torch.stack([own.example_id, own.label, own.position, *own.content_hash], 1)
+    z, integers = _GatherRows.apply(own.z.transpose(0, 1).flatten(1), integers, counts)  # type: ignore[no-untyped-call]
+    example_id, label, position = integers[:, :3].unbind(1)
+    return Embeddings(z.unflatten(1, (len(own.z), -1)).transpose(0, 1), example_id, label, position, integers[:, 3:].T)
 
 
 def reduce_loss(output: LossOutput) -> tuple[Tensor, dict[str, Tensor]]:
@@ -84,10 +101,10 @@ def reduce_loss(output: LossOutput) -> tuple[Tensor, dict[str, Tensor]]:
     (2.0, {'loss': 2.0, 'accuracy': 0.25})
     """
     exact = torch.float32 if output.loss_sum.device.type == "mps" else torch.float64  # counts of triplets exceed 2^24
-    pairs = [torch.stack([output.loss_sum.detach().to(exact), output.normalizer.detach().to(exact)]), *output.stats.values()]
-    sums = torch.stack([pair.detach().to(exact) for pair in pairs])
+    own = torch.stack([output.loss_sum.detach().to(exact), output.normalizer.detach().to(exact)])
+    sums = torch.cat([own, *(pair.detach() for pair in output.stats.values())]).to(exact).view(-1, 2)
     if world_size() > 1:
         dist.all_reduce(sums)
     counts = sums[:, 1].clamp(min=1)
-    value = world_size() * output.loss_sum / counts[0].to(output.loss_sum.dtype)
-    return value, dict(zip(["loss", *output.stats], (sums[:, 0] / counts).float(), strict=True))
+    value = output.loss_sum * (world_size() / counts[0]).to(output.loss_sum.dtype)
+    return value, dict(zip(["loss", *output.stats], (sums[:, 0] / counts).float().unbind(), strict=True))

@@ -52,7 +52,7 @@ def contrast(
     >>> len(keys), round(float(output.loss_sum), 2), int(output.normalizer)
     (3, 0.4, 2)
     """
-    counts = row_counts(len(anchors), anchors.z.device)
+    counts = row_counts(len(anchors))
     if len(counts) > 1 and isinstance(loss, BlockwiseLoss):
         large = sum(counts) * len(anchors.z) * anchors.z.shape[2] * 4 > RING_BYTES
         if loss.key_exchange == "ring" or (loss.key_exchange == "auto" and large and extend is None):

@@ -1,22 +1,23 @@
-"""What the losses share: calls with plain tensors, and computation in slices of anchors."""
+"""What the losses share: calls with plain tensors."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from tercet.distributed import contrast, rank, reduce_loss
 from tercet.errors import InputError, require
 from tercet.types import Embeddings, Loss
 
 Integers = Tensor | Sequence[int]  # or a numpy array
-Statistics = Callable[[Embeddings, Embeddings], Tensor]
 
-DENSE = 1 << 22  # scores that are computed at once and kept for the backward pass: 16 MiB in float32, several times
-TILE = 1 << 22  # scores of a slice where there are more
-MIN_ROWS = 256  # anchors of a slice at least: the backward pass of each slice adds a gradient of all keys
+
+def positive_group(side: Embeddings) -> Tensor:
+    """``(N,)``, equal for rows that are positives of each other: the label or, where there is none, the example.
+
+    An example that stands for itself is a negative number, which no label is.
+    """
+    return torch.where(side.label >= 0, side.label, side.example_id | torch.iinfo(torch.long).min)
 
 
 def mean_loss(loss: Loss, anchors: Embeddings) -> Tensor:
@@ -57,19 +58,3 @@ def check_embeddings(name: str, z: object, views: bool = False, like: Tensor | N
     wanted = "(N, D) or (V, N, D)" if views else "(N, D)" if like is None else f"{tuple(like.shape)}, a row for each anchor,"
     got = f"{z.dtype} {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
     raise InputError(f"`{name}`: a float tensor of shape {wanted} that is not empty is needed, got {got}.")
-
-
-def apply_in_slices(function: Statistics, anchors: Embeddings, keys: Embeddings, blocks: int) -> Tensor:
-    """``function(anchors, keys)``, ``(n, ...)``, which makes ``blocks`` score matrices ``n x N``, in O(N·D + tile) memory.
-
-    Up to ``DENSE`` scores it is one call. Beyond, the anchors come in slices of ``TILE`` scores, each computed again in the
-    backward pass: the same values and gradient.
-    """
-    columns = max(1, len(keys) * blocks)
-    if len(anchors) * columns <= DENSE:
-        return function(anchors, keys)
-    step = max(MIN_ROWS, TILE // columns)
-    # One split: the gradient of a slice taken by itself would be as large as all anchors.
-    parts = zip(range(0, len(anchors), step), anchors.z.split(step, 1), strict=True)
-    slices = [replace(anchors.select(slice(start, start + step)), z=z) for start, z in parts]
-    return torch.cat([checkpoint(function, part, keys, use_reentrant=False, preserve_rng_state=False) for part in slices])

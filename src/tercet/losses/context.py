@@ -1,6 +1,7 @@
 """The loss of Quick-Thoughts: cross entropy of the neighboring sentences among all others."""
 
 from dataclasses import replace
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -8,10 +9,11 @@ from torch import Tensor, nn
 
 from tercet.errors import InputError, check_choice, require
 from tercet.losses import base
+from tercet.losses.cross_entropy import Masks, cross_entropy
 from tercet.losses.info_nce import SIMILARITIES, prepare_for_similarity
 from tercet.types import Embeddings, LossOutput
 
-ACCURACIES = ("forward_accuracy", "backward_accuracy", "neighbor_accuracy")
+ACCURACIES = ("neighbor_accuracy", "forward_accuracy", "backward_accuracy")
 
 
 class ContextLoss(nn.Module):
@@ -57,10 +59,12 @@ class ContextLoss(nn.Module):
         """
         if isinstance(z, Embeddings) and isinstance(documents, Embeddings):
             with torch.autocast(z.z.device.type, enabled=False):
-                anchors, keys = (replace(side, z=prepare_for_similarity(side.z, self.similarity)) for side in (z, documents))
-                loss_sum, count, *hits = base.apply_in_slices(self._statistics, anchors, keys, 1).sum(0)
-                stats = dict(zip(ACCURACIES, torch.stack(hits).detach().view(-1, 2), strict=True))
-                return LossOutput(loss_sum, count, stats)
+                anchors = replace(z, z=prepare_for_similarity(z.z, self.similarity))
+                same = z is documents
+                keys = anchors if same else replace(documents, z=prepare_for_similarity(documents.z, self.similarity))
+                masks, x = partial(self._masks, anchors, keys), anchors.z[0] / self.temperature
+                loss_sum, counts = cross_entropy(x, keys.z[-1], masks, wanted=2)
+                return LossOutput(loss_sum, counts[0, 1], dict(zip(ACCURACIES, counts, strict=True)))
         z = base.check_embeddings("z", z, views=True)
         require(z.dim() == 2 or len(z) <= 2, f"`z`: one or two vectors of each sentence are needed, got {tuple(z.shape)}.")
         if documents is None or positions is None or isinstance(documents, Embeddings):
@@ -68,23 +72,18 @@ class ContextLoss(nn.Module):
         z = z.expand(2, *z.shape[-2:])
         return base.mean_loss(self, base.make_embeddings(z, ids, content, documents, positions, "documents"))
 
-    def _statistics(self, anchors: Embeddings, keys: Embeddings) -> Tensor:
-        """``(n, 8)``: the loss, whether there is a neighbor; for each of ``ACCURACIES`` a hit, and whether it is possible."""
-        scores = anchors.z[0] @ keys.z[-1].T / self.temperature
-        own = anchors.example_id[:, None] == keys.example_id
-        same = (anchors.label[:, None] == keys.label) & (anchors.label[:, None] >= 0) & ~own
-        step = (keys.position - anchors.position[:, None]).masked_fill(~same, 0)
+    def _masks(self, anchors: Embeddings, keys: Embeddings, rows: slice, logits: Tensor) -> Masks:
+        own = anchors.example_id[rows, None] == keys.example_id
+        label, content = anchors.label[rows, None], keys.content_hash[-1]
+        same = ((label == keys.label) & (label >= 0)) > own
+        step = (keys.position - anchors.position[rows, None]).masked_fill_(~same, 0)
         near = (step.abs() <= self.context) & (step != 0)
-        scores = scores.masked_fill(own, -torch.inf if self.self_logit == "excluded" else 0.0)
-        _, group = keys.content_hash[-1].unique(return_inverse=True)
+        group = torch.searchsorted(content.sort()[0], content)  # the same number for equal contents
         holders = torch.zeros(near.shape, dtype=torch.int32, device=near.device)
         holders.index_add_(1, group, near.to(torch.int32))  # how many of the anchor's neighbors hold each content
-        copies = (holders[:, group] > 0) | (anchors.content_hash[0][:, None] == keys.content_hash[-1])
-        scores = scores.masked_fill(copies & ~near & ~own, -torch.inf)
-        has = near.any(1)
-        # In a row whose only key is itself all scores would be -inf, and the gradient NaN.
-        log_p = torch.where(has[:, None], scores, 0.0).log_softmax(1)
-        rows = -log_p.masked_fill(~near, 0).sum(1) / near.sum(1).clamp_min(1)
-        best = scores.detach().argmax(1, keepdim=True) if len(keys) else own.new_zeros(len(own), 0, dtype=torch.long)
-        hits = [x for wanted in (step == 1, step == -1, near) for x in (wanted.gather(1, best).any(1), wanted.any(1))]
-        return torch.stack([rows, *(x.to(rows.dtype) for x in (has, *hits))], 1)
+        copies = (holders.index_select(1, group) > 0) | (anchors.content_hash[0, rows, None] == content)
+        wanted = (step == 1, step == -1)
+        if self.self_logit == "excluded":
+            return Masks(near, (copies | own) > near, None, wanted)
+        logits.masked_fill_(own, 0.0)
+        return Masks(near, copies > (near | own), own, wanted)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import product
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from tercet.errors import InputError, check_choice, require
 from tercet.losses import base
+from tercet.losses.cross_entropy import MaskFunction, Masks, block_statistics, cross_entropy
 from tercet.types import Embeddings, LossOutput
 
 SIMILARITIES = ("cosine", "dot")
-Pairs = tuple[Tensor, Tensor]  # positions (i, j) in a matrix, each once
 
 
 class InfoNCE(nn.Module):
@@ -81,7 +81,13 @@ class InfoNCE(nn.Module):
         is the number of anchors that have a positive.
         """
         if isinstance(queries, Embeddings) and isinstance(documents, Embeddings):
-            return self.combine(self.block_statistics(self.prepare(queries), self.prepare(documents))[None])
+            anchors = self.prepare(queries)
+            keys = anchors if documents is queries else self.prepare(documents)
+            with torch.autocast(anchors.z.device.type, enabled=False):  # half precision loses small differences of logits
+                temperature = self.temperature()
+                sums = [cross_entropy(*self._direction(anchors, keys, temperature, *ab)) for ab in self._directions(keys)]
+            loss_sum = sums[0][0] if len(sums) == 1 else (sums[0][0] + sums[1][0]) / 2
+            return self._output(loss_sum, sums[0][1][0], temperature, len(anchors))
         z = base.check_embeddings("queries", queries)
         if documents is None and (labels is None or hard_negatives is not None):
             raise InputError("`documents`: positives (N, D) are needed; without `hard_negatives`, `labels` alone are enough.")
@@ -101,95 +107,68 @@ class InfoNCE(nn.Module):
         return replace(side, z=prepare_for_similarity(side.z, self.similarity))
 
     def block_statistics(self, anchors: Embeddings, keys: Embeddings) -> Tensor:
-        """Statistics ``(n, directions, 7)`` of each anchor over these keys, both of prepared rows.
-
-        The log of the sum of exp of all logits; the sum and the number of the positives' logits; the sum (only under label
-        smoothing) and the number of all logits that are not left out; the largest logit, and 1 where it is a positive's.
-        """
-        directions = ((0, 0),) if len(keys.z) == 1 else ((0, 1), (1, 0)) if self.direction == "both" else ((0, 1),)
-
-        def statistics(anchors: Embeddings, keys: Embeddings) -> Tensor:
-            return torch.stack([self._one_direction(anchors, keys, a, b) for a, b in directions], 1)
-
-        with torch.autocast(anchors.z.device.type, enabled=False):  # half precision loses small differences of logits
-            return base.apply_in_slices(statistics, anchors, keys, max(1, len(keys.z) + len(directions) - 2))
+        """``cross_entropy.block_statistics (n, directions, 7)`` over these keys; both are prepared rows."""
+        with torch.autocast(anchors.z.device.type, enabled=False):
+            arguments = (self._direction(anchors, keys, self.temperature(), *ab) for ab in self._directions(keys))
+            return torch.stack([block_statistics(*those) for those in arguments], 1)
 
     def combine(self, statistics: Tensor) -> LossOutput:
         """The loss over all keys, of the ``block_statistics (B, n, directions, 7)`` of B blocks that together are all keys."""
         log_denominator, best = statistics[..., 0].logsumexp(0), statistics[..., 5].detach()
         hit = statistics[..., 6].detach().gather(0, best.argmax(0, keepdim=True))[0]
         positive_sum, positives, logit_sum, allowed = statistics[..., 1:5].sum(0).unbind(-1)
-        has_positive = positives > 0  # all rows, unless there is one view
-        target = positive_sum / positives.clamp(min=1)
+        has_positive = positives > 0
+        target = (1 - self.label_smoothing) * positive_sum / positives.clamp(min=1)
         if self.label_smoothing:
-            target = (1 - self.label_smoothing) * target + self.label_smoothing * logit_sum / allowed.clamp(min=1)
+            target = target + self.label_smoothing * logit_sum / allowed.clamp(min=1)
         rows = (log_denominator - target).masked_fill(~has_positive, 0)
-        count = has_positive[:, 0].sum().to(rows.dtype)
-        accuracy = torch.stack([(hit[:, 0] * has_positive[:, 0]).sum(), count])
-        temperature = torch.stack([self.temperature().detach() * len(rows), count.new_tensor(len(rows))])
-        return LossOutput(rows.mean(1).sum(), count, {"accuracy": accuracy, "temperature": temperature})
+        accuracy = torch.stack([(hit[:, 0] * has_positive[:, 0]).sum(), has_positive[:, 0].sum().to(hit.dtype)])
+        return self._output(rows.mean(1).sum(), accuracy, self.temperature(), len(rows))
 
-    def _one_direction(self, anchors: Embeddings, keys: Embeddings, a: int, b: int) -> Tensor:
-        """``(n, 7)`` of view ``a`` against view ``b``. The logits are the only tensor of size ``n x N``."""
-        n, views = len(keys), (b, *range(2, len(keys.z))) if a == 0 else (b,)
-        columns = keys.z[b] if len(views) == 1 else keys.z[list(views)].flatten(0, 1)
-        logits = (anchors.z[a] / self.temperature()) @ columns.T
-        own = equal_pairs(anchors.example_id, keys.example_id)
-        positive = _positives(anchors, keys, own)
-        if self.hard_negative_weight and len(views) > 1:
-            where = own[0].repeat(len(views) - 1), torch.cat([own[1] + n * block for block in range(1, len(views))])
-            logits = logits.index_put(where, logits.new_tensor(self.hard_negative_weight), accumulate=True)
-        left_out = _left_out(anchors, keys, positive, own, views, a)
-        if len(left_out[0]):
-            # Not -inf: the gradient of a block whose keys are all left out would be NaN.
-            logits = logits.index_put(left_out, logits.new_tensor(torch.finfo(logits.dtype).min))
-        best, at = logits.detach().max(1)
-        hit = torch.zeros_like(best).index_put((positive[0],), (at[positive[0]] == positive[1]).to(best), accumulate=True)
-        positive_sum = torch.zeros_like(best).index_add(0, positive[0], logits[positive])
-        logit_sum = torch.zeros_like(best)
-        if self.label_smoothing:
-            logit_sum = logits.index_put(left_out, logits.new_zeros(())).sum(1)
-        positives, excluded = (torch.bincount(row, minlength=len(best)).to(best.dtype) for row in (positive[0], left_out[0]))
-        allowed = logits.shape[1] - excluded
-        return torch.stack([logits.logsumexp(1), positive_sum, positives, logit_sum, allowed, best, hit], 1)
+    @staticmethod
+    def _output(loss_sum: Tensor, accuracy: Tensor, temperature: Tensor, n: int) -> LossOutput:
+        mean = torch.stack([temperature.detach() * n, accuracy.new_full((), n)])
+        return LossOutput(loss_sum, accuracy[1], {"accuracy": accuracy, "temperature": mean})
+
+    def _directions(self, keys: Embeddings) -> Sequence[tuple[int, int]]:
+        """The views (a, b) of anchors and positives."""
+        return ((0, 0),) if len(keys.z) == 1 else ((0, 1), (1, 0)) if self.direction == "both" else ((0, 1),)
+
+    def _direction(
+        self, anchors: Embeddings, keys: Embeddings, temperature: Tensor, a: int, b: int
+    ) -> tuple[Tensor, Tensor, MaskFunction, float]:
+        """Arguments of ``cross_entropy``: view ``a`` against view ``b`` and, where a is the first, the hard negatives."""
+        y = keys.z[1:].flatten(0, 1) if a == 0 and len(keys.z) > 1 else keys.z[b]
+        theirs = base.positive_group(keys)
+        mine = theirs if anchors is keys else base.positive_group(anchors)
+        masks = partial(_masks, anchors, keys, (mine, theirs), a, b, self.hard_negative_weight)
+        return anchors.z[a] / temperature, y, masks, self.label_smoothing
 
 
-def equal_pairs(x: Tensor, y: Tensor) -> Pairs:
-    """The positions at which ``x (n,)`` equals ``y (N,)``, without a matrix: of [5, 7] and [7, 8, 7] (1, 0) and (1, 2)."""
-    ordered, order = y.sort()
-    first = torch.searchsorted(ordered, x)
-    count = torch.searchsorted(ordered, x, right=True) - first
-    row = torch.repeat_interleave(torch.arange(len(x), device=x.device), count)
-    place = torch.arange(len(row), device=x.device) - torch.repeat_interleave(count.cumsum(0) - count, count)
-    return row, order[torch.repeat_interleave(first, count) + place]
+def _masks(
+    anchors: Embeddings, keys: Embeddings, groups: tuple[Tensor, Tensor], a: int, b: int, weight: float,
+    rows: slice, logits: Tensor,
+) -> Masks:  # fmt: skip
+    """Which keys are positives, and which are left out; adds ``weight`` to the logits of the anchors' own hard negatives.
 
-
-def _positives(anchors: Embeddings, keys: Embeddings, own: Pairs) -> Pairs:
-    """The row's own key and those of its label; with one view those of its label that are not its own."""
-    labeled = (anchors.label >= 0).nonzero()[:, 0]
-    row, column = equal_pairs(anchors.label[labeled], keys.label)
-    row = labeled[row]
-    if len(keys.z) == 1:
-        other = anchors.example_id[row] != keys.example_id[column]
-        return row[other], column[other]
-    alone = anchors.label[own[0]] < 0
-    return torch.cat([own[0][alone], row]), torch.cat([own[1][alone], column])
-
-
-def _left_out(anchors: Embeddings, keys: Embeddings, positive: Pairs, own: Pairs, views: Sequence[int], a: int) -> Pairs:
-    """Keys that are no positives, but equal the anchor or its positive, or are the positive of an equal anchor.
-
-    The first of ``views`` holds the positives; with one view the row itself is left out as well.
+    Positives are the row's own key and those of its label; with one view, those of its label that are not its own. Left out
+    are keys that are no positives, but equal the anchor or its positive, or are the positive of an equal anchor.
     """
-    width = len(keys) * len(views)
-    row, column = own if len(keys.z) == 1 else equal_pairs(anchors.content_hash[a], keys.content_hash[a])
-    found = [row * width + column]
-    for (block, view), mine in product(enumerate(views), {a, views[0]}):
-        row, column = equal_pairs(anchors.content_hash[mine], keys.content_hash[view])
-        found.append(row * width + column + len(keys) * block)
-    places = torch.cat(found).unique()
-    places = places[~torch.isin(places, positive[0] * width + positive[1])]
-    return places // width, places % width
+    content, theirs = anchors.content_hash[:, rows, None], keys.content_hash
+    positive = groups[0][rows, None] == groups[1]
+    if a == b:
+        own = anchors.example_id[rows, None] == keys.example_id
+        positive = positive > own
+        return Masks(positive, (own | (content[0] == theirs[0])) > positive)
+    left_out = (content[a] == theirs[a]).logical_or_(content[a] == theirs[b]).logical_or_(content[b] == theirs[b])
+    left_out = left_out > positive
+    if a == 0 and len(theirs) > 2:
+        hard = (content[0, :, None] == theirs[2:]).logical_or_(content[1, :, None] == theirs[2:])
+        left_out = torch.cat([left_out[:, None], hard], 1).flatten(1)
+        if weight:
+            own = anchors.example_id[rows, None] == keys.example_id
+            logits[:, len(keys) :].unflatten(1, hard.shape[1:]).add_(own[:, None], alpha=weight)
+    return Masks(positive, left_out)
 
 
 def prepare_for_similarity(z: Tensor, similarity: str) -> Tensor:

@@ -14,10 +14,14 @@ from tercet.errors import check_choice, require
 from tercet.losses import base
 from tercet.losses.info_nce import prepare_for_similarity
 from tercet.losses.triplet_mining import MININGS, ONE_NEGATIVE, Tile, expand_triplets, mine_tile
-from tercet.types import Embeddings, LossOutput
+from tercet.types import Embeddings, LossOutput, runs_on_cpu
 
 # Distances of a tile: few enough for the cache of each CPU thread, enough for all cores of a GPU.
 CPU_THREAD_TILE, GPU_TILE = 1 << 18, 1 << 22
+# Up to so many distances (of softplus windows: triplets) all keys may be positives on a GPU; beyond, the largest number of
+# positives is read from it, for which the host waits.
+UNREAD = 1 << 27
+STATISTICS = ("active", "positive_distance", "negative_distance")
 
 
 class TripletLoss(nn.Module):
@@ -89,13 +93,13 @@ class TripletLoss(nn.Module):
         if not isinstance(z, Embeddings) or not isinstance(labels, Embeddings):
             return base.mean_loss(self, _labeled_embeddings(z, labels, ids, content))
         with torch.autocast(z.z.device.type, enabled=False):  # half precision halves the distance of near rows
-            x, y = _flatten_views(z, min(2, len(z.z))), _flatten_views(labels, len(labels.z))
-            out: tuple[Tensor, ...] = _TripletSum.apply(x.z, y.z, x, y, self)  # type: ignore[no-untyped-call]
-        loss_sum, active, mined, pairs, triplets, near, far, negatives = out
-        possible = mined if self.mining in ONE_NEGATIVE else triplets
-        stats = {"active": (active, possible), "positive_distance": (near, pairs), "negative_distance": (far, negatives)}
-        count = {"active": active, "pairs": mined, "sum": torch.zeros_like(active)}[self.divide_by]
-        return LossOutput(loss_sum, count, {name: torch.stack(pair) for name, pair in stats.items()})
+            x = _flatten_views(z, min(2, len(z.z)))
+            y = x if labels is z and len(z.z) <= 2 else _flatten_views(labels, len(labels.z))
+            out: tuple[Tensor, Tensor] = _TripletSum.apply(x.z, y.z, x, y, self)  # type: ignore[no-untyped-call]
+        loss_sum, sums = out
+        mined, stats = sums[1], sums[2:].view(3, 2)
+        count = {"active": stats[0, 0], "pairs": mined, "sum": torch.zeros_like(mined)}[self.divide_by]
+        return LossOutput(loss_sum, count, dict(zip(STATISTICS, stats, strict=True)))
 
 
 def mine(
@@ -151,7 +155,7 @@ class _FlatRows:
 
 def _flatten_views(e: Embeddings, views: int) -> _FlatRows:
     z = prepare_for_similarity(e.z[:views].flatten(0, 1), "cosine")
-    own = torch.where(e.label >= 0, e.label, -2 - e.example_id)  # without a label, the views of an example are a group
+    own = base.positive_group(e)
     group = torch.cat([own if v < 2 else torch.full_like(own, -1) for v in range(views)])
     view = torch.arange(views, device=z.device).repeat_interleave(len(e))
     example = e.content_hash[:2].T.repeat(views, 1)
@@ -162,27 +166,30 @@ class _TripletSum(torch.autograd.Function):
     """The loss over all anchors and its gradient, tile by tile; only the gradient of the embeddings is kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, anchors: _FlatRows, keys: _FlatRows, loss: TripletLoss) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor, anchors: _FlatRows, keys: _FlatRows, loss: TripletLoss
+    ) -> tuple[Tensor, Tensor]:
         keys = keys.at(order := keys.group.argsort(stable=True))  # a label's keys become adjacent
         grad_x, grad_y = torch.zeros_like(x), torch.zeros_like(y)
         sums = torch.zeros(8, dtype=torch.float64, device=x.device)
         sums[0] = 0 * (x.sum() + y.sum())  # sorting and searching would hide NaN
         for rows, tile in _tiles(anchors, keys, loss):
             counts, weight = mine_tile(tile, loss.mining, loss.fallback, loss.margin, loss.form == "softplus")
-            positives = tile.positive.isfinite().sum(1, keepdim=True)
-            near, far = (d.nan_to_num(posinf=0.0).sum() for d in (tile.positive, tile.negative))
-            pairs, triplets = positives.sum(), (positives * tile.num_negatives).sum()
-            sums += torch.stack([count.double() for count in (*counts, pairs, triplets, near, far, tile.num_negatives.sum())])
+            loss_sum, active, mined = counts
+            positives = (tile.positive < torch.inf).sum(1, keepdim=True)
+            near, far = (d.nan_to_num(posinf=0.0).sum(dtype=sums.dtype) for d in (tile.positive, tile.negative))
+            possible = mined if loss.mining in ONE_NEGATIVE else (positives * tile.num_negatives).sum(dtype=sums.dtype)
+            pairs, negatives = positives.sum(dtype=sums.dtype), tile.num_negatives.sum(dtype=sums.dtype)
+            sums += torch.stack([loss_sum, mined, active, possible, near, pairs, far, negatives])
             grad_x[rows] = -2 * (weight @ keys.z)  # the distance is 2 - 2 x·y
             grad_y.addmm_(weight.T, anchors.z[rows], alpha=-2)
         ctx.save_for_backward(grad_x, torch.empty_like(grad_y).index_copy_(0, order, grad_y))
-        loss_sum, *others = sums.unbind()
-        ctx.mark_non_differentiable(*others)
-        return loss_sum.to(x.dtype), *others
+        ctx.mark_non_differentiable(sums)
+        return sums[0].to(x.dtype, copy=True), sums
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_y = ctx.saved_tensors
         return grad * grad_x, grad * grad_y, None, None, None
 
@@ -192,12 +199,19 @@ def _tiles(anchors: _FlatRows, keys: _FlatRows, loss: TripletLoss) -> Iterator[t
     if not len(anchors.z) or not len(keys.z):
         return
     start, end = (torch.searchsorted(keys.group, anchors.group, right=right)[:, None] for right in (False, True))
-    longest = max(1, int((end - start).max()))
-    most = CPU_THREAD_TILE * torch.get_num_threads() if start.device.type == "cpu" else GPU_TILE
+    longest = _most_positives(start, end, len(keys.z), loss)
+    most = CPU_THREAD_TILE * torch.get_num_threads() if runs_on_cpu(start.device) else GPU_TILE
     size = loss.tile or max(1, most // len(keys.z))
     for first in range(0, len(anchors.z), size):
         rows = slice(first, first + size)
         yield rows, _make_tile(anchors.at(rows), keys, start[rows], end[rows], longest)
+
+
+def _most_positives(start: Tensor, end: Tensor, num_keys: int, loss: TripletLoss) -> int:
+    """K: how many positives a row has at most, as far as that is known without waiting for the device."""
+    windows = loss.form == "softplus" and loss.mining not in ONE_NEGATIVE
+    costs = len(start) * num_keys * (num_keys if windows else 1)
+    return max(1, int((end - start).max())) if runs_on_cpu(start.device) or costs > UNREAD else num_keys
 
 
 def _make_tile(anchors: _FlatRows, keys: _FlatRows, start: Tensor, end: Tensor, longest: int) -> Tile:
@@ -206,7 +220,7 @@ def _make_tile(anchors: _FlatRows, keys: _FlatRows, start: Tensor, end: Tensor, 
     key = place % len(keys.z)  # distinct keys in each row; those beyond the span are masked below
     own = distance.gather(1, key)
     same_row = (keys.example_id[key] == anchors.example_id[:, None]) & (keys.view[key] == anchors.view[:, None])
-    positive, order = own.masked_fill((place >= end) | same_row, torch.inf).sort(1)
+    positive = own.masked_fill((place >= end) | same_row, torch.inf)
     # A hard negative of the anchor's own example is a negative, another copy of the example is not.
     distance.scatter_(1, key, own.masked_fill(place < end, torch.inf))
     distance.masked_fill_(anchors.content[:, None] == keys.content, torch.inf)
@@ -215,12 +229,12 @@ def _make_tile(anchors: _FlatRows, keys: _FlatRows, start: Tensor, end: Tensor, 
             distance.masked_fill_((mine[:, None] == theirs) & (keys.view < 2), torch.inf)
     negative, negative_key = _sort(distance)
     num_negatives = torch.searchsorted(negative, torch.full_like(negative[:, :1], torch.inf))
-    return Tile(positive, key.gather(1, order), negative, negative_key, num_negatives)
+    return Tile(positive, key, negative, negative_key, num_negatives)
 
 
 def _sort(x: Tensor) -> tuple[Tensor, Tensor]:
     """Sort each row of non-negative numbers; returns values and indices."""
-    if x.dtype != torch.float32 or x.device.type != "cpu":
+    if x.dtype != torch.float32 or not runs_on_cpu(x.device):
         return torch.sort(x, dim=1)
     # Positive floats sort like their bits; value and index in one integer sort several times as fast on a CPU.
     packed = torch.empty(x.shape, dtype=torch.long)

@@ -6,18 +6,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tercet.types import runs_on_cpu
+
 ONE_NEGATIVE = ("semihard", "easy_positive", "batch_hard")  # a mined pair (a, p) gets one negative
 MININGS = (*ONE_NEGATIVE, "all_semihard", "hard", "all")  # the last three: every negative of a window of distances
+GPU_CHUNK = 1 << 26  # numbers that the windows of softplus make at once on a GPU; on a CPU those of one positive
 CHUNK = 1 << 20  # triplets that ``expand_triplets`` makes at once
-Counts = tuple[Tensor, Tensor, Tensor]
+Counts = tuple[Tensor, Tensor, Tensor]  # scalars in float64: counts of triplets exceed 2^24
 
 
 @dataclass(frozen=True)
 class Tile:
     """R anchors with K positives at most and M keys; squared distances, infinite where there is none.
 
-    ``positive (R, K)`` and ``negative (R, M)`` ascend along a row; ``positive_key`` and ``negative_key`` are the indices of
-    their keys. ``num_negatives (R, 1)`` counts the finite ones.
+    ``negative (R, M)`` ascends along a row, ``positive (R, K)`` is in no order; ``positive_key`` and ``negative_key`` are the
+    indices of their keys. ``num_negatives (R, 1)`` counts the finite ones.
     """
 
     positive: Tensor
@@ -37,7 +40,11 @@ def mine_tile(tile: Tile, mining: str, fallback: bool, margin: float, soft: bool
     low, high = _window(tile, mining, margin, soft)
     loss_sum, pull, push = (_sum_soft_windows if soft else _sum_windows)(tile, low, high, margin)
     weight = torch.zeros_like(push).scatter_(1, tile.negative_key, -push).scatter_add_(1, tile.positive_key, pull)
-    return (loss_sum, (high - low).sum(), tile.positive.isfinite().sum()), weight
+    return (loss_sum, _total(high - low), _total(tile.positive < torch.inf)), weight
+
+
+def _total(x: Tensor) -> Tensor:
+    return x.sum(dtype=torch.float64)
 
 
 def expand_triplets(tile: Tile, mining: str, fallback: bool, margin: float, soft: bool) -> Iterator[Tensor]:
@@ -65,14 +72,15 @@ def _pick_negative(tile: Tile, mining: str, fallback: bool, margin: float, soft:
     and whether the triplet is active.
     """
     if mining == "batch_hard":
-        last = (tile.positive.isfinite().sum(1, keepdim=True) - 1).clamp(min=0)
-        positive, key = tile.positive.gather(1, last), tile.positive_key.gather(1, last)
-        place = torch.zeros_like(last)
+        last = tile.positive.masked_fill(tile.positive.isinf(), -torch.inf).argmax(1, keepdim=True)
+        positive, key, place = tile.positive.gather(1, last), tile.positive_key.gather(1, last), torch.zeros_like(last)
     else:
-        stop = 1 if mining == "easy_positive" else None
-        positive, key = tile.positive[:, :stop].contiguous(), tile.positive_key[:, :stop]
+        positive, key = tile.positive, tile.positive_key
+        if mining == "easy_positive":
+            positive, first = positive.min(1, keepdim=True)
+            key = key.gather(1, first)
         place = torch.searchsorted(tile.negative, positive, right=True)
-    is_pair = positive.isfinite()
+    is_pair = positive < torch.inf
     found = is_pair & (tile.num_negatives > 0)
     if mining != "batch_hard" and not fallback:
         found &= place < tile.num_negatives
@@ -87,7 +95,7 @@ def _sum_one_negative(tile: Tile, mining: str, fallback: bool, margin: float, so
     slope = torch.where(active, torch.sigmoid(gap) if soft else 1.0, 0.0).to(gap.dtype)
     weight = tile.negative.new_zeros(tile.negative.shape)
     weight.scatter_add_(1, tile.negative_key.gather(1, place), -slope).scatter_add_(1, key, slope)
-    return (loss.masked_fill(~active, 0).double().sum(), active.sum(), is_pair.sum()), weight
+    return (_total(loss.masked_fill(~active, 0)), _total(active), _total(is_pair)), weight
 
 
 def _window(tile: Tile, mining: str, margin: float, soft: bool) -> tuple[Tensor, Tensor]:
@@ -99,32 +107,33 @@ def _window(tile: Tile, mining: str, margin: float, soft: bool) -> tuple[Tensor,
         high = beyond if soft else torch.minimum(beyond, inside)  # without a margin, a tie has no loss
     else:
         high = tile.num_negatives.expand_as(beyond) if mining == "all" and soft else inside
-    real = tile.positive.isfinite()
-    return low.masked_fill(~real, 0), torch.minimum(high, tile.num_negatives).masked_fill(~real, 0)
+    none = ~(tile.positive < torch.inf)  # so that NaN is none
+    return low.masked_fill(none, 0), torch.minimum(high, tile.num_negatives).masked_fill(none, 0)
 
 
 def _sum_windows(tile: Tile, low: Tensor, high: Tensor, margin: float) -> tuple[Tensor, Tensor, Tensor]:
     """The hinge's sum and its slopes by ``positive`` and, negated, by ``negative``: linear, so that counting is enough."""
     count = (high - low).to(tile.positive.dtype)
-    one = tile.positive.isfinite().to(count.dtype)
+    one = (tile.positive < torch.inf).to(count.dtype)
     edges = count.new_zeros(len(count), tile.negative.shape[1] + 1)
     edges.scatter_add_(1, low, one).scatter_add_(1, high, -one)
     covered = edges[:, :-1].cumsum(1)  # in how many windows each negative is
     plus = (count * tile.positive.nan_to_num(posinf=0.0)).sum(1).double()
     minus = (covered * tile.negative.nan_to_num(posinf=0.0)).sum(1).double()
-    return (plus - minus).sum() + margin * (high - low).sum().double(), count, covered
+    return (plus - minus).sum() + margin * _total(high - low), count, covered
 
 
 def _sum_soft_windows(tile: Tile, low: Tensor, high: Tensor, margin: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The same of softplus, not linear: one pass over the negatives for each of the K positives, in O(R·M) memory."""
+    """The same of softplus, not linear: all negatives with a few of the K positives at a time, in O(R·M) memory."""
     place = torch.arange(tile.negative.shape[1], device=low.device)
-    negative = tile.negative.nan_to_num(posinf=0.0)
+    negative, positive = (x.nan_to_num(posinf=0.0) for x in (tile.negative, tile.positive))
     covered, slopes, total = torch.zeros_like(negative), [], negative.new_zeros((), dtype=torch.float64)
-    for k in range(tile.positive.shape[1]):
-        chosen = (place >= low[:, k, None]) & (place < high[:, k, None])
-        gap = tile.positive[:, k, None].nan_to_num(posinf=0.0) - negative + margin
-        total = total + torch.nn.functional.softplus(gap).masked_fill(~chosen, 0).sum(1).double().sum()
-        slope = torch.sigmoid(gap).masked_fill(~chosen, 0)
-        covered += slope
-        slopes.append(slope.sum(1))
-    return total, torch.stack(slopes, 1), covered
+    step = 1 if runs_on_cpu(negative.device) else max(1, GPU_CHUNK // max(1, negative.numel()))
+    for first, end, near in zip(*(x.split(step, 1) for x in (low, high, positive)), strict=True):
+        left_out = (place < first[:, :, None]) | (place >= end[:, :, None])
+        gap = near[:, :, None] - negative[:, None] + margin
+        total = total + torch.nn.functional.softplus(gap).masked_fill_(left_out, 0).sum(2).sum(dtype=torch.float64)
+        slope = gap.sigmoid_().masked_fill_(left_out, 0)
+        covered += slope.sum(1)
+        slopes.append(slope.sum(2))
+    return total, torch.cat(slopes, 1), covered

@@ -117,10 +117,9 @@ class TextEncoder(PoolingMixin, Encoder):
         def embed(rows: TokenBatch) -> Tensor:
             return self.pool(*self.runner(rows, *options))
 
-        if execution.graphs and execution.in_one_pass and execution.layout == "packed" and not execution.recompute:
-            trained = [p for p in self.parameters() if p.requires_grad]
-            if self.replay.can_run(inputs, trained):
-                return self.replay(embed, inputs, trained, (self.training, len(trained)))
+        whole = execution.in_one_pass and execution.layout == "packed" and not execution.recompute
+        if execution.graphs and whole and self.replay.can_run(self, inputs):
+            return self.replay(embed, self, inputs)
         return execution.run(embed, inputs)
 
     def prepare(self, items: Sequence[Item]) -> TokenBatch:

@@ -46,6 +46,22 @@ def backbone_inputs(backbone: PreTrainedModel, ids: Tensor, state: TokenState, f
     return arguments
 
 
+class HalfLayerNorm(nn.LayerNorm):
+    """Layer normalization with bf16 results under bf16 autocast on a GPU, computed in float32.
+
+    torch's results are float32 there, and each of the linear layers that follow casts them by itself.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., H)``."""
+        half = x.is_cuda and torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.bfloat16
+        if not half or self.weight is None or self.bias is None:
+            return super().forward(x)
+        with torch.autocast("cuda", enabled=False):
+            weight, bias = self.weight.bfloat16(), self.bias.bfloat16()
+            return nn.functional.layer_norm(x.bfloat16(), self.normalized_shape, weight, bias, self.eps)
+
+
 class BackboneRunner:
     """Runs a backbone on padded or packed rows.
 
@@ -81,6 +97,9 @@ class BackboneRunner:
                 kind = "packed" if layout == "packed" else "padded"
                 problem = f"{type(self.backbone).__name__} cannot read {kind} rows: {reason}"
                 raise InputError(f"`execution.{name}`={getattr(execution, name)}: {problem}. Use `execution.{name}`=auto.")
+        for module in self.backbone.modules():
+            if type(module) is nn.LayerNorm:
+                module.__class__ = HalfLayerNorm  # the weights, their names and hooks stay
         if not self.cannot_pack and execution.dropout != "torch":
             self.dropout_seeds = replace_dropouts(self.backbone)
         best = next(layout for layout in ("packed", "sorted", "equal_length") if not reasons[layout])

@@ -4,15 +4,16 @@ A graph has fixed shapes: the number of rows as it is, the number of tokens and 
 is captured when it is first met.
 """
 
-import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
+from torch.func import functional_call
 
 from tercet.messages import warn_once
 from tercet.models.engine import triton_kernels as kernels
@@ -35,7 +36,7 @@ def rounded_tokens(tokens: int) -> int:
 
 
 class Replay:
-    """Replays ``function``, n rows of texts to ``(n, ...)``, with its gradient for ``parameters``.
+    """Replays a function of n rows of texts, ``(n, ...)``, with its gradient for the trained weights of ``module``.
 
     Not for recomputed chunks. A pass whose backward pass is to come keeps the memory of all graphs: until then others run
     without.
@@ -43,35 +44,37 @@ class Replay:
 
     def __init__(self) -> None:
         self.graphs: dict[tuple[Any, ...], _Graph] = {}
+        self.weights: tuple[int, ...] = ()  # where they are
         self.pool: Any = None
         self.pending: weakref.ref[_Pending] | None = None
 
-    def can_run(self, rows: TokenBatch, parameters: Sequence[Tensor]) -> bool:
+    def can_run(self, module: nn.Module, rows: TokenBatch) -> bool:
         """Whether this pass can be replayed: training on a GPU, short rows, whole weights, no pass that is still pending."""
-        if not torch.is_grad_enabled() or not rows.ids.is_cuda or torch.cuda.is_current_stream_capturing():
+        if not rows.ids.is_cuda or not torch.is_grad_enabled() or torch.cuda.is_current_stream_capturing():
             return False
         short = int(rows.lengths.max()) <= LONG and kernels.available(rows.ids.device)
-        whole = not any(isinstance(p, DTensor) for p in parameters)
+        whole = not any(isinstance(p, DTensor) for p in module.parameters())
         return short and whole and (self.pending is None or self.pending() is None)
 
-    def __call__(self, function: Embed, rows: TokenBatch, parameters: Sequence[Tensor], mode: tuple[Any, ...]) -> Tensor:
-        """``function(rows)``; ``mode`` is what else decides which operations it runs."""
+    def __call__(self, function: Embed, module: nn.Module, rows: TokenBatch) -> Tensor:
+        """``function(rows)``."""
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        if (weights := tuple(p.data_ptr() for p in trained.values())) != self.weights:  # moved, frozen or unfrozen
+            self.graphs, self.weights = {}, weights
         tokens, longest = rounded_tokens(len(rows.ids)), max(16, 1 << (int(rows.lengths.max()) - 1).bit_length())
         precision = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        fields = rows.state.set_fields()
-        key = (tokens, longest, len(rows), *fields, precision, mode)
+        key = (tokens, longest, len(rows), *rows.state.set_fields(), precision, module.training)
         graph = self.graphs.get(key)
         if graph is None:
             if len(self.graphs) == MOST_GRAPHS:
                 warn_once(f"More than {MOST_GRAPHS} sizes of batches: others run without CUDA graphs.")
                 return function(rows)
-            if self.pool is None:
-                self.pool = torch.cuda.graph_pool_handle()
-            graph = self.graphs[key] = _Graph(function, rows, tokens, longest, parameters, self.pool)
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            graph = self.graphs[key] = _Graph(function, module, trained, rows, tokens, longest, self.pool)
         graph.load(rows)
         pending = _Pending()
         self.pending = weakref.ref(pending)
-        out: Tensor = _Run.apply(graph, pending, *graph.parameters)  # type: ignore[no-untyped-call]
+        out: Tensor = _Run.apply(graph, pending, *trained.values())  # type: ignore[no-untyped-call]
         return out
 
 
@@ -79,50 +82,66 @@ class _Pending:
     """Lives as long as a pass can still be differentiated."""
 
 
+class _Function(nn.Module):
+    """A function as a module, for ``functional_call`` to replace the weights of another one in it."""
+
+    def __init__(self, function: Embed, module: nn.Module) -> None:
+        super().__init__()
+        self.function, self.module = function, module
+
+    def forward(self, rows: TokenBatch) -> Tensor:
+        return self.function(rows)
+
+
 class _Graph:
     """The captured passes of one shape."""
 
     def __init__(
-        self, function: Embed, rows: TokenBatch, tokens: int, longest: int, parameters: Sequence[Tensor], pool: Any
+        self, function: Embed, module: nn.Module, trained: dict[str, nn.Parameter], rows: TokenBatch, tokens: int,
+        longest: int, pool: Any,
     ) -> None:  # fmt: skip
-        start, device = time.perf_counter(), rows.ids.device
-        self.parameters = list(parameters)
+        device, n = rows.ids.device, len(rows)
         self.tokens = tokens
         self.ids = rows.ids.new_zeros(tokens)
         self.state = rows.state.map(lambda x: x.new_zeros(tokens, *x.shape[1:]))
-        self.index = torch.zeros(2 * len(rows) + 2 * tokens, dtype=torch.long, device=device)
-        parts = self.index.split([len(rows), len(rows), tokens, tokens])
-        self.rows = TokenBatch(self.ids, rows.lengths, self.state)
-        self.rows.index = RowIndex(rows.lengths, longest, *parts)
+        self.index = torch.zeros(2 * n + 2 * tokens, dtype=torch.long, device=device)
+        self.rows = RowIndex(rows.lengths, longest, *self.index.split([n, n, tokens, tokens]))
         self.load(rows)
-        precision = torch.get_autocast_dtype("cuda")
+        # Other names of the weights: nodes of autograd that the caller's graph still holds belong to another stream.
+        weights = {f"module.{name}": p.detach().requires_grad_() for name, p in trained.items()}
+        wrapped = _Function(function, module)
+
+        def run() -> Tensor:
+            out: Tensor = functional_call(wrapped, weights, (self.fresh(),))
+            return out
+
+        def differentiate(out: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+            return torch.autograd.grad(out, list(weights.values()), grad, allow_unused=True)
+
         # The cache of autocast would keep casts of the weights that a replay does not make again.
-        autocast = torch.autocast("cuda", precision, torch.is_autocast_enabled("cuda"), cache_enabled=False)
+        enabled, precision = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        autocast = torch.autocast("cuda", precision, enabled, cache_enabled=False)
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         # A capture draws nothing: a run that is resumed captures in other steps.
         with torch.random.fork_rng([device]), autocast:
             with torch.cuda.stream(side):
                 for _ in range(WARMUP):
-                    out = function(self.fresh())
-                    torch.autograd.grad(out, self.parameters, torch.zeros_like(out), allow_unused=True)
-                del out
+                    out = run()
+                    differentiate(out, torch.zeros_like(out))
             torch.cuda.current_stream(device).wait_stream(side)
-            torch.cuda.synchronize(device)
             self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.forward, pool=pool, capture_error_mode="thread_local"):
-                out = function(self.fresh())
+                out = run()
             self.grad_out = torch.zeros_like(out)
             with torch.cuda.graph(self.backward, pool=pool, capture_error_mode="thread_local"):
-                self.grads = torch.autograd.grad(out, self.parameters, self.grad_out, allow_unused=True)
+                self.grads = differentiate(out, self.grad_out)
             self.out = out.detach()
-        self.seconds = time.perf_counter() - start
 
     def fresh(self) -> TokenBatch:
-        """The rows of the graph, without what was derived from them."""
-        index = self.rows.index
+        """The rows of the graph, without what a pass derives from them."""
         rows = TokenBatch(self.ids, self.rows.lengths, TokenState(**self.state.set_fields()))
-        rows.index = RowIndex(index.lengths, index.longest, index.start, index.length, index.row, index.position)
+        rows.index = replace(self.rows)
         return rows
 
     def load(self, rows: TokenBatch) -> None:

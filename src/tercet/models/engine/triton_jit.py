@@ -3,8 +3,7 @@
 import triton
 import triton.language as tl
 
-from tercet.rng import BITS
-from tercet.rng import FIRST, GOLDEN, SECOND
+from tercet.rng import BITS, FIRST, GOLDEN, SECOND
 
 # Triton reads globals only where they are of this type.
 ADD, MULTIPLY_FIRST, MULTIPLY_SECOND = tl.constexpr(GOLDEN), tl.constexpr(FIRST), tl.constexpr(SECOND)
@@ -65,6 +64,25 @@ def store_vectors(vectors, value, token, stride, valid, D: tl.constexpr, BLOCK_D
 
 
 @triton.jit
+def clear_rest(
+    vectors, row, rows, end, tokens, D: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Write 0 for the tokens from ``end`` on, which belong to no row: every row's program takes its share."""
+    zero = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+    for first in range(end + row * BLOCK, tokens.to(tl.int64), rows.to(tl.int64) * BLOCK):
+        token = first + tl.arange(0, BLOCK)
+        store_vectors(vectors, zero, token, HEADS * D, token < tokens, D, BLOCK_D)
+
+
+@triton.jit
+def clear_empty(vectors, row, length, D: tl.constexpr, HEADS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
+    """Write 0 for the only query of a row without tokens."""
+    i = tl.arange(0, BLOCK)
+    zero = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+    store_vectors(vectors, zero, row + i, HEADS * D, (i == 0) & (length == 0), D, BLOCK_D)
+
+
+@triton.jit
 def softmax(q, k, i, start, length, attend, scale, BLOCK: tl.constexpr, WINDOW: tl.constexpr):
     """Probabilities ``(queries, BLOCK)`` of a row's keys, float32, and which of the keys are seen."""
     j = tl.arange(0, BLOCK)
@@ -88,13 +106,15 @@ def keeps_keys(seeds, query, valid, number, head, threshold, BLOCK: tl.constexpr
     if number is not None:
         seed = derive(seed, number.to(tl.int64))
     seed = derive(seed, head)
-    j = tl.arange(0, BLOCK).to(tl.int64)[None, :]
-    return keeps(derive(seed[:, None], j >> 2), j & 3, threshold)
+    bits = derive(seed[:, None], tl.arange(0, BLOCK // 4).to(tl.int64)[None, :])
+    kept = keeps(bits[:, :, None], tl.arange(0, 4).to(tl.int64)[None, None, :], threshold)
+    return tl.reshape(kept, (query.shape[0], BLOCK))
 
 
-@triton.jit(do_not_specialize=["number", "threshold"])
+@triton.jit(do_not_specialize=["rows", "tokens", "number", "threshold"])
 def attention_forward(
-    q, k, v, out, starts, lengths, attend, seeds, number, threshold, keep_scale, scale,
+    q, k, v, out, starts, lengths, attend, seeds,
+    rows, tokens, number, threshold, keep_scale, scale,
     q_token, q_head, k_token, k_head, v_token, v_head,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr,
     WINDOW: tl.constexpr, FIRST_ONLY: tl.constexpr,
@@ -102,7 +122,7 @@ def attention_forward(
     """One program for each row and head: its keys are one block, its queries blocks of ``BLOCK_Q``."""
     row = (tl.program_id(0) // HEADS).to(tl.int64)
     head = (tl.program_id(0) % HEADS).to(tl.int64)
-    start = tl.load(starts + row)
+    start = tl.load(starts + row).to(tl.int64)
     length = tl.load(lengths + row).to(tl.int32)
     j = tl.arange(0, BLOCK)
     keys = load_vectors(k + head * k_head, start + j, k_token, j < length, D, BLOCK_D)
@@ -122,11 +142,17 @@ def attention_forward(
             p = tl.where(kept, p * keep_scale, 0.0)
         result = tl.dot(p.to(values.dtype), values, input_precision="ieee")
         store_vectors(out + head * D, result, first + i, HEADS * D, valid, D, BLOCK_D)
+    if FIRST_ONLY:
+        clear_empty(out + head * D, row, length, D, HEADS, BLOCK_D, BLOCK_Q)
+    else:
+        end = tl.load(starts + rows - 1).to(tl.int64) + tl.load(lengths + rows - 1)
+        clear_rest(out + head * D, row, rows, end, tokens, D, HEADS, BLOCK_D, BLOCK)
 
 
-@triton.jit(do_not_specialize=["number", "threshold"])
+@triton.jit(do_not_specialize=["rows", "tokens", "number", "threshold"])
 def attention_backward(
-    q, k, v, d_out, d_q, d_k, d_v, starts, lengths, attend, seeds, number, threshold, keep_scale, scale,
+    q, k, v, d_out, d_q, d_k, d_v, starts, lengths, attend, seeds,
+    rows, tokens, number, threshold, keep_scale, scale,
     q_token, q_head, k_token, k_head, v_token, v_head,
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_Q: tl.constexpr,
     WINDOW: tl.constexpr, FIRST_ONLY: tl.constexpr,
@@ -134,7 +160,7 @@ def attention_backward(
     """Gradients of ``attention_forward``; probabilities and what is dropped are computed again."""
     row = (tl.program_id(0) // HEADS).to(tl.int64)
     head = (tl.program_id(0) % HEADS).to(tl.int64)
-    start = tl.load(starts + row)
+    start = tl.load(starts + row).to(tl.int64)
     length = tl.load(lengths + row).to(tl.int32)
     j = tl.arange(0, BLOCK)
     keys = load_vectors(k + head * k_head, start + j, k_token, j < length, D, BLOCK_D)
@@ -166,3 +192,10 @@ def attention_backward(
         store_vectors(d_q + head * D, d_query, first + i, HEADS * D, valid, D, BLOCK_D)
     store_vectors(d_k + head * D, d_keys, start + j, HEADS * D, j < length, D, BLOCK_D)
     store_vectors(d_v + head * D, d_values, start + j, HEADS * D, j < length, D, BLOCK_D)
+    end = tl.load(starts + rows - 1).to(tl.int64) + tl.load(lengths + rows - 1)
+    clear_rest(d_k + head * D, row, rows, end, tokens, D, HEADS, BLOCK_D, BLOCK)
+    clear_rest(d_v + head * D, row, rows, end, tokens, D, HEADS, BLOCK_D, BLOCK)
+    if FIRST_ONLY:
+        clear_empty(d_q + head * D, row, length, D, HEADS, BLOCK_D, BLOCK_Q)
+    else:
+        clear_rest(d_q + head * D, row, rows, end, tokens, D, HEADS, BLOCK_D, BLOCK)

@@ -15,22 +15,34 @@ from torch.autograd.function import once_differentiable
 
 from tercet.rng import BITS
 
-LONGEST = 128  # tokens of a row: its keys are one block
+LONGEST, WIDEST = 128, 128  # tokens of a row, whose keys are one block, and elements of each
 CAPABILITY = (8, 0)  # the first GPUs with bf16
+LARGEST = {True: 128 * 128, False: 128 * 64}  # elements of a block, where a program has 160 KB of shared memory or less
 DRAWS = 256  # 64-bit numbers that a program of dropout draws
-WARPS = {16: 1, 32: 2, 64: 4, 128: 8}  # of a program, by its block of keys
+WARPS = {16: 1, 32: 2, 64: 4, 128: 8}  # of a program of attention, by its block of keys; products in float32 need twice as many
+
+
+def available(device: torch.device, longest: int = 1, d: int = 1) -> bool:
+    """Whether the kernels run here: on a GPU that they are made for, or anywhere in Triton's interpreter.
+
+    For attention, pass the longest row and the size of a head: a row's keys must fit into the GPU's shared memory.
+    """
+    block = _power_of_two(longest) * _power_of_two(d)
+    return longest <= LONGEST and d <= WIDEST and block <= _largest_block(device)
 
 
 @cache
-def available(device: torch.device) -> bool:
-    """Whether the kernels run here: on a GPU that they are made for, or anywhere in Triton's interpreter."""
+def _largest_block(device: torch.device) -> int:
+    """How many elements a block of keys may have; 0 where no kernel runs."""
     try:
         import triton  # noqa: F401
     except ImportError:
-        return False
+        return 0
     if os.environ.get("TRITON_INTERPRET") == "1":
-        return True
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= CAPABILITY
+        return LARGEST[True]
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < CAPABILITY:
+        return 0
+    return LARGEST[torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor >= 160 << 10]
 
 
 def seeded_dropout(x: Tensor, p: float, seed: Tensor, number: int | None = None) -> Tensor:
@@ -65,11 +77,15 @@ def _drop(x: Tensor, seed: Tensor, threshold: int, number: int | None) -> Tensor
     out = torch.empty_like(x)
     draws = seed.numel() * -(-x.shape[-1] // 4)
     if draws:
+        options = {"H": x.shape[-1], "BLOCK": DRAWS, "num_warps": 4}
         with _on(x.device):
-            triton_jit.dropout[(-(-draws // DRAWS),)](
-                x, out, seed, draws, number, threshold, BITS / (BITS - threshold), H=x.shape[-1], BLOCK=DRAWS, num_warps=4
-            )
+            triton_jit.dropout[(-(-draws // DRAWS),)](x, out, seed, draws, number, threshold, _scale(threshold), **options)
     return out
+
+
+def _scale(threshold: int) -> float:
+    """The factor of what dropout keeps."""
+    return BITS / max(BITS - threshold, 1)
 
 
 class _Attention(NamedTuple):
@@ -92,9 +108,10 @@ def short_attention(
 
     Args:
         q: ``(T, heads, d)``, or ``(N, heads, d)`` if ``first_only``: the first token of each row. Any strides, but 1 for d.
-        k: Keys ``(T, heads, d)``; tokens outside all rows are not read, and their output and gradients are 0.
+        k: Keys ``(T, heads, d)``.
         v: Values ``(T, heads, d)``.
-        starts: ``(N,)``, int64, each row's first token.
+        starts: ``(N,)``, int64, each row's first token: ``lengths.cumsum(0) - lengths``. Tokens after the last row belong to
+            none: they are not read, and their output and gradients are 0.
         lengths: ``(N,)``, int64, each row's number of tokens; 0 for none.
         longest: An upper bound of ``lengths``, at most 128.
         scale: Of the scores; None is d ** -0.5.
@@ -122,8 +139,8 @@ def short_attention(
 def _check(
     q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, longest: int, p: float, seed: Tensor | None, first_only: bool
 ) -> None:
-    if not 0 < longest <= LONGEST:
-        raise ValueError(f"The longest row has 1 to {LONGEST} tokens here, not {longest}.")
+    if longest > LONGEST or q.shape[-1] > WIDEST:
+        raise ValueError(f"Rows have up to {LONGEST} tokens of {WIDEST} elements here, not {longest} of {q.shape[-1]}.")
     if k.shape != v.shape or q.shape != (len(lengths) if first_only else len(k), *k.shape[1:]):
         raise ValueError(f"Shapes of {len(lengths)} rows do not fit: {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}.")
     if not q.dtype == k.dtype == v.dtype:
@@ -141,7 +158,7 @@ class _ShortAttention(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         ctx.settings = settings
         q = tensors[0]
-        out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+        out = _allocate(tensors, *q.shape)
         _launch(triton_jit.attention_forward, tensors, (out,), settings)
         return out
 
@@ -153,26 +170,36 @@ class _ShortAttention(torch.autograd.Function):
         tensors = ctx.saved_tensors  # read once: recomputation allows no more
         q, k, *_ = tensors
         sizes = len(q), len(k), len(k)
-        slopes = torch.zeros(sum(sizes), *q.shape[1:], dtype=q.dtype, device=q.device).split(sizes)
+        slopes = _allocate(tensors, sum(sizes), *q.shape[1:]).split(sizes)
         _launch(triton_jit.attention_backward, tensors, (grads[0].contiguous(), *slopes), ctx.settings)
         return *slopes, None, None, None, None, None
 
 
+def _allocate(tensors: Any, *shape: int) -> Tensor:
+    """Memory that the kernel fills; without any row it does not run."""
+    q, lengths = tensors[0], tensors[4]
+    return (torch.empty if len(lengths) else torch.zeros)(shape, dtype=q.dtype, device=q.device)
+
+
 def _launch(kernel: Any, tensors: Any, more: tuple[Tensor, ...], settings: _Attention) -> None:
     q, k, v, starts, lengths, attend, seed = tensors
-    heads, d = q.shape[1:]
-    block = _power_of_two(settings.longest)
-    strides = [x.stride(side) for x in (q, k, v) for side in (0, 1)]
     if not len(lengths):
         return
+    heads, d = q.shape[1:]
+    block = _power_of_two(settings.longest)
+    half = q.dtype.itemsize < 4  # in float32, more queries or fewer warps would not fit into registers
+    options = {
+        "HEADS": heads, "D": d, "BLOCK_D": _power_of_two(d), "BLOCK": block, "WINDOW": settings.window,
+        "BLOCK_Q": min(block, 32) if half and not settings.first_only else 16, "FIRST_ONLY": settings.first_only,
+        "num_warps": WARPS[block] * (1 if half else 2), "num_stages": 1,
+    }  # fmt: skip
+    attend = None if attend is None else attend.contiguous().view(torch.uint8)
+    seed = None if seed is None else seed.contiguous()
+    rows = starts.contiguous(), lengths.contiguous(), attend, seed
+    numbers = len(lengths), len(k), settings.number, settings.threshold, _scale(settings.threshold), settings.scale
+    strides = [x.stride(side) for x in (q, k, v) for side in (0, 1)]
     with _on(q.device):
-        kernel[(len(lengths) * heads,)](
-            q, k, v, *more, starts.contiguous(), lengths.contiguous(), None if attend is None else attend.view(torch.uint8),
-            None if seed is None else seed.contiguous(), settings.number, settings.threshold,
-            BITS / max(BITS - settings.threshold, 1), settings.scale, *strides,
-            HEADS=heads, D=d, BLOCK_D=_power_of_two(d), BLOCK=block, BLOCK_Q=16 if settings.first_only else min(block, 64),
-            WINDOW=settings.window, FIRST_ONLY=settings.first_only, num_warps=WARPS[block], num_stages=1,
-        )  # fmt: skip
+        kernel[(len(lengths) * heads,)](q, k, v, *more, *rows, *numbers, *strides, **options)
 
 
 def _power_of_two(size: int) -> int:
