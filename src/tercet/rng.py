@@ -1,6 +1,5 @@
 """Stateless random numbers, functions of a seed and a number: the same in any process, chunk and order."""
 
-import torch
 from torch import Tensor
 
 # The constants of SplitMix64, as signed 64-bit numbers: torch has no arithmetic on unsigned ones.
@@ -18,7 +17,7 @@ def derive_seed(seed: Tensor, number: Tensor | int) -> Tensor:
     if isinstance(number, int):  # as a tensor it would be copied to the device, for which the host waits
         x = seed + ((GOLDEN * (number + 1) + (1 << 63)) % (1 << 64) - (1 << 63))
     else:
-        x = seed + GOLDEN * (torch.as_tensor(number, device=seed.device) + 1)
+        x = seed + GOLDEN * (number.to(seed.device) + 1)
     x.bitwise_xor_(_shift_right(x, 30)).mul_(FIRST)
     x.bitwise_xor_(_shift_right(x, 27)).mul_(SECOND)
     return x.bitwise_xor_(_shift_right(x, 31))
@@ -27,6 +26,7 @@ def derive_seed(seed: Tensor, number: Tensor | int) -> Tensor:
 def uniform(seed: Tensor, number: Tensor | int) -> Tensor:
     """A number in [0, 1), float32, for each seed and number.
 
+    >>> import torch
     >>> float(uniform(torch.tensor(0), 0)) == float(uniform(torch.tensor(0), 0)) < 1
     True
     """
