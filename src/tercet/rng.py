@@ -26,6 +26,7 @@ def derive_seed(seed: Tensor, number: Tensor | int) -> Tensor:
 def uniform(seed: Tensor, number: Tensor | int) -> Tensor:
     """A number in [0, 1), float32, for each seed and number.
 
+    >>> import torch
     >>> float(uniform(torch.tensor(0), 0)) == float(uniform(torch.tensor(0), 0)) < 1
     True
     """
