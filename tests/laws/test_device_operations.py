@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from tercet.types import Embeddings
+from tercet.distributed import reduce_loss
+from tercet.training import contrastive
+from tercet.types import Embeddings, LossOutput
 from tests.laws.device_operations import DeviceOperations, HostWaitsError, do_as_on_a_gpu
 from tests.laws.test_loss import CASES, loss_of, rows
 
@@ -50,6 +52,18 @@ def test_a_loss_on_a_gpu_is_that_of_a_cpu(name, variant, labels, monkeypatch):
     output, got = backward(loss, batch)
     torch.testing.assert_close(output, expected)
     torch.testing.assert_close(got, gradient)
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_what_is_logged_asks_nothing_of_the_device(views):
+    """In steps that log: the statistics of the embeddings, and the means over all processes."""
+    batch = rows(n=16, views=views, duplicates=False)
+    with DeviceOperations() as operations:
+        stats = {"accuracy": batch.z.new_ones(2), **contrastive._alignment(batch)}
+        logged = reduce_loss(LossOutput(batch.z.sum(), batch.z.new_ones(()), stats))[1]
+        logged |= contrastive._geometry(batch.z[0], batch.z[0])
+    assert logged.keys() >= {"accuracy", "uniformity", "spread", "mean_norm"}
+    assert operations.total <= 60, operations.counts
 
 
 def test_a_loss_of_another_kind_has_no_budget_yet():

@@ -24,26 +24,13 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def row_counts(n: int) -> list[int]:
-    """The number of rows in each process, in the order of ranks; ``n`` is this process's. Hosts exchange it, no device does."""
+def gather_number(n: int) -> list[int]:
+    """The number ``n`` of each process, in the order of ranks. Hosts exchange it: no device is read."""
     if world_size() == 1:
         return [n]
-    counts = [torch.empty(1, dtype=torch.long) for _ in range(world_size())]
-    dist.all_gather(counts, torch.tensor([n]), _group(counts[0]))
-    return [int(count) for count in counts]
-
-
-def largest(number: int) -> int:
-    """The largest of the processes' numbers. Hosts exchange it, no device does.
-
-    >>> largest(3)
-    3
-    """
-    if world_size() == 1:
-        return number
-    most = torch.tensor(number)
-    dist.all_reduce(most, dist.ReduceOp.MAX, _host_group(dist.group.WORLD))
-    return int(most)
+    numbers = [torch.empty(1, dtype=torch.long) for _ in range(world_size())]
+    dist.all_gather(numbers, torch.tensor([n]), _group(numbers[0]))
+    return [int(number) for number in numbers]
 
 
 def _group(x: Tensor) -> dist.ProcessGroup | None:
@@ -95,11 +82,11 @@ def gather_rows(x: Tensor) -> Tensor:
     >>> gather_rows(torch.tensor([1, 2]))
     tensor([1, 2])
     """
-    return x if world_size() == 1 else _all_gather(x, row_counts(len(x)))
+    return x if world_size() == 1 else _all_gather(x, gather_number(len(x)))
 
 
 def gather_embeddings(own: Embeddings, counts: list[int]) -> Embeddings:
-    """Gather the keys of the global batch in one collective, with gradient; ``counts`` are the ``row_counts``."""
+    """Gather the keys of the global batch in one collective, with gradient; ``counts`` are the numbers of rows."""
     if world_size() == 1:
         return own
     integers = torch.stack([own.example_id, own.label, own.position, *own.content_hash], 1)

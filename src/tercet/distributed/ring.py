@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from tercet.distributed.gather import gather_embeddings, row_counts
+from tercet.distributed.gather import gather_embeddings, gather_number
 from tercet.types import Embeddings, Loss, LossOutput
 
 RING_BYTES = 1 << 30  # keys (float32) above this size are not gathered under ``key_exchange`` "auto"
@@ -52,7 +52,7 @@ def contrast(
     >>> len(keys), round(float(output.loss_sum), 2), int(output.normalizer)
     (3, 0.4, 2)
     """
-    counts = row_counts(len(anchors))
+    counts = gather_number(len(anchors))
     if len(counts) > 1 and isinstance(loss, BlockwiseLoss):
         large = sum(counts) * len(anchors.z) * anchors.z.shape[2] * 4 > RING_BYTES
         if loss.key_exchange == "ring" or (loss.key_exchange == "auto" and large and extend is None):

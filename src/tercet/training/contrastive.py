@@ -241,7 +241,7 @@ class Contrastive(ObjectiveHooks, pl.LightningModule):
             logged["mlm_loss"] = entropy["loss"]
         self.num_unreadable += batch.num_unreadable
         if self.num_unreadable and logs:
-            logged["unreadable"] = value.new_tensor(float(self.num_unreadable))
+            logged["unreadable"] = value.new_full((), self.num_unreadable)
         self.log_training(logged, batch)
         return value
 
@@ -253,7 +253,7 @@ def _alignment(anchors: Embeddings) -> dict[str, Tensor]:
         return {}
     x, y = F.normalize(anchors.z[:2].detach().float(), dim=-1)
     total = (x - y).square().sum()
-    return {"alignment": torch.stack([total, total.new_tensor(len(x))])}
+    return {"alignment": torch.stack([total, total.new_full((), len(x))])}
 
 
 @torch.no_grad()
