@@ -29,8 +29,26 @@ def row_counts(n: int) -> list[int]:
     if world_size() == 1:
         return [n]
     counts = [torch.empty(1, dtype=torch.long) for _ in range(world_size())]
-    dist.all_gather(counts, torch.tensor([n]), _host_group(dist.group.WORLD))
+    dist.all_gather(counts, torch.tensor([n]), _group(counts[0]))
     return [int(count) for count in counts]
+
+
+def largest(number: int) -> int:
+    """The largest of the processes' numbers. Hosts exchange it, no device does.
+
+    >>> largest(3)
+    3
+    """
+    if world_size() == 1:
+        return number
+    most = torch.tensor(number)
+    dist.all_reduce(most, dist.ReduceOp.MAX, _host_group(dist.group.WORLD))
+    return int(most)
+
+
+def _group(x: Tensor) -> dist.ProcessGroup | None:
+    """The group that exchanges tensors of the device of ``x``."""
+    return _host_group(dist.group.WORLD) if x.device.type == "cpu" else None
 
 
 @lru_cache(maxsize=1)
@@ -42,7 +60,7 @@ def _host_group(world: dist.ProcessGroup) -> dist.ProcessGroup:
 def _all_gather(x: Tensor, counts: list[int]) -> Tensor:
     x = _pad(x, max(counts))  # all_gather needs equal shapes: the padding is cut off again
     parts = [torch.empty_like(x) for _ in counts]
-    dist.all_gather(parts, x)
+    dist.all_gather(parts, x, _group(x))
     return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
@@ -67,7 +85,7 @@ class _GatherRows(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
         most = max(ctx.counts)
         total = grad.new_empty(most, *grad.shape[1:])
-        dist.reduce_scatter(total, [_pad(part, most) for part in grad.split(ctx.counts)])
+        dist.reduce_scatter(total, [_pad(part, most) for part in grad.split(ctx.counts)], group=_group(total))
         return total[: ctx.counts[rank()]], None, None
 
 

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
+from tercet.distributed.gather import largest
 from tercet.errors import InputError
 
 if TYPE_CHECKING:  # the models import this package
@@ -65,9 +65,7 @@ class _EqualPasses:
     def count(self, encoder: "Encoder", arguments: tuple[Any, ...]) -> None:
         """Before the first chunk: how many will be missing here."""
         own = len(encoder.execution.chunks(arguments[0].lengths))
-        most = torch.tensor(own, device=encoder.device)
-        dist.all_reduce(most, dist.ReduceOp.MAX)
-        self.more = int(most) - own
+        self.more = largest(own) - own
 
     def complete(self, encoder: "Encoder", arguments: tuple[Any, ...], z: Tensor) -> Tensor:
         """After the last one: run those."""

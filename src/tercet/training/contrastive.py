@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import pytorch_lightning as pl
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from tercet.distributed import contrast, reduce_loss
+from tercet.distributed import contrast, gather_rows, reduce_loss
 from tercet.distributed.sharding import reshard, shard
 from tercet.errors import require
 from tercet.losses import InfoNCE
@@ -29,7 +30,7 @@ from tercet.training.optimizers import (
     follow_schedule,
     make_scheduler,
 )
-from tercet.types import Batch, Embeddings, LossOutput, concat_inputs
+from tercet.types import Batch, Embeddings, LossOutput, concat_inputs, send
 
 UNIFORMITY_ROWS = 1024  # they have a million pairs
 
@@ -38,7 +39,7 @@ class Memory(nn.Module):
     """Cross-batch memory (Wang et al. 2020, arXiv:1912.06798): detached keys of the last ``size`` examples; 0 turns it off.
 
     The same in every process, and usable with any loss. It is filled from the first step on and used after ``warmup`` steps,
-    when embeddings change slowly.
+    when embeddings change slowly. Which rows to keep is decided on the CPU, so that the host need not wait for a device.
 
     >>> Memory(size=4096).size
     4096
@@ -49,22 +50,50 @@ class Memory(nn.Module):
         require(size >= 0 and warmup >= 0, f"`size`={size}, `warmup`={warmup}: 0 or more.")
         self.size, self.warmup, self.steps = size, warmup, 0
         self.stored: Embeddings | None = None
+        self.stored_id = torch.empty(0, dtype=torch.long)  # the stored examples, on the CPU
+        self.pending: tuple[Tensor, torch.cuda.Event | None, tuple[Any, ...]] | None = (
+            None  # until it is known if they are finite
+        )
 
-    def extend_and_push(self, keys: Embeddings) -> Embeddings:
-        """``keys`` and, after the warm-up, the stored keys of other examples; then store the newest ``size`` examples."""
-        extended, new = keys, replace(keys, z=keys.z.detach())
+    def extend_and_push(self, keys: Embeddings, own_id: Tensor) -> Embeddings:
+        """``keys`` and, after the warm-up, the stored keys of other examples; then store the newest ``size`` examples.
+
+        ``own_id (n,)`` is ``example_id`` of this process's rows, on the CPU.
+        """
+        self.settle()
+        ids = gather_rows(own_id.cpu())
+        extended, new, new_id = keys, replace(keys, z=keys.z.detach()), ids
         if self.stored is not None:
-            stored = Embeddings(**{name: x.to(keys.z.device) for name, x in vars(self.stored).items()})
-            others = stored.select(~torch.isin(stored.example_id, keys.example_id))
+            others = Embeddings(**{name: x.to(keys.z.device) for name, x in vars(self.stored).items()})
+            dropped = torch.isin(self.stored_id, ids)
+            kept = dropped.long().argsort(stable=True)[: len(dropped) - sum(dropped.tolist())]
+            if len(kept) < len(others):
+                others = others.select(send([kept], keys.z.device)[0])
             extended = keys if self.steps < self.warmup else _concat(keys, others)
-            new = _concat(others, new)
-        if torch.isfinite(keys.z).all():  # others would stay
-            self.stored = new.select(slice(max(0, len(new) - self.size), None))
-            self.steps += 1
+            new, new_id = _concat(others, new), torch.cat([self.stored_id[kept], ids])
+        finite = torch.isfinite(keys.z).all()
+        on_cpu, arrived = finite.to("cpu", non_blocking=True), torch.cuda.Event() if finite.is_cuda else None
+        if arrived:
+            arrived.record()
+        self.pending = on_cpu, arrived, (self.stored, self.stored_id, self.steps)
+        first = max(0, len(new) - self.size)
+        self.stored, self.stored_id, self.steps = new.select(slice(first, None)), new_id[first:], self.steps + 1
         return extended
+
+    def settle(self) -> None:
+        """Take back the last keys if they were not finite. A device is read a step later, when it is past them."""
+        if self.pending is None:
+            return
+        finite, arrived, before = self.pending
+        if arrived:
+            arrived.synchronize()
+        if not finite.tolist():
+            self.stored, self.stored_id, self.steps = before
+        self.pending = None
 
     def get_extra_state(self) -> dict[str, Any]:
         """The stored keys, for checkpoints."""
+        self.settle()
         stored = {} if self.stored is None else vars(self.stored)
         return {"steps": self.steps, **{name: x.cpu() for name, x in stored.items()}}
 
@@ -72,6 +101,8 @@ class Memory(nn.Module):
         """Restore what ``get_extra_state`` gave."""
         stored = {name: x for name, x in state.items() if name != "steps"}
         self.steps, self.stored = state["steps"], Embeddings(**stored) if stored else None
+        self.stored_id = stored["example_id"].cpu() if stored else torch.empty(0, dtype=torch.long)
+        self.pending = None
 
 
 def _concat(first: Embeddings, second: Embeddings) -> Embeddings:
@@ -198,7 +229,9 @@ class Contrastive(ObjectiveHooks, pl.LightningModule):
         """A value whose gradient, averaged over the processes, is that of the loss of the global batch."""
         batch, logs = self.prepare(batch), logs_now(self._trainer)
         anchors = self.embed(batch)
-        keys, output = contrast(self.loss, anchors, None if self.memory is None else self.memory.extend_and_push)
+        own_id = batch.example_id if batch.example_id_on_cpu is None else batch.example_id_on_cpu
+        extend = None if self.memory is None else partial(self.memory.extend_and_push, own_id=own_id)
+        keys, output = contrast(self.loss, anchors, extend)
         stats = {**output.stats, **_alignment(anchors)} if logs else {}
         value, logged = reduce_loss(LossOutput(output.loss_sum, output.normalizer, stats))
         logged |= _geometry(anchors.z[0], keys.z[0]) if logs else {}
