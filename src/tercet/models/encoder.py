@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tercet.models.text import TextEncoder
     from tercet.views import TokenInfo
 
-BLOCK = 8192  # items that are tokenized at once for a GPU
+BLOCK = 2048  # items that are tokenized at once for a GPU
 Chunks = tuple[list[Tensor], Callable[[Tensor], Inputs]]  # row indices, and a function from one of them to its rows
 
 
