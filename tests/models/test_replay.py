@@ -1,0 +1,138 @@
+"""Passes that are replayed as CUDA graphs equal those that are not; on a CPU: what a graph does not have changes nothing."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tercet.app.components import build
+from tercet.models.engine import triton_kernels as kernels
+from tercet.models.engine.deterministic_dropout import with_dropout_seeds
+from tercet.models.engine.replay import rounded_tokens
+from tercet.types import Batch, RowIndex, TokenBatch, TokenState, concat_inputs
+from tests.conftest import TEXTS, composed, tiny
+from tests.laws.device_operations import do_as_on_a_gpu
+
+POOLINGS = ["cls", "mean", "max", "last"]
+
+
+def made(pooling="cls", *more):
+    torch.manual_seed(0)
+    return build(composed(*tiny(f"model.pooling={pooling}", *more)).model)
+
+
+def seeded(encoder, texts, step=0):
+    ids = torch.arange(len(texts))
+    rows = encoder.prepare(texts)
+    return concat_inputs(with_dropout_seeds(Batch((rows, rows), ids, ids, ids, torch.stack([ids, ids])), 1, step).views)
+
+
+def row_by_row(q, k, v, starts, lengths, longest, scale, p, seed, attend, number, window, first_only):
+    """Attention as a loop; what belongs to no row gets zeros."""
+    out = torch.zeros_like(q)
+    for row, (start, n) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+        own, mine = slice(start, start + n), slice(row, row + 1) if first_only else slice(start, start + n)
+        scores = torch.einsum("ihd,jhd->hij", q[mine], k[own]) * (scale or q.shape[-1] ** -0.5)
+        out[mine] = torch.einsum("hij,jhd->ihd", scores.softmax(-1), v[own])
+    return out
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_tokens_of_no_row_change_neither_values_nor_gradients(pooling, monkeypatch):
+    """A graph has more tokens than its rows, with ids of an earlier batch, and rows that are longer than the longest."""
+    encoder = made(pooling).eval()
+    rows = encoder.prepare(TEXTS)
+    want = encoder(rows)
+    weight = torch.linspace(-1, 1, want.numel()).view_as(want)
+    weights = [p for p in encoder.parameters() if p.requires_grad]
+    slopes = torch.autograd.grad((want * weight).sum(), weights, allow_unused=True)
+    do_as_on_a_gpu(monkeypatch)
+    monkeypatch.setattr(kernels, "available", lambda device, *_: True)
+    monkeypatch.setattr(kernels, "short_attention", row_by_row)
+    tokens = rounded_tokens(len(rows.ids) + 1)
+    more = TokenBatch(torch.cat([rows.ids, rows.ids.flip(0)[: tokens - len(rows.ids)]]), rows.lengths, TokenState())
+    more.ids = torch.cat([more.ids, more.ids[:1].expand(tokens - len(more.ids))])
+    more.index = RowIndex(rows.lengths, 32, *RowIndex.parts(rows.lengths, tokens))
+    got = encoder(more)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    for a, b in zip(torch.autograd.grad((got * weight).sum(), weights, allow_unused=True), slopes, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def passes(encoder, rows, graphs, half, backward=True):
+    encoder.execution = replace(encoder.execution, graphs=graphs)
+    encoder.zero_grad(set_to_none=True)
+    with torch.autocast("cuda", torch.bfloat16, enabled=half):
+        z = encoder(rows)
+    weight = torch.linspace(-1, 1, z.numel(), device=z.device).view_as(z)
+    (z.float() * weight).sum().backward()
+    return z.detach(), torch.cat([p.grad.flatten() for p in encoder.parameters() if p.grad is not None])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_a_replayed_pass_is_the_pass(pooling, half):
+    encoder = made(pooling).cuda()
+    for step, texts in enumerate((TEXTS, TEXTS[::-1], TEXTS[:7], TEXTS)):
+        rows = seeded(encoder, texts, step).to("cuda")
+        z, grad = passes(encoder, rows, False, half)
+        for _ in range(2):  # captured or replayed, and replayed
+            got, slope = passes(encoder, rows, True, half)
+            torch.testing.assert_close(got, z, rtol=1e-2 if half else 1e-5, atol=1e-2 if half else 1e-5)
+            assert (slope - grad).norm() <= (1e-2 if half else 1e-5) * grad.norm()
+    assert 1 <= len(encoder.replay.graphs) <= 3
+
+
+@pytest.mark.gpu
+def test_gradients_of_replayed_passes_add_up():
+    encoder, total = made().cuda(), 0
+    rows = [seeded(encoder, TEXTS, step).to("cuda") for step in range(2)]
+    total = sum(passes(encoder, part, False, False)[1] for part in rows)
+    encoder.zero_grad(set_to_none=True)
+    encoder.execution = replace(encoder.execution, graphs=True)
+    for part in rows:
+        z = encoder(part)
+        (z * torch.linspace(-1, 1, z.numel(), device="cuda").view_as(z)).sum().backward()
+    got = torch.cat([p.grad.flatten() for p in encoder.parameters() if p.grad is not None])
+    assert (got - total).norm() <= 1e-5 * total.norm()
+
+
+@pytest.mark.gpu
+def test_replayed_dropout_of_torch_differs_each_time_and_follows_its_seed():
+    encoder = made("cls", "model.execution.dropout=torch").cuda()
+    rows = encoder.prepare(TEXTS).to("cuda")
+    first, second = encoder(rows).detach(), encoder(rows).detach()
+    assert encoder.replay.graphs and not torch.equal(first, second)
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(5)
+        drawn.append(encoder(rows).detach())
+    assert torch.equal(*drawn)
+
+
+@pytest.mark.gpu
+def test_a_second_pass_before_the_backward_pass_of_the_first_runs_without_a_graph():
+    encoder = made().cuda()
+    rows, others = (seeded(encoder, texts).to("cuda") for texts in (TEXTS, TEXTS[::-1]))
+    passes(encoder, rows, True, False)
+    first = encoder(rows)
+    before = first.detach().clone()
+    encoder(others).sum().backward()
+    assert torch.equal(first.detach(), before)
+    first.sum().backward()
+
+
+@pytest.mark.gpu
+def test_moved_weights_are_captured_again():
+    encoder = made().cuda()
+    rows = seeded(encoder, TEXTS).to("cuda")
+    passes(encoder, rows, True, False)
+    for p in encoder.parameters():
+        p.data = p.data.clone() * 1.5
+    z, grad = passes(encoder, rows, False, False)
+    got, slope = passes(encoder, rows, True, False)
+    torch.testing.assert_close(got, z, rtol=1e-5, atol=1e-5)
+    assert (slope - grad).norm() <= 1e-5 * grad.norm()
