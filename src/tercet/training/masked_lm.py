@@ -128,8 +128,7 @@ class MaskedLMHead(nn.Module):
         execution, (trained,) = self.execution, self._trained
         whole = execution.in_one_pass and execution.layout == "packed" and not execution.recompute
         seeded = inputs.state.dropout_seed is not None  # a replay draws the same numbers again
-        head_size = self._run_backbone.head_size
-        if execution.graphs and whole and seeded and self.replay.can_run(trained, inputs, head_size):
+        if execution.graphs and whole and seeded and self.replay.can_run(trained, inputs, self._run_backbone.head_size):
             sums = self.replay(lambda rows: self._rows(self._paired(rows)), trained, inputs)
         else:
             paired = self._paired(inputs)
