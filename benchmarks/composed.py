@@ -16,6 +16,7 @@ from tercet.app.cli import config_folder
 from tercet.app.components import build
 from tercet.messages import silence_libraries
 
+EACH_STEP = ("rng_state", "graceful_stop", "skip_non_finite", "throughput", "collapse")
 COLUMNS = ("text", "paraphrase", "contradiction")
 
 
@@ -45,7 +46,7 @@ class _Ticking(pl.Callback):
 
 
 def fit(tick: Tick, overrides: Sequence[str], columns: Sequence[Sequence[str]]) -> None:
-    """Train with the project's own callbacks, as ``train.py`` does; nothing is written."""
+    """Train with the callbacks of ``train.py`` that a step pays for; nothing is written."""
     silence_libraries()
     names = ",".join(COLUMNS[: len(columns)])
     path = file_of(columns)
@@ -56,6 +57,6 @@ def fit(tick: Tick, overrides: Sequence[str], columns: Sequence[Sequence[str]]) 
         "trainer.enable_model_summary=false",
     ])  # fmt: skip
     pl.seed_everything(cfg.seed, verbose=False)
-    callbacks = [build(cfg.callback.throughput), _Ticking(tick)]
+    callbacks = [*(build(cfg.callback[name]) for name in EACH_STEP), _Ticking(tick)]
     trainer: pl.Trainer = build(cfg.trainer, logger=False, callbacks=callbacks)
     trainer.fit(build(cfg.objective), datamodule=build(cfg.data.module))

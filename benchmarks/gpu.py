@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Share of the time that each part may take at most.
 SHARES = {
     "environment": 0.08, "tests": 0.2, "experiments": 0.35, "resume": 0.2, "training": 0.3, "profile": 0.15, "losses": 0.15,
-    "mining": 0.1, "large": 0.15, "encoding": 0.2,
+    "mining": 0.1, "large": 0.15, "encoding": 0.2, "waits": 0.2,
 }  # fmt: skip
 # (part, metric) -> (target, whether less is better), for BERT-base's shape in bf16 with 32 tokens on an H100 or H200.
 TARGETS = {
@@ -39,6 +39,8 @@ TARGETS = {
     ("training", "unsup 512 against sentence-transformers"): (3, False),
     ("training", "unsup 64 against bare loop, padded"): (2.5, False),
     ("training", "unsup 512 against bare loop, padded"): (2.5, False),
+    ("training", "unsup 512 deterministic against torch's dropout"): (1.03, True),
+    ("training", "masked LM, 57k tokens tercet ms"): (25, True),
     ("losses", "info_nce 65536 x 256 s"): (0.25, True),
     ("encoding", "against sentence-transformers"): (3, False),
 }
@@ -220,7 +222,8 @@ def training(device: str) -> dict[str, Any]:
     from benchmarks.training import texts
 
     cuda = device == "cuda"
-    names = ["tercet", "bare loop, padded", "sentence-transformers", "transformers' Trainer", "tercet, encoder alone"]
+    names = ["tercet", "bare loop, padded", "sentence-transformers", "transformers' Trainer", "tercet, torch's dropout",
+             "tercet, no graphs", "tercet, encoder alone"]  # fmt: skip
     found: dict[str, Any] = {}
     for kind, batch in (("unsup", 64), ("unsup", 512), ("sup", 64), ("sup", 512)) if cuda else (("unsup", 8),):
         steps = (40 if batch == 64 else 20) if cuda else 2
@@ -236,7 +239,20 @@ def training(device: str) -> dict[str, Any]:
             ours, theirs = (found.get(f"{kind} {batch} {n} ms") for n in ("tercet", name))
             if ours and theirs:
                 found[f"{kind} {batch} against {name}"] = theirs / ours
+        own, drawn = (found.get(f"{kind} {batch} {name} ms") for name in (names[0], names[4]))
+        if own and drawn:
+            found[f"{kind} {batch} deterministic against torch's dropout"] = own / drawn
+    task = Task(texts("unsup", (4096 if cuda else 16) * 6), 4096 if cuda else 8, "minilm", device, half=cuda)
+    start = masked_lm(task)
+    found["masked LM, 57k tokens tercet ms"] = 1000 * free_running(start, 15 if cuda else 1)
     return found
+
+
+def masked_lm(task: Any) -> Callable[[Callable[[], None]], Any]:
+    """Masked language modeling in the shape of MiniLM: 4,096 rows of 14 tokens are 57k."""
+    from benchmarks.trainers import ours
+
+    return ours(task, "objective=mlm", "~loss", "~model.pooling", "~model.normalize")
 
 
 def profile(device: str) -> dict[str, Any]:
@@ -258,6 +274,52 @@ def profile(device: str) -> dict[str, Any]:
         print(
             averages.table(sort_by="self_device_time_total" if cuda else "self_cpu_time_total", row_limit=15), file=sys.stderr
         )
+    return found
+
+
+OBJECTIVES = {
+    "unsupervised": [],
+    "mean pooling, both directions": ["model.pooling=mean", "loss.direction=both"],
+    "hard negatives": ["objective=simcse_sup", "loss.hard_negative_weight=1"],
+    "clipped and accumulated": ["trainer.gradient_clip_val=1", "trainer.accumulate_grad_batches=2"],
+    "mixed views": ["view=mixed"],
+    "masked-LM auxiliary": ["objective.mlm.weight=0.1"],
+    "triplets": ["objective=facenet", "sampler=random", "~loss"],
+    "torch's dropout": ["model.execution.dropout=torch"],
+    "no graphs": ["model.execution.graphs=false"],
+    "recomputed chunks": ["model.execution.recompute=true", "model.execution.chunk_tokens=512"],
+}
+
+
+def waits(device: str) -> dict[str, Any]:
+    """How often the host waits for the device in a step whose values are not written: law 9 says never."""
+    import warnings
+
+    import torch
+
+    from benchmarks.shapes import Task
+    from benchmarks.trainers import ours
+    from benchmarks.training import texts
+
+    found: dict[str, Any] = {}
+    for name, overrides in OBJECTIVES.items():
+        columns = texts("sup" if "objective=simcse_sup" in overrides or "objective=facenet" in overrides else "unsup", 64 * 20)
+        task, places, count = Task(columns, 64, "minilm", device, half=device == "cuda"), list[str](), 0
+
+        def tick(places: list[str] = places) -> None:
+            nonlocal count
+            count += 1
+            if device == "cuda":
+                torch.cuda.set_sync_debug_mode("warn" if 6 <= count < 12 else "default")
+            if count == 12:
+                raise _Enough
+
+        with warnings.catch_warnings(record=True) as seen, suppress(_Enough):
+            warnings.simplefilter("always")
+            ours(task, *overrides)(tick)
+        places += [f"{Path(w.filename).name}:{w.lineno}" for w in seen if "synchroniz" in str(w.message)]
+        found[name] = len(places) / 6
+        show({**found, f"where, {name}": sorted(set(places))[:5]} if places else found)
     return found
 
 
@@ -390,7 +452,7 @@ def encoding(device: str) -> dict[str, Any]:
 
 PARTS: dict[str, Callable[[str], dict[str, Any]]] = {
     "environment": environment, "tests": tests, "experiments": experiments, "resume": resume, "training": training,
-    "profile": profile, "losses": losses, "mining": mining, "large": large, "encoding": encoding,
+    "profile": profile, "losses": losses, "mining": mining, "large": large, "encoding": encoding, "waits": waits,
 }  # fmt: skip
 
 

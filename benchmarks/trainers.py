@@ -34,8 +34,11 @@ def overrides(task: Task) -> list[str]:
 
 
 def ours(task: Task, *more: str) -> Start:
-    """Lightning and all callbacks that log; ``more`` overrides."""
-    return lambda tick: composed.fit(tick, [*overrides(task), *more], task.columns)
+    """Lightning and the callbacks of a step; ``more`` overrides, and ``~loss.`` leaves out what begins so."""
+    left_out = tuple(o[1:] for o in more if o.startswith("~"))
+    given = [o for o in overrides(task) if not o.startswith(left_out or "~")]
+    chosen = {o.split("=", 1)[0]: o for o in [*given, *(o for o in more if not o.startswith("~"))]}
+    return lambda tick: composed.fit(tick, list(chosen.values()), task.columns)
 
 
 def not_fused(module: nn.Module, **settings: Any) -> torch.optim.Optimizer:
@@ -174,6 +177,8 @@ ALL: dict[str, Callable[[Task], Start]] = {
     "bare loop, padded": bare_loop,
     "tercet, bf16": lambda task: ours(task.in_half()),
     "sentence-transformers, bf16": lambda task: sentence_transformers(task.in_half()),
+    "tercet, torch's dropout": lambda task: ours(task, "model.execution.dropout=torch"),
+    "tercet, no graphs": lambda task: ours(task, "model.execution.graphs=false"),
     "tercet, compiled": lambda task: ours(task, "model.compile=true"),
     "tercet, AdamW not fused": lambda task: ours(task, "optimizer._target_=benchmarks.trainers.not_fused"),
 }

@@ -1,6 +1,5 @@
 """Stateless random numbers, functions of a seed and a number: the same in any process, chunk and order."""
 
-import torch
 from torch import Tensor
 
 # The constants of SplitMix64, as signed 64-bit numbers: torch has no arithmetic on unsigned ones.
@@ -27,6 +26,7 @@ def derive_seed(seed: Tensor, number: Tensor | int) -> Tensor:
 def uniform(seed: Tensor, number: Tensor | int) -> Tensor:
     """A number in [0, 1), float32, for each seed and number.
 
+    >>> import torch
     >>> float(uniform(torch.tensor(0), 0)) == float(uniform(torch.tensor(0), 0)) < 1
     True
     """

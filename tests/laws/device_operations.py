@@ -1,7 +1,9 @@
 """Law 9's instrument: counts the operations that a device runs, and refuses those for which the host would wait for it."""
 
+import inspect
 import sys
 from collections import Counter
+from contextlib import contextmanager
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -39,14 +41,36 @@ class DeviceOperations(TorchDispatchMode):
 
     def __init__(self, refuse=True):
         super().__init__()
-        self.counts, self.waits, self.refuse = Counter(), Counter(), refuse
+        self.counts, self.waits, self.refuse, self.active = Counter(), Counter(), refuse, True
 
     @property
     def total(self):
         return self.counts.total()
 
+    @contextmanager
+    def paused(self):
+        """What the host does with tensors of its own."""
+        before, self.active = self.active, False
+        try:
+            yield
+        finally:
+            self.active = before
+
+    def pause_in(self, monkeypatch, owner, name):
+        """Let a function of ``owner`` be work of the host."""
+        real = inspect.getattr_static(owner, name)
+        function = real.__func__ if isinstance(real, staticmethod) else real
+
+        def paused(*args, **kwargs):
+            with self.paused():
+                return function(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, staticmethod(paused) if isinstance(real, staticmethod) else paused)
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if not self.active:
+            return func(*args, **kwargs)
         if waits(func, args, kwargs):
             self.waits[str(func)] += 1
             if self.refuse:

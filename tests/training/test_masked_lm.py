@@ -1,5 +1,7 @@
 """The masked-LM auxiliary."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -8,7 +10,7 @@ from tercet.app.components import build
 from tercet.models import Execution, load_backbone, load_tokenizer
 from tercet.training import MaskedLM, masked_lm
 from tercet.training.masked_lm import capacity
-from tercet.types import Batch, TokenBatch, TokenState
+from tercet.types import Batch, RowIndex, TokenBatch, TokenState
 from tests.conftest import MINILM, TEXTS, composed, tiny
 
 
@@ -239,3 +241,41 @@ def test_what_exceeds_the_slots_is_not_predicted(head, monkeypatch):
     terms = head.token_losses(torch.randn(1000, head.lm.config.hidden_size), targets, 1000)
     assert torch.equal(terms[:, 1], (torch.arange(1000) < capacity(1000, 0.15)).float())
     assert torch.isfinite(terms).all()
+
+
+def test_tokens_that_belong_to_no_row_change_nothing(head, encoder, monkeypatch):
+    """A graph has more tokens than its rows: those after them are of an earlier batch."""
+    embed = encoder.backbone.get_input_embeddings()
+    states = lambda rows, packed: (SimpleNamespace(last_hidden_state=rows.index.pad(embed(rows.ids))), None)  # noqa: E731
+    monkeypatch.setattr(head, "_run_backbone", states)
+    monkeypatch.setattr(masked_lm, "runs_on_cpu", lambda device: False)
+    head.eval()
+    inputs = of_length(9, 20, 4)
+    plain = head._rows(head._paired(inputs))
+    old = of_length(15)
+    state = TokenState(dropout_seed=torch.cat([inputs.state.dropout_seed, old.state.dropout_seed]))
+    longer = TokenBatch(torch.cat([inputs.ids, old.ids]), inputs.lengths, state)
+    longer.index = RowIndex(inputs.lengths, 32, *RowIndex.parts(inputs.lengths, 48))
+    torch.testing.assert_close(head._rows(head._paired(longer)), plain)
+    assert plain[:, 1].sum() > 0
+
+
+@pytest.mark.gpu
+def test_a_replayed_loss_is_the_plain_one(encoder):
+    head = MaskedLM(weight=1.0, whole_words=True).build(encoder).cuda()
+    encoder.cuda()
+    text = encoder.prepare(TEXTS * 9).to("cuda")
+    text.state.dropout_seed = torch.randint(1 << 62, text.ids.shape, device="cuda")
+    found = []
+    for graphs in (False, True, True):
+        head.execution = Execution("packed", "deterministic", graphs=graphs)
+        head.zero_grad()
+        encoder.zero_grad()
+        terms = head(text)
+        terms.loss_sum.backward()
+        gradients = {
+            n: p.grad.clone() for n, p in [*head.named_parameters(), *encoder.named_parameters()] if p.grad is not None
+        }
+        found.append((terms.loss_sum.detach(), terms.normalizer, gradients))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[2], found[1], rtol=0, atol=0)

@@ -26,7 +26,7 @@ class Passages:
     >>> from tercet.data import TextFiles
     >>> file = pathlib.Path(tempfile.mkdtemp()) / "book.csv"
     >>> _ = file.write_text("text,book,n\nIt was late.,a,0\nNobody came.,a,1\nThe end.,a,2\n")
-    >>> Passages({"books": TextFiles(str(file), ["text"], "book", "n")}, max_characters=25).rows()["text"]
+    >>> Passages({"books": TextFiles(str(file), ["text"], "book", "n")}, max_characters=25).rows()["text"][:]
     ['It was late. Nobody came.', 'The end.']
     """
 

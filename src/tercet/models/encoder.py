@@ -3,8 +3,10 @@
 import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -19,12 +21,13 @@ from tercet.models.engine.chunking import AutoChunks, Execution
 from tercet.models.engine.packing import layer_stack
 from tercet.models.pooling import POOLINGS, Head
 from tercet.models.prompts import Prompts
-from tercet.types import Inputs, Item
+from tercet.types import Inputs, Item, runs_on_cpu
 
 if TYPE_CHECKING:
     from tercet.models.text import TextEncoder
     from tercet.views import TokenInfo
 
+BLOCK = 8192  # items that are tokenized at once for a GPU
 Chunks = tuple[list[Tensor], Callable[[Tensor], Inputs]]  # row indices, and a function from one of them to its rows
 
 
@@ -257,18 +260,32 @@ class CachedEncoder:
 
     def _encode_with_prompts(self, items: list[Item]) -> Tensor:
         encoder = self.encoder
-        chunks, load = encoder.encoding_chunks(items, self.tokens, self.batch_size)
         first, world = (rank(), world_size()) if self.distributed else (0, 1)
         z = [torch.zeros(0, encoder.dim, device=encoder.device)]  # a process may have no chunk
+        order: list[list[Tensor]] = [[] for _ in range(world)]  # the rows of each process
         with self._progress_bar(len(items)) as bar:
-            for rows in chunks[first::world]:
-                inputs = load(rows).to(encoder.device)
-                with self.precision():
-                    z.append(encoder.run(inputs, encoder.execution.unchunked()).float())
-                bar.update(min(len(rows) * world, len(items) - bar.n))
-        order = torch.cat([rows for r in range(world) for rows in chunks[r::world]])
+            for start, chunks, load in self._prepared(items):
+                for rows in chunks[first::world]:
+                    inputs = load(rows).to(encoder.device)
+                    with self.precision():
+                        z.append(encoder.run(inputs, encoder.execution.unchunked()).float())
+                    bar.update(min(len(rows) * world, len(items) - bar.n))
+                for process, own in enumerate(order):
+                    own += [start + rows for rows in chunks[process::world]]
         found = gather_rows(torch.cat(z)) if self.distributed else torch.cat(z)
-        return found.cpu()[torch.argsort(order)]
+        return found.cpu()[torch.argsort(torch.cat([rows for own in order for rows in own]))]
+
+    def _prepared(self, items: list[Item]) -> Iterator[tuple[int, list[Tensor], Callable[[Tensor], Inputs]]]:
+        """Blocks of items: the index of their first, and their chunks. A GPU works while the next block is tokenized."""
+        block = len(items) if runs_on_cpu(self.encoder.device) else BLOCK
+        prepare = partial(self.encoder.encoding_chunks, tokens=self.tokens, batch_size=self.batch_size)
+        starts = range(0, len(items), block)
+        with ThreadPoolExecutor(1) as pool:
+            waiting = (pool.submit(prepare, items[start : start + block]) for start in starts)
+            ahead = next(waiting)
+            for start in starts:
+                now, ahead = ahead, next(waiting, ahead)
+                yield start, *now.result()
 
 
 @dataclass(eq=False, repr=False)

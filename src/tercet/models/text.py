@@ -118,7 +118,7 @@ class TextEncoder(PoolingMixin, Encoder):
             return self.pool(*self.runner(rows, *options))
 
         whole = execution.in_one_pass and execution.layout == "packed" and not execution.recompute
-        if execution.graphs and whole and self.replay.can_run(self, inputs):
+        if execution.graphs and whole and self.replay.can_run(self, inputs, self.runner.head_size):
             return self.replay(embed, self, inputs)
         return execution.run(embed, inputs)
 

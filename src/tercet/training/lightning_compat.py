@@ -159,7 +159,7 @@ def can_skip_on_device(optimizer: Optimizer) -> bool:
 
 def skip_on_device(optimizer: Optimizer, skip: torch.Tensor | None) -> None:
     """Let the next steps of a fused optimizer do nothing if ``skip``, a scalar, is 1; None: all steps are taken."""
-    optimizer.found_inf = None if skip is None else skip.reshape(1).float()  # type: ignore[attr-defined]
+    optimizer.found_inf = None if skip is None else skip.float()  # type: ignore[attr-defined]
 
 
 def let_scaler_unscale(optimizer: Optimizer) -> None:

@@ -13,6 +13,7 @@ from transformers import AutoModelForMaskedLM
 from tercet.errors import InputError, require
 from tercet.models import Encoder, TextEncoder
 from tercet.models.engine.chunking import AutoChunks
+from tercet.models.engine.replay import Replay
 from tercet.models.engine.transformers_compat import pretrained_source
 from tercet.models.pretrained import load_pretrained
 from tercet.models.text import special_tokens, word_starts
@@ -92,6 +93,8 @@ class MaskedLMHead(nn.Module):
         self.execution = encoder.execution
         self.auto_chunks = AutoChunks()
         self._run_backbone = encoder.runner  # not a module: the backbone is not registered a second time
+        self._trained = (nn.ModuleList([self.lm, backbone]),)  # in a tuple, for the same reason
+        self.replay = Replay()
         self.mask_id = int(tokenizer.mask_token_id)
         self.num_tokens = len(tokenizer)
         self.register_buffer("special", special_tokens(tokenizer), persistent=False)
@@ -109,11 +112,12 @@ class MaskedLMHead(nn.Module):
         special = self.special[ids]
         if self.settings.whole_words:  # a row begins with a special token, so that no word continues in the next row
             at = torch.arange(len(ids), device=ids.device)
-            draw = draw[torch.where(self.word_start[ids] | special, at, 0).cummax(0).values]  # that of the word's first token
+            first = at.masked_fill(~(self.word_start[ids] | special), 0).cummax(0).values
+            draw = draw[first]  # that of the word's first token
         chosen = (draw < self.settings.probability) & ~special
         random_ids = (random * self.num_tokens).long()
         random_ids = torch.where(self.special[random_ids], ids, random_ids)  # a pad token has no position in RoBERTa
-        replaced = torch.where(action < 0.8, self.mask_id, torch.where(action < 0.9, random_ids, ids))
+        replaced = torch.where(action < 0.9, random_ids, ids).masked_fill(action < 0.8, self.mask_id)
         return torch.where(chosen, replaced, ids), ids.masked_fill(~chosen, IGNORED)
 
     def forward(self, inputs: TokenBatch) -> LossOutput:
@@ -121,13 +125,23 @@ class MaskedLMHead(nn.Module):
 
         They are drawn from the seeds of deterministic dropout where ``inputs`` have these, else from torch's generator.
         """
+        execution, (trained,) = self.execution, self._trained
+        whole = execution.in_one_pass and execution.layout == "packed" and not execution.recompute
+        seeded = inputs.state.dropout_seed is not None  # a replay draws the same numbers again
+        if execution.graphs and whole and seeded and self.replay.can_run(trained, inputs):
+            sums = self.replay(lambda rows: self._rows(self._paired(rows)), trained, inputs)
+        else:
+            paired = self._paired(inputs)
+            sums = self.auto_chunks.resolve(execution, self, self._rows, paired).run(self._rows, paired)
+        return LossOutput(sums[:, 0].sum(), sums[:, 1].detach().sum())
+
+    def _paired(self, inputs: TokenBatch) -> TokenBatch:
+        """Corrupted ids and targets as the two columns of one row of tokens, ``ids (T, 2)``: chunking keeps them together."""
         seed = inputs.state.dropout_seed
         state = TokenState(dropout_seed=None if seed is None else derive_seed(seed, MLM_PASS))
-        # Ids and targets are the two columns of one row of tokens: chunking keeps them together.
         paired = TokenBatch(torch.stack(self.corrupt(inputs.ids, seed), 1), inputs.lengths, state)
         paired.index = inputs.index
-        sums = self.auto_chunks.resolve(self.execution, self, self._rows, paired).run(self._rows, paired)
-        return LossOutput(sums[:, 0].sum(), sums[:, 1].detach().sum())
+        return paired
 
     def _rows(self, paired: TokenBatch) -> Tensor:
         """``n`` rows of ``ids (T, 2)`` to ``(n, 2)``: each row's summed cross entropy and number of targets."""

@@ -75,6 +75,7 @@ class BackboneRunner:
         self.backbone, self.pad_id, self.token_types = backbone, pad_id, token_types
         self.first_position = compat.first_position(backbone)
         self.max_tokens = compat.max_tokens(backbone)
+        self.head_size = compat.head_size(backbone)
         self.dropout_seeds: DropoutSeeds | None = None  # of the backbone's dropouts, if those have been replaced
         self.can_skip_last_layer = False  # whether the last layer can compute first tokens only
         self.output_type: type[Any] = BaseModelOutputWithPooling  # of the backbone

@@ -90,7 +90,7 @@ def choose_attention(query: Tensor, packing: Packing, settings: AttentionSetting
     """The fastest implementation for these rows on this device; all give the same result."""
     if runs_on_cpu(query.device):
         return attend_by_length
-    if kernels.available(query.device) and packing.index.longest <= LONG:
+    if kernels.available(query.device, packing.index.longest, query.shape[-1]):
         return attend_short
     nested = settings.window is None and settings.seed is None and packing.attend is None and packing.padding_is_wasteful
     works = nested and _nested_attention_works(query.device, query.dtype, query.shape[-1])
@@ -103,9 +103,11 @@ def attend_short(q: Tensor, k: Tensor, v: Tensor, rows: Packing, settings: Atten
     if seed is None and settings.dropout > 0:
         seed = torch.empty(1, q.shape[2], dtype=torch.long, device=q.device).random_()
     query, key, value = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))
+    place = (rows.index.start, rows.index.length, rows.index.longest)
+    drawn = None if seed is None else seed.squeeze(0)
     return kernels.short_attention(
-        query, key, value, rows.index.start, rows.index.length, rows.index.longest, settings.scale, p=settings.dropout, seed=None if seed is None else seed.squeeze(0), number=settings.number,
-        attend=rows.attend, window=settings.window, first_only=first_only,
+        query, key, value, *place, settings.scale, settings.dropout, drawn, rows.attend, settings.number, settings.window,
+        first_only,
     )[None]  # fmt: skip
 
 

@@ -5,7 +5,8 @@ is captured when it is first met.
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,6 @@ from torch.func import functional_call
 
 from tercet.messages import warn_once
 from tercet.models.engine import triton_kernels as kernels
-from tercet.models.engine.packing import LONG
 from tercet.types import RowIndex, TokenBatch, TokenState
 
 Embed = Callable[[TokenBatch], Tensor]  # n rows to (n, ...)
@@ -46,13 +46,14 @@ class Replay:
         self.graphs: dict[tuple[Any, ...], _Graph] = {}
         self.weights: tuple[int, ...] = ()  # where they are
         self.pool: Any = None
+        self.impossible = False
         self.pending: weakref.ref[_Pending] | None = None
 
-    def can_run(self, module: nn.Module, rows: TokenBatch) -> bool:
+    def can_run(self, module: nn.Module, rows: TokenBatch, head_size: int) -> bool:
         """Whether this pass can be replayed: training on a GPU, short rows, whole weights, no pass that is still pending."""
-        if not rows.ids.is_cuda or not torch.is_grad_enabled() or torch.cuda.is_current_stream_capturing():
+        if self.impossible or not rows.ids.is_cuda or not torch.is_grad_enabled():
             return False
-        short = int(rows.lengths.max()) <= LONG and kernels.available(rows.ids.device)
+        short = kernels.available(rows.ids.device, int(rows.lengths.max()), head_size)
         whole = not any(isinstance(p, DTensor) for p in module.parameters())
         return short and whole and (self.pending is None or self.pending() is None)
 
@@ -70,7 +71,12 @@ class Replay:
                 warn_once(f"More than {MOST_GRAPHS} sizes of batches: others run without CUDA graphs.")
                 return function(rows)
             self.pool = self.pool or torch.cuda.graph_pool_handle()
-            graph = self.graphs[key] = _Graph(function, module, trained, rows, tokens, longest, self.pool)
+            try:
+                graph = self.graphs[key] = _Graph(function, module, trained, rows, tokens, longest, self.pool)
+            except _HostWaitsError as error:
+                self.impossible = True
+                warn_once(f"Passes run without CUDA graphs: {type(module).__name__} waits for the device ({error}).")
+                return function(rows)
         graph.load(rows)
         pending = _Pending()
         self.pending = weakref.ref(pending)
@@ -126,9 +132,10 @@ class _Graph:
         # A capture draws nothing: a run that is resumed captures in other steps.
         with torch.random.fork_rng([device]), autocast:
             with torch.cuda.stream(side):
-                for _ in range(WARMUP):
-                    out = run()
-                    differentiate(out, torch.zeros_like(out))
+                for number in range(WARMUP):
+                    with _refuse_waits() if number else nullcontext():  # what is prepared in the first pass may wait
+                        out = run()
+                        differentiate(out, torch.zeros_like(out))
             torch.cuda.current_stream(device).wait_stream(side)
             self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.forward, pool=pool, capture_error_mode="thread_local"):
@@ -152,6 +159,24 @@ class _Graph:
         pairs = [(self.ids, rows.ids), *((own[name], x) for name, x in rows.state.set_fields().items())]
         for to, x in pairs:
             to[:n].copy_(x)
+
+
+class _HostWaitsError(RuntimeError):
+    """The host would wait for the device, which a capture does not survive."""
+
+
+@contextmanager
+def _refuse_waits() -> Iterator[None]:
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise _HostWaitsError(str(error).splitlines()[0]) from error
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 class _Run(torch.autograd.Function):

@@ -47,6 +47,12 @@ def max_tokens(model: PreTrainedModel) -> int:
     return positions - first_position(model) if positions > 0 else 10**9
 
 
+def head_size(model: PreTrainedModel) -> int:
+    """The columns of a head of attention; those of all heads for a model that does not say how many there are."""
+    heads = getattr(model.config, "num_attention_heads", None) or 1
+    return int(getattr(model.config, "head_dim", None) or model.config.hidden_size // heads)
+
+
 def pooler_is_optional(model: PreTrainedModel) -> bool:
     """Whether the model runs without its pooler; SqueezeBERT's forward pass calls it always."""
     return "add_pooling_layer" in inspect.signature(type(model).__init__).parameters

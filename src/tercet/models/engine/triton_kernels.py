@@ -129,7 +129,7 @@ def short_attention(
         ValueError: For arguments that do not fit, or p > 0 without seeds.
     """
     _check(q, k, v, lengths, longest, p, seed, first_only)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)  # an integer would be compiled in
     settings = _Attention(longest, scale, round(p * BITS), number, window, first_only)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     tensors = q, k, v, starts, lengths, attend, None if p == 0 else seed
