@@ -33,6 +33,15 @@ def gather_number(n: int) -> list[int]:
     return [int(number) for number in numbers]
 
 
+def largest(number: int) -> int:
+    """The largest of the processes' numbers. Hosts exchange it, no device does.
+
+    >>> largest(3)
+    3
+    """
+    return max(gather_number(number))
+
+
 def _group(x: Tensor) -> dist.ProcessGroup | None:
     """The group that exchanges tensors of the device of ``x``."""
     return _host_group(dist.group.WORLD) if x.device.type == "cpu" else None
@@ -91,8 +100,8 @@ def gather_embeddings(own: Embeddings, counts: list[int]) -> Embeddings:
         return own
     integers = torch.stack([own.example_id, own.label, own.position, *own.content_hash], 1)
     z, integers = _GatherRows.apply(own.z.transpose(0, 1).flatten(1), integers, counts)  # type: ignore[no-untyped-call]
-    example_id, label, position = integers[:, :3].unbind(1)
-    return Embeddings(z.unflatten(1, (len(own.z), -1)).transpose(0, 1), example_id, label, position, integers[:, 3:].T)
+    z, rows = z.unflatten(1, (len(own.z), -1)).transpose(0, 1), integers.T.contiguous()
+    return Embeddings(z, rows[0], rows[1], rows[2], rows[3:])
 
 
 def reduce_loss(output: LossOutput) -> tuple[Tensor, dict[str, Tensor]]:

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from tercet.distributed.gather import gather_number
+from tercet.distributed.gather import largest
 from tercet.errors import InputError
 
 if TYPE_CHECKING:  # the models import this package
@@ -65,7 +65,7 @@ class _EqualPasses:
     def count(self, encoder: "Encoder", arguments: tuple[Any, ...]) -> None:
         """Before the first chunk: how many will be missing here."""
         own = len(encoder.execution.chunks(arguments[0].lengths))
-        self.more = max(gather_number(own)) - own
+        self.more = largest(own) - own
 
     def complete(self, encoder: "Encoder", arguments: tuple[Any, ...], z: Tensor) -> Tensor:
         """After the last one: run those."""

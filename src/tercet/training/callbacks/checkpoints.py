@@ -21,7 +21,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from tercet.distributed.gather import gather_number, rank
+from tercet.distributed.gather import largest, rank
 from tercet.errors import InputError, require
 from tercet.messages import log_errors, warn_once
 from tercet.paths import atomic_write
@@ -256,7 +256,7 @@ class GracefulStop(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop where any process has received a signal."""
-        if number := max(gather_number(self.received)):
+        if number := largest(self.received):
             _stop(number)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
