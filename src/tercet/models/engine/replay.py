@@ -50,11 +50,14 @@ class Replay:
         self.pending: weakref.ref[_Pending] | None = None
 
     def can_run(self, module: nn.Module, rows: TokenBatch, head_size: int) -> bool:
-        """Whether this pass can be replayed: training on a GPU, short rows, whole weights, no pass that is still pending."""
+        """Whether this pass can be replayed: in training on a GPU, and no other pass is still pending.
+
+        Rows have to be short, and weights whole (not sharded) and in float32.
+        """
         if self.impossible or not rows.ids.is_cuda or not torch.is_grad_enabled():
             return False
         short = kernels.available(rows.ids.device, int(rows.lengths.max()), head_size)
-        whole = not any(isinstance(p, DTensor) for p in module.parameters())
+        whole = len({DTensor if isinstance(p, DTensor) else p.dtype for p in module.parameters()} | {torch.float32}) == 1
         return short and whole and (self.pending is None or self.pending() is None)
 
     def __call__(self, function: Embed, module: nn.Module, rows: TokenBatch) -> Tensor:
@@ -142,8 +145,10 @@ class _Graph:
                 out = run()
             self.grad_out = torch.zeros_like(out)
             with torch.cuda.graph(self.backward, pool=pool, capture_error_mode="thread_local"):
-                self.grads = differentiate(out, self.grad_out)
+                grads = differentiate(out, self.grad_out)
+                self.flat_grad = torch.cat([grad.flatten() for grad in grads if grad is not None])
             self.out = out.detach()
+        self.shapes = [None if grad is None else grad.shape for grad in grads]
 
     def fresh(self) -> TokenBatch:
         """The rows of the graph, without what a pass derives from them."""
@@ -195,6 +200,6 @@ class _Run(torch.autograd.Function):
         graph.grad_out.copy_(grad)
         graph.backward.replay()
         ctx.pending = None
-        used = [x for x in graph.grads if x is not None]
-        copies = iter(torch._foreach_mul(used, 1.0))  # the next replay overwrites its own
-        return None, None, *(None if x is None else next(copies) for x in graph.grads)
+        copy = graph.flat_grad.clone()  # the next replay overwrites its own
+        parts = iter(copy.split([shape.numel() for shape in graph.shapes if shape is not None]))
+        return None, None, *(None if shape is None else next(parts).view(shape) for shape in graph.shapes)
