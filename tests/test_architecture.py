@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tercet.app.components import build, check_values
 from tercet.app.config_checks import set_monitor_mode
+from tercet.app.launch import set_precision
 from tests.conftest import CONF, choices, composed
 
 ROOT = CONF.parent
@@ -244,6 +245,7 @@ def test_every_experiment_composes_and_its_values_fit_their_parameters(experimen
     cfg = composed(f"experiment={experiment}", *(["data.path=faces"] if experiment == "facenet" else []))
     resolved = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     set_monitor_mode(resolved)
+    set_precision(resolved)
     check_values(resolved, cfg)
 
 
@@ -258,6 +260,7 @@ def test_every_data_sets_values_fit_their_parameters(data):
     )
     resolved = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     set_monitor_mode(resolved)
+    set_precision(resolved)
     check_values(resolved, cfg)
 
 

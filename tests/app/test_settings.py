@@ -8,6 +8,7 @@ from tercet.app.components import check_settings, check_values, start_record
 from tercet.app.config_checks import _optimizer, set_monitor_mode
 from tercet.app.error_formatting import explain
 from tercet.app.hydra_compat import parse_overrides
+from tercet.app.launch import set_precision
 from tercet.errors import InputError
 from tercet.types import Evaluator
 from tests.conftest import composed, tiny
@@ -25,6 +26,7 @@ def told(*overrides):
         check_settings(cfg)
         resolved = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
         set_monitor_mode(resolved)
+        set_precision(resolved)
         check_values(resolved, cfg)
         _optimizer(cfg)
     except Exception as error:

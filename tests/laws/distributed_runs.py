@@ -156,7 +156,7 @@ def step(cfg, folder, world, batch_size, steps=2):
     shares = cfg.trainer.strategy == FSDP2
     strategy = "auto" if world == 1 else FSDP2 if shares else "ddp"
     trainer = pl.Trainer(
-        precision=cfg.trainer.precision, accumulate_grad_batches=cfg.trainer.accumulate_grad_batches,
+        precision="32-true", accumulate_grad_batches=cfg.trainer.accumulate_grad_batches,
         accelerator="cpu", devices=world, strategy=strategy, max_steps=steps, logger=False,
         gradient_clip_val=0.5, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         use_distributed_sampler=False, callbacks=[counting, *([hard_labels] if hard_labels else [])],

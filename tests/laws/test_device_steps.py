@@ -76,7 +76,13 @@ def steps(overrides, tmp_path, monkeypatch, callbacks=CALLBACKS, prepare=lambda 
     ):  # of the host's tensors
         operations.pause_in(monkeypatch, owner, name)
     counter = _Steps(operations)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False}
+    quiet = {
+        "precision": "32-true",
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+    }
     used = [counter, *(build(cfg.callback[name]) for name in callbacks)]
     trainer = build(cfg.trainer, default_root_dir=tmp_path, callbacks=used, **quiet)
     with operations:

@@ -60,6 +60,14 @@ def strategy_options(cfg: DictConfig) -> dict[str, Any]:
     return {"strategy": "auto"} if alone else {}
 
 
+def set_precision(cfg: DictConfig) -> None:
+    """Replace ``trainer.precision=auto``: bf16-mixed on a GPU that computes in bf16 itself, else 32-true."""
+    if cfg.trainer.precision == "auto":
+        on_gpu = cfg.trainer.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+        in_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        cfg.trainer.precision = "bf16-mixed" if in_bf16 else "32-true"
+
+
 def num_devices(cfg: DictConfig) -> int:
     """The number of devices of this machine that the trainer uses, whatever its strategy."""
     devices = cfg.trainer.devices

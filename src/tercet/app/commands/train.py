@@ -69,6 +69,7 @@ def prepare(cfg: DictConfig, output: Path) -> tuple[DictConfig, DataModule]:
     silence_libraries()
     drop_missing_validation(config)
     set_monitor_mode(config)
+    launch.set_precision(config)
     check_values(config, cfg)
     config.output_dir = str(output)
     data = build(config.data.module)
