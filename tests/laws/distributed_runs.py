@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tercet.app.components import build
+from tercet.app.launch import set_precision
 from tercet.data import TextTransform
 from tercet.losses.triplet_mining import MININGS
 from tercet.models import load_tokenizer
@@ -155,8 +156,9 @@ def step(cfg, folder, world, batch_size, steps=2):
     counting, start = Counting(), {n: p.detach().clone() for n, p in module.named_parameters()}
     shares = cfg.trainer.strategy == FSDP2
     strategy = "auto" if world == 1 else FSDP2 if shares else "ddp"
+    set_precision(cfg)
     trainer = pl.Trainer(
-        precision="32-true", accumulate_grad_batches=cfg.trainer.accumulate_grad_batches,
+        precision=cfg.trainer.precision, accumulate_grad_batches=cfg.trainer.accumulate_grad_batches,
         accelerator="cpu", devices=world, strategy=strategy, max_steps=steps, logger=False,
         gradient_clip_val=0.5, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         use_distributed_sampler=False, callbacks=[counting, *([hard_labels] if hard_labels else [])],
