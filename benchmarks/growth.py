@@ -57,7 +57,7 @@ def loss(n: int) -> Work:
 
     def work() -> None:
         rows = Embeddings(z, ids, torch.full_like(ids, -1), ids, torch.arange(2 * n).view(2, n))
-        criterion(rows, rows).total.backward()
+        criterion(rows, rows).loss_sum.backward()
 
     return work
 
@@ -76,7 +76,7 @@ def step(n: int) -> Work:
         optimizer.zero_grad(set_to_none=True)
         anchors = objective.embed(objective.views(batch))
         terms = objective.loss(anchors, anchors)
-        (terms.total / terms.count).backward()
+        (terms.loss_sum / terms.normalizer).backward()
         torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
         optimizer.step()
 

@@ -54,6 +54,25 @@ def test_a_loss_on_a_gpu_is_that_of_a_cpu(name, variant, labels, monkeypatch):
     torch.testing.assert_close(got, gradient)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "variant"), CASES)
+@pytest.mark.parametrize("labels", ["none", "some"])
+def test_no_loss_waits_for_a_gpu(name, variant, labels):
+    """Neither forward nor backward; value, statistics and gradient are those of a CPU."""
+    loss, batch = loss_of(name, variant), rows(n=100, labels=labels)
+    expected, gradient = backward(loss, batch)
+    on_gpu = Embeddings(**{field: x.cuda() for field, x in vars(batch).items()})
+    backward(loss.cuda(), on_gpu)  # the first call makes cuBLAS ready, for which the host waits
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        output, got = backward(loss, on_gpu)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    torch.testing.assert_close(output, expected, check_device=False)
+    torch.testing.assert_close(got, gradient, check_device=False)
+
+
 @pytest.mark.parametrize("views", [1, 2])
 def test_what_is_logged_asks_nothing_of_the_device(views):
     """In steps that log: the statistics of the embeddings, and the means over all processes."""
