@@ -22,7 +22,7 @@ from typing import Any
 FILE = "english.parquet"
 PART_BYTES = 15 << 20  # of the model in the output folder
 SHARES = {"pretraining": 1, "unsupervised": 1 / 3, "supervised": 1 / 6}  # of the minutes
-STARTUP, BETWEEN = 15.0, 12.0  # seconds of imports, and around each training for what is measured before and after it
+STARTUP, AROUND = 15.0, 20.0  # seconds of imports, and around a training until it has been timed
 TINY = [  # a rehearsal
     "model.backbone.config.hidden_size=128", "model.backbone.config.num_hidden_layers=2",
     "model.backbone.config.num_attention_heads=2", "model.backbone.config.intermediate_size=256", "data.batch_size=32",
@@ -47,7 +47,7 @@ def texts(prepared: bool, cuda: bool) -> list[str]:
 def runs(device: str) -> dict[str, list[str]]:
     """The overrides of each training but its time, and where it starts."""
     cuda, prepared = device == "cuda", (Path(os.environ.get("TERCET_DATA", ".")) / FILE).is_file()
-    shared = ["model=bert_6x384", "logger=csv", "callback.embeddings=null", "artifacts=null"]
+    shared = ["model=bert_6x384", "logger=csv", "callback.embeddings=null", "artifacts=null", "measure_before=false"]
     shared += ["trainer=gpu"] if cuda else ["trainer=cpu", *TINY]
     return {
         "pretraining": [
@@ -81,9 +81,10 @@ def pretrain(device: str, minutes: float, output: Path, show: Callable[[dict[str
         build(configuration(overrides).data.module).prepare_data()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # workers are forked from here on
     found["tokenizing s"] = time.monotonic() - start
+    around = AROUND
     for number, (name, overrides) in enumerate(jobs.items()):
-        left = list(SHARES.values())[number:]
-        room = end - time.monotonic() - BETWEEN * len(left)
+        left, begun = list(SHARES.values())[number:], time.monotonic()
+        room = end - begun - around * len(left)
         seconds = int(min(60 * minutes * left[0], room * left[0] / sum(left)))
         if seconds < 5 or (base is None and number):
             found[name] = "no time left" if base or not number else "there is no base encoder"
@@ -94,7 +95,8 @@ def pretrain(device: str, minutes: float, output: Path, show: Callable[[dict[str
         if code:
             found[name] = {"exit_code": code, "error": error}
         else:
-            found[name] = results(run) | {"time s": seconds}
+            found[name] = results(run, found.get("pretraining")) | {"time s": seconds}
+            around = max(around, time.monotonic() - begun - seconds)
             keep(run, output / name)
             if base is None:
                 base = run
@@ -109,18 +111,18 @@ def clock(seconds: int) -> str:
     return f"00:{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
-def results(run: Path) -> dict[str, Any]:
-    """What a run has measured, in a few numbers."""
+def results(run: Path, base: dict[str, Any] | None) -> dict[str, Any]:
+    """What a run has measured, in a few numbers; what is measured of its ``base`` is that of before."""
     metrics = json.loads((run / "metrics.json").read_text())
     names = {
         "tokens/s": "train/tokens_per_second", "loss": "train/loss",
         "perplexity": "val/mlm/perplexity", "STS-B dev": "val/sts/stsb/spearman",
-        "STS before": "before/sts/avg/spearman_all", "STS after": "test/sts/avg/spearman_all",
-        "STS-B before": "before/sts/stsb/spearman", "STS-B after": "test/sts/stsb/spearman",
+        "STS": "test/sts/avg/spearman_all", "STS-B": "test/sts/stsb/spearman",
     }  # fmt: skip
     with (run / "metrics.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     found = {name: metrics[key] for name, key in names.items() if key in metrics} | {"steps": rows[-1]["step"]}
+    found |= {f"{name} before": base[name] for name in ("STS-B dev", "STS", "STS-B") if name in (base or {})}
     curve = [float(row["val/mlm/perplexity"]) for row in rows if row.get("val/mlm/perplexity")]
     return found | ({"perplexity curve": " ".join(f"{x:.4g}" for x in curve)} if curve else {})
 
