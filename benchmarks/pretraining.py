@@ -73,7 +73,7 @@ def pretrain(device: str, minutes: float, output: Path, show: Callable[[dict[str
     from benchmarks.gpu import command
     from tercet.app.components import build
 
-    start, found, validations = time.monotonic(), dict[str, Any](), 15 if device == "cuda" else 3
+    start, found, validations = time.monotonic(), dict[str, Any](), 5 if device == "cuda" else 3
     end = start + 60 * (1.5 * minutes + 1) - STARTUP
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     folder, base, jobs = Path(tempfile.mkdtemp()), None, runs(device)

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+from importlib.util import find_spec
 
 import pytest
 
@@ -13,9 +14,8 @@ import tercet
 LIBRARY = ("losses", "models", "views", "data", "evaluation", "distributed")
 INTERFACES = {"Encoder", "View"}  # their implementations have examples
 OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
-MODULES = [
-    m.name for m in pkgutil.walk_packages(tercet.__path__, "tercet.") if not m.name.startswith(("tercet.app", "tercet.__"))
-]
+OTHERS = ("tercet.app", "tercet.__", *(() if find_spec("triton") else ("tercet.models.engine.triton_jit",)))
+MODULES = [m.name for m in pkgutil.walk_packages(tercet.__path__, "tercet.") if not m.name.startswith(OTHERS)]
 
 
 @pytest.mark.parametrize("name", MODULES)
