@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tercet.app.components import build, check_values
 from tercet.app.config_checks import set_monitor_mode
+from tercet.app.launch import set_precision
 from tercet.app.hydra_compat import typed_overrides
 from tercet.errors import require
 from tercet.messages import print_status
@@ -24,6 +25,7 @@ def choose_by_columns(cfg: DictConfig) -> DictConfig:
         return cfg
     resolved: Any = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     set_monitor_mode(resolved)
+    set_precision(resolved)
     check_values(resolved, cfg)
     command = typed_overrides()
     given = {override.lstrip("+~").split("=")[0] for override in command}
