@@ -8,8 +8,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from tercet.app.components import build, check_values
 from tercet.app.config_checks import set_monitor_mode
-from tercet.app.launch import set_precision
 from tercet.app.hydra_compat import typed_overrides
+from tercet.app.launch import set_precision
 from tercet.errors import require
 from tercet.messages import print_status
 from tercet.training.datamodule import DataModule, RunLength

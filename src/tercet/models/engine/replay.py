@@ -36,7 +36,7 @@ def rounded_tokens(tokens: int) -> int:
 
 
 class Replay:
-    """Replays a function of n rows of texts, ``(n, ...)``, with its gradient for the trained weights of ``module``.
+    """Replays a function of n rows of texts, ``(n, ...)``, with its gradient for the trained weights of one module.
 
     Not for recomputed chunks. A pass whose backward pass is to come keeps the memory of all graphs: until then others run
     without.
@@ -44,7 +44,8 @@ class Replay:
 
     def __init__(self) -> None:
         self.graphs: dict[tuple[Any, ...], _Graph] = {}
-        self.weights: tuple[int, ...] = ()  # where they are
+        self.weights: list[tuple[str, nn.Parameter]] = []  # listed once: walking through a module takes a millisecond
+        self.state: list[Any] = []  # where they are, and which are trained
         self.pool: Any = None
         self.impossible = False
         self.pending: weakref.ref[_Pending] | None = None
@@ -56,15 +57,17 @@ class Replay:
         """
         if self.impossible or not rows.ids.is_cuda or not torch.is_grad_enabled():
             return False
+        self.weights = self.weights or list(module.named_parameters())
         short = kernels.available(rows.ids.device, int(rows.lengths.max()), head_size)
-        whole = len({DTensor if isinstance(p, DTensor) else p.dtype for p in module.parameters()} | {torch.float32}) == 1
+        whole = all(p.dtype == torch.float32 and not isinstance(p, DTensor) for _, p in self.weights)
         return short and whole and (self.pending is None or self.pending() is None)
 
     def __call__(self, function: Embed, module: nn.Module, rows: TokenBatch) -> Tensor:
         """``function(rows)``."""
-        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        if (weights := tuple(p.data_ptr() for p in trained.values())) != self.weights:  # moved, frozen or unfrozen
-            self.graphs, self.weights = {}, weights
+        state = [(p.data_ptr(), p.requires_grad) for _, p in self.weights]
+        if state != self.state:  # moved, frozen or unfrozen
+            self.graphs, self.state = {}, state
+        trained = {name: p for name, p in self.weights if p.requires_grad}
         tokens, longest = rounded_tokens(len(rows.ids)), max(16, 1 << (int(rows.lengths.max()) - 1).bit_length())
         precision = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
         key = (tokens, longest, len(rows), *rows.state.set_fields(), precision, module.training)

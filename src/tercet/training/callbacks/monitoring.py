@@ -46,7 +46,8 @@ class SkipNonFinite(pl.Callback):
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """Check the norm of the whole gradient: it is the same in all processes, so that all of them skip."""
-        norm = get_total_norm([p.grad for p in pl_module.parameters() if p.grad is not None])
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = get_total_norm([p.grad for p in trained if p.grad is not None])
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if logs := logs_now(trainer):
             pl_module.log("train/gradient_norm", norm, batch_size=1)
@@ -59,7 +60,7 @@ class SkipNonFinite(pl.Callback):
         if by_optimizer:
             skip_on_device(optimizer, skip)
         elif skip:  # waits for the device
-            for parameter in pl_module.parameters():
+            for parameter in trained:
                 parameter.grad = None  # the optimizer leaves such parameters out: no momentum, no weight decay
         if logs or not by_optimizer:
             self._count()
