@@ -1,6 +1,7 @@
 """Values of keys: each is right, or refused with its key before anything is read."""
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from tercet.app import components
@@ -185,3 +186,19 @@ def test_an_argument_that_is_not_given_is_named(change, message):
     with pytest.raises(InputError) as caught:
         components.build(cfg.optimizer)
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "there", "half", "expected"),
+    [("auto", True, True, "bf16-mixed"), ("gpu", True, True, "bf16-mixed"), ("cpu", True, True, "32-true"),
+     ("auto", False, False, "32-true"), ("gpu", True, False, "32-true")],
+)  # fmt: skip
+def test_the_precision_is_that_of_the_device(accelerator, there, half, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: half or including_emulation)
+    cfg = composed(f"trainer.accelerator={accelerator}")
+    set_precision(cfg)
+    assert cfg.trainer.precision == expected
+    given = composed(f"trainer.accelerator={accelerator}", "trainer.precision=16-mixed")
+    set_precision(given)
+    assert given.trainer.precision == "16-mixed"

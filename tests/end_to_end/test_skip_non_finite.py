@@ -11,6 +11,7 @@ from tercet.training import SimCSEUnsup
 from tercet.training.callbacks import SkipNonFinite
 from tests.conftest import tiny
 from tests.end_to_end.conftest import FAST, write_texts
+from tests.laws.device_operations import do_as_on_a_gpu
 
 
 @pytest.fixture
@@ -66,6 +67,25 @@ def test_many_in_a_row_end_the_run_with_good_weights(run, broken):
     assert len((result.output / "skipped.csv").read_text().splitlines()) == 3
     state = read_checkpoint(result.output / "checkpoints" / "last.ckpt")["state_dict"]
     assert all(torch.isfinite(value).all() for value in state.values() if value.is_floating_point())
+
+
+def test_on_a_gpu_the_optimizer_skips_and_the_host_counts_when_it_logs(run, broken, monkeypatch):
+    """A step is neither read nor taken; its rows are written, and the run ends, when values are."""
+    do_as_on_a_gpu(monkeypatch)
+    broken(3, 3)
+    result = run("trainer.log_every_n_steps=4")
+    assert result.code == 0, result.terminal
+    ((step, _, rows),) = csv.reader((result.output / "skipped.csv").open())
+    assert step == "3" and len(rows.split()) == 4 and result.metrics()["train/skipped"] == 1
+    last = read_checkpoint(result.output / "checkpoints" / "last.ckpt")["state_dict"]
+    assert all(torch.isfinite(value).all() for value in last.values() if value.is_floating_point())
+
+
+def test_on_a_gpu_many_in_a_row_end_the_run_when_it_logs(run, broken, monkeypatch):
+    do_as_on_a_gpu(monkeypatch)
+    broken(1, 99)
+    result = run("callback.skip_non_finite.patience=3", "trainer.log_every_n_steps=6", "save_every=100")
+    assert result.code == 1 and "3 steps in a row up to step 3" in result.terminal, result.terminal
 
 
 def test_patience_is_checked():

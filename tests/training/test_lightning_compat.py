@@ -147,3 +147,55 @@ def test_a_trainer_leaves_signals_alone_and_puts_back_the_handlers_of_its_start(
         assert [*seen, signal.getsignal(signal.SIGTERM)] == [handler, handler]
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+class Logging(pl.Callback):
+    """What ``logs_now`` says before and after each step, and what Lightning does."""
+
+    def __init__(self):
+        self.said, self.written = [], []
+
+    def on_train_batch_start(self, trainer, *_):
+        self.said.append(compat.logs_now(trainer))
+
+    def on_train_batch_end(self, trainer, *_):
+        assert compat.logs_now(trainer) == self.said[-1]
+        self.written.append(trainer._logger_connector.should_update_logs)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("accumulate", "every", "expected"), [(1, 4, {0, 3, 5}), (2, 2, {0, 1, 2, 3, 5})])
+def test_values_are_computed_in_the_steps_whose_values_are_written(accumulate, every, expected):
+    """Of six batches: those of the first step, of every n-th, and the last one."""
+    logging = Logging()
+    fit(Module(), callbacks=[logging], log_every_n_steps=every, accumulate_grad_batches=accumulate, val_check_interval=None)
+    said, written = ({i for i, x in enumerate(found) if x} for found in (logging.said, logging.written))
+    assert said == expected and written <= said and len(logging.said) == 6
+    assert compat.logs_now(None), "outside a fit"
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD], ids=["AdamW", "SGD"])
+def test_a_fused_optimizer_takes_no_step_that_is_to_be_skipped(make):
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = make([weight], lr=0.1, fused=True)
+    assert compat.can_skip_on_device(optimizer)
+    seen = []
+    for skip in (True, False, True, False):
+        weight.grad = torch.full((3,), torch.nan if skip else 1.0)
+        compat.skip_on_device(optimizer, torch.tensor(skip))
+        optimizer.step()
+        seen.append(weight.detach().clone())
+    assert torch.equal(seen[0], torch.ones(3)) and torch.equal(seen[1], seen[2])
+    twice = torch.nn.Parameter(torch.ones(3))
+    plain = make([twice], lr=0.1, fused=True)
+    for _ in range(2):
+        twice.grad = torch.ones(3)
+        plain.step()
+    torch.testing.assert_close(seen[3], twice.detach(), msg="the state counts the steps that were taken")
+
+
+@pytest.mark.parametrize("settings", [{"fused": False}, {}])
+def test_others_cannot_skip_by_themselves(settings):
+    weight = torch.nn.Parameter(torch.ones(3))
+    assert not compat.can_skip_on_device(torch.optim.SGD([weight], lr=0.1, **settings))
+    assert not compat.can_skip_on_device(torch.optim.Adagrad([weight], lr=0.1))
