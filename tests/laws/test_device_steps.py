@@ -1,22 +1,32 @@
 """Law 9 on whole steps: from the batch's arrival to the end of the optimizer's step nothing is asked of the device."""
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from datasets import concatenate_datasets
+from hydra.utils import get_class
 from transformers import BertConfig, BertModel
 
 from tercet.app.components import build
+from tercet.data.text_transform import TextTransform
 from tercet.models.engine import triton_kernels as kernels
 from tercet.models.engine.chunking import Execution
 from tercet.models.engine.deterministic_dropout import apply_dropout
 from tercet.rng import derive_seed
 from tercet.training.callbacks import RNGState
+from tercet.training.datamodule import DataModule
 from tercet.types import RowIndex, TokenBatch
-from tests.conftest import TEXTS, composed, tiny
+from tests.conftest import TEXTS, choices, composed, tiny
 from tests.laws.device_operations import DeviceOperations, do_as_on_a_gpu
+from tests.laws.distributed_runs import Listed, config, tokenizer
 
 STEPS = range(3, 6)  # neither the first nor one whose values are written
+HOST = ((RowIndex, "of"), (TokenBatch, "select"), (Execution, "chunks"), (RNGState, "_record"))  # work on its own tensors
+QUIET = {"precision": "32-true", "logger": False, "enable_progress_bar": False, "enable_checkpointing": False,
+         "enable_model_summary": False}  # fmt: skip
 CALLBACKS = ("skip_non_finite", "throughput", "collapse", "rng_state", "graceful_stop")
 TRIPLES = ["data=table", "data.columns=[a,b,c]"]
 UNSUP, SUP = ["objective=simcse_unsup", *TRIPLES], ["objective=simcse_sup", *TRIPLES]
@@ -53,42 +63,49 @@ class _Steps(pl.Callback):
 
 def steps(overrides, tmp_path, monkeypatch, callbacks=CALLBACKS, prepare=lambda *_: None):
     """The operations of ``STEPS`` of a run with the callbacks of ``train``; 24 batches of 8 rows."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     rows = [TEXTS[i % len(TEXTS)] + " again" * (i % 3) for i in range(192)]
     shifted = {name: [*rows[i:], *rows[:i]] for i, name in enumerate("abc")}
     pq.write_table(pa.table(shifted), tmp_path / "rows.parquet")
     cfg = composed(*tiny(
         f"data.path={tmp_path / 'rows.parquet'}", "data.held_out=0", "data.batch_size=8", "trainer.max_steps=12",
         "trainer.max_epochs=-1", "logger=none", *overrides))  # fmt: skip
+    return measured(cfg, build(cfg.data.module), tmp_path, monkeypatch, callbacks, prepare)
+
+
+def measured(cfg, data, tmp_path, monkeypatch, callbacks=CALLBACKS, prepare=lambda *_: None):
+    """The operations of ``STEPS`` of a run on those rows."""
     torch.manual_seed(0)
-    objective, data = build(cfg.objective), build(cfg.data.module)
+    objective = build(cfg.objective)
     do_as_on_a_gpu(monkeypatch)
     operations = DeviceOperations()
     operations.active = False
     prepare(monkeypatch, operations)
-    for owner, name in (
-        (RowIndex, "of"),
-        (TokenBatch, "select"),
-        (Execution, "chunks"),
-        (RNGState, "_record"),
-    ):  # of the host's tensors
+    for owner, name in HOST:
         operations.pause_in(monkeypatch, owner, name)
     counter = _Steps(operations)
-    quiet = {
-        "precision": "32-true",
-        "logger": False,
-        "enable_progress_bar": False,
-        "enable_checkpointing": False,
-        "enable_model_summary": False,
-    }
     used = [counter, *(build(cfg.callback[name]) for name in callbacks)]
-    trainer = build(cfg.trainer, default_root_dir=tmp_path, callbacks=used, **quiet)
+    trainer = build(cfg.trainer, default_root_dir=tmp_path, callbacks=used, **QUIET)
     with operations:
         trainer.fit(objective, datamodule=data)
     assert counter.count >= len(STEPS)
     return operations
+
+
+class _Rows(Listed):
+    """Twenty-four batches of the rows of ``Listed``."""
+
+    def rows(self):
+        return concatenate_datasets([super().rows()] * 16)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("objective", choices("objective"))
+def test_a_step_of_every_objective_asks_nothing_of_the_device(objective, tmp_path, monkeypatch):
+    cfg = config(objective)
+    cfg.trainer.max_steps, cfg.trainer.max_epochs = 12, -1
+    rows = _Rows(tuple("abc"[: get_class(cfg.objective._target_).columns[1]]), label=True)
+    data = DataModule(rows, TextTransform(tokenizer(), 32, str(tmp_path)), build(cfg.sampler), 8, name="rows")
+    measured(cfg, data, tmp_path, monkeypatch)
 
 
 @pytest.mark.filterwarnings("ignore")
