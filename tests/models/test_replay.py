@@ -1,13 +1,17 @@
 """Passes that are replayed as CUDA graphs equal those that are not; on a CPU: what a graph does not have changes nothing."""
 
+import pickle
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
 
 from tercet.app.components import build
+from tercet.models import TextEncoder
 from tercet.models.engine import triton_kernels as kernels
 from tercet.models.engine.deterministic_dropout import with_dropout_seeds
+from tercet.models.engine.packing import AttentionSettings, Packing, attend_short
 from tercet.models.engine.replay import rounded_tokens
 from tercet.types import Batch, RowIndex, TokenBatch, TokenState, concat_inputs
 from tests.conftest import TEXTS, composed, tiny
@@ -58,6 +62,35 @@ def test_tokens_of_no_row_change_neither_values_nor_gradients(pooling, monkeypat
         assert (a is None) == (b is None)
         if a is not None:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_models_that_mix_types_under_autocast_are_cast_as_for_torchs_attention(monkeypatch):
+    """EuroBERT's rotary positions leave queries and keys in float32."""
+    seen = []
+    monkeypatch.setattr(kernels, "short_attention", lambda q, k, v, *_: seen.append((q.dtype, k.dtype, v.dtype)) or q)
+    q, k = torch.randn(2, 1, 2, 5, 16).unbind()
+    rows = Packing(RowIndex.of(torch.tensor([3, 2]), torch.device("cpu")))
+    with torch.autocast("cpu", torch.bfloat16):
+        attend_short(q, k, q.bfloat16(), rows, AttentionSettings())
+    attend_short(q, k, q, rows, AttentionSettings())
+    assert seen == [(torch.bfloat16,) * 3, (torch.float32,) * 3]
+
+
+def test_a_copy_begins_without_graphs():
+    encoder = made()
+    encoder.replay.graphs["a size"] = object()
+    for copied in (deepcopy(encoder), pickle.loads(pickle.dumps(encoder.replay))):
+        assert (copied.replay if hasattr(copied, "replay") else copied).graphs == {}
+
+
+@pytest.mark.parametrize(("longest", "drawn"), [(128, True), (129, False)])
+def test_dropout_of_long_rows_is_torchs_where_seeds_would_cost_more(longest, drawn, monkeypatch):
+    encoder = made()
+    monkeypatch.setattr(TextEncoder, "device", property(lambda self: torch.device("cuda")))
+    monkeypatch.setattr(kernels, "available", lambda device, longest=1, d=1: longest <= 128)
+    assert encoder.draws_from_seeds(longest) == drawn and encoder.deterministic_dropout
+    said = encoder.describe_execution()
+    assert ("torch's in batches with rows of more than 128" in said) == (encoder.max_length > 128)
 
 
 def passes(encoder, rows, graphs, half, backward=True):
@@ -122,6 +155,18 @@ def test_a_second_pass_before_the_backward_pass_of_the_first_runs_without_a_grap
     encoder(others).sum().backward()
     assert torch.equal(first.detach(), before)
     first.sum().backward()
+
+
+@pytest.mark.gpu
+def test_frozen_weights_and_a_second_gradient():
+    encoder = made().cuda()
+    rows = seeded(encoder, TEXTS).to("cuda")
+    z = encoder(rows)
+    z.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="once"):
+        z.sum().backward()
+    encoder.requires_grad_(False)
+    assert not encoder(rows).requires_grad
 
 
 @pytest.mark.gpu

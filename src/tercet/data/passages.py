@@ -48,7 +48,7 @@ class Passages:
         unwanted = _keys(self.exclude)
         texts, left_out = list[str](), 0
         for source in filter(None, self.sources.values()):
-            table = source.rows().data.table
+            table = _table(source)
             for column in source.columns:
                 kept = table.filter(pc.invert(pc.is_in(_key(table[column]), value_set=unwanted)))
                 left_out += len(table) - len(kept)
@@ -71,9 +71,14 @@ def _key(column: Any) -> Any:
     return pc.replace_substring_regex(pc.utf8_lower(column), r"[^\p{L}\p{N}]+", "")
 
 
+def _table(source: Source) -> pa.Table:
+    """The rows of a source; of a data set that is a selection of others those alone."""
+    return source.rows().flatten_indices().data.table
+
+
 def _keys(sources: Mapping[str, Source | None]) -> Any:
     """The keys of all texts of ``sources``."""
-    tables = [(source.columns, source.rows().data.table) for source in sources.values() if source]
+    tables = [(source.columns, _table(source)) for source in sources.values() if source]
     keys = [pc.unique(_key(table[column])) for columns, table in tables for column in columns]
     return pa.concat_arrays(keys) if keys else pa.array([], pa.string())
 

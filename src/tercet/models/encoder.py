@@ -112,6 +112,10 @@ class Encoder(nn.Module):
         """Whether dropout draws from seeds that come with the tokens."""
         return next((part.deterministic_dropout for part in self.text_parts()), False)
 
+    def draws_from_seeds(self, longest: int) -> bool:
+        """The same of rows of so many tokens."""
+        return next((part.draws_from_seeds(longest) for part in self.text_parts()), False)
+
     def describe_execution(self) -> str:
         """One line on how rows are run; empty if there is no choice."""
         return next((part.describe_execution() for part in self.text_parts()), "")
@@ -264,14 +268,15 @@ class CachedEncoder:
         z = [torch.zeros(0, encoder.dim, device=encoder.device)]  # a process may have no chunk
         order: list[list[Tensor]] = [[] for _ in range(world)]  # the rows of each process
         with self._progress_bar(len(items)) as bar:
-            for start, chunks, load in self._prepared(items):
-                for rows in chunks[first::world]:
+            for number, (start, chunks, load) in enumerate(self._prepared(items)):
+                shares = [chunks[(process - number) % world :: world] for process in range(world)]  # a block may be one chunk
+                for rows in shares[first]:
                     inputs = load(rows).to(encoder.device)
                     with self.precision():
                         z.append(encoder.run(inputs, encoder.execution.unchunked()).float())
                     bar.update(min(len(rows) * world, len(items) - bar.n))
-                for process, own in enumerate(order):
-                    own += [start + rows for rows in chunks[process::world]]
+                for own, share in zip(order, shares, strict=True):
+                    own += [start + rows for rows in share]
         found = gather_rows(torch.cat(z)) if self.distributed else torch.cat(z)
         return found.cpu()[torch.argsort(torch.cat([rows for own in order for rows in own]))]
 

@@ -119,7 +119,7 @@ class TextEncoder(PoolingMixin, Encoder):
 
         whole = execution.in_one_pass and execution.layout == "packed" and not execution.recompute
         if execution.graphs and whole and self.replay.can_run(self, inputs, self.runner.head_size):
-            return self.replay(embed, self, inputs)
+            return self.replay(embed, self, inputs, self.normalize, self.unpooled)
         return execution.run(embed, inputs)
 
     def prepare(self, items: Sequence[Item]) -> TokenBatch:
@@ -135,14 +135,20 @@ class TextEncoder(PoolingMixin, Encoder):
 
     @property
     def deterministic_dropout(self) -> bool:
-        """Whether dropout draws from seeds: where it is chosen, and by default where it costs no more than torch's."""
-        cheap = self.device.type == "cpu" or kernels.available(self.device)
+        """Whether dropout draws from seeds, at least in short rows."""
+        return self.draws_from_seeds(1)
+
+    def draws_from_seeds(self, longest: int) -> bool:
+        """Whether dropout draws from seeds in rows of so many tokens: if chosen, and by default where torch's costs as much."""
+        cheap = self.device.type == "cpu" or kernels.available(self.device, longest, self.runner.head_size)
         chosen = {"deterministic": True, "auto": cheap, "torch": False}[self.execution.dropout]
         return chosen and self.runner.dropout_seeds is not None
 
     def describe_execution(self) -> str:
         """The layout and the dropout in use."""
         dropout = "by (seed, step, row)" if self.deterministic_dropout else "torch's"
+        if self.deterministic_dropout and not self.draws_from_seeds(self.max_length):
+            dropout += f", torch's in batches with rows of more than {kernels.LONGEST} tokens"
         reason = {"sorted": self.runner.cannot_pack, "equal_length": self.runner.cannot_pad}.get(self.execution.layout)
         how = "run by equal length" if self.execution.layout == "equal_length" else self.execution.layout
         return f"rows are {how}{f' ({reason})' if reason else ''}, dropout is {dropout}"

@@ -30,7 +30,7 @@ from tercet.training.optimizers import (
     follow_schedule,
     make_scheduler,
 )
-from tercet.types import Batch, Embeddings, LossOutput, concat_inputs, send
+from tercet.types import Batch, Embeddings, LossOutput, TokenBatch, concat_inputs, send
 
 UNIFORMITY_ROWS = 1024  # they have a million pairs
 
@@ -175,7 +175,9 @@ class ObjectiveHooks(EvaluationHooks):
         if batch.is_prepared:
             return batch
         batch = self.views(batch)
-        batch = with_dropout_seeds(batch, self.seed, self.global_step) if self.encoder.deterministic_dropout else batch
+        longest = max((n for view in batch.views if isinstance(view, TokenBatch) for n in view.lengths.tolist()), default=1)
+        seeded = self.encoder.draws_from_seeds(longest)
+        batch = with_dropout_seeds(batch, self.seed, self.global_step) if seeded else batch
         return replace(batch, is_prepared=True)
 
     def log_training(self: Any, logged: dict[str, Tensor], batch: Batch) -> None:

@@ -152,9 +152,11 @@ def injects_distributed_sampler(trainer: pl.Trainer) -> bool:
 
 
 def can_skip_on_device(optimizer: Optimizer) -> bool:
-    """Whether the optimizer leaves weights and state as they are where the device says so: fused ones that read a flag do."""
-    reads_flag = isinstance(optimizer, torch.optim.Adam | torch.optim.SGD)  # AdamW is an Adam
-    return reads_flag and all(group.get("fused") for group in optimizer.param_groups)
+    """Whether the optimizer leaves weights and state as they are where the device says so: fused Adam and AdamW do.
+
+    Fused SGD does not: where its first step is skipped, its momentum is whatever was in that memory.
+    """
+    return isinstance(optimizer, torch.optim.Adam) and all(group.get("fused") for group in optimizer.param_groups)
 
 
 def skip_on_device(optimizer: Optimizer, skip: torch.Tensor | None) -> None:

@@ -66,7 +66,7 @@ class Execution:
 
     def unchunked(self) -> "Execution":
         """The same in one pass, for rows that are a chunk already."""
-        return replace(self, chunk_tokens=None, chunk_rows=None, recompute=False)
+        return replace(self, chunk_tokens=None, chunk_rows=None, recompute=False, graphs=False)
 
     @property
     def in_one_pass(self) -> bool:

@@ -45,6 +45,7 @@ class Replay:
     def __init__(self) -> None:
         self.graphs: dict[tuple[Any, ...], _Graph] = {}
         self.weights: list[tuple[str, nn.Parameter]] = []  # listed once: walking through a module takes a millisecond
+        self.modules: list[nn.Module] = []
         self.state: list[Any] = []  # where they are, and which are trained
         self.pool: Any = None
         self.impossible = False
@@ -57,20 +58,34 @@ class Replay:
         """
         if self.impossible or not rows.ids.is_cuda or not torch.is_grad_enabled():
             return False
-        self.weights = self.weights or list(module.named_parameters())
+        if not self.weights:
+            self.weights, self.modules = list(module.named_parameters()), list(module.modules())
         short = kernels.available(rows.ids.device, int(rows.lengths.max()), head_size)
         whole = all(p.dtype == torch.float32 and not isinstance(p, DTensor) for _, p in self.weights)
-        return short and whole and (self.pending is None or self.pending() is None)
+        trained = any(p.requires_grad for _, p in self.weights)
+        return short and whole and trained and (self.pending is None or self.pending() is None)
 
-    def __call__(self, function: Embed, module: nn.Module, rows: TokenBatch) -> Tensor:
-        """``function(rows)``."""
+    def __reduce__(self) -> Any:
+        """A copy, also of a model that is copied or pickled, begins without graphs."""
+        return Replay, ()
+
+    def __call__(self, function: Embed, module: nn.Module, rows: TokenBatch, *settings: Any) -> Tensor:
+        """``function(rows)``; ``settings`` are what else decides on its operations."""
         state = [(p.data_ptr(), p.requires_grad) for _, p in self.weights]
         if state != self.state:  # moved, frozen or unfrozen
             self.graphs, self.state = {}, state
         trained = {name: p for name, p in self.weights if p.requires_grad}
         tokens, longest = rounded_tokens(len(rows.ids)), max(16, 1 << (int(rows.lengths.max()) - 1).bit_length())
         precision = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        key = (tokens, longest, len(rows), *rows.state.set_fields(), precision, module.training)
+        key = (
+            tokens,
+            longest,
+            len(rows),
+            *rows.state.set_fields(),
+            precision,
+            *settings,
+            *(part.training for part in self.modules),
+        )
         graph = self.graphs.get(key)
         if graph is None:
             if len(self.graphs) == MOST_GRAPHS:
@@ -79,9 +94,9 @@ class Replay:
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             try:
                 graph = self.graphs[key] = _Graph(function, module, trained, rows, tokens, longest, self.pool)
-            except _HostWaitsError as error:
+            except _CannotCaptureError as error:
                 self.impossible = True
-                warn_once(f"Passes run without CUDA graphs: {type(module).__name__} waits for the device ({error}).")
+                warn_once(f"Passes of {type(module).__name__} run without CUDA graphs: {error}.")
                 return function(rows)
         graph.load(rows)
         pending = _Pending()
@@ -141,6 +156,8 @@ class _Graph:
                 for number in range(WARMUP):
                     with _refuse_waits() if number else nullcontext():  # what is prepared in the first pass may wait
                         out = run()
+                        if not out.requires_grad:
+                            raise _CannotCaptureError("no weight that is trained has a part in them")
                         differentiate(out, torch.zeros_like(out))
             torch.cuda.current_stream(device).wait_stream(side)
             self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
@@ -169,8 +186,8 @@ class _Graph:
             to[:n].copy_(x)
 
 
-class _HostWaitsError(RuntimeError):
-    """The host would wait for the device, which a capture does not survive."""
+class _CannotCaptureError(RuntimeError):
+    """The host would wait for the device, which a capture does not survive; or there is no gradient to capture."""
 
 
 @contextmanager
@@ -182,7 +199,7 @@ def _refuse_waits() -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        raise _HostWaitsError(str(error).splitlines()[0]) from error
+        raise _CannotCaptureError(f"the host waits for the device ({str(error).splitlines()[0]})") from error
     finally:
         torch.cuda.set_sync_debug_mode(before)
 
@@ -200,6 +217,8 @@ class _Run(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         graph = ctx.graph
+        if ctx.pending is None:  # what the pass saved is gone
+            raise RuntimeError("A replayed pass can be differentiated once. Use Execution(graphs=False) to do it again.")
         graph.grad_out.copy_(grad)
         graph.backward.replay()
         ctx.pending = None

@@ -35,14 +35,14 @@ class SkipNonFinite(pl.Callback):
         require(patience >= 1, f"`patience`={patience}: 1 step in a row, or more.")
         self.patience = patience
         self.skipped = self.in_a_row = 0
-        self.rows: list[Tensor] = []
-        self.unread: list[tuple[int, list[Tensor], Tensor]] = []  # step, example ids, whether it is skipped
+        self.rows: list[int] = []
+        self.unread: list[tuple[int, list[int], Tensor]] = []  # step, example ids, whether it is skipped
         self.folder = Path()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int) -> None:
         """Record the rows of all batches whose gradients are accumulated."""
         self.folder = Path(trainer.default_root_dir)
-        self.rows.append(batch.example_id if batch.example_id_on_cpu is None else batch.example_id_on_cpu)
+        self.rows += (batch.example_id if batch.example_id_on_cpu is None else batch.example_id_on_cpu).tolist()
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """Check the norm of the whole gradient: it is the same in all processes, so that all of them skip."""
@@ -78,7 +78,7 @@ class SkipNonFinite(pl.Callback):
         for (step, rows, _), skipped in zip(unread, flags, strict=True):
             self.in_a_row = self.in_a_row + 1 if skipped else 0
             if skipped:
-                self._record(step, torch.cat(rows).tolist())
+                self._record(step, rows)
 
     def _record(self, step: int, rows: list[int]) -> None:
         self.skipped += 1
@@ -214,6 +214,7 @@ class Throughput(pl.Callback):
         """Count the inputs of the step, and log its cost in steps whose values are written."""
         now = time.perf_counter()
         seconds, self.start = now - self.start, now
+        batch = batch if batch.is_prepared or not hasattr(pl_module, "views") else pl_module.views(batch)
         texts = [view for view in batch.views if isinstance(view, TokenBatch)]
         lengths = torch.cat([view.lengths for view in texts]) if texts else torch.zeros(0, dtype=torch.long)
         counts = {"sentences": len(lengths), "tokens": int(lengths.sum())}
