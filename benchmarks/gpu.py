@@ -242,7 +242,7 @@ def training(device: str) -> dict[str, Any]:
             ours, theirs = (found.get(f"{kind} {batch} {n} ms") for n in ("tercet", name))
             if ours and theirs:
                 found[f"{kind} {batch} against {name}"] = theirs / ours
-        own, drawn = (found.get(f"{kind} {batch} {name} ms") for name in (names[0], names[4]))
+        own, drawn = (found.get(f"{kind} {batch} {name} ms") for name in ("tercet", "tercet, torch's dropout"))
         if own and drawn:
             found[f"{kind} {batch} deterministic against torch's dropout"] = own / drawn
     task = Task(texts("unsup", (4096 if cuda else 16) * 6), 4096 if cuda else 8, "minilm", device, half=cuda)
@@ -307,9 +307,9 @@ def waits(device: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, overrides in OBJECTIVES.items():
         columns = texts("sup" if "objective=simcse_sup" in overrides or "objective=facenet" in overrides else "unsup", 64 * 20)
-        task, places, count = Task(columns, 64, "minilm", device, half=device == "cuda"), list[str](), 0
+        task, count = Task(columns, 64, "minilm", device, half=device == "cuda"), 0
 
-        def tick(places: list[str] = places) -> None:
+        def tick() -> None:
             nonlocal count
             count += 1
             if device == "cuda":
@@ -320,7 +320,7 @@ def waits(device: str) -> dict[str, Any]:
         with warnings.catch_warnings(record=True) as seen, suppress(_Enough):
             warnings.simplefilter("always")
             ours(task, *overrides)(tick)
-        places += [f"{Path(w.filename).name}:{w.lineno}" for w in seen if "synchroniz" in str(w.message)]
+        places = [f"{Path(w.filename).name}:{w.lineno}" for w in seen if "synchroniz" in str(w.message)]
         found[name] = len(places) / 6
         show({**found, f"where, {name}": sorted(set(places))[:5]} if places else found)
     return found

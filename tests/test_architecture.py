@@ -14,8 +14,7 @@ from omegaconf import OmegaConf
 from torch.utils.flop_counter import FlopCounterMode
 
 from tercet.app.components import build, check_values
-from tercet.app.config_checks import set_monitor_mode
-from tercet.app.launch import set_precision
+from tercet.app.config_checks import set_derived
 from tests.conftest import CONF, choices, composed
 
 ROOT = CONF.parent
@@ -244,8 +243,7 @@ def test_every_experiment_composes_and_its_values_fit_their_parameters(experimen
     assert text.splitlines()[1].startswith("# python train.py"), "the second line is the command"
     cfg = composed(f"experiment={experiment}", *(["data.path=faces"] if experiment == "facenet" else []))
     resolved = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
-    set_monitor_mode(resolved)
-    set_precision(resolved)
+    set_derived(resolved)
     check_values(resolved, cfg)
 
 
@@ -259,8 +257,7 @@ def test_every_data_sets_values_fit_their_parameters(data):
         f"data={data}", "evaluation@test=sts", "evaluation@validation=none", "callback.before_after=null", *NEEDS.get(data, ())
     )
     resolved = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
-    set_monitor_mode(resolved)
-    set_precision(resolved)
+    set_derived(resolved)
     check_values(resolved, cfg)
 
 

@@ -110,6 +110,12 @@ class TokenBatch:
         """Copy ids and state to ``device``."""
         return self.with_tensors(send(self.tensors(), torch.device(device)))
 
+    def same_rows(self, ids: Tensor, state: TokenState) -> "TokenBatch":
+        """Other ids and state of rows of the same lengths, which share the index."""
+        rows = TokenBatch(ids, self.lengths, state)
+        rows.index = self.index
+        return rows
+
     def tensors(self) -> list[Tensor]:
         """The ids, and the fields of the state that are set."""
         return [self.ids, *self.state.set_fields().values()]
@@ -238,6 +244,11 @@ class Batch:
     def __len__(self) -> int:
         return len(self.example_id)
 
+    @property
+    def readable_id(self) -> Tensor:
+        """``example_id``, on the CPU also where the rest has been copied to a device."""
+        return self.example_id if self.example_id_on_cpu is None else self.example_id_on_cpu
+
     def to(self, device: torch.device | str) -> "Batch":
         """Copy to ``device``, all tensors of one type at once."""
         names, inputs = ("example_id", "label", "position", "content_hash"), [view.tensors() for view in self.views]
@@ -245,9 +256,8 @@ class Batch:
         rest, views = iter(moved[len(names) :]), []
         for view, tensors in zip(self.views, inputs, strict=True):
             views.append(view.with_tensors([next(rest) for _ in tensors]))
-        read = self.example_id if self.example_id_on_cpu is None else self.example_id_on_cpu
         fields: dict[str, Any] = dict(zip(names, moved, strict=False))
-        return replace(self, views=tuple(views), example_id_on_cpu=read, **fields)
+        return replace(self, views=tuple(views), example_id_on_cpu=self.readable_id, **fields)
 
     def select_columns(self, *which: int) -> "Batch":
         """A batch with the given columns as views; a column may be given twice."""

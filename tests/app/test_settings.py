@@ -6,7 +6,7 @@ from omegaconf import OmegaConf
 
 from tercet.app import components
 from tercet.app.components import check_settings, check_values, start_record
-from tercet.app.config_checks import _optimizer, set_monitor_mode
+from tercet.app.config_checks import _optimizer, set_derived
 from tercet.app.error_formatting import explain
 from tercet.app.hydra_compat import parse_overrides
 from tercet.app.launch import set_precision
@@ -26,8 +26,7 @@ def told(*overrides):
     try:
         check_settings(cfg)
         resolved = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
-        set_monitor_mode(resolved)
-        set_precision(resolved)
+        set_derived(resolved)
         check_values(resolved, cfg)
         _optimizer(cfg)
     except Exception as error:

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tercet.app.components import build, find_targets, locate_target, settable_key
 from tercet.app.hydra_compat import config_folders
-from tercet.app.launch import num_devices, num_processes, started_by_launcher
+from tercet.app.launch import num_devices, num_processes, set_precision, started_by_launcher
 from tercet.app.record import ARTIFACTS
 from tercet.distributed.sharding import layers_to_shard
 from tercet.errors import InputError, require
@@ -58,6 +58,12 @@ def choices(group: str, accept: Callable[[Any], bool]) -> str:
         if isinstance(node, dict) and "_target_" in node and accept(get_object(node["_target_"])):
             found.append(f"{group}={path.stem}")
     return " or ".join(dict.fromkeys(found))
+
+
+def set_derived(cfg: DictConfig) -> None:
+    """Set what other settings, the evaluators and the device decide where it is left to them."""
+    set_monitor_mode(cfg)
+    set_precision(cfg)
 
 
 def set_monitor_mode(cfg: DictConfig) -> None:

@@ -7,9 +7,8 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
 from tercet.app.components import build, check_values
-from tercet.app.config_checks import set_monitor_mode
+from tercet.app.config_checks import set_derived
 from tercet.app.hydra_compat import typed_overrides
-from tercet.app.launch import set_precision
 from tercet.errors import require
 from tercet.messages import print_status
 from tercet.training.datamodule import DataModule, RunLength
@@ -24,8 +23,7 @@ def choose_by_columns(cfg: DictConfig) -> DictConfig:
     if not (cfg.run_length and cfg.data.validation):
         return cfg
     resolved: Any = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
-    set_monitor_mode(resolved)
-    set_precision(resolved)
+    set_derived(resolved)
     check_values(resolved, cfg)
     command = typed_overrides()
     given = {override.lstrip("+~").split("=")[0] for override in command}

@@ -107,13 +107,8 @@ class Encoder(nn.Module):
         """The device of the weights."""
         return next(self.parameters()).device
 
-    @property
-    def deterministic_dropout(self) -> bool:
-        """Whether dropout draws from seeds that come with the tokens."""
-        return next((part.deterministic_dropout for part in self.text_parts()), False)
-
     def draws_from_seeds(self, longest: int) -> bool:
-        """The same of rows of so many tokens."""
+        """Whether dropout draws from seeds that come with the tokens, in rows of so many tokens."""
         return next((part.draws_from_seeds(longest) for part in self.text_parts()), False)
 
     def describe_execution(self) -> str:

@@ -117,8 +117,7 @@ class TextEncoder(PoolingMixin, Encoder):
         def embed(rows: TokenBatch) -> Tensor:
             return self.pool(*self.runner(rows, *options))
 
-        whole = execution.in_one_pass and execution.layout == "packed" and not execution.recompute
-        if execution.graphs and whole and self.replay.can_run(self, inputs, self.runner.head_size):
+        if execution.can_replay and self.replay.can_run(self, inputs, self.runner.head_size):
             return self.replay(embed, self, inputs, self.normalize, self.unpooled)
         return execution.run(embed, inputs)
 
@@ -133,11 +132,6 @@ class TextEncoder(PoolingMixin, Encoder):
         lower = {"lower_case": True} if lowercases(self.tokenizer) else {}  # its class does not keep that in a folder
         return {"kind": self.kind, **super().settings(), "max_length": self.max_length, **prompts, **similarity, **lower}
 
-    @property
-    def deterministic_dropout(self) -> bool:
-        """Whether dropout draws from seeds, at least in short rows."""
-        return self.draws_from_seeds(1)
-
     def draws_from_seeds(self, longest: int) -> bool:
         """Whether dropout draws from seeds in rows of so many tokens: if chosen, and by default where torch's costs as much."""
         cheap = self.device.type == "cpu" or kernels.available(self.device, longest, self.runner.head_size)
@@ -146,8 +140,9 @@ class TextEncoder(PoolingMixin, Encoder):
 
     def describe_execution(self) -> str:
         """The layout and the dropout in use."""
-        dropout = "by (seed, step, row)" if self.deterministic_dropout else "torch's"
-        if self.deterministic_dropout and not self.draws_from_seeds(self.max_length):
+        seeded = self.draws_from_seeds(1)
+        dropout = "by (seed, step, row)" if seeded else "torch's"
+        if seeded and not self.draws_from_seeds(self.max_length):
             dropout += f", torch's in batches with rows of more than {kernels.LONGEST} tokens"
         reason = {"sorted": self.runner.cannot_pack, "equal_length": self.runner.cannot_pad}.get(self.execution.layout)
         how = "run by equal length" if self.execution.layout == "equal_length" else self.execution.layout

@@ -51,9 +51,8 @@ class Memory(nn.Module):
         self.size, self.warmup, self.steps = size, warmup, 0
         self.stored: Embeddings | None = None
         self.stored_id = torch.empty(0, dtype=torch.long)  # the stored examples, on the CPU
-        self.pending: tuple[Tensor, torch.cuda.Event | None, tuple[Any, ...]] | None = (
-            None  # until it is known if they are finite
-        )
+        # The last keys until it is known whether they are finite, and what was stored before them.
+        self.pending: tuple[Tensor, torch.cuda.Event | None, tuple[Any, ...]] | None = None
 
     def extend_and_push(self, keys: Embeddings, own_id: Tensor) -> Embeddings:
         """``keys`` and, after the warm-up, the stored keys of other examples; then store the newest ``size`` examples.
@@ -175,7 +174,7 @@ class ObjectiveHooks(EvaluationHooks):
         if batch.is_prepared:
             return batch
         batch = self.views(batch)
-        longest = max((n for view in batch.views if isinstance(view, TokenBatch) for n in view.lengths.tolist()), default=1)
+        longest = max((view.index.longest for view in batch.views if isinstance(view, TokenBatch)), default=1)
         seeded = self.encoder.draws_from_seeds(longest)
         batch = with_dropout_seeds(batch, self.seed, self.global_step) if seeded else batch
         return replace(batch, is_prepared=True)
@@ -231,8 +230,7 @@ class Contrastive(ObjectiveHooks, pl.LightningModule):
         """A value whose gradient, averaged over the processes, is that of the loss of the global batch."""
         batch, logs = self.prepare(batch), logs_now(self._trainer)
         anchors = self.embed(batch)
-        own_id = batch.example_id if batch.example_id_on_cpu is None else batch.example_id_on_cpu
-        extend = None if self.memory is None else partial(self.memory.extend_and_push, own_id=own_id)
+        extend = None if self.memory is None else partial(self.memory.extend_and_push, own_id=batch.readable_id)
         keys, output = contrast(self.loss, anchors, extend)
         stats = {**output.stats, **_alignment(anchors)} if logs else {}
         value, logged = reduce_loss(LossOutput(output.loss_sum, output.normalizer, stats))

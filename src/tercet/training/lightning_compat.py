@@ -159,9 +159,9 @@ def can_skip_on_device(optimizer: Optimizer) -> bool:
     return isinstance(optimizer, torch.optim.Adam) and all(group.get("fused") for group in optimizer.param_groups)
 
 
-def skip_on_device(optimizer: Optimizer, skip: torch.Tensor | None) -> None:
-    """Let the next steps of a fused optimizer do nothing if ``skip``, a scalar, is 1; None: all steps are taken."""
-    optimizer.found_inf = None if skip is None else skip.float()  # type: ignore[attr-defined]
+def skip_on_device(optimizer: Optimizer, skip: torch.Tensor) -> None:
+    """Let the next step of a fused optimizer do nothing if ``skip``, a scalar, is true."""
+    optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
 
 
 def let_scaler_unscale(optimizer: Optimizer) -> None:

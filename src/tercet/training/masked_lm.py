@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -126,9 +126,8 @@ class MaskedLMHead(nn.Module):
         They are drawn from the seeds of deterministic dropout where ``inputs`` have these, else from torch's generator.
         """
         execution, (trained,) = self.execution, self._trained
-        whole = execution.in_one_pass and execution.layout == "packed" and not execution.recompute
         seeded = inputs.state.dropout_seed is not None  # a replay draws the same numbers again
-        if execution.graphs and whole and seeded and self.replay.can_run(trained, inputs, self._run_backbone.head_size):
+        if execution.can_replay and seeded and self.replay.can_run(trained, inputs, self._run_backbone.head_size):
             sums = self.replay(lambda rows: self._rows(self._paired(rows)), trained, inputs)
         else:
             paired = self._paired(inputs)
@@ -139,16 +138,12 @@ class MaskedLMHead(nn.Module):
         """Corrupted ids and targets as the two columns of one row of tokens, ``ids (T, 2)``: chunking keeps them together."""
         seed = inputs.state.dropout_seed
         state = TokenState(dropout_seed=None if seed is None else derive_seed(seed, MLM_PASS))
-        paired = TokenBatch(torch.stack(self.corrupt(inputs.ids, seed), 1), inputs.lengths, state)
-        paired.index = inputs.index
-        return paired
+        return inputs.same_rows(torch.stack(self.corrupt(inputs.ids, seed), 1), state)
 
     def _rows(self, paired: TokenBatch) -> Tensor:
         """``n`` rows of ``ids (T, 2)`` to ``(n, 2)``: each row's summed cross entropy and number of targets."""
         ids, targets = paired.ids.unbind(-1)
-        rows = replace(paired, ids=ids)
-        rows.index = paired.index
-        output, _ = self._run_backbone(rows, self.execution.layout == "packed")
+        output, _ = self._run_backbone(paired.same_rows(ids, paired.state), self.execution.layout == "packed")
         hidden, targets = output.last_hidden_state, paired.index.pad(targets, IGNORED)
         assert hidden is not None
         sums = self.token_losses(hidden.flatten(0, 1), targets.flatten(), len(ids))

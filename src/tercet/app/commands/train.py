@@ -14,7 +14,7 @@ from tercet.app import launch, record, report, run_folder
 from tercet.app.commands.evaluate import initialize_from
 from tercet.app.commands.preflight import preflight
 from tercet.app.components import build, check_settings, check_values, find_targets, start_record
-from tercet.app.config_checks import check_config, check_model, set_monitor_mode
+from tercet.app.config_checks import check_config, check_model, set_derived
 from tercet.app.own_texts import choose_by_columns, set_run_length
 from tercet.distributed.sharding import gather_weights, load_state
 from tercet.errors import require
@@ -68,8 +68,7 @@ def prepare(cfg: DictConfig, output: Path) -> tuple[DictConfig, DataModule]:
     check_writable(output, "output_dir")
     silence_libraries()
     drop_missing_validation(config)
-    set_monitor_mode(config)
-    launch.set_precision(config)
+    set_derived(config)
     check_values(config, cfg)
     config.output_dir = str(output)
     data = build(config.data.module)

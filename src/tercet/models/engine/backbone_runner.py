@@ -15,7 +15,7 @@ from tercet.errors import InputError
 from tercet.models.engine import transformers_compat as compat
 from tercet.models.engine.chunking import Execution
 from tercet.models.engine.deterministic_dropout import DropoutSeeds, replace_dropouts
-from tercet.models.engine.packing import NAME, Packing, shorten_last_layer
+from tercet.models.engine.packing import NAME, Packing, autocast_dtype, shorten_last_layer
 from tercet.rng import uniform
 from tercet.types import RATE_SCALE, TokenBatch, TokenState
 
@@ -54,7 +54,7 @@ class HalfLayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., H)``."""
-        half = x.is_cuda and torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") == torch.bfloat16
+        half = x.is_cuda and autocast_dtype(x.device) == torch.bfloat16
         if not half or self.weight is None or self.bias is None:
             return super().forward(x)
         with torch.autocast("cuda", enabled=False):

@@ -73,6 +73,11 @@ class Execution:
         """Whether all rows run at once."""
         return self.chunk_tokens is None and self.chunk_rows is None
 
+    @property
+    def can_replay(self) -> bool:
+        """Whether a pass may be replayed as a CUDA graph: of packed rows, all at once, not recomputed."""
+        return self.graphs and self.in_one_pass and self.layout == "packed" and not self.recompute
+
     def chunks(self, lengths: Tensor) -> list[Tensor]:
         """``lengths (N,)`` to tensors of row indices, each row in one; a row above the limit is a chunk of its own."""
         if isinstance(self.chunk_tokens, str):

@@ -102,8 +102,8 @@ def attend_short(q: Tensor, k: Tensor, v: Tensor, rows: Packing, settings: Atten
     seed, first_only = settings.seed, q.shape[2] != k.shape[2]
     if seed is None and settings.dropout > 0:
         seed = torch.empty(1, q.shape[2], dtype=torch.long, device=q.device).random_()
-    device = q.device.type  # some models give queries and keys in float32 under autocast, which casts for torch's attention
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else v.dtype
+    # Some models give queries and keys in float32 under autocast, which casts for torch's attention.
+    dtype = autocast_dtype(q.device) or v.dtype
     query, key, value = (x.squeeze(0).transpose(0, 1).to(dtype) for x in (q, k, v))
     place = (rows.index.start, rows.index.length, rows.index.longest)
     drawn = None if seed is None else seed.squeeze(0)
@@ -111,6 +111,11 @@ def attend_short(q: Tensor, k: Tensor, v: Tensor, rows: Packing, settings: Atten
         query, key, value, *place, settings.scale, settings.dropout, drawn, rows.attend, settings.number, settings.window,
         first_only,
     )[None]  # fmt: skip
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The type that autocast computes in on ``device``; None where it is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def attend_by_length(q: Tensor, k: Tensor, v: Tensor, rows: Packing, settings: AttentionSettings) -> Tensor:

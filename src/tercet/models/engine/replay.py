@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from tercet.messages import warn_once
 from tercet.models.engine import triton_kernels as kernels
+from tercet.models.engine.packing import autocast_dtype
 from tercet.types import RowIndex, TokenBatch, TokenState
 
 Embed = Callable[[TokenBatch], Tensor]  # n rows to (n, ...)
@@ -75,8 +76,8 @@ class Replay:
         if state != self.state:  # moved, frozen or unfrozen
             self.graphs, self.state = {}, state
         trained = {name: p for name, p in self.weights if p.requires_grad}
-        tokens, longest = rounded_tokens(len(rows.ids)), max(16, 1 << (int(rows.lengths.max()) - 1).bit_length())
-        precision = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+        tokens, longest = rounded_tokens(len(rows.ids)), kernels.block_size(int(rows.lengths.max()))
+        precision = autocast_dtype(rows.ids.device)
         key = (
             tokens,
             longest,
@@ -146,8 +147,8 @@ class _Graph:
             return torch.autograd.grad(out, list(weights.values()), grad, allow_unused=True)
 
         # The cache of autocast would keep casts of the weights that a replay does not make again.
-        enabled, precision = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-        autocast = torch.autocast("cuda", precision, enabled, cache_enabled=False)
+        precision = autocast_dtype(device)
+        autocast = torch.autocast("cuda", precision, precision is not None, cache_enabled=False)
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         # A capture draws nothing: a run that is resumed captures in other steps.

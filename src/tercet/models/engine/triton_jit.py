@@ -111,6 +111,21 @@ def keeps_keys(seeds, query, valid, number, head, threshold, BLOCK: tl.constexpr
     return tl.reshape(kept, (query.shape[0], BLOCK))
 
 
+@triton.jit
+def program_rows(starts, lengths, HEADS: tl.constexpr, FIRST_ONLY: tl.constexpr):
+    """The row and head of a program, the row's first token and length; its first query and their number."""
+    row = (tl.program_id(0) // HEADS).to(tl.int64)
+    head = (tl.program_id(0) % HEADS).to(tl.int64)
+    start = tl.load(starts + row).to(tl.int64)
+    length = tl.load(lengths + row).to(tl.int32)
+    queries = length
+    first = start
+    if FIRST_ONLY:
+        queries = tl.minimum(length, 1)
+        first = row
+    return row, head, start, length, first, queries
+
+
 @triton.jit(do_not_specialize=["rows", "tokens", "number", "threshold"])
 def attention_forward(
     q, k, v, out, starts, lengths, attend, seeds,
@@ -120,18 +135,10 @@ def attention_forward(
     WINDOW: tl.constexpr, FIRST_ONLY: tl.constexpr,
 ):  # fmt: skip
     """One program for each row and head: its keys are one block, its queries blocks of ``BLOCK_Q``."""
-    row = (tl.program_id(0) // HEADS).to(tl.int64)
-    head = (tl.program_id(0) % HEADS).to(tl.int64)
-    start = tl.load(starts + row).to(tl.int64)
-    length = tl.load(lengths + row).to(tl.int32)
+    row, head, start, length, first, queries = program_rows(starts, lengths, HEADS, FIRST_ONLY)
     j = tl.arange(0, BLOCK)
     keys = load_vectors(k + head * k_head, start + j, k_token, j < length, D, BLOCK_D)
     values = load_vectors(v + head * v_head, start + j, v_token, j < length, D, BLOCK_D)
-    queries = length
-    first = start
-    if FIRST_ONLY:
-        queries = tl.minimum(length, 1)
-        first = row
     for block in range(0, queries, BLOCK_Q):
         i = block + tl.arange(0, BLOCK_Q)
         valid = i < queries
@@ -158,20 +165,12 @@ def attention_backward(
     WINDOW: tl.constexpr, FIRST_ONLY: tl.constexpr,
 ):  # fmt: skip
     """Gradients of ``attention_forward``; probabilities and what is dropped are computed again."""
-    row = (tl.program_id(0) // HEADS).to(tl.int64)
-    head = (tl.program_id(0) % HEADS).to(tl.int64)
-    start = tl.load(starts + row).to(tl.int64)
-    length = tl.load(lengths + row).to(tl.int32)
+    row, head, start, length, first, queries = program_rows(starts, lengths, HEADS, FIRST_ONLY)
     j = tl.arange(0, BLOCK)
     keys = load_vectors(k + head * k_head, start + j, k_token, j < length, D, BLOCK_D)
     values = load_vectors(v + head * v_head, start + j, v_token, j < length, D, BLOCK_D)
     d_keys = tl.zeros((BLOCK, BLOCK_D), tl.float32)
     d_values = tl.zeros((BLOCK, BLOCK_D), tl.float32)
-    queries = length
-    first = start
-    if FIRST_ONLY:
-        queries = tl.minimum(length, 1)
-        first = row
     for block in range(0, queries, BLOCK_Q):
         i = block + tl.arange(0, BLOCK_Q)
         valid = i < queries

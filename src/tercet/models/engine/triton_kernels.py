@@ -27,7 +27,7 @@ def available(device: torch.device, longest: int = 1, d: int = 1) -> bool:
 
     For attention, pass the longest row and the size of a head: a row's keys must fit into the GPU's shared memory.
     """
-    block = _power_of_two(longest) * _power_of_two(d)
+    block = block_size(longest) * block_size(d)
     return longest <= LONGEST and d <= WIDEST and block <= _largest_block(device)
 
 
@@ -186,10 +186,10 @@ def _launch(kernel: Any, tensors: Any, more: tuple[Tensor, ...], settings: _Atte
     if not len(lengths):
         return
     heads, d = q.shape[1:]
-    block = _power_of_two(settings.longest)
+    block = block_size(settings.longest)
     half = q.dtype.itemsize < 4  # in float32, more queries or fewer warps would not fit into registers
     options = {
-        "HEADS": heads, "D": d, "BLOCK_D": _power_of_two(d), "BLOCK": block, "WINDOW": settings.window,
+        "HEADS": heads, "D": d, "BLOCK_D": block_size(d), "BLOCK": block, "WINDOW": settings.window,
         "BLOCK_Q": min(block, 32) if half and not settings.first_only else 16, "FIRST_ONLY": settings.first_only,
         "num_warps": WARPS[block] * (1 if half else 2), "num_stages": 1,
     }  # fmt: skip
@@ -202,7 +202,7 @@ def _launch(kernel: Any, tensors: Any, more: tuple[Tensor, ...], settings: _Atte
         kernel[(len(lengths) * heads,)](q, k, v, *more, *rows, *numbers, *strides, **options)
 
 
-def _power_of_two(size: int) -> int:
+def block_size(size: int) -> int:
     """The least power of 2 that is at least ``size`` and 16, the least block of a product."""
     return max(16, 1 << (size - 1).bit_length())
 

@@ -42,7 +42,7 @@ class SkipNonFinite(pl.Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int) -> None:
         """Record the rows of all batches whose gradients are accumulated."""
         self.folder = Path(trainer.default_root_dir)
-        self.rows += (batch.example_id if batch.example_id_on_cpu is None else batch.example_id_on_cpu).tolist()
+        self.rows += batch.readable_id.tolist()
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """Check the norm of the whole gradient: it is the same in all processes, so that all of them skip."""
