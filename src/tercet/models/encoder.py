@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from traceback import clear_frames
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -15,13 +16,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tercet.distributed.gather import gather_rows, rank, world_size
-from tercet.errors import require
+from tercet.errors import InputError, require
 from tercet.messages import ProgressLines
 from tercet.models.engine.chunking import AutoChunks, Execution
 from tercet.models.engine.packing import layer_stack
 from tercet.models.pooling import POOLINGS, Head
 from tercet.models.prompts import Prompts
-from tercet.types import Inputs, Item, runs_on_cpu
+from tercet.types import Inputs, Item, TokenBatch, runs_on_cpu
 
 if TYPE_CHECKING:
     from tercet.models.text import TextEncoder
@@ -69,12 +70,26 @@ class Encoder(nn.Module):
         """How many embeddings are side by side in a row: 2 for an encoder with Quick-Thoughts' f and g, else 1."""
 
     def forward(self, inputs: Inputs) -> Tensor:
-        """``(N, D)``, in the order of the rows."""
-        return self.run(inputs, self.execution_for(inputs))
+        """``(N, D)``, in the order of the rows; ``InputError`` where training on texts runs out of a GPU's memory."""
+        try:
+            return self.run(inputs, self.execution_for(inputs))
+        except torch.OutOfMemoryError as error:
+            if not isinstance(inputs, TokenBatch) or not torch.is_grad_enabled():
+                raise
+            clear_frames(error.__traceback__)  # they hold the activations
+            fitting = self._measured_chunks(AutoChunks(), replace(self.execution, chunk_tokens="auto"), inputs).chunk_tokens
+            large = f"a pass over {len(inputs.ids)} tokens does not fit into the memory of {inputs.ids.device}"
+            raise InputError(
+                f"`execution.chunk_tokens`={self.execution.chunk_tokens}: {large}. Chunks of {fitting} tokens do: set "
+                f"`execution.chunk_tokens`={fitting} and `execution.recompute`=true, which changes no gradient."
+            ) from error
 
     def execution_for(self, inputs: Any) -> Execution:
         """``execution``, with a number for ``chunk_tokens="auto"`` that is measured on the first batch."""
-        return self.auto_chunks.resolve(self.execution, self, lambda x: self.run(x, self.execution.unchunked()), inputs)
+        return self._measured_chunks(self.auto_chunks, self.execution, inputs)
+
+    def _measured_chunks(self, chunks: AutoChunks, execution: Execution, inputs: Any) -> Execution:
+        return chunks.resolve(execution, self, lambda x: self.run(x, execution.unchunked()), inputs)
 
     def encode(
         self, items: Sequence[Item], batch_size: int | None = None, normalize: bool | None = None, progress: bool = False,
