@@ -21,6 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from tercet.app import components, error_formatting, hydra_compat, signals, sweeps
+from tercet.app import config_folder as config_folder
 from tercet.app.run_files import ERROR
 from tercet.errors import require
 from tercet.messages import printable
@@ -34,17 +35,29 @@ COMMANDS = {
     "export": "one ONNX file of a model: model=<as above> output=<folder> precision=int8",
     "runs": "list, best metric=<name>, show RUN, diff RUN RUN, tail RUN, prune: the runs below outputs/",
     "mine": "write hard negatives: model=<as above> data.path=<pairs or labeled texts> output=<file.parquet>",
+    "doctor": "whether training can start here, and what is missing: --json --online",
+    "completion": "the script that completes commands, keys and choices in bash, zsh or fish: completion bash",
+}
+TASKS = {  # how `tercet --help` groups the commands
+    "train": ("train", "mine"),
+    "measure": ("evaluate", "compare"),
+    "use": ("encode", "search", "serve", "export", "expand"),
+    "look": ("app", "runs"),
+    "publish": ("push",),
+    "set up": ("doctor", "completion"),
 }
 
 POSITIONAL = {"compare": "runs", "runs": "words"}  # the key that arguments without a key are given to
 SWITCHES = {"runs": {"--yes": "delete what prune has shown"}}
 
 
-def config_folder() -> str:
-    """The folder of the configuration: inside the installed package, or beside ``src`` in a checkout."""
-    package = Path(__file__).resolve().parents[1]
-    inside = package / "conf"
-    return str(inside if inside.is_dir() else package.parents[1] / "conf")
+def help_by_task() -> str:
+    """What ``tercet --help`` prints: the commands by what they are for."""
+    lines = ["usage: tercet COMMAND [key=value ...]"]
+    for task, names in TASKS.items():
+        known = [f"  {name:11}{COMMANDS[name]}" for name in names if name in COMMANDS]
+        lines += ["", task, *known] if known else []
+    return "\n".join([*lines, "", "`tercet COMMAND --help` has the keys of a command, `tercet --version` the version."])
 
 
 def run_id() -> str:
