@@ -111,6 +111,10 @@ class ONNXEncoder(Encoder):
         """Token ids with special tokens and the prompt, cut at ``max_length``."""
         return tokenize(self.tokenizer, self.prompts.add(items), self.max_length)
 
+    def prompted(self) -> Sequence[Any]:
+        """Itself, unless the number of a prompt's tokens is in the file."""
+        return [self] if self.prompts.pooled else []
+
     def settings(self) -> dict[str, Any]:
         """The content of ``onnx.json``."""
         return dict(self.saved)
@@ -123,6 +127,10 @@ class ONNXImageEncoder(ImageInputs, ONNXEncoder):
 
     def _read_inputs(self, folder: Path) -> None:
         self.pixels = PixelFormat(**self.saved["pixels"])
+
+    def prompted(self) -> Sequence[Any]:
+        """Nothing: images have no prompts."""
+        return []
 
     def embed(self, pixels: Tensor) -> Tensor:
         """``pixels (n, C, S, S)``, 8-bit, to ``(n, D)`` in one pass."""

@@ -14,26 +14,30 @@ import pyarrow.parquet as pq
 
 from tercet.errors import InputError, check_choice, import_extra, refuse_damaged, require
 from tercet.paths import atomic_folder, check_new_folder, locate, read_json_file
+from tercet.search.vectors import PRECISIONS, Vectors, hash_items
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
 INDEX, ROWS, SETTINGS = "index.faiss", "rows.parquet", "index.json"  # the files of an index folder
+VECTORS = "vectors.npy"  # in half precision, where the index has fewer bits
 VERSION = 1  # of the folder
 KINDS = ("exact", "hnsw", "ivf")
 SIMILARITIES = ("cosine", "dot", "euclidean")
 BLOCK = 65_536  # rows that are added at once
 SAMPLE = 500  # rows whose neighbors are compared with those of exact search
 TOP = 10  # neighbors that recall counts
-LARGEST = 1 << 12  # of the settings that are doubled until recall holds
+LARGEST = 1 << 11  # effort: it is doubled until recall holds
+RESCORED = ("int8", "binary")  # precisions whose candidates are scored again
 
 
 @dataclass(frozen=True)
 class IndexSettings:
     """What ``index.json`` holds.
 
-    ``model`` is the name of the model that made the vectors, ``signature`` what it gives for some probes. ``effort`` is
-    HNSW's efSearch or IVF's nprobe; ``recall`` the share of the exact ``TOP`` neighbors that were found with it.
+    ``model`` is the name of the model that made the vectors, ``signature`` what it gives for some probes, ``data`` a hash of
+    what was encoded. ``effort`` scales how far is searched, see ``Index``; ``recall`` is the share of the exact ``TOP``
+    neighbors that were found with it.
     """
 
     kind: str
@@ -42,13 +46,20 @@ class IndexSettings:
     count: int
     model: str = ""
     signature: list[list[float]] = field(default_factory=list)
-    effort: int = 0
+    data: str = ""
+    precision: str = "float32"
+    effort: int = 1
     recall: float = 1.0
     version: int = VERSION
 
 
 class Index:
     """N vectors ``(N, D)`` with a text each, ready to be searched.
+
+    ``kind``: ``exact`` compares a query with every vector, ``hnsw`` walks a graph of neighbors, ``ivf`` looks into the nearest
+    of many cells. ``precision`` of the vectors in memory: float32, float16, int8 or binary, of which int8 and binary only
+    find candidates, whose scores come from half-precision vectors that stay on disk. The effort multiplies the length of
+    HNSW's list of candidates (16), IVF's cells (1), and the candidates that are scored again (2 for each result).
 
     >>> vectors = np.eye(3, dtype=np.float32)
     >>> index = Index.build(vectors, ["east", "north", "up"])
@@ -57,44 +68,67 @@ class Index:
     ['east', 'north']
     """
 
-    def __init__(self, faiss_index: Any, rows: pa.Table, settings: IndexSettings) -> None:
-        self.faiss, self.rows, self.settings = faiss_index, rows, settings
+    def __init__(self, faiss_index: Any, rows: pa.Table, settings: IndexSettings, vectors: Any = None) -> None:
+        self.faiss, self.rows, self.settings, self.vectors = faiss_index, rows, settings, vectors
+        self._set_effort(settings.effort)
 
     @classmethod
     def build(
         cls, vectors: Any, texts: Sequence[str], kind: str = "exact", *, ids: Sequence[Any] | None = None,
-        similarity: str = "cosine", model: str = "", signature: Sequence[Sequence[float]] = (), recall: float = 0.99,
-        seed: int = 0,
+        similarity: str = "cosine", precision: str = "float32", model: str = "", signature: Sequence[Sequence[float]] = (),
+        data: str = "", recall: float = 0.99, seed: int = 0,
     ) -> "Index":  # fmt: skip
         """Index ``vectors (N, D)``, an array or one that is mapped into memory, with N ``texts`` and ``ids`` (0 to N - 1).
 
-        ``exact`` compares a query with every vector, ``hnsw`` walks a graph of neighbors, ``ivf`` looks into the nearest of
-        many cells. Their effort is raised until ``recall`` of the 10 exact neighbors are found, measured with rows of the
-        index as queries. A build gives the same index each time; so the graph of ``hnsw`` is built on one thread.
+        The effort is raised until ``recall`` of the 10 exact neighbors are found, measured with rows of the index as queries.
+        A build gives the same index each time; so the graph of ``hnsw`` is built on one thread.
         """
         faiss = import_extra("faiss", "search")
-        check_choice("kind", kind, KINDS)
-        check_choice("similarity", similarity, SIMILARITIES)
+        for name, value, choices in (("kind", kind, KINDS), ("similarity", similarity, SIMILARITIES),
+                                     ("precision", precision, tuple(PRECISIONS))):  # fmt: skip
+            check_choice(name, value, choices)
         require(0 < recall <= 1, f"`recall`={recall}: above 0, up to 1.")
         count, dimension = _check_vectors(vectors)
-        rows = _check_rows(texts, ids, count)
-        settings = IndexSettings(kind, similarity, dimension, count, model, [list(map(float, z)) for z in signature])
-        made = _empty(faiss, settings)
-        unit = similarity == "cosine"
-        if not made.is_trained:
-            chosen = np.sort(np.random.default_rng(seed).permutation(count)[: 256 * made.nlist])
-            made.train(_floats(vectors[chosen], unit))
+        rows, probes = _check_rows(texts, ids, count), [list(map(float, z)) for z in signature]
+        settings = IndexSettings(kind, similarity, dimension, count, model, probes, data, precision)
+        kept = np.empty((count, dimension), np.float16) if precision in RESCORED else None
+        index = cls(_empty(faiss, settings), rows, settings, kept)
+        if not index.faiss.is_trained:
+            most = 256 * getattr(index.faiss, "nlist", 256)
+            index.faiss.train(index._codes(vectors[np.sort(np.random.default_rng(seed).permutation(count)[:most])]))
         threads = faiss.omp_get_max_threads()
         faiss.omp_set_num_threads(1 if kind == "hnsw" else threads)
         try:
             for start in range(0, count, BLOCK):
-                made.add(_floats(vectors[start : start + BLOCK], unit))
+                x = np.asarray(vectors[start : start + BLOCK], dtype=np.float32)
+                index.faiss.add(index._codes(x))
+                if kept is not None:
+                    kept[start : start + BLOCK] = _floats(x, similarity == "cosine")
         finally:
             faiss.omp_set_num_threads(threads)
-        index = cls(made, rows, settings)
-        if kind != "exact":
+        if kind != "exact" or precision != "float32":
             index._raise_effort(vectors, recall, np.random.default_rng(seed))
         return index
+
+    @classmethod
+    def of_vectors(
+        cls, vectors: Vectors, kind: str = "exact", *, texts: Sequence[str] | None = None, ids: Sequence[Any] | None = None,
+        similarity: str | None = None, precision: str = "float32", recall: float = 0.99,
+    ) -> "Index":  # fmt: skip
+        """Index what ``open_vectors`` has read; a file without texts needs those that were encoded, which are compared."""
+        info = vectors.info
+        advice = "Give the texts that were encoded, or encode to .parquet, which keeps them"
+        require(texts is not None or vectors.texts is not None, f"`texts` are needed: the file of vectors has none. {advice}.")
+        chosen = texts if texts is not None else vectors.texts
+        assert chosen is not None
+        if texts is not None and info.data and not info.left_out and len(texts) == len(vectors):
+            require(
+                hash_items(texts)[1] == info.data, "`texts` are not those that the vectors were made of. Give the same data."
+            )
+        return cls.build(
+            vectors, chosen, kind, ids=ids if ids is not None else vectors.ids, similarity=similarity or info.similarity,
+            precision=precision, model=info.model, signature=info.signature, data=info.data, recall=recall,
+        )  # fmt: skip
 
     def __len__(self) -> int:
         return self.settings.count
@@ -137,10 +171,29 @@ class Index:
             x.shape[1] == self.dim, f"{fault}. Use the model that the index was built with{self.model and f': {self.model}'}."
         )
         require(np.isfinite(x).all(), "`queries` hold NaN or infinite values.")
-        scores, rows = self.faiss.search(_floats(x, self.similarity == "cosine"), min(k, len(self)))
+        k = min(k, len(self))
+        depth = k if self.vectors is None else min(len(self), 2 * self.settings.effort * k)
+        scores, rows = self.faiss.search(self._codes(x), depth)
+        if self.vectors is not None:
+            return self._rescore(_floats(x, self.similarity == "cosine"), rows, k)
         if self.similarity == "euclidean":
             scores = -np.sqrt(np.maximum(scores, 0))
         return np.where(rows >= 0, scores, -np.inf).astype(np.float32), rows
+
+    def _codes(self, x: Any) -> Any:
+        """``(n, D)`` as FAISS takes them."""
+        floats = _floats(x, self.similarity == "cosine")
+        return np.packbits(floats > 0, axis=1) if self.settings.precision == "binary" else floats
+
+    def _rescore(self, x: Floats, rows: Ints, k: int) -> tuple[Floats, Ints]:
+        """The k best of the candidates ``rows (Q, C)`` by the vectors in half precision."""
+        scores = np.empty(rows.shape, np.float32)
+        for i, candidates in enumerate(rows):
+            z = np.asarray(self.vectors[np.maximum(candidates, 0)], dtype=np.float32)
+            scores[i] = -np.linalg.norm(z - x[i], axis=1) if self.similarity == "euclidean" else z @ x[i]
+        scores[rows < 0] = -np.inf
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
 
     def texts(self, rows: Any) -> list[str]:
         """The texts of row numbers, in their order."""
@@ -160,7 +213,11 @@ class Index:
         check_new_folder(Path(folder), "folder")
         with atomic_folder(Path(folder)) as made:
             with (made / INDEX).open("wb") as file:  # faiss's own writer does not tell of a full disk
-                faiss.write_index(self.faiss, faiss.PyCallbackIOWriter(file.write))
+                write = faiss.write_index_binary if self.settings.precision == "binary" else faiss.write_index
+                write(self.faiss, faiss.PyCallbackIOWriter(file.write))
+            if self.vectors is not None:
+                with (made / VECTORS).open("wb") as file:
+                    np.save(file, self.vectors)
             pq.write_table(self.rows, made / ROWS)
             (made / SETTINGS).write_text(json.dumps(asdict(self.settings)) + "\n", encoding="utf-8")
 
@@ -170,35 +227,35 @@ class Index:
         faiss = import_extra("faiss", "search")
         path, what = locate(str(folder)), f"`folder`={folder}"
         missing = [name for name in (SETTINGS, INDEX, ROWS) if not (path / name).is_file()]
-        require(not missing, f"{what} is no folder of an index: {', '.join(missing)} is not there.")
+        require(not missing, f"{what} is no folder of an index: it has no {', no '.join(missing)}.")
         with refuse_damaged(what, "cannot be read", "Build it anew."):
             values = read_json_file(path / SETTINGS)
             version = values["version"]
             require(version <= VERSION, f"{what} was written by a later version of tercet (format {version}). Upgrade tercet.")
             settings = IndexSettings(**values)
-            index = cls(faiss.read_index(str(path / INDEX)), pq.read_table(path / ROWS), settings)
-            found = (index.faiss.ntotal, index.rows.num_rows, index.faiss.d)
-            expected = (settings.count, settings.count, settings.dimension)
-            require(found == expected, f"{what}: its files do not belong together, {found} are not {expected}. Build it anew.")
+            read = faiss.read_index_binary if settings.precision == "binary" else faiss.read_index
+            kept = np.load(path / VECTORS, mmap_mode="r") if settings.precision in RESCORED else None
+            index = cls(read(str(path / INDEX)), pq.read_table(path / ROWS), settings, kept)
+            counts = {index.faiss.ntotal, index.rows.num_rows, settings.count, settings.count if kept is None else len(kept)}
+            require(len(counts) == 1, f"{what}: its files do not belong together, of {counts} rows. Build it anew.")
         return index
 
     def _raise_effort(self, vectors: Any, recall: float, rng: np.random.Generator) -> None:
         """Double the effort until ``recall`` holds on a sample of rows; keep what another sample gives."""
         tuning, test = (np.sort(rng.permutation(len(self))[:SAMPLE]) for _ in range(2))
-        exact = _exact_neighbors(vectors, tuning, self.similarity)
-        effort, limit = (16, LARGEST) if self.kind == "hnsw" else (1, self.faiss.nlist)
-        self._set_effort(effort)
-        while self._measure(vectors, tuning, exact) < recall and effort < limit:
-            effort = min(2 * effort, limit)
+        exact, effort = _exact_neighbors(vectors, tuning, self.similarity), 1
+        while self._measure(vectors, tuning, exact) < recall and effort < LARGEST:
+            effort *= 2
             self._set_effort(effort)
         found = self._measure(vectors, test, _exact_neighbors(vectors, test, self.similarity))
-        self.settings = replace(self.settings, effort=effort, recall=found)
+        self.settings = replace(self.settings, recall=found)
 
     def _set_effort(self, effort: int) -> None:
+        self.settings = replace(self.settings, effort=effort)
         if self.kind == "hnsw":
-            self.faiss.hnsw.efSearch = effort
-        else:
-            self.faiss.nprobe = effort
+            self.faiss.hnsw.efSearch = 16 * effort
+        elif self.kind == "ivf":
+            self.faiss.nprobe = min(effort, self.faiss.nlist)
 
     def _measure(self, vectors: Any, sample: Ints, exact: Ints) -> float:
         found = _without_own(self.search(vectors[sample], exact.shape[1] + 1)[1], sample)
@@ -232,7 +289,11 @@ def _without_own(rows: Ints, own: Ints) -> Ints:
 def _empty(faiss: Any, settings: IndexSettings) -> Any:
     """The FAISS index of these settings, without vectors."""
     cells = max(1, min(int(4 * math.sqrt(settings.count)), settings.count // 39))  # FAISS asks for 39 rows a cell to train
-    structure = {"exact": "Flat", "hnsw": "HNSW32,Flat", "ivf": f"IVF{cells},Flat"}[settings.kind]
+    if settings.precision == "binary":
+        structure = {"exact": "BFlat", "hnsw": "BHNSW32", "ivf": f"BIVF{cells}"}[settings.kind]
+        return faiss.index_binary_factory(8 * math.ceil(settings.dimension / 8), structure)
+    codes = {"float32": "Flat", "float16": "SQfp16", "int8": "SQ8"}[settings.precision]
+    structure = {"exact": codes, "hnsw": f"HNSW32,{codes}", "ivf": f"IVF{cells},{codes}"}[settings.kind]
     metric = faiss.METRIC_L2 if settings.similarity == "euclidean" else faiss.METRIC_INNER_PRODUCT
     return faiss.index_factory(settings.dimension, structure, metric)
 
