@@ -30,6 +30,8 @@ from tercet.paths import RENAME_MANY, is_utf8, write_text
 COMMANDS = {
     "compare": "runs as one table: compare <folders> metric=<name> output=<folder>",
     "train": "train, measured before and after (the same as train.py)",
+    "encode": "vectors of texts or images: model=<as below> data.path=<texts> output=<file.npy, file.parquet or folder>",
+    "search": "index vectors: vectors=<file> output=<folder> kind=hnsw; ask: index=<folder> query=<text or file>",
     "evaluate": "measure any model: model=<run, checkpoint, folder or hub id> evaluation=sts output=<file.json>",
     "expand": "give a model of words those of larger vectors: model=<run> vectors=<file> output=<folder>",
     "export": "one ONNX file of a model: model=<as above> output=<folder> precision=int8",
@@ -132,7 +134,7 @@ def _run_composed(command: str, arguments: Sequence[str]) -> None:
         )
     options = parser.parse_intermixed_args(list(arguments))
     words = _without_key(options.overrides, command) if command in POSITIONAL else []
-    overrides = [_model_is_a_path(a) for a in options.overrides if a not in words] + (getattr(options, "switches", None) or [])
+    overrides = [_quote_value(a) for a in options.overrides if a not in words] + (getattr(options, "switches", None) or [])
     overrides += [f"{POSITIONAL[command]}={hydra_compat.quote(_unquoted(words))}"] if words else []
     if options.config_dir:
         overrides.append(f"hydra.searchpath={hydra_compat.quote([str(Path(options.config_dir).resolve())])}")
@@ -157,8 +159,10 @@ def _without_key(arguments: Sequence[str], command: str) -> list[str]:
     return [a for a in arguments if "=" not in a or (Path(a).is_dir() and a.split("=")[0] not in keys)]
 
 
-def _model_is_a_path(override: str) -> str:
-    # `model` is also a group of conf/, of which Hydra would look for a choice; quotes keep `=` and spaces in the path.
+def _quote_value(override: str) -> str:
+    # `model` is also a group of conf/, of which Hydra would look for a choice; quotes keep `=` and spaces in a path or a query.
+    if override.startswith("query="):
+        return f"query={hydra_compat.quote(override.removeprefix('query='))}"
     if not override.startswith("model="):
         return override
     value = override.removeprefix("model=")

@@ -1,6 +1,5 @@
 """The base class of encoders, and encoding outside training."""
 
-import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,12 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tercet.distributed.gather import gather_rows, rank, world_size
 from tercet.errors import InputError, require
-from tercet.messages import ProgressLines
+from tercet.messages import ProgressLines, progress_bar
 from tercet.models.engine.chunking import AutoChunks, Execution
 from tercet.models.engine.packing import layer_stack
 from tercet.models.pooling import POOLINGS, Head
@@ -25,6 +23,8 @@ from tercet.models.prompts import Prompts
 from tercet.types import Inputs, Item, TokenBatch, runs_on_cpu
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from tercet.models.text import TextEncoder
     from tercet.views import TokenInfo
 
@@ -146,6 +146,10 @@ class Encoder(nn.Module):
         """Those of ``parts`` that read texts."""
         return [part for part in self.parts() if part.tokenizer is not None]  # type: ignore[misc]
 
+    def prompted(self) -> Sequence[Any]:
+        """What has ``prompts`` that can be replaced: ``text_parts``, or an exported encoder of texts."""
+        return self.text_parts()
+
     def token_info(self) -> "TokenInfo | None":
         """What views of texts need to know of the tokenizer; None for images."""
         return next((part.token_info() for part in self.text_parts()), None)
@@ -248,7 +252,7 @@ class CachedEncoder:
 
     def for_column(self, column: int) -> "CachedEncoder":
         """The encode function for a column of pairs, with the column's prompt; itself where that is the model's own."""
-        own = [part.prompts for part in self.encoder.text_parts()]
+        own = [part.prompts for part in self.encoder.prompted()]
         prompts = own[0].of_column(column) if len(own) == 1 else None
         if prompts is None or prompts == own[0]:
             return self
@@ -263,13 +267,10 @@ class CachedEncoder:
         return num_outputs
 
     def _progress_bar(self, total: int) -> "tqdm[Any] | ProgressLines":
-        hidden, unit = not self.progress or rank() > 0, self.encoder.unit
-        if hidden or sys.stderr.isatty():
-            return tqdm(total=total, desc=self.progress, unit=f" {unit}", disable=hidden, leave=False, mininterval=0.5)
-        return ProgressLines(f"{self.progress}: ", total, f" {unit}")
+        return progress_bar(self.progress or "", total, self.encoder.unit, hidden=not self.progress or rank() > 0)
 
     def _encode(self, items: list[Item]) -> Tensor:
-        with _replaced(self.encoder.text_parts(), "prompts", self.prompts):
+        with _replaced(self.encoder.prompted(), "prompts", self.prompts):
             return self._encode_with_prompts(items)
 
     def _encode_with_prompts(self, items: list[Item]) -> Tensor:
