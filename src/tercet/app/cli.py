@@ -31,6 +31,7 @@ COMMANDS = {
     "evaluate": "measure any model: model=<run, checkpoint, folder or hub id> evaluation=sts output=<file.json>",
     "expand": "give a model of words those of larger vectors: model=<run> vectors=<file> output=<folder>",
     "export": "one ONNX file of a model: model=<as above> output=<folder> precision=int8",
+    "serve": "OpenAI's /v1/embeddings, search and metrics: model=<as above> index=<folder> port=8000",
     "mine": "write hard negatives: model=<as above> data.path=<pairs or labeled texts> output=<file.parquet>",
 }
 
@@ -78,12 +79,12 @@ def main(command: str, arguments: Sequence[str] | None = None) -> NoReturn:
             else:
                 _run_composed(command, given)
         except KeyboardInterrupt:
-            signals.exit_stopped(signals.INTERRUPTED)
+            signals.exit_stopped(signals.INTERRUPTED, command)
         except SystemExit as error:  # what Lightning makes of Ctrl-C, and GracefulStop of SIGTERM
             if isinstance(error.__context__, KeyboardInterrupt):
-                signals.exit_stopped(signals.INTERRUPTED)
+                signals.exit_stopped(signals.INTERRUPTED, command)
             if type(error).__name__ == "SIGTERMException" or error.code == signals.TERMINATED:
-                signals.exit_stopped(signals.TERMINATED)
+                signals.exit_stopped(signals.TERMINATED, command)
             raise
         except Exception as error:
             report_error(error, command)
@@ -125,7 +126,7 @@ def _run_composed(command: str, arguments: Sequence[str]) -> None:
         try:
             getattr(importlib.import_module(f"tercet.app.commands.{module}"), function)(cfg, Path.cwd())
         finally:
-            if not OmegaConf.is_missing(cfg, "output") and cfg.output:
+            if "output" in cfg and cfg.output:
                 remove_empty(Path(cfg.output))
 
 
