@@ -9,7 +9,6 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from tercet.errors import InputError, check_choice, require
+from tercet.errors import check_choice, import_extra, require
 from tercet.images import PixelFormat
 from tercet.models.encoder import Encoder
 from tercet.models.engine.chunking import Execution
@@ -47,7 +46,7 @@ def export_onnx(encoder: Encoder, folder: Path, precision: str = "float32") -> N
     part = parts[0]
     name, reason = type(part.backbone).__name__, "" if part.tokenizer is None else part.runner.cannot_pad
     require(not reason, f"export is for padded rows, which {name} cannot read: {reason}.")
-    onnx, quantization = _import("onnx"), _import("onnxruntime.quantization")
+    onnx, quantization = import_extra("onnx", "export"), import_extra("onnxruntime.quantization", "export")
     with atomic_folder(folder) as made:
         target = made / FILE
         _write_float32(part, target)
@@ -81,7 +80,7 @@ class ONNXEncoder(Encoder):
 
     def __init__(self, folder: Path, saved: dict[str, Any]) -> None:
         super().__init__(Execution(layout="sorted", dropout="torch"))
-        onnxruntime = _import("onnxruntime")
+        onnxruntime = import_extra("onnxruntime", "export")
         self.saved, self.dim, self.num_outputs = saved, int(saved["dim"]), int(saved["sides"])
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
@@ -174,13 +173,6 @@ def _write_float32(encoder: Any, path: Path) -> None:
     with _silence_exporter(), torch.no_grad():
         program: Any = torch.onnx.export(module, tuple(inputs.values()), **options)
         program.save(path)
-
-
-def _import(name: str) -> Any:
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise InputError(f"{error.name} is not installed: pip install 'tercet[export]'.") from error
 
 
 @contextlib.contextmanager
