@@ -36,6 +36,7 @@ COMMANDS = {
     "expand": "give a model of words those of larger vectors: model=<run> vectors=<file> output=<folder>",
     "export": "one ONNX file of a model: model=<as above> output=<folder> precision=int8",
     "runs": "list, best metric=<name>, show RUN, diff RUN RUN, tail RUN, prune: the runs below outputs/",
+    "serve": "OpenAI's /v1/embeddings, search and metrics: model=<as above> index=<folder> port=8000",
     "mine": "write hard negatives: model=<as above> data.path=<pairs or labeled texts> output=<file.parquet>",
     "doctor": "whether training can start here, and what is missing: --json --online",
     "completion": "the script that completes commands, keys and choices in bash, zsh or fish: completion bash",
@@ -98,12 +99,12 @@ def main(command: str, arguments: Sequence[str] | None = None) -> NoReturn:
             else:
                 _run_composed(command, given)
         except KeyboardInterrupt:
-            signals.exit_stopped(signals.INTERRUPTED)
+            signals.exit_stopped(signals.INTERRUPTED, command)
         except SystemExit as error:  # what Lightning makes of Ctrl-C, and GracefulStop of SIGTERM
             if isinstance(error.__context__, KeyboardInterrupt):
-                signals.exit_stopped(signals.INTERRUPTED)
+                signals.exit_stopped(signals.INTERRUPTED, command)
             if type(error).__name__ == "SIGTERMException" or error.code == signals.TERMINATED:
-                signals.exit_stopped(signals.TERMINATED)
+                signals.exit_stopped(signals.TERMINATED, command)
             raise
         except Exception as error:
             report_error(error, command)
