@@ -121,6 +121,7 @@ def silence_libraries() -> None:
     """Silence tips of libraries, and their warnings about choices that are made on purpose here."""
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("bm25s").setLevel(logging.WARNING)
     logging.basicConfig(format="%(message)s")  # counts of dropped rows
     texts = (
         "does not have many workers|directory .* exists and is not empty|It is recommended to use `self.log.*sync_dist=True|"

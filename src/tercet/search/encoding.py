@@ -207,7 +207,7 @@ def _shards(target: Path, info: VectorInfo, rows: int) -> Iterator[tuple[Path, i
     try:
         remove_partials(folder)
         remove_partials(target.parent)
-        if (folder / SETTINGS).is_file():
+        if (folder / SETTINGS).is_file() and any(folder.glob("*.npy")):
             saved = read_json_file(folder / SETTINGS)
             rows, found = saved["rows"], VectorInfo(**saved["info"])
             other = "of another model, other data or another prompt"
