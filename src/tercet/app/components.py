@@ -21,12 +21,13 @@ SPECIAL = {"_target_": str, "_partial_": bool, "_convert_": str, "_recursive_": 
 SCALARS = (bool, int, float, str, type(None))
 SETTINGS: dict[str, Any] = {  # what a key takes that belongs to no component; a list of others is of numbers with limits
     **dict.fromkeys(("check", "measure_before", "resume"), bool),
-    **dict.fromkeys(("artifacts", "index", "init_from", "key", "metric", "monitor", "optimized_metric", "output", "served_name"), str | None),
+    **dict.fromkeys(("artifacts", "index", "init_from", "metric", "monitor", "optimized_metric", "output"), str | None),
+    **dict.fromkeys(("key", "served_name"), str | None), "latency_ms": float,
     **dict.fromkeys(("device", "host", "output_dir", "precision", "save_dtype", "vectors"), str),
     **dict.fromkeys(("callback", "data", "expected", "logger", "model", "stages", "stages.runs", "trainer"), dict),
     **dict.fromkeys(("data.batch_size", "keep_last", "negatives", "port", "seed", "skip", "workers"), int),
     **dict.fromkeys(("data.name", "name"), str | int),
-    "latency_ms": float, "model.max_length": int | None, "model.normalize": bool | None, "model.path": list | str, "model.pooling": str | None,
+    "model.max_length": int | None, "model.normalize": bool | None, "model.path": list | str, "model.pooling": str | None,
     "model.prompt": str | None, "num_threads": int | None, "run_length": dict | None, "runs": list | str,
     "save_every": int | str | None, "stages.in_domain": str | None, "stages.out_of_domain": str | None,
 }  # fmt: skip
@@ -35,7 +36,8 @@ COMPONENTS = ("data.module", "data.train", "loss", "objective", "optimizer", "sa
 CALLED = ("optimizer", "sampler", "scheduler")  # by training, with what is known only then: _partial_=true
 LIMITS: dict[str, tuple[float, float, str]] = {  # of numbers that no component checks: least, largest, what else is taken
     "seed": (0, 2**32 - 1, ""), "num_threads": (1, 4096, " (null: as many as torch chooses)"), "keep_last": (1, 1000, ""),
-    "negatives": (1, 1000, ""), "port": (0, 65535, ""), "workers": (1, 256, ""), "skip": (0, math.inf, ""), "model.max_length": (1, math.inf, ""),
+    "negatives": (1, 1000, ""), "port": (0, 65535, ""), "workers": (1, 256, ""), "skip": (0, math.inf, ""),
+    "model.max_length": (1, math.inf, ""),
     **{f"trainer.{name}": (1, math.inf, ", or -1: no limit") for name in ("max_steps", "max_epochs")},
     **{f"trainer.{name}": (1, math.inf, "") for name in (
         "accumulate_grad_batches", "check_val_every_n_epoch", "log_every_n_steps", "min_epochs", "min_steps", "num_nodes")},
