@@ -13,7 +13,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 from tercet.app import run_folder
 from tercet.app.commands.train import CHECKPOINT_PARTS, check_resume
-from tercet.app.record import read_metrics
+from tercet.app.run_files import read_metrics
 from tercet.errors import InputError
 from tercet.evaluation import Retrieval
 from tercet.models.folder import read_checkpoint

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
 from tercet.app.hydra_compat import parse_overrides
-from tercet.app.record import read_metrics
+from tercet.app.run_files import read_metrics
 from tercet.app.sweeps.optuna import study_url, to_distribution
 from tercet.app.sweeps.ray import lost_job_result
 from tests.conftest import tiny

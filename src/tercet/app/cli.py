@@ -21,6 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from tercet.app import components, error_formatting, hydra_compat, signals, sweeps
+from tercet.app.run_files import ERROR
 from tercet.errors import require
 from tercet.messages import printable
 from tercet.paths import RENAME_MANY, is_utf8, write_text
@@ -32,8 +33,12 @@ COMMANDS = {
     "expand": "give a model of words those of larger vectors: model=<run> vectors=<file> output=<folder>",
     "export": "one ONNX file of a model: model=<as above> output=<folder> precision=int8",
     "serve": "OpenAI's /v1/embeddings, search and metrics: model=<as above> index=<folder> port=8000",
+    "runs": "list, best metric=<name>, show RUN, diff RUN RUN, tail RUN, prune: the runs below outputs/",
     "mine": "write hard negatives: model=<as above> data.path=<pairs or labeled texts> output=<file.parquet>",
 }
+
+POSITIONAL = {"compare": "runs", "runs": "words"}  # the key that arguments without a key are given to
+SWITCHES = {"runs": {"--yes": "delete what prune has shown"}}
 
 
 def config_folder() -> str:
@@ -109,10 +114,14 @@ def _run_composed(command: str, arguments: Sequence[str]) -> None:
     parser.add_argument("overrides", nargs="*", help="key=value")
     parser.add_argument("--cfg", choices=["job"], help="print the configuration instead of running")
     parser.add_argument("--config-dir", help="a folder with more choices of the configuration groups")
+    for switch, text in SWITCHES.get(command, {}).items():  # --dry-run is dry_run=true
+        parser.add_argument(
+            switch, action="append_const", dest="switches", const=f"{switch[2:].replace('-', '_')}=true", help=text
+        )
     options = parser.parse_intermixed_args(list(arguments))
-    folders = _named_folders(options.overrides) if command == "compare" else []
-    overrides = [_model_is_a_path(a) for a in options.overrides if a not in folders]
-    overrides += [f"runs={hydra_compat.quote(_unquoted(folders))}"] if folders else []
+    words = _without_key(options.overrides, command) if command in POSITIONAL else []
+    overrides = [_model_is_a_path(a) for a in options.overrides if a not in words] + (getattr(options, "switches", None) or [])
+    overrides += [f"{POSITIONAL[command]}={hydra_compat.quote(_unquoted(words))}"] if words else []
     if options.config_dir:
         overrides.append(f"hydra.searchpath={hydra_compat.quote([str(Path(options.config_dir).resolve())])}")
     with initialize_config_dir(config_folder(), version_base="1.3", job_name=command):
@@ -130,9 +139,9 @@ def _run_composed(command: str, arguments: Sequence[str]) -> None:
                 remove_empty(Path(cfg.output))
 
 
-def _named_folders(arguments: Sequence[str]) -> list[str]:
-    """The arguments of ``compare`` that are folders: also one whose name holds a `=`, if it is there and no key of its own."""
-    keys = OmegaConf.load(Path(config_folder(), "compare.yaml"))
+def _without_key(arguments: Sequence[str], command: str) -> list[str]:
+    """The arguments that name no key, as folders: also one whose name holds a `=`, if it is there and no key of its own."""
+    keys = OmegaConf.load(Path(config_folder(), f"{command}.yaml"))
     return [a for a in arguments if "=" not in a or (Path(a).is_dir() and a.split("=")[0] not in keys)]
 
 
@@ -166,7 +175,7 @@ def _job(failed: list[str]) -> Callable[[DictConfig], Any]:
             failed.append(report_error(error, "train"))
             if HydraConfig.get().mode == RunMode.MULTIRUN:  # the sweep goes on, its summary points here
                 with suppress(OSError):  # a full disk may be the error
-                    write_text(output / "error.txt", failed[-1] + "\n")
+                    write_text(output / ERROR, failed[-1] + "\n")
             return float("nan")
         except (KeyboardInterrupt, SystemExit):
             remove_empty(output)

@@ -29,12 +29,15 @@ SETTINGS: dict[str, Any] = {  # what a key takes that belongs to no component; a
     **dict.fromkeys(("data.name", "name"), str | int),
     "model.max_length": int | None, "model.normalize": bool | None, "model.path": list | str, "model.pooling": str | None,
     "model.prompt": str | None, "num_threads": int | None, "run_length": dict | None, "runs": list | str,
+    "folder": str, **dict.fromkeys(("jobs", "yes"), bool), "run_name": str | None, "last": int | None,
+    "older_than": float | None, "state": list | str | None, "words": list | str,
     "save_every": int | str | None, "stages.in_domain": str | None, "stages.out_of_domain": str | None,
 }  # fmt: skip
 COMPONENTS = ("data.module", "data.train", "loss", "objective", "optimizer", "sampler", "scheduler", "test", "trainer",
               "limits", "validation", "view", "evaluation", "guard")  # fmt: skip
 CALLED = ("optimizer", "sampler", "scheduler")  # by training, with what is known only then: _partial_=true
 LIMITS: dict[str, tuple[float, float, str]] = {  # of numbers that no component checks: least, largest, what else is taken
+    "last": (1, math.inf, " (null: all)"), "older_than": (0, math.inf, " (days)"),
     "seed": (0, 2**32 - 1, ""), "num_threads": (1, 4096, " (null: as many as torch chooses)"), "keep_last": (1, 1000, ""),
     "negatives": (1, 1000, ""), "port": (0, 65535, ""), "workers": (1, 256, ""), "skip": (0, math.inf, ""),
     "model.max_length": (1, math.inf, ""),
