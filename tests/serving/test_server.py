@@ -127,7 +127,9 @@ def test_similarity_is_the_cosine(client, model):
 
 def test_health_and_metrics(client):
     assert client.get("/health/live").json() == {"status": "live"}
-    assert client.get("/health/ready").json() == client.get("/health").json() == {"status": "ready", "model": "tiny", "queued": 0}
+    assert (
+        client.get("/health/ready").json() == client.get("/health").json() == {"status": "ready", "model": "tiny", "queued": 0}
+    )
     client.post("/v1/embeddings", json={"input": "a b c"})
     lines = dict(line.rsplit(" ", 1) for line in client.get("/metrics").text.splitlines() if line[0] != "#")
     assert float(lines['tercet_requests_total{route="/v1/embeddings",status="200"}']) >= 1

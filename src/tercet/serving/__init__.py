@@ -5,8 +5,8 @@ Needs fastapi, uvicorn and prometheus-client, which are imported when an applica
 
 from typing import TYPE_CHECKING, Any
 
+from tercet.errors import import_extra
 from tercet.serving.batching import Batcher, QueueFullError
-from tercet.serving.requirements import require_serving
 from tercet.serving.service import Limits
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from tercet.models import Encoder
 
-__all__ = ["Batcher", "Limits", "QueueFullError", "create_app"]
+__all__ = ["Batcher", "Limits", "QueueFullError", "create_app", "require_serving"]
 
 
 def create_app(model: "Encoder", index: Any = None, **options: Any) -> "FastAPI":
@@ -31,3 +31,9 @@ def create_app(model: "Encoder", index: Any = None, **options: Any) -> "FastAPI"
     from tercet.serving.server import build_app
 
     return build_app(model, index, **options)
+
+
+def require_serving() -> None:
+    """Raise ``InputError`` with the pip line for a package of the extra that is not installed."""
+    for name in ("fastapi", "uvicorn", "prometheus_client"):
+        import_extra(name, "serve")

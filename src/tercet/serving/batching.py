@@ -154,4 +154,6 @@ class Batcher(Generic[Row, Result]):
                 self._requests.remove(request)
                 self._count(request.taken - len(request.rows))
         if not request.future.done():
-            request.future.set_exception(error if isinstance(error, InputError) else RuntimeError(f"encoding failed: {error!r}"))
+            request.future.set_exception(
+                error if isinstance(error, InputError) else RuntimeError(f"encoding failed: {error!r}")
+            )

@@ -65,7 +65,8 @@ class Service:
     """A model of texts, and an index or None, for an event loop: one thread encodes what all callers await."""
 
     def __init__(
-        self, model: Encoder, index: Any = None, limits: Limits | None = None, latency_ms: float = 5.0, **hooks: Callable[..., Any]
+        self, model: Encoder, index: Any = None, limits: Limits | None = None, latency_ms: float = 5.0,
+        **hooks: Callable[..., Any],
     ) -> None:  # fmt: skip
         tokenizer = getattr(model, "tokenizer", None)
         require(tokenizer is not None, "`model`: a model of texts is needed; this one reads images.")

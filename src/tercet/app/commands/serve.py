@@ -17,8 +17,7 @@ from tercet.app.components import build
 from tercet.errors import InputError, require
 from tercet.messages import print_status, silence_libraries
 from tercet.models import Encoder, load
-from tercet.serving import Limits, create_app
-from tercet.serving.requirements import require_serving
+from tercet.serving import Limits, create_app, require_serving
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -42,9 +41,7 @@ class Settings:
     def make_app(self, model: Encoder | None = None) -> "FastAPI":
         """Load the model, unless it is given, and the index."""
         torch.set_num_threads(self.threads)
-        model = model or load(
-            self.model, pooling=self.pooling, device=self.device, trust_remote_code=self.trust_remote_code
-        )
+        model = model or load(self.model, pooling=self.pooling, device=self.device, trust_remote_code=self.trust_remote_code)
         return create_app(model, open_index(self.index) if self.index else None, **self.options)
 
 
@@ -87,7 +84,9 @@ def listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        raise InputError(f"host={host}, port={port}: {error.strerror or error}. Give another port, or an address of this machine.") from error
+        raise InputError(
+            f"host={host}, port={port}: {error.strerror or error}. Give another port, or an address of this machine."
+        ) from error
 
 
 def serve_app(app: "FastAPI", limits: Limits, listener: socket.socket, place: str) -> None:
@@ -144,7 +143,7 @@ def _config(app: Any, limits: Limits, **options: Any) -> Any:
     import uvicorn
 
     return uvicorn.Config(
-        app, log_level="warning", access_log=False, ws="none", server_header=False, limit_concurrency=limits.connections,
+        app, log_level="warning", access_log=False, ws="none", server_header=False, timeout_keep_alive=75, limit_concurrency=limits.connections,
         timeout_graceful_shutdown=limits.seconds, timeout_worker_healthcheck=60, **options,
     )  # fmt: skip
 
