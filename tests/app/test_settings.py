@@ -85,7 +85,7 @@ def test_a_missing_part_is_named():
 
 
 def test_limits_are_of_keys_that_exist():
-    known = {key for command in ("train", "evaluate", "mine", "compare", "export", "expand")
+    known = {key for command in ("train", "encode", "search", "evaluate", "mine", "compare", "export", "expand")
              for key, _ in components.walk(OmegaConf.to_container(composed(entry=command), resolve=False))}  # fmt: skip
     assert {*components.LIMITS, *components.SETTINGS} <= known
 
