@@ -28,7 +28,9 @@ SETTINGS: dict[str, Any] = {  # what a key takes that belongs to no component; a
     **dict.fromkeys(("data.name", "name"), str | int),
     "model.max_length": int | None, "model.normalize": bool | None, "model.path": list | str, "model.pooling": str | None,
     "model.prompt": str | None, "num_threads": int | None, "run_length": dict | None, "runs": list | str,
-    "folder": str, **dict.fromkeys(("jobs", "yes"), bool), "run_name": str | None, "last": int | None,
+    **dict.fromkeys(("folder", "repo"), str), **dict.fromkeys(("dry_run", "jobs", "private", "yes"), bool),
+    **dict.fromkeys(("card.base_model", "card.license", "card.title", "revision", "run_name"), str | None), "card": dict,
+    **dict.fromkeys(("card.datasets", "card.language"), list | str | None), "last": int | None,
     "older_than": float | None, "state": list | str | None, "words": list | str,
     "save_every": int | str | None, "stages.in_domain": str | None, "stages.out_of_domain": str | None,
 }  # fmt: skip
