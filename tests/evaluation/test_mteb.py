@@ -10,12 +10,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from tercet.app.components import build
 from tercet.errors import InputError
 from tercet.evaluation import MTEB
-from tercet.models import CachedEncoder, load, save_model
+from tercet.images import PixelFormat
+from tercet.models import CachedEncoder, ImageEncoder, load, random_backbone, save_model
+from tercet.models.interop import _png
 from tests.conftest import MINILM, TEXTS, composed, tiny
+from tests.end_to_end.conftest import command  # noqa: F401 - a fixture
+from tests.models.test_saved_folders import RESNET
 
 mteb = pytest.importorskip("mteb", reason="tercet[mteb] is not installed")
 from sentence_transformers import SentenceTransformer  # noqa: E402
@@ -51,8 +56,8 @@ def write(folder, tables):
         pq.write_table(pa.table(columns), folder / f"{name}.parquet")
 
 
-def write_retrieval(folder, shift=1):
-    """A corpus, queries and judgements as in the repositories of mteb: query i has the document i, and i + ``shift``."""
+def write_retrieval(folder, shift=1, split="train"):
+    """A corpus, queries and judgements as in the repositories of NanoBEIR: query i has the document i, and i + ``shift``."""
     ids, size = [f"q{i}" for i in range(12)], len(TEXTS)
     judged = {
         "query-id": ids * 2,
@@ -62,7 +67,7 @@ def write_retrieval(folder, shift=1):
     write(folder, {"corpus": {"_id": [f"d{i}" for i in range(size)], "title": [""] * size, "text": OTHERS},
                    "queries": {"_id": ids, "text": TEXTS}, "qrels": judged})  # fmt: skip
     lines = [
-        f"- config_name: {name}\n  data_files: [{{split: train, path: {name}.parquet}}]"
+        f"- config_name: {name}\n  data_files: [{{split: {split}, path: {name}.parquet}}]"
         for name in ("corpus", "queries", "qrels")
     ]
     (folder / "README.md").write_text("\n".join(["---", "configs:", *lines, "---", ""]))
@@ -143,6 +148,22 @@ def test_prompts_of_queries_documents_and_tasks_are_as_in_sentence_transformers(
     assert all(without[name] != pytest.approx(score, abs=1e-4) for name, score in want.items())
 
 
+def test_the_command_measures_and_writes(copies, command, encoder, tmp_path):  # noqa: F811
+    save_model(encoder, tmp_path / "model")
+    words = [f"model={tmp_path / 'model'}", "evaluation=mteb", f"evaluation.path={copies}", f"output={tmp_path / 'x.json'}"]
+    result = command("evaluate", *words, "evaluation.tasks=[STSBenchmark]", f"evaluation.results={tmp_path}")
+    assert result.code == 0, result.terminal
+    metrics = json.loads((tmp_path / "x.json").read_text())
+    want = MTEB(["STSBenchmark"], str(copies))(load(tmp_path / "model").encode)
+    assert {f"test/{name}": score for name, score in want.items()} == pytest.approx(
+        {name: value for name, value in metrics.items() if name.startswith("test/")}, abs=1e-6
+    )
+    assert "mteb/STSBenchmark/cosine_spearman" in result.terminal
+    assert (tmp_path / "results" / "tercet__model" / "unknown" / "STSBenchmark.json").is_file()
+    result = command("evaluate", *words, "evaluation.tasks=[STSBenchmrk]")
+    assert result.code == 1 and "evaluation.tasks has STSBenchmrk: mteb has no such task" in result.terminal
+
+
 def test_nanobeir_is_thirteen_tasks_by_mtebs_name(copies, minilm):
     evaluate = build(composed("evaluation=nanobeir", f"evaluation.path={copies}", entry="evaluate").evaluation)
     names = [task.metadata.name for task in evaluate._tasks(mteb)]
@@ -189,6 +210,32 @@ def test_evaluators_of_sentence_transformers_take_our_models(minilm, tmp_path):
     ):
         assert evaluate(minilm, str(tmp_path)) == pytest.approx(evaluate(library), abs=1e-4), type(evaluate)
     assert minilm.model_card_data.metrics["cosine_ndcg@10"] > 0.5
+
+
+def test_nanobeir_of_sentence_transformers_takes_our_models(copies, minilm, tmp_path):
+    write_retrieval(tmp_path / "nano", 2, "NanoMSMARCO")
+    evaluate = peers.NanoBEIREvaluator(["msmarco"], dataset_id=str(tmp_path / "nano"))
+    library = SentenceTransformer(minilm.backbone.config._name_or_path, device="cpu")
+    assert evaluate(minilm) == pytest.approx(evaluate(library), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_all_of_nanobeir_from_copies(minilm, copies, tmp_path):
+    tasks = mteb.get_benchmark("NanoBEIR").tasks
+    for i, task in enumerate(tasks):
+        write_retrieval(tmp_path / task.metadata.name, i + 1)
+    found = build(composed("evaluation=nanobeir", f"evaluation.path={tmp_path}", entry="evaluate").evaluation)(minilm.encode)
+    assert found.keys() == {"mteb/mean/main_score", *(f"mteb/{task.metadata.name}/ndcg_at_10" for task in tasks)}
+
+
+def test_images_of_mteb_are_encoded():
+    torch.manual_seed(0)
+    encoder = ImageEncoder(random_backbone(RESNET), PixelFormat(32)).eval()
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 20, 30, 3), dtype=np.uint8)
+    images = [Image.fromarray(each) for each in pixels]
+    found = encoder.encode([{"image": images[:2]}, {"image": images[2:]}], task_metadata=mteb.get_task("STSBenchmark").metadata)
+    np.testing.assert_allclose(found, encoder.encode(list(map(_png, images))), atol=1e-6)
+    assert encoder.mteb_model_meta.modalities == ["image"]
 
 
 @pytest.mark.parametrize("name", ["cosine", "dot", "euclidean", "manhattan"])
