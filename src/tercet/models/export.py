@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from tercet.errors import check_choice, require
+from tercet.errors import check_choice, import_extra, require
 from tercet.models.encoder import Encoder
 from tercet.models.engine.packing import KEY_VALUE
-from tercet.models.exported import OUTPUT, SETTINGS, import_extra, open_exported
+from tercet.models.exported import OUTPUT, SETTINGS, open_exported
 from tercet.models.pooling import NEEDS_ALL_LAYERS
 from tercet.models.pretrained import write_json
 from tercet.models.sentence_transformers import refuse_to_open, write_modules
@@ -143,14 +143,14 @@ def _write(part: Any, target: Path, format: str, precision: str) -> None:
         return
     outputs = [OUTPUT] if part.tokenizer is None else ["last_hidden_state", OUTPUT]
     options: Any = {"input_names": [*inputs], "output_names": outputs, "dynamic_shapes": shapes, "dynamo": True}
-    import_extra("onnxscript")
+    import_extra("onnxscript", "export")
     program: Any = torch.onnx.export(module, tuple(inputs.values()), **options)
     full = target.with_name("full.onnx")
     program.save(full)
     if format == "onnx":
         _lower_precision(full, target, precision)
     else:
-        openvino, source = import_extra("openvino"), full
+        openvino, source = import_extra("openvino", "openvino"), full
         if precision == "int8":
             _lower_precision(full, source := target.with_name("int8.onnx"), precision)
         openvino.save_model(openvino.convert_model(str(source)), target, compress_to_fp16=precision == "float16")
@@ -163,11 +163,11 @@ def _lower_precision(full: Path, target: Path, precision: str) -> None:
     if precision == "float32":
         full.rename(target)
     elif precision == "float16":
-        onnx, float16 = import_extra("onnx"), import_extra("onnxruntime.transformers.float16")
+        onnx, float16 = import_extra("onnx", "export"), import_extra("onnxruntime.transformers.float16", "export")
         onnx.save(float16.convert_float_to_float16(onnx.load(full), keep_io_types=True), target)
     else:
-        quantization = import_extra("onnxruntime.quantization")
-        excluded = [node.name for node in import_extra("onnx").load(full).graph.node if _makes_values(node)]
+        quantization = import_extra("onnxruntime.quantization", "export")
+        excluded = [node.name for node in import_extra("onnx", "export").load(full).graph.node if _makes_values(node)]
         kind = quantization.QuantType.QInt8
         options = {"per_channel": True, "weight_type": kind, "op_types_to_quantize": ["MatMul", "Gemm"]}
         quantization.quantize_dynamic(full, target, nodes_to_exclude=excluded, **options)

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from tercet.errors import InputError, require
+from tercet.errors import InputError, import_extra, require
 from tercet.images import PixelFormat
 from tercet.models.encoder import Encoder
 from tercet.models.engine.chunking import Execution
@@ -24,7 +23,6 @@ from tercet.types import Item
 SETTINGS = "export.json"
 ONNX_SETTINGS = "onnx.json"  # of exports by versions before 0.3, whose file is model.onnx
 OUTPUT = "sentence_embedding"
-EXTRAS = {"openvino": "openvino"}  # of this library, by package; others are in `export`
 Run = Callable[[dict[str, Any]], Any]  # arrays by the names of the inputs, to the embeddings (n, D)
 
 
@@ -65,7 +63,7 @@ class ExportedEncoder(Encoder):
         if self.saved.get("lower_case"):
             add_lowercase(self.tokenizer)
 
-    def prompt_parts(self) -> list[Any]:
+    def prompted(self) -> Sequence[Any]:
         """Itself, unless the pooling that was exported leaves out the tokens of its prompt."""
         return [self] if self.prompts.pooled else []
 
@@ -98,7 +96,7 @@ class ExportedImageEncoder(ImageInputs, ExportedEncoder):
     def _read_inputs(self, folder: Path) -> None:
         self.pixels = PixelFormat(**self.saved["pixels"])
 
-    def prompt_parts(self) -> list[Any]:
+    def prompted(self) -> Sequence[Any]:
         """None."""
         return []
 
@@ -120,7 +118,7 @@ def _open(folder: Path, kind: str, name: str, trust_remote_code: bool) -> Run:
 
 
 def _open_onnx(file: Path) -> Run:
-    onnxruntime = import_extra("onnxruntime")
+    onnxruntime = import_extra("onnxruntime", "export")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
@@ -130,7 +128,7 @@ def _open_onnx(file: Path) -> Run:
 
 def _open_openvino(file: Path) -> Run:
     options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    model = import_extra("openvino").Core().compile_model(str(file), "CPU", options)
+    model = import_extra("openvino", "openvino").Core().compile_model(str(file), "CPU", options)
     return lambda inputs: np.array(model(inputs)[model.outputs[-1]])
 
 
@@ -142,12 +140,3 @@ def _open_torch(file: Path) -> Run:
         return module(*map(torch.from_numpy, inputs.values()))[-1]
 
     return run
-
-
-def import_extra(name: str) -> Any:
-    """A module of an optional package; ``InputError`` says how to install it."""
-    try:
-        return import_module(name)
-    except ImportError as error:
-        extra = EXTRAS.get(name, "export")
-        raise InputError(f"{error.name} is not installed: pip install 'tercet[{extra}]'.") from error

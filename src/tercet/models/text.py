@@ -33,7 +33,7 @@ class TextEncoder(PoolingMixin, Encoder):
     """Encoder of texts by any text backbone of transformers, or a word-level one: ``TokenBatch -> (N, D)``.
 
     ``normalize`` scales embeddings to length 1. Texts are cut at ``max_length`` tokens, special ones included; None is the
-    backbone's limit. ``compile`` runs the backbone through torch.compile with dynamic shapes. ``prompt`` is put before each
+    backbone's limit. ``compile`` runs its layers through torch.compile with dynamic shapes. ``prompt`` is put before each
     text; a list has one for each column of the training rows, and ``encode`` takes the first.
 
     >>> from tercet.models import make_tokenizer, random_backbone
@@ -116,7 +116,7 @@ class TextEncoder(PoolingMixin, Encoder):
         def embed(rows: TokenBatch) -> Tensor:
             return self.pool(*self.runner(rows, *options))
 
-        if execution.can_replay and self.replay.can_run(self, inputs, self.runner.head_size):
+        if execution.can_replay and not self.runner.compiled and self.replay.can_run(self, inputs, self.runner.head_size):
             return self.replay(embed, self, inputs, self.normalize, self.unpooled)
         return execution.run(embed, inputs)
 

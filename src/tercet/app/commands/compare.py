@@ -21,7 +21,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
-from tercet.app import record, report
+from tercet.app import record, report, run_files
 from tercet.errors import require
 from tercet.evaluation.direction import SMALLER_IS_BETTER, is_smaller_better
 from tercet.evaluation.figures import figure_text
@@ -176,23 +176,16 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     """All finished runs in or below ``paths``; prints how many have no metrics and are left out."""
     for path in paths:
         require(path.is_dir(), f"runs={path}: there is no such folder. Give run folders, or one that holds them.")
-    found = find_runs(paths)
-    runs = [_read_run(folder) for folder in found if record.is_finished(folder)]
+    found = run_files.find_runs(paths)
+    runs = [_read_run(folder) for folder in found if run_files.is_finished(folder)]
     if unfinished := len(found) - len(runs):
         print_status(f"{unfinished} runs have not finished and are left out.")
     require(runs, f"runs={', '.join(map(str, paths))}: no finished run (config.yaml and metrics.json) is there.")
     return runs
 
 
-def find_runs(paths: Sequence[Path], files: Sequence[str] = ("config.yaml",)) -> list[Path]:
-    """The folders of runs in or below ``paths``, which hold one of ``files``, in the order of their names and numbers."""
-    folders = {file.parent for path in paths for name in files for file in path.rglob(name)}
-    top = [folder for folder in folders if not folders & set(folder.parents)]  # the stages of a run are not runs
-    return sorted(top, key=lambda folder: [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in folder.parts])
-
-
 def _read_run(folder: Path) -> Run:
-    cfg = record.read_settings(folder)
+    cfg = run_files.read_settings(folder)
     given, optimized = cfg.get("command") or [], cfg.get("optimized_metric")
     seed: Any = cfg.get("seed")
     typed = isinstance(given, list) and all(isinstance(part, str) for part in given)
@@ -200,8 +193,8 @@ def _read_run(folder: Path) -> Run:
     require(whole, f"{folder / 'config.yaml'}: command (a list of texts), seed (a whole number) or optimized_metric is amiss.")
     overrides = dict(printable(part, lines=False).partition("=")[::2] for part in given)
     command = shlex.join(["python", "train.py", *given])
-    metrics = {printable(name, lines=False): value for name, value in record.read_metrics(folder).items()}
-    smaller = record.smaller_is_better(cfg)
+    metrics = {printable(name, lines=False): value for name, value in run_files.read_metrics(folder).items()}
+    smaller = run_files.smaller_is_better(cfg)
     return Run(folder, seed, metrics, overrides, printable(command, lines=False), optimized, smaller)
 
 

@@ -10,7 +10,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint, ModelSummary, ProgressBar
 
-from tercet.app import launch, record, report, run_folder
+from tercet.app import launch, record, report, run_files, run_folder
 from tercet.app.commands.evaluate import initialize_from
 from tercet.app.commands.preflight import preflight
 from tercet.app.components import build, check_settings, check_values, find_targets, start_record
@@ -52,7 +52,7 @@ def run(cfg: DictConfig, output: Path) -> float | None:
         set_run_length(config, data)
         if config.resume and is_done(config, output):
             print_status(f"{output} is finished; there is nothing left to do.")
-            return optimized_value(config, record.read_metrics(output))
+            return optimized_value(config, run_files.read_metrics(output))
         if not check_resume(config, output) and not config.check:
             begin_anew(config, output)
         if alone and launch.needs_processes(config):
@@ -149,9 +149,9 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
 
 def is_done(cfg: DictConfig, output: Path) -> bool:
     """Whether the folder has the results of these settings."""
-    if not record.is_finished(output):
+    if not run_files.is_finished(output):
         return False
-    settings = record.read_settings(output)
+    settings = run_files.read_settings(output)
     return not record.first_difference(settings, cfg, lambda key: key.split(".")[0] not in FREE_KEYS)
 
 
@@ -169,7 +169,7 @@ def check_resume(cfg: DictConfig, output: Path) -> bool:
     there = last_checkpoints(output) if cfg.resume else []
     if not there:
         return False
-    written = record.read_settings(output) if (output / "config.yaml").is_file() else {}
+    written = run_files.read_settings(output) if (output / "config.yaml").is_file() else {}
     old = f"resume=true: {output} is a run of Tercet 0.1, whose settings had other names, and cannot be resumed. "
     new = f"init_from={output} starts from its weights; use another output_dir."
     require("batches" not in written, old + new)  # a key of version 0.1
@@ -203,7 +203,7 @@ def _is_same_start(cfg: DictConfig, output: Path) -> bool:
     """Whether the folder has nothing but the beginning of a run with these settings, stopped before its first checkpoint."""
     if (output / "metrics.json").is_file() or not (output / "config.yaml").is_file():
         return False
-    return not record.first_difference(record.read_settings(output), cfg, changes_results)
+    return not record.first_difference(run_files.read_settings(output), cfg, changes_results)
 
 
 def last_checkpoints(output: Path) -> list[Path]:
