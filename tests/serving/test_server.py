@@ -262,9 +262,9 @@ def test_an_error_of_the_model_is_500_without_its_words(model):
 def test_an_exported_model_is_served(model, tmp_path):
     pytest.importorskip("onnxscript", reason="tercet[export] is not installed")
     import tercet
-    from tercet.models.onnx import export_onnx
+    from tercet.models.export import export_model
 
-    export_onnx(model, tmp_path / "onnx")
+    export_model(model, tmp_path / "onnx")
     exported = tercet.load(tmp_path / "onnx")
     ids = model.tokenizer(TEXTS[:2])["input_ids"]
     with served(create_app(exported, latency_ms=0)) as place, httpx.Client(base_url=place, timeout=60) as client:

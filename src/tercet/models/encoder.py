@@ -18,6 +18,7 @@ from tercet.errors import InputError, require
 from tercet.messages import ProgressLines, progress_bar
 from tercet.models.engine.chunking import AutoChunks, Execution
 from tercet.models.engine.packing import layer_stack
+from tercet.models.interop import EvaluatedModel, encode_with_options
 from tercet.models.pooling import POOLINGS, Head
 from tercet.models.prompts import Prompts
 from tercet.types import Inputs, Item, TokenBatch, runs_on_cpu
@@ -32,7 +33,7 @@ BLOCK = 2048  # items that are tokenized at once for a GPU
 Chunks = tuple[list[Tensor], Callable[[Tensor], Inputs]]  # row indices, and a function from one of them to its rows
 
 
-class Encoder(nn.Module):
+class Encoder(EvaluatedModel, nn.Module):
     """Base class of encoders: N rows of texts (``TokenBatch``) or images (``Images``) to embeddings ``(N, D)``.
 
     A subclass sets ``kind`` and implements ``run``, ``prepare``, ``settings``, ``dim`` and ``num_outputs``; other methods
@@ -93,15 +94,20 @@ class Encoder(nn.Module):
 
     def encode(
         self, items: Sequence[Item], batch_size: int | None = None, normalize: bool | None = None, progress: bool = False,
-        tokens: int | None = None, prompt: str | None = None,
+        tokens: int | None = None, prompt: str | None = None, **options: Any,
     ) -> Tensor:  # fmt: skip
         """Encode texts, or the bytes of image files: ``(N, D)`` float32 on the CPU, without dropout and gradient.
 
         Equal items are encoded once. ``batch_size`` and ``tokens`` limit the rows and tokens of one forward pass;
         ``normalize`` scales embeddings to length 1 or not, None does what the model was saved with. ``progress`` shows a bar.
-        ``prompt`` is put before each text, in place of the model's own.
+        ``prompt`` is put before each text, in place of the model's own. ``options`` are other keywords of
+        sentence-transformers' ``encode``, or of mteb's (``encode_with_options``).
         """
-        parts, texts = self.parts(), self.text_parts()
+        if options:
+            own: dict[str, Any] = {"batch_size": batch_size, "normalize": normalize, "progress": progress, "tokens": tokens}
+            found: Tensor = encode_with_options(self, items, prompt=prompt, **own, **options)
+            return found
+        parts, texts = self.parts(), self.prompted()
         fixed = f"`normalize`={normalize}: this model's normalization is fixed. Leave `normalize` out."
         require(parts or normalize is None, fixed)
         require(texts or prompt is None, f"`prompt`={prompt!r}: this model's prompt is fixed, or it reads images.")
@@ -149,6 +155,11 @@ class Encoder(nn.Module):
     def prompted(self) -> Sequence[Any]:
         """What has ``prompts`` that can be replaced: ``text_parts``, or an exported encoder of texts."""
         return self.text_parts()
+
+    def own_prompts(self) -> Prompts | None:
+        """The prompts, where they are of one part and can be replaced."""
+        own: list[Prompts] = [part.prompts for part in self.prompted()]
+        return own[0] if len(own) == 1 else None
 
     def token_info(self) -> "TokenInfo | None":
         """What views of texts need to know of the tokenizer; None for images."""
@@ -232,7 +243,7 @@ class CachedEncoder:
     distributed: bool = True
     prompts: Prompts | None = None  # in place of the model's own
     cache: dict[Item, Tensor] = field(default_factory=dict, init=False)
-    columns: dict[int, "CachedEncoder"] = field(default_factory=dict, init=False)  # those with a prompt of their own
+    others: dict[str, "CachedEncoder"] = field(default_factory=dict, init=False)  # those with another prompt, by its text
 
     @torch.no_grad()
     def __call__(self, items: Sequence[Item]) -> Tensor:
@@ -252,11 +263,19 @@ class CachedEncoder:
 
     def for_column(self, column: int) -> "CachedEncoder":
         """The encode function for a column of pairs, with the column's prompt; itself where that is the model's own."""
-        own = [part.prompts for part in self.encoder.prompted()]
-        prompts = own[0].of_column(column) if len(own) == 1 else None
-        if prompts is None or prompts == own[0]:
+        own = self.encoder.own_prompts()
+        return self._with(own and own.of_column(column))
+
+    def for_task(self, task: Any, prompt_type: Any) -> "CachedEncoder":
+        """The encode function with the prompt for a task of mteb and a type of text; itself where that is the model's own."""
+        own = self.encoder.own_prompts()
+        return self._with(own and own.of_task(task, prompt_type))
+
+    def _with(self, prompts: Prompts | None) -> "CachedEncoder":
+        own = self.encoder.own_prompts()
+        if own is None or prompts is None or prompts.text == own.text:
             return self
-        return self.columns.setdefault(column, replace(self, prompts=prompts))
+        return self.others.setdefault(prompts.text, replace(self, prompts=prompts))
 
     @property
     def num_outputs(self) -> int:
