@@ -25,6 +25,11 @@ def blocks(page, language):
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
 
 
+def is_composed(name):
+    """Whether this is a command with keys; ``doctor`` and a few others have options alone."""
+    return name in COMMANDS and (CONF / f"{name}.yaml").is_file()
+
+
 def commands(page):
     """Each command of the page that Hydra composes, as (entry, words)."""
     for block in blocks(page, "bash"):
@@ -33,7 +38,7 @@ def commands(page):
             words = shlex.split(line, comments=True)
             if "train.py" in words:
                 yield "train", words[words.index("train.py") + 1 :]
-            elif "tercet" in words[:-1] and words[words.index("tercet") + 1] in COMMANDS:
+            elif "tercet" in words[:-1] and is_composed(words[words.index("tercet") + 1]):
                 yield words[words.index("tercet") + 1], words[words.index("tercet") + 2 :]
 
 
@@ -164,3 +169,14 @@ def test_the_prose_is_american_and_has_no_old_names(page):
     british = r"\w*neighbour\w*|labelled|unlabelled|colour\w*|normalis\w+|grey|behaviour\w*|optimis\w+"
     old = rf"\b({british}|keyed|start_from|evaluation=geometry)\b"
     assert not re.findall(old, text)
+
+
+def test_every_extra_is_explained_with_what_it_installs():
+    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.+) \|$", (ROOT / "docs/howto/command_line.md").read_text(), re.MULTILINE)
+    for name, packages, meaning in rows:
+        found = [re.match(r"tercet\[.*\]|[\w.-]+", line)[0] for line in extras.pop(name)]
+        assert packages == ", ".join(found), name
+        assert len(meaning) > 10
+    assert set(extras) <= {"dev"}

@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from tercet import __main__, __version__
 from tercet.app import cli
 
 
@@ -16,3 +17,25 @@ def test_threads_do_not_spin_for_each_other_unless_that_is_asked_for(given, used
     with pytest.raises(SystemExit):
         cli.main("compare", ["--help"])
     assert os.environ["OMP_WAIT_POLICY"] == used
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
+def test_help_lists_the_commands_by_task(arguments, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["tercet", *arguments])
+    __main__.main()
+    text = capsys.readouterr().out
+    assert all(f"\n  {name:11}" in text for name in cli.COMMANDS)
+    assert "\n\nmeasure\n  evaluate " in text
+
+
+def test_the_version(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["tercet", "--version"])
+    __main__.main()
+    assert capsys.readouterr().out == f"tercet {__version__}\n"
+
+
+def test_a_mistyped_command(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["tercet", "trian", "data=text"])
+    with pytest.raises(SystemExit, match="1"):
+        __main__.main()
+    assert capsys.readouterr().err == "error: trian is no command. Did you mean train? `tercet --help` lists them.\n"

@@ -271,9 +271,9 @@ def test_an_index_is_made_once_and_knows_its_model(encoder, tmp_path, monkeypatc
 def test_an_exported_model_fits_the_index_of_its_model(tmp_path, precision):
     pytest.importorskip("onnxscript")
     from tercet.models import load
-    from tercet.models.onnx import export_onnx
+    from tercet.models.export import export_model
     from tests.conftest import MINILM
 
     model = load(MINILM)
-    export_onnx(model, tmp_path / "onnx", precision)
+    export_model(model, tmp_path / "onnx", precision=precision)
     check_same_model(load(tmp_path / "onnx"), json.loads(json.dumps(make_signature(model))), "minilm")

@@ -3,13 +3,14 @@
 import re
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra import version
+from hydra import compose, initialize_config_dir, version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.defaults_list import Overrides
 from hydra._internal.utils import _run_hydra, get_args_parser
@@ -154,3 +155,16 @@ def config_folders() -> list[Path]:
         return []
     paths = (element.path for element in GlobalHydra.instance().config_loader().get_search_path().get_path())
     return [Path(path.removeprefix("file://")) for path in paths if not path.startswith(("pkg:", "struct"))]
+
+
+def describe_composition(
+    folder: str, command: str, overrides: Sequence[str], more_folders: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, list[str]]]:
+    """The configuration of a command as plain data, unresolved, and each group that it composes with its choices."""
+    added = [f"hydra.searchpath={quote(list(more_folders))}"] if more_folders else []
+    with initialize_config_dir(folder, version_base="1.3", job_name=command):
+        cfg = compose(command, [*overrides, *added], return_hydra_config=True)
+        choices = partial(GlobalHydra.instance().config_loader().get_group_options, config_name=command, overrides=added)
+        groups = {name: choices(str(name).split("@")[0]) for name in cfg.hydra.runtime.choices}
+        plain: Any = OmegaConf.to_container(cfg, resolve=False)
+    return plain, groups

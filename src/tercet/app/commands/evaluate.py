@@ -8,8 +8,7 @@ import torch
 from hydra import compose
 from omegaconf import DictConfig, OmegaConf
 
-from tercet.app import record
-from tercet.app.cli import config_folder
+from tercet.app import config_folder, record
 from tercet.app.components import build, check_values, raw_config
 from tercet.errors import InputError, require
 from tercet.messages import print_status, silence_libraries
