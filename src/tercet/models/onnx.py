@@ -23,7 +23,14 @@ from tercet.models.encoder import Encoder
 from tercet.models.engine.chunking import Execution
 from tercet.models.engine.packing import KEY_VALUE
 from tercet.models.image import ImageEncoder, ImageInputs
-from tercet.models.pretrained import add_lowercase, drop_foreign_templates, load_pretrained, read_json, write_json
+from tercet.models.pretrained import (
+    add_lowercase,
+    drop_foreign_templates,
+    load_pretrained,
+    read_json,
+    refuse_remote_code,
+    write_json,
+)
 from tercet.models.prompts import Prompts
 from tercet.models.text import tokenize
 from tercet.paths import atomic_folder
@@ -90,6 +97,7 @@ class ONNXEncoder(Encoder):
 
     def _read_inputs(self, folder: Path) -> None:
         self.max_length, self.prompts = int(self.saved["max_length"]), Prompts(**self.saved.get("prompts", {}))
+        refuse_remote_code(str(folder), "", f"`path_or_id`={folder}", has_switch=False)
         self.tokenizer: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, str(folder), "path_or_id")
         drop_foreign_templates(self.tokenizer)
         if self.saved.get("lower_case"):
