@@ -182,8 +182,8 @@ def _training(settings: Mapping[str, Any], metrics: Metrics, facts: Mapping[str,
 
 
 def _last_part(text: str) -> str:
-    """A hub id or a relative path as it is; of an absolute path, which says something of a machine, the last part."""
-    return text.rstrip("/").rpartition("/")[2] if text.startswith(("/", "~")) else text
+    """The text with the last part alone of each absolute path, whose folders say something of a machine."""
+    return re.sub(r"(^|[\[,'\"= ])[/~][^,\]'\"]*/(?=[^/])", r"\1", text)
 
 
 def _command(settings: Mapping[str, Any]) -> str:
