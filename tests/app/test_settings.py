@@ -5,6 +5,7 @@ import torch
 from omegaconf import OmegaConf
 
 from tercet.app import components
+from tercet.app.cli import COMMANDS
 from tercet.app.components import check_settings, check_values, start_record
 from tercet.app.config_checks import _optimizer, set_derived
 from tercet.app.error_formatting import explain
@@ -85,7 +86,7 @@ def test_a_missing_part_is_named():
 
 
 def test_limits_are_of_keys_that_exist():
-    known = {key for command in ("train", "evaluate", "mine", "compare", "export", "expand")
+    known = {key for command in COMMANDS
              for key, _ in components.walk(OmegaConf.to_container(composed(entry=command), resolve=False))}  # fmt: skip
     assert {*components.LIMITS, *components.SETTINGS} <= known
 

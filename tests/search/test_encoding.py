@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from tercet.data import ImageFiles
 from tercet.errors import InputError
 from tercet.images import PixelFormat
 from tercet.models import ImageEncoder, random_backbone, save_model
-from tercet.search import check_model, encode_index, encode_to, encoding, open_vectors
+from tercet.search import check_same_model, encode_index, encode_to, encoding, open_vectors
 from tercet.search.signature import make_signature
 from tests.conftest import TEXTS
 
@@ -171,15 +172,27 @@ def test_one_process_writes_a_file(encoder, tmp_path, monkeypatch):
         encode_to(encoder, TEXTS, tmp_path / "v.npy")
 
 
-def test_a_full_disk_says_what_is_kept(encoder, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device", "x")
+def _encode_with_little_room(encoder, path, said):
+    """Encode where no file may have more than 2,000 bytes: a shard fits, the result does not."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+    torch.set_num_threads(1)
+    try:
+        encode_to(encoder, TEXTS, path, rows=8, progress=False)
+    except InputError as error:
+        said.put(str(error))
 
-    monkeypatch.setattr(encoding, "write_vectors", full)
-    with pytest.raises(InputError, match=r"No space left on device.*start the same command again"):
-        encode_to(encoder, TEXTS, tmp_path / "v.npy")
-    monkeypatch.undo()
-    encode_to(encoder, TEXTS, tmp_path / "v.npy")
+
+@pytest.mark.parametrize("ending", KINDS)
+def test_a_disk_without_room_is_told_and_what_is_encoded_is_kept(encoder, tmp_path, ending):
+    path, said = tmp_path / f"v{ending}", FORK.SimpleQueue()
+    process = FORK.Process(target=_encode_with_little_room, args=(encoder, path, said))
+    process.start()
+    message = said.get()
+    process.join(60)
+    assert "cannot be written (File too large)" in message and "start the same command again" in message
+    assert not path.exists() and len(list((tmp_path / f".v{ending}.shards").glob("*.npy"))) == 5
+    encode_to(encoder, TEXTS, path)
+    assert [name for name in files(tmp_path) if name.startswith(".")] == []
 
 
 def test_bad_items_are_named(encoder, tmp_path, monkeypatch):
@@ -243,14 +256,14 @@ def test_an_index_is_made_once_and_knows_its_model(encoder, tmp_path, monkeypatc
     encode_index(encoder, TEXTS, tmp_path / "index", "hnsw")
     with pytest.raises(InputError, match="holds another index already"):
         encode_index(encoder, TEXTS[1:], tmp_path / "index", "hnsw")
-    check_model(encoder, index.settings.signature, index.model)
+    check_same_model(encoder, index.settings.signature, index.model)
     torch.manual_seed(1)
     for p in encoder.backbone.parameters():
         p.data.normal_(0, 0.1)
     with pytest.raises(InputError, match=r"gives other vectors \(cosine .*were made by runs/mine"):
-        check_model(encoder, index.settings.signature, index.model)
+        check_same_model(encoder, index.settings.signature, index.model)
     with pytest.raises(InputError, match="of 32 columns, but the vectors were made by another model, with 2"):
-        check_model(encoder, [[1.0, 2.0]] * 3, "")
+        check_same_model(encoder, [[1.0, 2.0]] * 3, "")
 
 
 @pytest.mark.slow
@@ -263,4 +276,4 @@ def test_an_exported_model_fits_the_index_of_its_model(tmp_path, precision):
 
     model = load(MINILM)
     export_model(model, tmp_path / "onnx", precision=precision)
-    check_model(load(tmp_path / "onnx"), json.loads(json.dumps(make_signature(model))), "minilm")
+    check_same_model(load(tmp_path / "onnx"), json.loads(json.dumps(make_signature(model))), "minilm")

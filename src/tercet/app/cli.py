@@ -35,6 +35,7 @@ COMMANDS = {
     "evaluate": "measure any model: model=<run, checkpoint, folder or hub id> evaluation=sts output=<file.json>",
     "expand": "give a model of words those of larger vectors: model=<run> vectors=<file> output=<folder>",
     "export": "one ONNX file of a model: model=<as above> output=<folder> precision=int8",
+    "push": "send a model to the Hugging Face Hub: model=<run, folder or export> repo=<user>/<name>",
     "runs": "list, best metric=<name>, show RUN, diff RUN RUN, tail RUN, prune: the runs below outputs/",
     "serve": "OpenAI's /v1/embeddings, search and metrics: model=<as above> index=<folder> port=8000",
     "mine": "write hard negatives: model=<as above> data.path=<pairs or labeled texts> output=<file.parquet>",
@@ -51,7 +52,7 @@ TASKS = {  # how `tercet --help` groups the commands
 }
 
 POSITIONAL = {"compare": "runs", "runs": "words"}  # the key that arguments without a key are given to
-SWITCHES = {"runs": {"--yes": "delete what prune has shown"}}
+SWITCHES = {"runs": {"--yes": "delete what prune has shown"}, "push": {"--dry-run": "show the files, send nothing"}}
 
 
 def help_by_task() -> str:

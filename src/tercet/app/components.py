@@ -20,12 +20,13 @@ from tercet.errors import InputError, require
 SPECIAL = {"_target_": str, "_partial_": bool, "_convert_": str, "_recursive_": bool, "_args_": list}  # Hydra's own keys
 SCALARS = (bool, int, float, str, type(None))
 SETTINGS: dict[str, Any] = {  # what a key takes that belongs to no component; a list of others is of numbers with limits
-    **dict.fromkeys(("check", "hybrid", "jobs", "measure_before", "resume", "yes"), bool),
-    **dict.fromkeys(("artifacts", "index", "init_from", "key", "metric", "model.pooling", "model.prompt", "monitor",
-                     "optimized_metric", "output", "query", "run_name", "served_name", "similarity", "stages.in_domain",
-                     "stages.out_of_domain", "vectors"), str | None),
-    **dict.fromkeys(("device", "folder", "host", "kind", "output_dir", "precision", "save_dtype", "side"), str),
-    **dict.fromkeys(("callback", "data", "expected", "logger", "model", "stages", "stages.runs", "trainer"), dict),
+    **dict.fromkeys(("check", "dry_run", "hybrid", "jobs", "measure_before", "private", "resume", "yes"), bool),
+    **dict.fromkeys(("artifacts", "card.base_model", "card.license", "card.title", "index", "init_from", "key", "metric",
+                     "model.pooling", "model.prompt", "monitor", "optimized_metric", "output", "query", "revision",
+                     "run_name", "served_name", "similarity", "stages.in_domain", "stages.out_of_domain",
+                     "vectors"), str | None),
+    **dict.fromkeys(("device", "folder", "host", "kind", "output_dir", "precision", "repo", "save_dtype", "side"), str),
+    **dict.fromkeys(("callback", "card", "data", "expected", "logger", "model", "stages", "stages.runs", "trainer"), dict),
     **dict.fromkeys(("data.batch_size", "k", "keep_last", "negatives", "num_processes", "port", "seed", "skip",
                      "workers"), int),
     **dict.fromkeys(("data.name", "name"), str | int),
@@ -33,7 +34,7 @@ SETTINGS: dict[str, Any] = {  # what a key takes that belongs to no component; a
     **dict.fromkeys(("latency_ms", "recall"), float),
     **dict.fromkeys(("runs", "words"), list | str),
     "model.normalize": bool | None, "model.path": list | str | None, "older_than": float | None, "run_length": dict | None,
-    "save_every": int | str | None, "state": list | str | None,
+    "save_every": int | str | None, **dict.fromkeys(("card.datasets", "card.language", "state"), list | str | None),
 }  # fmt: skip
 COMPONENTS = ("data.module", "data.train", "loss", "objective", "optimizer", "sampler", "scheduler", "test", "trainer",
               "limits", "validation", "view", "evaluation", "guard")  # fmt: skip

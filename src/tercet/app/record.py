@@ -28,7 +28,7 @@ ARTIFACTS = ("record", "model", "checkpoints")
 # The files of a run that the artifact "record" has, beside its figures and tables: no other file of the folder is sent.
 RECORD = ("config.yaml", "revision.txt", "metrics.json", "metrics.csv", "report.html", "changes.patch")
 MODEL_FILE = re.compile(
-    r"([fg]/)?(\d+_\w+/)?((model|head)[\w-]*\.safetensors(\.index\.json)?|\w+\.model|chat_template\.jinja|"
+    r"([fg]/)?(\d+_\w+/)?((model|head)[\w-]*\.safetensors(\.index\.json)?|\w+\.model|chat_template\.jinja|README\.md|"
     r"(config|tercet|modules|config_sentence_transformers|sentence_bert_config|preprocessor_config|generation_config)\.json|"
     + "|".join(map(re.escape, sorted(TOKENIZER_FILES))) + ")"
 )  # fmt: skip
@@ -42,7 +42,7 @@ SECRET = re.compile(  # a line of changes.patch that is left out
 )
 KEYS_WITHOUT_EFFECT = (  # keys, or their beginnings, that change no result
     "output_dir", "name", "resume", "check", "num_threads", "logger", "keep_last", "save_every", "measure_before",
-    "optimized_metric", "artifacts", "code_changes", "allow_changed_data", "callback.progress", "callback.summary",
+    "optimized_metric", "artifacts", "card", "code_changes", "allow_changed_data", "callback.progress", "callback.summary",
     "callback.embeddings",
     "callback.figures",
 )  # fmt: skip

@@ -1,13 +1,14 @@
 """Encode many texts or images to a file of vectors or an index: in shards, by several processes, resumable after any kill."""
 
 import errno
+import io
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import islice
@@ -37,6 +38,7 @@ from tercet.search.vectors import (
     hash_items,
     open_vectors,
     read_info,
+    write_array,
     write_vectors,
 )
 from tercet.types import runs_on_cpu
@@ -104,9 +106,8 @@ def encode_to(
     count, data = hash_items(items)
     require(count, "`items` are empty: there is nothing to encode.")
     own = [part.prompts.of_column(column).text for part in encoder.prompted()]
-    similarity = next((s for part in (*encoder.parts(), encoder) if (s := getattr(part, "similarity", None))), "cosine")
     info = VectorInfo(
-        count, encoder.dim, precision, name or (str(model) if isinstance(model, str | Path) else ""), similarity,
+        count, encoder.dim, precision, name or (str(model) if isinstance(model, str | Path) else ""), encoder.similarity_fn_name,
         own[0] if own else "", make_signature(encoder), data,
     )  # fmt: skip
     if target.exists():
@@ -219,10 +220,10 @@ def _shards(target: Path, info: VectorInfo, rows: int) -> Iterator[tuple[Path, i
             write_text(folder / SETTINGS, json.dumps({"rows": rows, "info": asdict(info)}))
         yield folder, rows
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         advice = f"What is encoded is kept in {folder}: make room, and start the same command again"
-        raise InputError(f"`path`={target} cannot be written ({error.strerror}). {advice}.") from error
+        raise InputError(f"`path`={target} cannot be written ({os.strerror(error.errno)}). {advice}.") from error
     finally:
         lock.release()
 
@@ -288,7 +289,8 @@ class _Worker:
 def _start_worker(opened: Open, devices: Any, threads: int) -> None:
     end_with_parent()
     torch.set_num_threads(threads)
-    _Worker.encoder = opened(devices.get())
+    with redirect_stderr(io.StringIO()):  # the first process has said it all
+        _Worker.encoder = opened(devices.get())
 
 
 def _encode_in_worker(items: list[Any], path: str, column: int) -> None:
@@ -314,7 +316,7 @@ def _encode_shard(encoder: Encoder, items: list[Any], path: Path, column: int) -
     out = np.full((len(items), encoder.dim), np.nan, np.float32)
     out[[content is not None for content in contents]] = z
     with atomic_write(path) as partial:
-        np.save(partial, out)
+        write_array(partial, out.dtype, out.shape, [out])
 
 
 def _read_item(item: Any) -> Any:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from tercet.errors import InputError, check_choice, import_extra, refuse_damaged, require
 from tercet.paths import atomic_folder, check_new_folder, locate, read_json_file
-from tercet.search.vectors import PRECISIONS, Vectors, hash_items
+from tercet.search.vectors import PRECISIONS, Vectors, hash_items, write_array
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
@@ -28,6 +28,7 @@ BLOCK = 65_536  # rows that are added at once
 SAMPLE = 500  # rows whose neighbors are compared with those of exact search
 TOP = 10  # neighbors that recall counts
 LARGEST = 1 << 11  # effort: it is doubled until recall holds
+ERRORS = 3  # standard errors that recall on the sample must be above the one that is asked for
 RESCORED = ("int8", "binary")  # precisions whose candidates are scored again
 
 
@@ -59,7 +60,7 @@ class Index:
     ``kind``: ``exact`` compares a query with every vector, ``hnsw`` walks a graph of neighbors, ``ivf`` looks into the nearest
     of many cells. ``precision`` of the vectors in memory: float32, float16, int8 or binary, of which int8 and binary only
     find candidates, whose scores come from half-precision vectors that stay on disk. The effort multiplies the length of
-    HNSW's list of candidates (16), IVF's cells (1), and the candidates that are scored again (2 for each result).
+    HNSW's list of candidates (16), IVF's cells (1), and of binary vectors the candidates for each result (2; int8: always 4).
 
     >>> vectors = np.eye(3, dtype=np.float32)
     >>> index = Index.build(vectors, ["east", "north", "up"])
@@ -173,7 +174,8 @@ class Index:
         )
         require(np.isfinite(x).all(), "`queries` hold NaN or infinite values.")
         k = min(k, len(self))
-        depth = k if self.vectors is None else min(len(self), 2 * self.settings.effort * k)
+        candidates = {"int8": 4, "binary": 2 * self.settings.effort}.get(self.settings.precision, 1)
+        depth = min(len(self), candidates * k)
         scores, rows = self.faiss.search(self._codes(x), depth)
         if self.vectors is not None:
             return self._rescore(_floats(x, self.similarity == "cosine"), rows, k)
@@ -217,8 +219,7 @@ class Index:
                 write = faiss.write_index_binary if self.settings.precision == "binary" else faiss.write_index
                 write(self.faiss, faiss.PyCallbackIOWriter(file.write))
             if self.vectors is not None:
-                with (made / VECTORS).open("wb") as file:
-                    np.save(file, self.vectors)
+                write_array(made / VECTORS, self.vectors.dtype, self.vectors.shape, [self.vectors])
             pq.write_table(self.rows, made / ROWS)
             (made / SETTINGS).write_text(json.dumps(asdict(self.settings)) + "\n", encoding="utf-8")
 
@@ -242,14 +243,16 @@ class Index:
         return index
 
     def _raise_effort(self, vectors: Any, recall: float, rng: np.random.Generator) -> None:
-        """Double the effort until ``recall`` holds on a sample of rows; keep what another sample gives."""
+        """Double the effort until ``recall`` surely holds on a sample of rows; keep what another sample gives."""
         tuning, test = (np.sort(rng.permutation(len(self))[:SAMPLE]) for _ in range(2))
         exact, effort = _exact_neighbors(vectors, tuning, self.similarity), 1
-        while self._measure(vectors, tuning, exact) < recall and effort < LARGEST:
+        while (found := self._measure(vectors, tuning, exact)).mean() < 1 and effort < LARGEST:
+            if found.mean() - ERRORS * found.std() / math.sqrt(len(found)) >= recall:
+                break
             effort *= 2
             self._set_effort(effort)
         found = self._measure(vectors, test, _exact_neighbors(vectors, test, self.similarity))
-        self.settings = replace(self.settings, recall=found)
+        self.settings = replace(self.settings, recall=float(found.mean()))
 
     def _set_effort(self, effort: int) -> None:
         self.settings = replace(self.settings, effort=effort)
@@ -258,10 +261,11 @@ class Index:
         elif self.kind == "ivf":
             self.faiss.nprobe = min(effort, self.faiss.nlist)
 
-    def _measure(self, vectors: Any, sample: Ints, exact: Ints) -> float:
+    def _measure(self, vectors: Any, sample: Ints, exact: Ints) -> npt.NDArray[np.float64]:
+        """The recall of each row of ``sample (Q,)`` as a query; it is not its own neighbor."""
         found = _without_own(self.search(vectors[sample], exact.shape[1] + 1)[1], sample)
-        hits = sum(len(set(a) & set(b)) for a, b in zip(found.tolist(), exact.tolist(), strict=True))
-        return hits / exact.size if exact.size else 1.0
+        hits = [len(set(a) & set(b)) for a, b in zip(found.tolist(), exact.tolist(), strict=True)]
+        return np.array(hits) / exact.shape[1] if exact.size else np.ones(1)
 
 
 def _exact_neighbors(vectors: Any, sample: Ints, similarity: str) -> Ints:

@@ -43,7 +43,7 @@ def is_same(a: Any, b: Any) -> bool:
     return np.shape(a) == np.shape(b) and bool(np.allclose(a, b, rtol=1e-3, atol=SAME))
 
 
-def check_model(encoder: Encoder, signature: Sequence[Sequence[float]], built_with: str) -> None:
+def check_same_model(encoder: Encoder, signature: Sequence[Sequence[float]], built_with: str) -> None:
     """Raise ``InputError`` about ``model`` unless it gives the vectors of ``signature``, which that of ``built_with`` gave.
 
     A model that was exported, also in 8 bits, passes; one that was trained further does not. An empty signature fits any.

@@ -143,17 +143,23 @@ def write_vectors(path: Path, info: VectorInfo, blocks: Iterator[tuple[Array, Se
     if path.suffix == ".npy":
         write_text(_beside(path), json.dumps(asdict(info)) + "\n")
         width = -(-info.dimension // 8) if info.precision == "binary" else info.dimension
-        descr = np.lib.format.dtype_to_descr(np.dtype(PRECISIONS[info.precision]))
-        header = {"descr": descr, "fortran_order": False, "shape": (info.count, width)}
-        with atomic_write(path) as partial, partial.open("wb") as file:
-            np.lib.format.write_array_header_1_0(file, header)
-            for x, _, _ in blocks:
-                file.write(quantize(x, info).tobytes())
+        kind = np.dtype(PRECISIONS[info.precision])
+        with atomic_write(path) as partial:
+            write_array(partial, kind, (info.count, width), (quantize(x, info) for x, _, _ in blocks))
         return
     empty = _table(quantize(np.zeros((0, info.dimension), np.float32), info), [], [], info)
     with atomic_write(path) as partial, pq.ParquetWriter(partial, empty.schema) as writer:
         for x, ids, texts in blocks:
             writer.write_table(_table(quantize(x, info), ids, texts, info))
+
+
+def write_array(path: Path, kind: "np.dtype[Any]", shape: tuple[int, ...], blocks: Iterable[Array]) -> None:
+    """Write an array in numpy's format, block by block; numpy's own writer does not tell of a full disk by its number."""
+    header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for block in blocks:
+            file.write(np.ascontiguousarray(block, kind).data)
 
 
 def _table(codes: Array, ids: Sequence[Any], texts: Sequence[str], info: VectorInfo) -> pa.Table:

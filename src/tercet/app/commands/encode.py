@@ -70,7 +70,9 @@ def describe_index(index: Any) -> str:
     """One line on an index: kind, size and measured recall."""
     settings = index.settings
     how = f"{settings.kind}, {settings.precision}, {len(index)} x {index.dim}, {index.similarity}"
-    measured = "all compared" if index.recall == 1 and settings.kind == "exact" else "measured against exact search"
+    measured = (
+        "all compared" if (settings.kind, settings.precision) == ("exact", "float32") else "measured against exact search"
+    )
     return f"{how}; recall@10 {index.recall:.4f} ({measured})"
 
 

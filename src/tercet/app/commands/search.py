@@ -17,7 +17,7 @@ from tercet.images import SUFFIXES
 from tercet.messages import print_status, printable, silence_libraries
 from tercet.models import CachedEncoder
 from tercet.paths import check_new_folder, check_writable, locate
-from tercet.search import BM25, Index, check_model, open_vectors, search_hybrid
+from tercet.search import BM25, Index, check_same_model, open_vectors, search_hybrid
 
 WORDS = "bm25"  # the folder of the index of words, inside that of the vectors
 
@@ -67,7 +67,7 @@ def _ask(cfg: DictConfig) -> None:
     require(name, f"model must be given: index={cfg.index} was built of vectors that name no model.")
     model = OmegaConf.merge(cfg.model, {"path": name})
     encoder = open_member(OmegaConf.create({"model": model, "device": cfg.device, "seed": None}), name)
-    check_model(encoder, index.settings.signature, index.model)
+    check_same_model(encoder, index.settings.signature, index.model)
     items: Sequence[Any] = queries if encoder.kind != "image" else [_picture(query) for query in queries]
     z = CachedEncoder(encoder, progress="encoding" if len(items) > 1 else None).for_column(0)(items).numpy()
     if cfg.hybrid:

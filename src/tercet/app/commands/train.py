@@ -15,13 +15,14 @@ from tercet.app.commands.evaluate import initialize_from
 from tercet.app.commands.preflight import preflight
 from tercet.app.components import build, check_settings, check_values, find_targets, start_record
 from tercet.app.config_checks import check_config, check_model, set_derived
+from tercet.app.model_card import CARD, check_given, make_card
 from tercet.app.own_texts import choose_by_columns, set_run_length
 from tercet.distributed.sharding import gather_weights, load_state
 from tercet.errors import require
 from tercet.messages import print_status, silence_libraries, warn_once
 from tercet.models.engine.chunking import trim_heap
 from tercet.models.folder import newest_checkpoint, read_checkpoint, save_model
-from tercet.paths import check_writable, locate
+from tercet.paths import check_writable, locate, write_text
 from tercet.training.callbacks.checkpoints import AtomicCheckpointIO, Settings, generations
 from tercet.training.callbacks.evaluation import START, Evaluation, evaluate_stage, validate
 from tercet.training.callbacks.figures import shown_files
@@ -39,7 +40,7 @@ SAME_ROWS = ("path", "cache", "workers", "name")  # of data: ``data.fingerprint`
 CHECKPOINT_PARTS = {"callbacks", "DataModule", "epoch", "global_step", "loops", "lr_schedulers", "optimizer_states",
                     "pytorch-lightning_version", "state_dict"}  # fmt: skip
 # A finished run is not repeated where only these differ.
-FREE_KEYS = ("resume", "output_dir", "command", "check", "code_changes", "run", "allow_changed_data")
+FREE_KEYS = ("card", "resume", "output_dir", "command", "check", "code_changes", "run", "allow_changed_data")
 
 
 def run(cfg: DictConfig, output: Path) -> float | None:
@@ -70,6 +71,7 @@ def prepare(cfg: DictConfig, output: Path) -> tuple[DictConfig, DataModule]:
     drop_missing_validation(config)
     set_derived(config)
     check_values(config, cfg)
+    check_given(config.card)
     config.output_dir = str(output)
     data = build(config.data.module)
     build(config.validation)  # an error in it ends the run here
@@ -274,6 +276,8 @@ def write_results(
     if not trainer.is_global_zero:
         return
     save_model(encoder, output / "model", cfg.save_dtype)
+    facts = {**notes, "steps": trainer.global_step}
+    write_text(output / "model" / CARD, make_card(encoder, output / "model", plain_settings(cfg), metrics, facts))
     record.write_metrics(output, metrics, run=notes["run"])
     before, after = (record.stage_metrics(metrics, stage) for stage in ("before", "test"))
     shown = shown_files(output)
