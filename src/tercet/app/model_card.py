@@ -155,7 +155,7 @@ def _properties(encoder: Encoder, folder: Path) -> Iterator[tuple[str, Any]]:
         if prompts:
             for name, text in prompts.texts.items():
                 yield f"prompt {name}{' (default)' if name == prompts.default else ''}", repr(text)
-    yield "similarity", getattr(encoder, "similarity", None) or "cosine"
+    yield "similarity", encoder.similarity_fn_name
     config = (read_json(str(folder), "config.json") if (folder / "config.json").is_file() else None) or {}
     for key, name in (("model_type", "architecture"), ("num_hidden_layers", "layers"), ("dtype", "weights")):
         if config.get(key):
