@@ -25,7 +25,7 @@ SETTINGS: dict[str, Any] = {  # what a key takes that belongs to no component; a
                      "model.pooling", "model.prompt", "monitor", "optimized_metric", "output", "query", "revision",
                      "run_name", "served_name", "similarity", "stages.in_domain", "stages.out_of_domain",
                      "vectors"), str | None),
-    **dict.fromkeys(("device", "folder", "host", "kind", "output_dir", "precision", "repo", "save_dtype", "side"), str),
+    **dict.fromkeys(("device", "folder", "format", "host", "kind", "output_dir", "precision", "repo", "save_dtype", "side"), str),
     **dict.fromkeys(("callback", "card", "data", "expected", "logger", "model", "stages", "stages.runs", "trainer"), dict),
     **dict.fromkeys(("data.batch_size", "k", "keep_last", "negatives", "num_processes", "port", "seed", "skip",
                      "workers"), int),
@@ -33,7 +33,8 @@ SETTINGS: dict[str, Any] = {  # what a key takes that belongs to no component; a
     **dict.fromkeys(("last", "model.max_length", "num_threads"), int | None),
     **dict.fromkeys(("latency_ms", "recall"), float),
     **dict.fromkeys(("runs", "words"), list | str),
-    "model.normalize": bool | None, "model.path": list | str | None, "older_than": float | None, "run_length": dict | None,
+    "model.normalize": bool | None, "model.path": list | str | None, "run_length": dict | None,
+    **dict.fromkeys(("older_than", "tolerance"), float | None),
     "save_every": int | str | None, **dict.fromkeys(("card.datasets", "card.language", "state"), list | str | None),
 }  # fmt: skip
 COMPONENTS = ("data.module", "data.train", "loss", "objective", "optimizer", "sampler", "scheduler", "test", "trainer",

@@ -107,8 +107,8 @@ def encode_to(
     require(count, "`items` are empty: there is nothing to encode.")
     own = [part.prompts.of_column(column).text for part in encoder.prompted()]
     info = VectorInfo(
-        count, encoder.dim, precision, name or (str(model) if isinstance(model, str | Path) else ""), encoder.similarity_fn_name,
-        own[0] if own else "", make_signature(encoder), data,
+        count, encoder.dim, precision, name or (str(model) if isinstance(model, str | Path) else ""),
+        encoder.similarity_fn_name, own[0] if own else "", make_signature(encoder), data,
     )  # fmt: skip
     if target.exists():
         done = read_info(target)
