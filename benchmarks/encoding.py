@@ -21,8 +21,8 @@ from benchmarks.texts import sentences, source
 from benchmarks.turns import by_turns, surroundings
 from tercet.app.commands.evaluate import open_model
 from tercet.evaluation import STS
-from tercet.models import CachedEncoder, Encoder
-from tercet.models.onnx import ONNXEncoder, export_onnx
+from tercet.models import CachedEncoder, Encoder, load
+from tercet.models.export import export_model
 from tercet.models.pretrained import resolve_source
 
 Encode = Callable[[list[str]], Any]
@@ -63,9 +63,9 @@ def contenders(where: str) -> dict[str, Encode]:
     }
     for precision in ("float32", "int8") if where == "cpu" else ():
         folder = Path(tempfile.mkdtemp())
-        export_onnx(ours, folder, precision)  # type: ignore[arg-type]
+        export_model(ours, folder, precision=precision)  # type: ignore[arg-type]
         name = "tercet, int8" if precision == "int8" else "tercet, ONNX float32"
-        found[name] = anew(ONNXEncoder(folder))
+        found[name] = anew(load(folder))
     return found
 
 

@@ -11,7 +11,7 @@ import pytest
 
 import tercet
 
-LIBRARY = ("losses", "models", "views", "data", "evaluation", "distributed")
+LIBRARY = ("losses", "models", "views", "data", "evaluation", "distributed", "search")
 INTERFACES = {"Encoder", "View"}  # their implementations have examples
 OPTIONS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 OTHERS = ("tercet.app", "tercet.__", *(() if find_spec("triton") else ("tercet.models.engine.triton_jit",)))

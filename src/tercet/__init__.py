@@ -7,11 +7,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tercet import data, distributed, evaluation, losses, models, training, views
+    from tercet import data, distributed, evaluation, losses, models, search, training, views
     from tercet.models.folder import load
 
 __version__ = "0.2.0"
-__all__ = ["__version__", "data", "distributed", "evaluation", "load", "losses", "models", "training", "views"]
+__all__ = ["__version__", "data", "distributed", "evaluation", "load", "losses", "models", "search", "training", "views"]
 
 
 def __getattr__(name: str) -> Any:

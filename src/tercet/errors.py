@@ -4,6 +4,8 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
 
 _PARAMETER = re.compile(r"`([A-Za-z_][\w.]*)`")
 
@@ -51,6 +53,19 @@ def require(condition: object, message: str) -> None:
     """Raise ``InputError(message)`` unless ``condition`` holds."""
     if not condition:
         raise InputError(message)
+
+
+def import_extra(module: str, extra: str) -> Any:
+    """Import a module of a library that comes with ``extra``; ``InputError`` with its pip line where it is not there.
+
+    >>> import_extra("no_such_module", "search")
+    Traceback (most recent call last):
+    tercet.errors.InputError: no_such_module is not installed: pip install 'tercet[search]'.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise InputError(f"{error.name} is not installed: pip install 'tercet[{extra}]'.") from error
 
 
 @contextmanager

@@ -9,7 +9,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 _reported: set[str] = set()
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\t\n]")
@@ -105,10 +108,20 @@ class ProgressLines:
         """Nothing is left to close."""
 
 
+def progress_bar(what: str, total: int, unit: str, done: int = 0, hidden: bool = False) -> "tqdm[Any] | ProgressLines":
+    """A bar with the time that is left, in a terminal; lines where the output is none. ``done`` were made before."""
+    from tqdm import tqdm
+
+    if hidden or sys.stderr.isatty():
+        return tqdm(total=total, initial=done, desc=what, unit=f" {unit}", disable=hidden, leave=False, mininterval=0.5)
+    return ProgressLines(f"{what}: ", total, f" {unit}", done=done)
+
+
 def silence_libraries() -> None:
     """Silence tips of libraries, and their warnings about choices that are made on purpose here."""
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("bm25s").setLevel(logging.WARNING)
     logging.basicConfig(format="%(message)s")  # counts of dropped rows
     texts = (
         "does not have many workers|directory .* exists and is not empty|It is recommended to use `self.log.*sync_dist=True|"

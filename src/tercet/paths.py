@@ -27,6 +27,11 @@ def locate(path: str) -> Path:
     return here if here.is_absolute() or here.exists() or not root else Path(root) / here
 
 
+def cache_folder(cache: str | None = None) -> Path:
+    """The folder itself, else ``TERCET_CACHE``, else ``~/.cache/tercet``."""
+    return Path(cache or os.environ.get("TERCET_CACHE") or Path.home() / ".cache" / "tercet").expanduser()
+
+
 def locate_inside(name: str, roots: Sequence[str]) -> str | None:
     """The path of a file, a relative ``name`` from the first of ``roots`` on; None if, links followed, no root holds it.
 

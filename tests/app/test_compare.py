@@ -13,6 +13,7 @@ from tercet.app import record
 from tercet.app.commands import compare
 from tercet.app.sweeps import summary
 from tercet.errors import InputError
+from tercet.evaluation.significance import holm, randomization_test
 
 
 def lay(folder, seed, metrics, *overrides, optimized=None):
@@ -104,10 +105,21 @@ def test_other_examples_are_another_uncertainty(tmp_path):
     lead = compared.leads("test/a")[("2",)]
     assert lead.examples_p < 0.001
     head, *_, row = compare.ranking_table(compared, "test/a").splitlines()[1:]
-    assert "examples" in head and "0.0002" in row, "none of 9,999 resamples is so far apart"
+    assert "examples" in head and "0.0001" in row, "none of 9,999 resamples is so far apart"
     np.savez_compressed(tmp_path / "20" / record.EXAMPLES, a=np.ones(7))
     compare.compare_examples.cache_clear()
     assert compared.leads("test/a")[("2",)].examples_p is None, "other examples"
+
+
+def test_examples_are_corrected_for_all_pairs_of_settings_by_holm(tmp_path):
+    compared = lay_settings(tmp_path, {"1": (0.6, 0.6), "2": (0.55, 0.55), "3": (0.5, 0.5)})
+    compare.compare_examples.cache_clear()
+    values = np.random.default_rng(0).normal(loc=[[0.6], [0.4], [0.1]], size=(3, 100))
+    for i, folder in enumerate(sorted(tmp_path.iterdir())):
+        np.savez_compressed(folder / record.EXAMPLES, a=values[i // 2])
+    raw = [randomization_test(values[i], values[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
+    leads = compared.leads("test/a")
+    assert [leads[("2",)].examples_p, leads[("3",)].examples_p] == pytest.approx(holm(raw)[:2])
 
 
 def test_what_validation_chose_is_tested_and_not_ranked_by_its_test(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from hydra._internal.hydra import Hydra
 
 from tercet.app.cli import main
-from tercet.app.record import read_metrics
+from tercet.app.run_files import read_metrics
 from tercet.models.folder import read_checkpoint
 from tests.conftest import TEXTS, restored_signals, tiny
 

@@ -90,6 +90,7 @@ def test_its_loss_keeps_the_laws(package, monkeypatch, law):
         law(**dict(zip(names, arguments, strict=True)))
 
 
+@pytest.mark.slow  # the laws are kept above; in several processes training itself is tested by tests/laws
 def test_two_processes_learn_what_one_does(installed, tmp_path):
     cases = distributed_runs.configs([("labeled_paraphrase", settings) for settings in ("plain", "chunked")])
     alone = distributed_runs.everything(str(tmp_path), 1, 7, cases)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tercet.app.run_list import find_run
 from tercet.models.folder import read_checkpoint
 from tests.conftest import CONF, tiny
 from tests.end_to_end.conftest import FAST, write_texts
@@ -127,6 +128,8 @@ def test_a_process_that_dies_ends_the_others_within_a_minute(folder):
     assert time.monotonic() - killed < 60
     assert "of 2 was ended by SIGKILL" in run.said() and "resume=true" in run.said(), run.said()
     assert not alive(workers)
+    found = find_run(str(folder / "run"))
+    assert found.state == "failed" and "of 2 was ended by SIGKILL" in found.error
 
 
 def test_nothing_outlives_a_launcher_that_is_killed(folder):
@@ -139,6 +142,7 @@ def test_nothing_outlives_a_launcher_that_is_killed(folder):
     while alive(processes) and time.monotonic() < ends:
         time.sleep(0.05)
     assert not alive(processes)
+    assert find_run(str(folder / "run")).state == "dead"
 
 
 @pytest.mark.slow

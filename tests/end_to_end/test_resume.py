@@ -13,7 +13,7 @@ from pytorch_lightning.callbacks import ModelCheckpoint
 
 from tercet.app import run_folder
 from tercet.app.commands.train import CHECKPOINT_PARTS, check_resume
-from tercet.app.record import read_metrics
+from tercet.app.run_files import read_metrics
 from tercet.errors import InputError
 from tercet.evaluation import Retrieval
 from tercet.models.folder import read_checkpoint
@@ -156,7 +156,7 @@ def test_ctrl_c_in_the_middle_of_a_step_changes_nothing(run, whole, monkeypatch)
     assert_same_weights(resumed.output, before)
 
 
-@pytest.mark.parametrize("more", [[], STREAM], ids=["rows", "stream"])
+@pytest.mark.parametrize("more", [[], pytest.param(STREAM, marks=SLOW)], ids=["rows", "stream"])
 @pytest.mark.parametrize("batch", [4, 7], ids=["", "last"])
 def test_a_gradient_that_was_being_added_up_is_made_again(run, whole, monkeypatch, more, batch):
     """Steps of 3, 3 and 2 batches: of the batches 3 to 5 one, and of the last two one, is in no step yet."""

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.optim import AdamW
 
+from tercet.app.run_list import find_run
 from tercet.app.signals import HANDLED
 from tercet.data import TextTransform
 from tercet.distributed.processes import STOP_SIGNALS, start_processes
@@ -53,6 +54,7 @@ def test_a_signal_to_the_group_saves_the_step(tmp_path, kind, number):
     saved = tmp_path / "run" / "checkpoints"
     run.wait_for((saved / "last.ckpt").is_file)
     run.wait_for(lambda: len(descendants(run.pid)) >= workers)
+    assert find_run(str(tmp_path / "run")).state == "running"
     before = run.said()
     os.killpg(run.pid, number)
     os.killpg(run.pid, number)  # as `timeout` does: to the process and to its group
@@ -60,6 +62,7 @@ def test_a_signal_to_the_group_saves_the_step(tmp_path, kind, number):
     lines = run.said().removeprefix(before).strip().splitlines()
     assert code == {signal.SIGINT: 130}.get(number, 143), lines
     assert len(lines) == (2 if slurm else 1) and lines[0].startswith("stopped"), lines
+    assert find_run(str(tmp_path / "run")).state == "stopped"
     step = read_checkpoint(saved / "last.ckpt")["global_step"]
     if kind == "two processes":
         assert step == int(torch.load(saved / "random-1.pt", weights_only=True)["step"])

@@ -114,6 +114,7 @@ def test_a_stage_may_be_left_out_and_all_may_not(staged):
     assert "stages.runs.words=5: a group of keys is needed" in staged("stages.runs.words=5").terminal
 
 
+@pytest.mark.slow
 def test_seeds_of_stages_end_in_one_table(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_texts(tmp_path / "my.txt")

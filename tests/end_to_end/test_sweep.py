@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
 from tercet.app.hydra_compat import parse_overrides
-from tercet.app.record import read_metrics
+from tercet.app.run_files import read_metrics
 from tercet.app.sweeps.optuna import study_url, to_distribution
 from tercet.app.sweeps.ray import lost_job_result
 from tests.conftest import tiny
@@ -46,6 +46,7 @@ def test_a_sweep_begun_again_makes_what_is_missing(command, tmp_path):
     assert (tmp_path / "out" / "comparison.txt").is_file()
 
 
+@pytest.mark.slow
 def test_a_budgeted_search_goes_on_until_its_trials_are_made(command, tmp_path):
     write_texts(tmp_path / "my.txt")
     few = [o for o in FAST if not o.startswith(("logger", "trainer.max_steps"))]

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from tercet.evaluation import STS, EvaluatorGroup, NearestNeighbor, Retrieval
-from tercet.evaluation.significance import holm, paired_difference, prediction_interval, randomization_test
+from tercet.evaluation.significance import holm, paired_difference, prediction_interval, randomization_test, randomization_tests
 from tests.evaluation.fakes import noise
 
 
@@ -56,8 +56,13 @@ def test_randomization_over_examples_finds_what_there_is_and_no_more():
     d = np.subtract(*exact)
     means = [abs(np.mean(d * signs)) for signs in itertools.product((1, -1), repeat=3)]
     assert randomization_test(*exact) == pytest.approx(np.mean([m >= abs(d.mean()) - 1e-12 for m in means]))
-    p = [randomization_test(*rng.normal(size=(2, 60))) for _ in range(200)]
+    pairs = rng.normal(size=(200, 2, 60))
+    p = randomization_tests(pairs[:, 0] - pairs[:, 1])
     assert np.mean(np.array(p) < 0.05) <= 0.09
+    for i in range(3):
+        d = pairs[i, 0] - pairs[i, 1]
+        theirs = stats.permutation_test((d,), np.mean, permutation_type="samples", n_resamples=9999, vectorized=True, rng=rng)
+        assert p[i] == pytest.approx(randomization_test(*pairs[i])) == pytest.approx(theirs.pvalue, abs=0.02)
 
 
 def test_a_further_run_is_where_it_is_predicted():

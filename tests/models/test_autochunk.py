@@ -1,5 +1,8 @@
 """``chunk_tokens="auto"``: the activations of a chunk fit into free memory, and the gradient is unchanged."""
 
+import re
+import weakref
+
 import pytest
 import torch
 
@@ -55,6 +58,30 @@ def test_a_row_that_is_too_long_runs_alone(monkeypatch):
     rows = encoder.prepare(TEXTS)
     encoder(rows)
     assert encoder.execution_for(rows).chunk_tokens == rows.lengths.max()
+
+
+def test_out_of_memory_says_how_much_fits(monkeypatch):
+    encoder = encoder_of()
+    weights = sum(p.numel() * p.element_size() for p in encoder.parameters())
+    monkeypatch.setattr(chunking, "free_memory", lambda device: chunking.STATES * weights + 400_000)
+    rows, run, held = encoder.prepare(TEXTS * 8), encoder.run, []
+
+    def run_in_little_memory(inputs, execution):
+        if len(inputs.ids) > 60:
+            activations = torch.zeros(1)
+            held.append(weakref.ref(activations))
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        assert not held or held[0]() is None, "the measurement began before the memory was free"
+        return run(inputs, execution)
+
+    monkeypatch.setattr(encoder, "run", run_in_little_memory)
+    monkeypatch.setattr(chunking, "SAMPLE", 60)
+    with pytest.raises(InputError, match=f"a pass over {len(rows.ids)} tokens does not fit") as caught:
+        encoder(rows)
+    fitting = int(re.search(r"execution.chunk_tokens=(\d+) and execution.recompute=true", str(caught.value))[1])
+    assert 0 < fitting < len(rows.ids)
+    with torch.no_grad(), pytest.raises(torch.OutOfMemoryError):  # nothing is kept there: chunks are chosen otherwise
+        encoder(rows)
 
 
 def test_free_memory_is_known():

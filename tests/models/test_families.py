@@ -10,8 +10,8 @@ from benchmarks.families import COMMON, FAMILIES, LONG, TEXTS, check_family, mak
 from tercet.errors import InputError
 from tercet.models import Execution, TextEncoder, load_backbone, random_backbone
 from tercet.models.engine.backbone_runner import BackboneRunner
+from tercet.models.export import export_model
 from tercet.models.folder import load_folder, save_model
-from tercet.models.onnx import export_onnx
 from tercet.training.masked_lm import MaskedLM
 from tests.conftest import MINILM
 
@@ -146,7 +146,7 @@ def test_a_masked_text_gets_no_special_token():
 
 def test_export_is_for_models_that_can_pad(tmp_path):
     with pytest.raises(InputError, match="FNetModel cannot read: a row's embedding would depend on its padding"):
-        export_onnx(encoder_of("fnet"), tmp_path)
+        export_model(encoder_of("fnet"), tmp_path)
 
 
 def test_positions_limit_rows_also_where_the_verifying_rows_are_longer():

@@ -63,7 +63,8 @@ def test_encode_applies_it_and_a_folder_keeps_it(tmp_path, overrides, prompts, d
     torch.testing.assert_close(encoder.encode(TEXTS), want)
     save_model(encoder, tmp_path)
     said = json.loads((tmp_path / "config_sentence_transformers.json").read_text())
-    assert (said["prompts"], said["default_prompt_name"]) == (prompts, default)
+    assert said["prompts"] == {**dict.fromkeys(("query", "document"), "Title: "), **prompts}
+    assert said["default_prompt_name"] == default
     assert load(tmp_path).prompts == Prompts(prompts, default)
     torch.testing.assert_close(load(tmp_path).encode(TEXTS), want)
 

@@ -252,6 +252,38 @@ def test_what_a_folder_says_beside_its_vectors_is_kept(parts, tmp_path):
     assert opened["embeddinggemma-300m"].truncate_dim == 5
 
 
+@pytest.mark.parametrize(
+    "name", ["mxbai-embed-large-v1", "instructor-base", "embeddinggemma-300m", "multi-qa-mpnet-base-dot-v1"]
+)
+def test_queries_documents_and_similarities_are_as_in_sentence_transformers(parts, tmp_path, name):
+    """Also after a round trip. For queries and documents a prompt that is empty or missing replaces the default one."""
+    from sentence_transformers import SentenceTransformer
+
+    library = SentenceTransformer(str(write(LAYOUTS[name], parts, tmp_path / "first")), device="cpu")
+    save_model(load(tmp_path / "first"), tmp_path / "again")
+    again = SentenceTransformer(str(tmp_path / "again"), device="cpu")
+    assert (again.prompts, again.truncate_dim) == (library.prompts, library.truncate_dim)
+    assert (again.default_prompt_name, again.similarity_fn_name) == (library.default_prompt_name, library.similarity_fn_name)
+    for model in (load(tmp_path / "first"), load(tmp_path / "again")):
+        z = {}
+        for method in ("encode", "encode_query", "encode_document"):
+            mine, theirs, saved = (getattr(each, method)(TEXTS, convert_to_tensor=True) for each in (model, library, again))
+            close(mine, theirs)
+            close(saved, theirs)
+            z[method] = mine
+        found = model.similarity(z["encode_query"], z["encode_document"])
+        torch.testing.assert_close(found, library.similarity(z["encode_query"], z["encode_document"]))
+        assert torch.equal(z["encode_query"], z["encode_document"]) == (name != "mxbai-embed-large-v1")
+
+
+@pytest.mark.parametrize("name", ["maxsim", 7])
+def test_a_similarity_that_is_unknown_is_refused_by_name(parts, tmp_path, name):
+    folder = write(LAYOUTS["multi-qa-mpnet-base-dot-v1"], parts, tmp_path)
+    (folder / MODEL_SETTINGS).write_text(json.dumps({"similarity_fn_name": name}))
+    with pytest.raises(InputError, match=f"its similarity function is {name}; tercet knows cosine, dot, euclidean, manhattan"):
+        load(folder)
+
+
 def test_a_folder_that_is_written_again_keeps_nothing_of_before(parts, tmp_path):
     save_model(load(write(LAYOUTS["instructor-base"], parts, tmp_path / "first")), tmp_path / "model")
     plain = load(write(LAYOUTS["all-MiniLM-L6-v2"], parts, tmp_path / "second"))
@@ -262,7 +294,7 @@ def test_a_folder_that_is_written_again_keeps_nothing_of_before(parts, tmp_path)
 
 def test_another_similarity_is_said(parts, tmp_path, caplog):
     load(write(LAYOUTS["multi-qa-mpnet-base-dot-v1"], parts, tmp_path))
-    assert "similarity function is dot; evaluations compare embeddings by the cosine" in caplog.text
+    assert "similarity function is dot; evaluations but those of mteb compare embeddings" in caplog.text
 
 
 def test_prompts_of_encode(parts, tmp_path):

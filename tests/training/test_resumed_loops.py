@@ -150,7 +150,11 @@ def go_on(folder, data, *callbacks):
     return module.seen
 
 
-@pytest.mark.parametrize(("kind", "workers"), [(Rows, 0), (Rows, 1), (Stream, 0)], ids=["rows", "workers", "stream"])
+@pytest.mark.parametrize(
+    ("kind", "workers"),
+    [(Rows, 0), pytest.param(Rows, 1, marks=pytest.mark.slow), (Stream, 0)],
+    ids=["rows", "workers", "stream"],
+)
 def test_two_stops_in_a_row_lose_and_repeat_no_batch(tmp_path, kind, workers):
     """Around the ends of epochs, too, and where a batch was begun and not processed."""
     whole = go_on(tmp_path / "whole", kind(0))

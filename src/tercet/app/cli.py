@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tercet.app import components, error_formatting, hydra_compat, signals, sweeps
 from tercet.app import config_folder as config_folder
+from tercet.app.run_files import ERROR
 from tercet.errors import require
 from tercet.messages import printable
 from tercet.paths import RENAME_MANY, is_utf8, write_text
@@ -29,9 +30,14 @@ from tercet.paths import RENAME_MANY, is_utf8, write_text
 COMMANDS = {
     "compare": "runs as one table: compare <folders> metric=<name> output=<folder>",
     "train": "train, measured before and after (the same as train.py)",
+    "encode": "vectors of texts or images: model=<as above> data.path=<texts> output=<file.npy, file.parquet or folder>",
+    "search": "index vectors: vectors=<file> output=<folder> kind=hnsw; ask: index=<folder> query=<text or file>",
     "evaluate": "measure any model: model=<run, checkpoint, folder or hub id> evaluation=sts output=<file.json>",
     "expand": "give a model of words those of larger vectors: model=<run> vectors=<file> output=<folder>",
     "export": "one ONNX file of a model: model=<as above> output=<folder> precision=int8",
+    "push": "send a model to the Hugging Face Hub: model=<run, folder or export> repo=<user>/<name>",
+    "runs": "list, best metric=<name>, show RUN, diff RUN RUN, tail RUN, prune: the runs below outputs/",
+    "serve": "OpenAI's /v1/embeddings, search and metrics: model=<as above> index=<folder> port=8000",
     "mine": "write hard negatives: model=<as above> data.path=<pairs or labeled texts> output=<file.parquet>",
     "doctor": "whether training can start here, and what is missing: --json --online",
     "completion": "the script that completes commands, keys and choices in bash, zsh or fish: completion bash",
@@ -44,6 +50,9 @@ TASKS = {  # how `tercet --help` groups the commands
     "publish": ("push",),
     "set up": ("doctor", "completion"),
 }
+
+POSITIONAL = {"compare": "runs", "runs": "words"}  # the key that arguments without a key are given to
+SWITCHES = {"runs": {"--yes": "delete what prune has shown"}, "push": {"--dry-run": "show the files, send nothing"}}
 
 
 def help_by_task() -> str:
@@ -91,12 +100,12 @@ def main(command: str, arguments: Sequence[str] | None = None) -> NoReturn:
             else:
                 _run_composed(command, given)
         except KeyboardInterrupt:
-            signals.exit_stopped(signals.INTERRUPTED)
+            signals.exit_stopped(signals.INTERRUPTED, command)
         except SystemExit as error:  # what Lightning makes of Ctrl-C, and GracefulStop of SIGTERM
             if isinstance(error.__context__, KeyboardInterrupt):
-                signals.exit_stopped(signals.INTERRUPTED)
+                signals.exit_stopped(signals.INTERRUPTED, command)
             if type(error).__name__ == "SIGTERMException" or error.code == signals.TERMINATED:
-                signals.exit_stopped(signals.TERMINATED)
+                signals.exit_stopped(signals.TERMINATED, command)
             raise
         except Exception as error:
             report_error(error, command)
@@ -121,10 +130,14 @@ def _run_composed(command: str, arguments: Sequence[str]) -> None:
     parser.add_argument("overrides", nargs="*", help="key=value")
     parser.add_argument("--cfg", choices=["job"], help="print the configuration instead of running")
     parser.add_argument("--config-dir", help="a folder with more choices of the configuration groups")
+    for switch, text in SWITCHES.get(command, {}).items():  # --dry-run is dry_run=true
+        parser.add_argument(
+            switch, action="append_const", dest="switches", const=f"{switch[2:].replace('-', '_')}=true", help=text
+        )
     options = parser.parse_intermixed_args(list(arguments))
-    folders = _named_folders(options.overrides) if command == "compare" else []
-    overrides = [_model_is_a_path(a) for a in options.overrides if a not in folders]
-    overrides += [f"runs={hydra_compat.quote(_unquoted(folders))}"] if folders else []
+    words = _without_key(options.overrides, command) if command in POSITIONAL else []
+    overrides = [_quote_value(a) for a in options.overrides if a not in words] + (getattr(options, "switches", None) or [])
+    overrides += [f"{POSITIONAL[command]}={hydra_compat.quote(_unquoted(words))}"] if words else []
     if options.config_dir:
         overrides.append(f"hydra.searchpath={hydra_compat.quote([str(Path(options.config_dir).resolve())])}")
     with initialize_config_dir(config_folder(), version_base="1.3", job_name=command):
@@ -138,18 +151,20 @@ def _run_composed(command: str, arguments: Sequence[str]) -> None:
         try:
             getattr(importlib.import_module(f"tercet.app.commands.{module}"), function)(cfg, Path.cwd())
         finally:
-            if not OmegaConf.is_missing(cfg, "output") and cfg.output:
+            if "output" in cfg and cfg.output:
                 remove_empty(Path(cfg.output))
 
 
-def _named_folders(arguments: Sequence[str]) -> list[str]:
-    """The arguments of ``compare`` that are folders: also one whose name holds a `=`, if it is there and no key of its own."""
-    keys = OmegaConf.load(Path(config_folder(), "compare.yaml"))
+def _without_key(arguments: Sequence[str], command: str) -> list[str]:
+    """The arguments that name no key, as folders: also one whose name holds a `=`, if it is there and no key of its own."""
+    keys = OmegaConf.load(Path(config_folder(), f"{command}.yaml"))
     return [a for a in arguments if "=" not in a or (Path(a).is_dir() and a.split("=")[0] not in keys)]
 
 
-def _model_is_a_path(override: str) -> str:
-    # `model` is also a group of conf/, of which Hydra would look for a choice; quotes keep `=` and spaces in the path.
+def _quote_value(override: str) -> str:
+    # `model` is also a group of conf/, of which Hydra would look for a choice; quotes keep `=` and spaces in a path or a query.
+    if override.startswith("query="):
+        return f"query={hydra_compat.quote(override.removeprefix('query='))}"
     if not override.startswith("model="):
         return override
     value = override.removeprefix("model=")
@@ -178,7 +193,7 @@ def _job(failed: list[str]) -> Callable[[DictConfig], Any]:
             failed.append(report_error(error, "train"))
             if HydraConfig.get().mode == RunMode.MULTIRUN:  # the sweep goes on, its summary points here
                 with suppress(OSError):  # a full disk may be the error
-                    write_text(output / "error.txt", failed[-1] + "\n")
+                    write_text(output / ERROR, failed[-1] + "\n")
             return float("nan")
         except (KeyboardInterrupt, SystemExit):
             remove_empty(output)

@@ -20,21 +20,30 @@ from tercet.errors import InputError, require
 SPECIAL = {"_target_": str, "_partial_": bool, "_convert_": str, "_recursive_": bool, "_args_": list}  # Hydra's own keys
 SCALARS = (bool, int, float, str, type(None))
 SETTINGS: dict[str, Any] = {  # what a key takes that belongs to no component; a list of others is of numbers with limits
-    **dict.fromkeys(("check", "measure_before", "resume"), bool),
-    **dict.fromkeys(("artifacts", "init_from", "metric", "monitor", "optimized_metric", "output"), str | None),
-    **dict.fromkeys(("device", "output_dir", "precision", "save_dtype", "vectors"), str),
-    **dict.fromkeys(("callback", "data", "expected", "logger", "model", "stages", "stages.runs", "trainer"), dict),
-    **dict.fromkeys(("data.batch_size", "keep_last", "negatives", "seed", "skip"), int),
+    **dict.fromkeys(("check", "dry_run", "hybrid", "jobs", "measure_before", "private", "resume", "yes"), bool),
+    **dict.fromkeys(("artifacts", "card.base_model", "card.license", "card.title", "index", "init_from", "key", "metric",
+                     "model.pooling", "model.prompt", "monitor", "optimized_metric", "output", "query", "revision",
+                     "run_name", "served_name", "similarity", "stages.in_domain", "stages.out_of_domain",
+                     "vectors"), str | None),
+    **dict.fromkeys(("device", "folder", "host", "kind", "output_dir", "precision", "repo", "save_dtype", "side"), str),
+    **dict.fromkeys(("callback", "card", "data", "expected", "logger", "model", "stages", "stages.runs", "trainer"), dict),
+    **dict.fromkeys(("data.batch_size", "k", "keep_last", "negatives", "num_processes", "port", "seed", "skip",
+                     "workers"), int),
     **dict.fromkeys(("data.name", "name"), str | int),
-    "model.max_length": int | None, "model.normalize": bool | None, "model.path": list | str, "model.pooling": str | None,
-    "model.prompt": str | None, "num_threads": int | None, "run_length": dict | None, "runs": list | str,
-    "save_every": int | str | None, "stages.in_domain": str | None, "stages.out_of_domain": str | None,
+    **dict.fromkeys(("last", "model.max_length", "num_threads"), int | None),
+    **dict.fromkeys(("latency_ms", "recall"), float),
+    **dict.fromkeys(("runs", "words"), list | str),
+    "model.normalize": bool | None, "model.path": list | str | None, "older_than": float | None, "run_length": dict | None,
+    "save_every": int | str | None, **dict.fromkeys(("card.datasets", "card.language", "state"), list | str | None),
 }  # fmt: skip
 COMPONENTS = ("data.module", "data.train", "loss", "objective", "optimizer", "sampler", "scheduler", "test", "trainer",
-              "validation", "view", "evaluation", "guard")  # fmt: skip
+              "limits", "validation", "view", "evaluation", "guard")  # fmt: skip
 CALLED = ("optimizer", "sampler", "scheduler")  # by training, with what is known only then: _partial_=true
 LIMITS: dict[str, tuple[float, float, str]] = {  # of numbers that no component checks: least, largest, what else is taken
+    "last": (1, math.inf, " (null: all)"), "older_than": (0, math.inf, " (days)"),
     "seed": (0, 2**32 - 1, ""), "num_threads": (1, 4096, " (null: as many as torch chooses)"), "keep_last": (1, 1000, ""),
+    "k": (1, math.inf, ""), "num_processes": (1, 1024, ""), "port": (0, 65535, ""), "workers": (1, 256, ""),
+    "latency_ms": (0, 10_000, ""),
     "negatives": (1, 1000, ""), "skip": (0, math.inf, ""), "model.max_length": (1, math.inf, ""),
     **{f"trainer.{name}": (1, math.inf, ", or -1: no limit") for name in ("max_steps", "max_epochs")},
     **{f"trainer.{name}": (1, math.inf, "") for name in (

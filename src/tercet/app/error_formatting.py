@@ -65,14 +65,15 @@ def explain(error: BaseException, command: str) -> str:
         return f"{override}: it cannot be applied ({text}). An item of a list is changed by giving the whole list."
     if where and isinstance(error.__cause__, (TypeError, ValueError)) and not str(error).startswith("tercet."):
         return place + " ".join(str(error.__cause__).split())  # a library's constructor refuses a value
-    return place + _library_error(error.__cause__ or error if where else error)
+    return place + _library_error(error.__cause__ or error if where else error, command)
 
 
-def _library_error(error: BaseException) -> str:
+def _library_error(error: BaseException, command: str) -> str:
     """The message for an exception of a library: those whose words are for users; the others with a hint how to find them."""
     kind, text = type(error).__name__, " ".join(str(error).split())
     if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}. output_dir is the folder that a run writes, data.path what it reads."
+        written = "output_dir is the folder that a run" if command == "train" else f"output is what `{command}`"
+        return f"{error.filename}: {error.strerror}. {written} writes, data.path what it reads."
     if kind in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in text:
         advice = "Use a smaller data.batch_size, model or head, or model.execution.chunk_tokens=auto"
         return f"There is too little memory ({text[:200] or kind}). {advice}."

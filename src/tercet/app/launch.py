@@ -7,7 +7,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -19,7 +18,8 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from tercet.app import components, signals
-from tercet.app.error_formatting import explain
+from tercet.app.run_files import ERROR
+from tercet.app.run_folder import write_failure
 from tercet.distributed.processes import block_signals, end_with_parent, start_processes
 from tercet.errors import InputError, require
 from tercet.messages import print_status
@@ -84,7 +84,6 @@ def launch_processes(worker: Worker, cfg: DictConfig, output: Path) -> float | N
     count = num_processes(cfg)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     print_status(f"{count} processes on this machine")
-    (output / "error.txt").unlink(missing_ok=True)
     listener = socket.create_server((LOOPBACK, 0))
     port = listener.getsockname()[1]
     store = TCPStore(LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
@@ -141,8 +140,8 @@ def _raise_failure(codes: dict[int, int], count: int, output: Path) -> NoReturn:
             why = "SIGKILL: often there was too little memory"
             saved = f"{output / 'checkpoints'} holds what was saved; the same command with resume=true goes on."
             raise InputError(f"{what} ({why}), and the others were stopped. {saved}")
-    if (output / "error.txt").is_file():
-        raise InputError((output / "error.txt").read_text(encoding="utf-8").strip())
+    if (output / ERROR).is_file():
+        raise InputError((output / ERROR).read_text(encoding="utf-8").strip())
     rank, code = next(iter(codes.items()))
     raise InputError(f"process {rank} of {count} ended with exit code {code}.")
 
@@ -167,9 +166,7 @@ def _run_rank(
     except SIGTERMException:
         raise SystemExit(signals.TERMINATED) from None
     except Exception as error:
-        # The first to fail knows why; the others only miss it.
-        with suppress(OSError), (Path(output) / "error.txt").open("x", encoding="utf-8") as file:
-            file.write(explain(error, "train") + "\n")
+        write_failure(Path(output), error)
         if os.environ.get("TERCET_DEBUG"):
             raise
         raise SystemExit(1) from None

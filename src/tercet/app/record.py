@@ -12,27 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
 from tercet import __version__
 from tercet.app.components import walk
-from tercet.app.hydra_compat import PlainLoader
+from tercet.app.run_files import Metrics
 from tercet.distributed.gather import rank
-from tercet.errors import InputError, require
-from tercet.evaluation.direction import SMALLER_IS_BETTER
 from tercet.messages import describe_logger, log_errors
 from tercet.models.folder import TOKENIZER_FILES
-from tercet.paths import atomic_write, read_json_file, read_regular_file, write_text
+from tercet.paths import atomic_write, write_text
 
 EXAMPLES = "examples.npz"  # test metrics by example: names as in metrics.json without their stage
-SETTINGS_SIZE = 1 << 19  # bytes of a config.yaml, at most
 ARTIFACTS = ("record", "model", "checkpoints")
 # The files of a run that the artifact "record" has, beside its figures and tables: no other file of the folder is sent.
 RECORD = ("config.yaml", "revision.txt", "metrics.json", "metrics.csv", "report.html", "changes.patch")
 MODEL_FILE = re.compile(
-    r"([fg]/)?(\d+_\w+/)?((model|head)[\w-]*\.safetensors(\.index\.json)?|\w+\.model|chat_template\.jinja|"
+    r"([fg]/)?(\d+_\w+/)?((model|head)[\w-]*\.safetensors(\.index\.json)?|\w+\.model|chat_template\.jinja|README\.md|"
     r"(config|tercet|modules|config_sentence_transformers|sentence_bert_config|preprocessor_config|generation_config)\.json|"
     + "|".join(map(re.escape, sorted(TOKENIZER_FILES))) + ")"
 )  # fmt: skip
@@ -46,13 +42,11 @@ SECRET = re.compile(  # a line of changes.patch that is left out
 )
 KEYS_WITHOUT_EFFECT = (  # keys, or their beginnings, that change no result
     "output_dir", "name", "resume", "check", "num_threads", "logger", "keep_last", "save_every", "measure_before",
-    "optimized_metric", "artifacts", "code_changes", "allow_changed_data", "callback.progress", "callback.summary",
+    "optimized_metric", "artifacts", "card", "code_changes", "allow_changed_data", "callback.progress", "callback.summary",
     "callback.embeddings",
     "callback.figures",
 )  # fmt: skip
 PACKAGES = ("torch", "pytorch-lightning", "transformers", "datasets", "hydra-core", "torchmetrics", "wandb")
-
-Metrics = dict[str, float]
 
 
 def write_start(cfg: DictConfig, output: Path, data: Any, loggers: Sequence[Logger]) -> dict[str, Any]:
@@ -185,15 +179,6 @@ def write_metrics(output: Path, values: Metrics, name: str = "metrics.json", run
     write_text(output / name, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
-def is_finished(run: Path) -> bool:
-    """Whether the folder has metrics, and they are of the run in its ``config.yaml``, not of one before it."""
-    if not all((run / name).is_file() for name in ("config.yaml", "metrics.json")):
-        return False
-    settings = read_regular_file(run / "config.yaml", SETTINGS_SIZE).decode(errors="replace")
-    found = re.findall(r"^run: (\w+)$", settings, re.MULTILINE)
-    return [_read_results(run).get("run")] == (found or [None])  # None: of an earlier version
-
-
 def write_examples(output: Path, evaluator: Any, encode: Any) -> None:
     """Write the test's metrics by example, where the evaluator has some; ``compare`` asks what other examples would change."""
     examples = evaluator.examples(encode) if hasattr(evaluator, "examples") else {}
@@ -212,40 +197,6 @@ def first_difference(settings: Mapping[str, Any], cfg: DictConfig, counts: Calla
         other = [key for key in other if key != "data.fingerprint"]
     key = min(other, key=lambda name: name.count("."), default=None)  # the one that others interpolate
     return key and f"{key}={before.get(key)}, not {now.get(key)}"
-
-
-def read_settings(run: Path) -> dict[str, Any]:
-    """The ``config.yaml`` of a run, which may be a stranger's, as plain values: no interpolation in it is resolved."""
-    file = run / "config.yaml"
-    content = read_regular_file(file, SETTINGS_SIZE)
-    try:
-        found = yaml.load(content, PlainLoader)
-    except (yaml.YAMLError, ValueError, TypeError) as error:  # of constructors: no number, no key
-        reason = " ".join(str(error).split())
-        raise InputError(f"{file} cannot be read as the settings of a run ({reason}).") from error
-    require(isinstance(found, dict), f"{file} is not the settings of a run: keys with values are needed.")
-    return dict(found)
-
-
-def _read_results(run: Path) -> dict[str, Any]:
-    file = run / "metrics.json"
-    found = read_json_file(file)
-    needed = f"{file} is not the metrics of a run: names with a number each are needed."
-    require(isinstance(found, dict), needed)
-    for name, value in found.items():
-        require(type(value) is float or (type(value) is int and abs(value) < 1e300) or name == "run", needed)
-    return dict(found)
-
-
-def read_metrics(run: Path) -> Metrics:
-    """The metrics that a run has written."""
-    return {name: float(value) for name, value in _read_results(run).items() if name != "run"}
-
-
-def smaller_is_better(settings: Mapping[str, Any] | DictConfig) -> frozenset[str]:
-    """The names, without stage, suite and task, of a run's metrics that are better when smaller."""
-    names = settings.get("smaller_is_better")
-    return frozenset(map(str, names)) if isinstance(names, list | ListConfig) else SMALLER_IS_BETTER
 
 
 def stage_metrics(values: Metrics, name: str) -> Metrics:

@@ -1,7 +1,6 @@
 """``report.html``: one run, or a comparison of runs, as a page that needs no network; ``templates`` holds its markup."""
 
 import base64
-import csv
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from omegaconf import DictConfig, OmegaConf
 
-from tercet.app.record import KEYS_WITHOUT_EFFECT, Metrics, smaller_is_better, stage_metrics
+from tercet.app.record import KEYS_WITHOUT_EFFECT, stage_metrics
+from tercet.app.run_files import Metrics, main_metric, read_curves, smaller_is_better
 from tercet.evaluation.direction import is_smaller_better
 from tercet.evaluation.significance import prediction_interval
 from tercet.paths import write_text
@@ -51,7 +51,7 @@ def write_report(output: Path, cfg: DictConfig, metrics: Metrics, shown: Sequenc
         subtitle=f"experiment {cfg.name}, run {output.name}, seed {cfg.seed}",
         result=run_result(cfg, metrics, before, after),
         metrics=[(n, format_number(before.get(n)), format_number(after[n]), changes.get(n, "")) for n in names],
-        charts=read_charts(output / "metrics.csv"),
+        charts=read_charts(output),
         figures=_encode_images(sorted(path for path in shown if path.suffix == ".png")),
         overrides=[override.partition("=")[::2] for override in overrides],
         speed=[(n.replace("_", " "), format_number(metrics[f"train/{n}"])) for n in SPEED if f"train/{n}" in metrics],
@@ -87,11 +87,9 @@ def run_title(cfg: DictConfig) -> str:
 def run_result(cfg: DictConfig, metrics: Metrics, before: Metrics, after: Metrics) -> Result:
     """The main metric before and after training, compared with ``expected`` where the experiment runs unchanged.
 
-    The main metric is the first that was measured of: ``expected``, ``optimized_metric`` (of the test suite, where it is one of
-    validation), the metrics of the test suite.
+    The metric is ``main_metric``.
     """
-    optimized = str(cfg.optimized_metric).replace("val/", "test/", 1)
-    main = next((name for name in (*cfg.expected, optimized, *(f"test/{name}" for name in after)) if name in metrics), None)
+    main = main_metric(cfg, metrics)
     if main is None:
         return Result("No test metric was measured.")
     name, value = main.removeprefix("test/"), metrics[main]
@@ -121,17 +119,10 @@ def _encode_images(paths: Sequence[Path]) -> dict[str, str]:
     return {path.stem: base64.b64encode(path.read_bytes()).decode() for path in paths}
 
 
-def read_charts(path: Path) -> list[Chart]:
-    """A chart for each column of ``metrics.csv`` that ``CURVES`` lists and that has two values or more."""
-    if not path.is_file():
-        return []
-    curves: dict[str, list[tuple[float, float]]] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            for name, value in row.items():
-                if value and row.get("step") and name.startswith(CURVES):
-                    curves.setdefault(name, []).append((float(row["step"]), float(value)))
-    return [make_chart(name, points) for name, points in sorted(curves.items()) if len(points) > 1]
+def read_charts(run: Path) -> list[Chart]:
+    """A chart for each column of the run's ``metrics.csv`` that ``CURVES`` lists and that has two values or more."""
+    found = sorted(read_curves(run).items())
+    return [make_chart(name, points) for name, points in found if name.startswith(CURVES) and len(points) > 1]
 
 
 def make_chart(name: str, points: Sequence[tuple[float, float]]) -> Chart:

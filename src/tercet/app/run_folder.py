@@ -4,18 +4,18 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import LeaseCompromise, SoftFileLease, Timeout
 
+from tercet.app.error_formatting import explain
 from tercet.app.record import is_main_process
+from tercet.app.run_files import ERROR, LEASE_SECONDS, LOCK
 from tercet.errors import InputError
 from tercet.messages import print_status, warn_once
 from tercet.paths import PARTIAL, remove_partials
 
-LOCK = ".lock"
-LEASE_SECONDS = 30.0  # a run on another machine whose lock has not been renewed for so long is taken for dead
 WAIT_SECONDS = LEASE_SECONDS + 10  # for a run that is ending, or is dead
 MOVING = ".before"  # the folder of a run that is being set aside
 ASIDE = re.compile(r"before-(\d+)")
@@ -30,7 +30,8 @@ def locked(output: Path) -> Iterator[None]:
     processes of a run the first one holds it.
     """
     if not is_main_process():
-        yield
+        with _failures_recorded(output):
+            yield
         return
     lease = SoftFileLease(output / LOCK, lease_duration=LEASE_SECONDS, thread_local=False, on_compromise=_lost)
     try:
@@ -42,9 +43,29 @@ def locked(output: Path) -> Iterator[None]:
         remove_partials(output / "checkpoints")
         if (output / MOVING).is_dir():  # a process was killed in it
             set_aside(output)
-        yield
+        (output / ERROR).unlink(missing_ok=True)  # of an earlier start
+        with _failures_recorded(output):
+            yield
     finally:
         lease.release()
+
+
+@contextmanager
+def _failures_recorded(output: Path) -> Iterator[None]:
+    """Leave ``error.txt`` in the folder of a run that fails; one that a signal stops leaves none."""
+    try:
+        yield
+    except Exception as error:
+        if holds_run(output):
+            write_failure(output, error)
+        raise
+
+
+def write_failure(output: Path, error: Exception) -> None:
+    """Write the message of an error into a run's folder. Of several processes the first to fail knows why: its own stays."""
+    is_one_of_many = "RANK" in os.environ or int(os.environ.get("SLURM_NTASKS", 1)) > 1
+    with suppress(OSError), (output / ERROR).open("x" if is_one_of_many else "w", encoding="utf-8") as file:
+        file.write(explain(error, "train") + "\n")
 
 
 def _wait(lease: SoftFileLease, output: Path) -> None:

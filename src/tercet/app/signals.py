@@ -56,12 +56,13 @@ def stop_on_signals() -> Iterator[None]:
                 signal.signal(number, signal.SIG_DFL)
 
 
-def exit_stopped(code: int) -> NoReturn:
+def exit_stopped(code: int, command: str) -> NoReturn:
     """Exit after a signal: not with 0, which a scheduler would take for finished. Further signals change nothing."""
     for number in HANDLED:
         signal.signal(number, signal.SIG_IGN)
     if is_first():
-        print("\nstopped; checkpoints/last.ckpt of a run holds its last weights, if training had begun", file=sys.stderr)
+        kept = "; checkpoints/last.ckpt of a run holds its last weights, if training had begun" if command == "train" else ""
+        print(f"\nstopped{kept}", file=sys.stderr)
     raise SystemExit(code)
 
 

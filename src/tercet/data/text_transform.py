@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from tercet.data.samplers import rank_slice
 from tercet.errors import require
 from tercet.messages import print_status
-from tercet.paths import atomic_write, check_writable, remove_partials, temporary_folder
+from tercet.paths import atomic_write, cache_folder, check_writable, remove_partials, temporary_folder
 from tercet.types import Batch, BatchIndices, Source, TokenBatch
 
 FOOTER = struct.Struct("<8sQ16s")  # after the rows of a cache: MARK, the number of bytes before it, and their XXH3 hash
@@ -34,11 +33,6 @@ FORMAT = 2  # of cached rows: in the first one ``content_v`` was a hash of the t
 def content_hash(data: bytes) -> int:
     """A signed 64-bit hash of what the model gets of a cell, the same in every run and process."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
-
-
-def cache_folder(cache: str | None) -> Path:
-    """The folder itself, else ``TERCET_CACHE``, else ``~/.cache/tercet``."""
-    return Path(cache or os.environ.get("TERCET_CACHE") or Path.home() / ".cache" / "tercet").expanduser()
 
 
 @dataclass(frozen=True)

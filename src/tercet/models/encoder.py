@@ -1,29 +1,31 @@
 """The base class of encoders, and encoding outside training."""
 
-import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from traceback import clear_frames
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tercet.distributed.gather import gather_rows, rank, world_size
-from tercet.errors import require
-from tercet.messages import ProgressLines
+from tercet.errors import InputError, require
+from tercet.messages import ProgressLines, progress_bar
 from tercet.models.engine.chunking import AutoChunks, Execution
 from tercet.models.engine.packing import layer_stack
+from tercet.models.interop import EvaluatedModel, encode_with_options
 from tercet.models.pooling import POOLINGS, Head
 from tercet.models.prompts import Prompts
-from tercet.types import Inputs, Item, runs_on_cpu
+from tercet.types import Inputs, Item, TokenBatch, runs_on_cpu
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from tercet.models.text import TextEncoder
     from tercet.views import TokenInfo
 
@@ -31,7 +33,7 @@ BLOCK = 2048  # items that are tokenized at once for a GPU
 Chunks = tuple[list[Tensor], Callable[[Tensor], Inputs]]  # row indices, and a function from one of them to its rows
 
 
-class Encoder(nn.Module):
+class Encoder(EvaluatedModel, nn.Module):
     """Base class of encoders: N rows of texts (``TokenBatch``) or images (``Images``) to embeddings ``(N, D)``.
 
     A subclass sets ``kind`` and implements ``run``, ``prepare``, ``settings``, ``dim`` and ``num_outputs``; other methods
@@ -69,24 +71,43 @@ class Encoder(nn.Module):
         """How many embeddings are side by side in a row: 2 for an encoder with Quick-Thoughts' f and g, else 1."""
 
     def forward(self, inputs: Inputs) -> Tensor:
-        """``(N, D)``, in the order of the rows."""
-        return self.run(inputs, self.execution_for(inputs))
+        """``(N, D)``, in the order of the rows; ``InputError`` where training on texts runs out of a GPU's memory."""
+        try:
+            return self.run(inputs, self.execution_for(inputs))
+        except torch.OutOfMemoryError as error:
+            if not isinstance(inputs, TokenBatch) or not torch.is_grad_enabled():
+                raise
+            clear_frames(error.__traceback__)  # they hold the activations
+            fitting = self._measured_chunks(AutoChunks(), replace(self.execution, chunk_tokens="auto"), inputs).chunk_tokens
+            large = f"a pass over {len(inputs.ids)} tokens does not fit into the memory of {inputs.ids.device}"
+            raise InputError(
+                f"`execution.chunk_tokens`={self.execution.chunk_tokens}: {large}. Chunks of {fitting} tokens do: set "
+                f"`execution.chunk_tokens`={fitting} and `execution.recompute`=true, which changes no gradient."
+            ) from error
 
     def execution_for(self, inputs: Any) -> Execution:
         """``execution``, with a number for ``chunk_tokens="auto"`` that is measured on the first batch."""
-        return self.auto_chunks.resolve(self.execution, self, lambda x: self.run(x, self.execution.unchunked()), inputs)
+        return self._measured_chunks(self.auto_chunks, self.execution, inputs)
+
+    def _measured_chunks(self, chunks: AutoChunks, execution: Execution, inputs: Any) -> Execution:
+        return chunks.resolve(execution, self, lambda x: self.run(x, execution.unchunked()), inputs)
 
     def encode(
         self, items: Sequence[Item], batch_size: int | None = None, normalize: bool | None = None, progress: bool = False,
-        tokens: int | None = None, prompt: str | None = None,
+        tokens: int | None = None, prompt: str | None = None, **options: Any,
     ) -> Tensor:  # fmt: skip
         """Encode texts, or the bytes of image files: ``(N, D)`` float32 on the CPU, without dropout and gradient.
 
         Equal items are encoded once. ``batch_size`` and ``tokens`` limit the rows and tokens of one forward pass;
         ``normalize`` scales embeddings to length 1 or not, None does what the model was saved with. ``progress`` shows a bar.
-        ``prompt`` is put before each text, in place of the model's own.
+        ``prompt`` is put before each text, in place of the model's own. ``options`` are other keywords of
+        sentence-transformers' ``encode``, or of mteb's (``encode_with_options``).
         """
-        parts, texts = self.parts(), self.text_parts()
+        if options:
+            own: dict[str, Any] = {"batch_size": batch_size, "normalize": normalize, "progress": progress, "tokens": tokens}
+            found: Tensor = encode_with_options(self, items, prompt=prompt, **own, **options)
+            return found
+        parts, texts = self.parts(), self.prompted()
         fixed = f"`normalize`={normalize}: this model's normalization is fixed. Leave `normalize` out."
         require(parts or normalize is None, fixed)
         require(texts or prompt is None, f"`prompt`={prompt!r}: this model's prompt is fixed, or it reads images.")
@@ -130,6 +151,15 @@ class Encoder(nn.Module):
     def text_parts(self) -> "list[TextEncoder]":
         """Those of ``parts`` that read texts."""
         return [part for part in self.parts() if part.tokenizer is not None]  # type: ignore[misc]
+
+    def prompted(self) -> Sequence[Any]:
+        """What has ``prompts`` that can be replaced: ``text_parts``, or an exported encoder of texts."""
+        return self.text_parts()
+
+    def own_prompts(self) -> Prompts | None:
+        """The prompts, where they are of one part and can be replaced."""
+        own: list[Prompts] = [part.prompts for part in self.prompted()]
+        return own[0] if len(own) == 1 else None
 
     def token_info(self) -> "TokenInfo | None":
         """What views of texts need to know of the tokenizer; None for images."""
@@ -213,7 +243,7 @@ class CachedEncoder:
     distributed: bool = True
     prompts: Prompts | None = None  # in place of the model's own
     cache: dict[Item, Tensor] = field(default_factory=dict, init=False)
-    columns: dict[int, "CachedEncoder"] = field(default_factory=dict, init=False)  # those with a prompt of their own
+    others: dict[str, "CachedEncoder"] = field(default_factory=dict, init=False)  # those with another prompt, by its text
 
     @torch.no_grad()
     def __call__(self, items: Sequence[Item]) -> Tensor:
@@ -233,11 +263,19 @@ class CachedEncoder:
 
     def for_column(self, column: int) -> "CachedEncoder":
         """The encode function for a column of pairs, with the column's prompt; itself where that is the model's own."""
-        own = [part.prompts for part in self.encoder.text_parts()]
-        prompts = own[0].of_column(column) if len(own) == 1 else None
-        if prompts is None or prompts == own[0]:
+        own = self.encoder.own_prompts()
+        return self._with(own and own.of_column(column))
+
+    def for_task(self, task: Any, prompt_type: Any) -> "CachedEncoder":
+        """The encode function with the prompt for a task of mteb and a type of text; itself where that is the model's own."""
+        own = self.encoder.own_prompts()
+        return self._with(own and own.of_task(task, prompt_type))
+
+    def _with(self, prompts: Prompts | None) -> "CachedEncoder":
+        own = self.encoder.own_prompts()
+        if own is None or prompts is None or prompts.text == own.text:
             return self
-        return self.columns.setdefault(column, replace(self, prompts=prompts))
+        return self.others.setdefault(prompts.text, replace(self, prompts=prompts))
 
     @property
     def num_outputs(self) -> int:
@@ -248,13 +286,10 @@ class CachedEncoder:
         return num_outputs
 
     def _progress_bar(self, total: int) -> "tqdm[Any] | ProgressLines":
-        hidden, unit = not self.progress or rank() > 0, self.encoder.unit
-        if hidden or sys.stderr.isatty():
-            return tqdm(total=total, desc=self.progress, unit=f" {unit}", disable=hidden, leave=False, mininterval=0.5)
-        return ProgressLines(f"{self.progress}: ", total, f" {unit}")
+        return progress_bar(self.progress or "", total, self.encoder.unit, hidden=not self.progress or rank() > 0)
 
     def _encode(self, items: list[Item]) -> Tensor:
-        with _replaced(self.encoder.text_parts(), "prompts", self.prompts):
+        with _replaced(self.encoder.prompted(), "prompts", self.prompts):
             return self._encode_with_prompts(items)
 
     def _encode_with_prompts(self, items: list[Item]) -> Tensor:

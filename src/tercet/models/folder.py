@@ -18,9 +18,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from tercet.errors import InputError, check_choice, refuse_damaged, require
 from tercet.images import PixelFormat
 from tercet.messages import warn_once
-from tercet.models import onnx
 from tercet.models.encoder import Encoder
 from tercet.models.engine.transformers_compat import find_file
+from tercet.models.exported import is_exported, open_exported
 from tercet.models.image import ImageEncoder
 from tercet.models.pooling import make_head
 from tercet.models.pretrained import (
@@ -178,9 +178,10 @@ def build_encoder(
     if settings.get("lower_case"):
         add_lowercase(tokenizer)
     encoder = TextEncoder(backbone, tokenizer, max_length=settings["max_length"], **shared)
-    encoder.prompts, encoder.similarity = Prompts(**settings.get("prompts", {})), settings.get("similarity")
-    if encoder.similarity:
-        warn_once(f"This model's similarity function is {encoder.similarity}; evaluations compare embeddings by the cosine.")
+    encoder.prompts, encoder.similarity_fn_name = Prompts(**settings.get("prompts", {})), settings.get("similarity", "cosine")
+    if encoder.similarity_fn_name != "cosine":
+        used = "evaluations but those of mteb compare embeddings by the cosine"
+        warn_once(f"This model's similarity function is {encoder.similarity_fn_name}; {used}.")
     return encoder
 
 
@@ -217,7 +218,7 @@ def load_with_note(
     if any((path / file).is_file() for file in ("config.yaml", "metrics.json")):
         name = str(path := _model_of_run(path, name))
     require(path.suffix != ".ckpt" or path.exists(), f"`path_or_id`={name}: there is no such file.")
-    exported = (path / onnx.SETTINGS).is_file()
+    exported = is_exported(path)
     if not exported and not path.is_file():
         with refuse_damaged(f"`path_or_id`={name}", *CANNOT_BUILD):
             encoder, source = load_folder(name, pooling, trust_remote_code)
@@ -226,7 +227,7 @@ def load_with_note(
     kind = "an exported model" if exported else "a checkpoint"
     require(not pooling, f"`pooling`={pooling}: {kind} records its own pooling. Leave `pooling` out.")
     with refuse_damaged(f"`path_or_id`={name}", *CANNOT_BUILD):
-        encoder = onnx.open_exported(path) if exported else load_checkpoint_encoder(path)
+        encoder = open_exported(path, trust_remote_code) if exported else load_checkpoint_encoder(path)
     return encoder.to(device).eval(), ""
 
 

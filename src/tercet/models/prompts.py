@@ -51,6 +51,19 @@ class Prompts:
         names = ("query",) if column == 0 else (f"column_{column + 1}", "document", "passage", "corpus")
         return replace(self, default=next((name for name in names if name in self.texts), self.default))
 
+    def of_task(self, task: Any, prompt_type: Any) -> "Prompts":
+        """The prompts with that for a task of mteb and a type of text ("query", "document" or None) as the default.
+
+        The first of those named ``<task>-<type>``, ``<task>``, ``<kind of task>-<type>``, ``<kind of task>`` and ``<type>``,
+        which is mteb's order; else that of the column. ``task`` has ``name`` and ``type``, its kind; None is no task.
+        """
+        text = getattr(prompt_type, "value", prompt_type)
+        tasks = [name for name in (getattr(task, "name", None), getattr(task, "type", None)) if name]
+        names = [name for each in tasks for name in (f"{each}-{text}", each)]
+        if found := next((name for name in names if name in self.texts), None):
+            return replace(self, default=found)
+        return self.of_column(NAMES.index(text)) if text else self
+
     def add(self, items: Sequence[Item]) -> Sequence[Item]:
         """The items with the default prompt before each text."""
         return [self.text + item if isinstance(item, str) else item for item in items] if self.text else items

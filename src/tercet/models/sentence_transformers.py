@@ -14,9 +14,10 @@ from torch import Tensor
 
 from tercet.errors import InputError, require
 from tercet.models.engine.transformers_compat import find_file
+from tercet.models.interop import SIMILARITIES
 from tercet.models.pooling import NEEDS_ALL_LAYERS
 from tercet.models.pretrained import MODULES, read_json, read_module_list, transformer_settings, write_json
-from tercet.models.prompts import Prompts
+from tercet.models.prompts import NAMES, Prompts
 
 if TYPE_CHECKING:
     from tercet.models.text import TextEncoder
@@ -56,9 +57,11 @@ def write_modules(encoder: "TextEncoder", folder: Path, dtype: torch.dtype) -> N
             save_file(own, folder / path / "model.safetensors")
         modules.append({"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"})
     write_json(folder / MODULES, modules)
+    # Of a name that is missing, sentence-transformers takes none for queries and documents, and not the default prompt.
+    names = {name: encoder.prompts.of_column(i).text for i, name in enumerate(NAMES)} if encoder.prompts.texts else {}
     write_json(folder / MODEL_SETTINGS, {
-        "prompts": dict(encoder.prompts.texts), "default_prompt_name": encoder.prompts.default,
-        "similarity_fn_name": encoder.similarity or "cosine", "truncate_dim": _truncated(encoder),
+        "prompts": {**encoder.prompts.texts, **names}, "default_prompt_name": encoder.prompts.default,
+        "similarity_fn_name": encoder.similarity_fn_name, "truncate_dim": _truncated(encoder),
     })  # fmt: skip
 
 
@@ -213,10 +216,13 @@ def _model(source: str, pooling: Mapping[str, Any], layers: list[dict[str, Any]]
     require(kind == "SentenceTransformer", f"{what}: it is a {kind}, which gives no embedding of a text.")
     if dim := found.get("truncate_dim"):
         layers.append({"type": "Truncate", "dim": dim})
-    texts = {key: text for key, text in (found.get("prompts") or {}).items() if text}
+    texts = {key: text or "" for key, text in (found.get("prompts") or {}).items()}
+    if texts:  # as sentence-transformers does; "passage" or "corpus" may stand for "document"
+        texts = {"query": "", **({} if {"passage", "corpus"} & texts.keys() else {"document": ""}), **texts}
     default = found.get("default_prompt_name")
     prompts = Prompts(texts, default if default in texts else None, pooling.get("include_prompt", True))
     settings: dict[str, Any] = {"prompts": prompts.settings()} if texts else {}
-    if found.get("similarity_fn_name") not in (None, "cosine"):
-        settings["similarity"] = found["similarity_fn_name"]
-    return settings
+    similarity = found.get("similarity_fn_name") or "cosine"
+    known = similarity in SIMILARITIES
+    require(known, f"{what}: its similarity function is {similarity}; tercet knows {', '.join(SIMILARITIES)}.")
+    return {**settings, "similarity": similarity} if similarity != "cosine" else settings

@@ -33,7 +33,7 @@ class TextEncoder(PoolingMixin, Encoder):
     """Encoder of texts by any text backbone of transformers, or a word-level one: ``TokenBatch -> (N, D)``.
 
     ``normalize`` scales embeddings to length 1. Texts are cut at ``max_length`` tokens, special ones included; None is the
-    backbone's limit. ``compile`` runs the backbone through torch.compile with dynamic shapes. ``prompt`` is put before each
+    backbone's limit. ``compile`` runs its layers through torch.compile with dynamic shapes. ``prompt`` is put before each
     text; a list has one for each column of the training rows, and ``encode`` takes the first.
 
     >>> from tercet.models import make_tokenizer, random_backbone
@@ -77,7 +77,6 @@ class TextEncoder(PoolingMixin, Encoder):
         self.runner = BackboneRunner(backbone, int(tokenizer.pad_token_id or 0), compile, types)
         self.set_max_length(max_length)
         self.execution = self.runner.resolve(execution)
-        self.similarity: str | None = None  # the function that sentence-transformers compares embeddings with; None: cosine
         self.prompts = Prompts.of(prompt)
         self.replay = Replay()
 
@@ -117,7 +116,7 @@ class TextEncoder(PoolingMixin, Encoder):
         def embed(rows: TokenBatch) -> Tensor:
             return self.pool(*self.runner(rows, *options))
 
-        if execution.can_replay and self.replay.can_run(self, inputs, self.runner.head_size):
+        if execution.can_replay and not self.runner.compiled and self.replay.can_run(self, inputs, self.runner.head_size):
             return self.replay(embed, self, inputs, self.normalize, self.unpooled)
         return execution.run(embed, inputs)
 
@@ -128,7 +127,7 @@ class TextEncoder(PoolingMixin, Encoder):
     def settings(self) -> dict[str, Any]:
         """How embeddings are made, as plain values."""
         prompts = {"prompts": self.prompts.settings()} if self.prompts.texts else {}
-        similarity = {"similarity": self.similarity} if self.similarity else {}
+        similarity = {"similarity": name} if (name := self.similarity_fn_name) != "cosine" else {}
         lower = {"lower_case": True} if lowercases(self.tokenizer) else {}  # its class does not keep that in a folder
         return {"kind": self.kind, **super().settings(), "max_length": self.max_length, **prompts, **similarity, **lower}
 
@@ -178,7 +177,9 @@ class DualEncoder(Encoder):
             same_tokens, kind = part.tokenizer.get_vocab() == tokenizer.get_vocab(), part.head.kind
             require(same_tokens, f"`{name}.tokenizer` is not `tokenizer`: both encoders read the same tokens.")
             require(part.num_outputs == 1, f"`{name}.head.kind`={kind}: each encoder has one output. Use linear, mlp or none.")
-            require(not part.prompts.texts, f"`{name}.prompt`: two encoders take no prompts. Put them into the data.")
+            require(
+                not any(part.prompts.texts.values()), f"`{name}.prompt`: two encoders take no prompts. Put them into the data."
+            )
         require(f.dim == g.dim, f"`f` has {f.dim} columns, `g` {g.dim}: their product needs equally many.")
         super().__init__(f.execution)
         # One copy of equal pretrained word vectors, as in the authors' code: they are large and are not trained.

@@ -21,11 +21,11 @@ import numpy as np
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
-from tercet.app import record, report
+from tercet.app import record, report, run_files
 from tercet.errors import require
 from tercet.evaluation.direction import SMALLER_IS_BETTER, is_smaller_better
 from tercet.evaluation.figures import figure_text
-from tercet.evaluation.significance import PairedDifference, holm, paired_difference, randomization_test
+from tercet.evaluation.significance import PairedDifference, holm, paired_difference, randomization_tests
 from tercet.messages import csv_cell, print_status, printable, warn_once
 from tercet.paths import atomic_write, check_writable, write_text
 
@@ -38,8 +38,8 @@ LEGEND = """\
 lead [95 %]: the difference on the seeds that both have, and Student's t interval: how far it moves with another training run.
 p, sign test: of the t test and of the exact sign test over these seeds, corrected for all pairs of settings (Holm). A setting
 is called behind where p is below 0.05. With one seed there is no verdict, and n seeds give no sign test below 2^(1-n).
-examples: paired approximate randomization over the test's examples, corrected too (Bonferroni): how it would be with other
-examples and the same trained models. It says nothing about other seeds."""
+examples: paired approximate randomization over the test's examples, corrected too (Holm): how it would be with other examples
+and the same trained models. It says nothing about other seeds."""
 
 Setting = tuple[str, ...]  # a value for each axis
 
@@ -112,14 +112,13 @@ class Comparison:
         pairs = {pair: found for pair in combinations(ranked, 2) if (found := _on_common_seeds(*map(ranked.get, pair)))}
         adjusted = dict(zip(pairs, holm([found.p for found in pairs.values()]), strict=True))
         signs = dict(zip(pairs, holm([found.sign_p for found in pairs.values()]), strict=True))
+        folders = tuple(tuple(run.folder for run in self.runs[setting]) for setting in ranked)
+        examples = compare_examples(folders, metric.removeprefix("test/")) if metric.startswith("test/") else {}
         best, *others = ranked
         leads = {}
-        for other in others:
+        for i, other in enumerate(others, start=1):
             pair = best, other
-            folders = [tuple(run.folder for run in self.runs[setting]) for setting in pair]
-            chance = compare_examples(*folders, metric.removeprefix("test/")) if metric.startswith("test/") else None
-            corrected = None if chance is None else min(1.0, chance * math.comb(len(ranked), 2))
-            leads[other] = Lead(pairs.get(pair), adjusted.get(pair), signs.get(pair), corrected)
+            leads[other] = Lead(pairs.get(pair), adjusted.get(pair), signs.get(pair), examples.get((0, i)))
         return leads
 
     def label(self, setting: Setting, short: bool = False) -> str:
@@ -129,16 +128,21 @@ class Comparison:
 
 
 @functools.cache
-def compare_examples(best: tuple[Path, ...], other: tuple[Path, ...], metric: str) -> float | None:
-    """The p value of randomization over the test's examples, of values that are averaged over the runs in these folders.
+def compare_examples(settings: tuple[tuple[Path, ...], ...], metric: str) -> dict[tuple[int, int], float]:
+    """The p values of randomization over the test's examples for each two settings, by index, corrected for all (Holm).
 
-    None where a run has no values by example, or those of other examples.
+    A setting is the folders of its runs, over which values are averaged. Left out are pairs where a run has no values by
+    example, or those of other examples.
     """
-    sides: list[list[Any]] = [[], []]
-    for side, folders in zip(sides, (best, other), strict=True):
-        side += [_read_examples(folder / record.EXAMPLES, metric) for folder in folders]
-    sizes = {len(values) for side in sides for values in side}
-    return randomization_test(*(np.mean(side, axis=0) for side in sides)) if len(sizes) == 1 and sizes != {0} else None
+    values = [[_read_examples(folder / record.EXAMPLES, metric) for folder in folders] for folders in settings]
+    means = [np.mean(runs, axis=0) if len({len(run) for run in runs}) == 1 else np.zeros(0) for runs in values]
+    pairs = [(i, j) for i, j in combinations(range(len(means)), 2) if 0 < len(means[i]) == len(means[j])]
+    found: dict[tuple[int, int], float] = {}
+    for size in {len(means[i]) for i, _ in pairs}:
+        same = [(i, j) for i, j in pairs if len(means[i]) == size]
+        tests = randomization_tests(np.stack([means[i] - means[j] for i, j in same]))
+        found |= dict(zip(same, tests, strict=True))
+    return dict(zip(found, holm([*found.values()]), strict=True))
 
 
 def _read_examples(path: Path, metric: str) -> Any:
@@ -172,23 +176,16 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     """All finished runs in or below ``paths``; prints how many have no metrics and are left out."""
     for path in paths:
         require(path.is_dir(), f"runs={path}: there is no such folder. Give run folders, or one that holds them.")
-    found = find_runs(paths)
-    runs = [_read_run(folder) for folder in found if record.is_finished(folder)]
+    found = run_files.find_runs(paths)
+    runs = [_read_run(folder) for folder in found if run_files.is_finished(folder)]
     if unfinished := len(found) - len(runs):
         print_status(f"{unfinished} runs have not finished and are left out.")
     require(runs, f"runs={', '.join(map(str, paths))}: no finished run (config.yaml and metrics.json) is there.")
     return runs
 
 
-def find_runs(paths: Sequence[Path], files: Sequence[str] = ("config.yaml",)) -> list[Path]:
-    """The folders of runs in or below ``paths``, which hold one of ``files``, in the order of their names and numbers."""
-    folders = {file.parent for path in paths for name in files for file in path.rglob(name)}
-    top = [folder for folder in folders if not folders & set(folder.parents)]  # the stages of a run are not runs
-    return sorted(top, key=lambda folder: [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in folder.parts])
-
-
 def _read_run(folder: Path) -> Run:
-    cfg = record.read_settings(folder)
+    cfg = run_files.read_settings(folder)
     given, optimized = cfg.get("command") or [], cfg.get("optimized_metric")
     seed: Any = cfg.get("seed")
     typed = isinstance(given, list) and all(isinstance(part, str) for part in given)
@@ -196,8 +193,8 @@ def _read_run(folder: Path) -> Run:
     require(whole, f"{folder / 'config.yaml'}: command (a list of texts), seed (a whole number) or optimized_metric is amiss.")
     overrides = dict(printable(part, lines=False).partition("=")[::2] for part in given)
     command = shlex.join(["python", "train.py", *given])
-    metrics = {printable(name, lines=False): value for name, value in record.read_metrics(folder).items()}
-    smaller = record.smaller_is_better(cfg)
+    metrics = {printable(name, lines=False): value for name, value in run_files.read_metrics(folder).items()}
+    smaller = run_files.smaller_is_better(cfg)
     return Run(folder, seed, metrics, overrides, printable(command, lines=False), optimized, smaller)
 
 

@@ -29,7 +29,7 @@ def run(cfg: DictConfig, output: Path) -> None:
     check_values(OmegaConf.create({"evaluation": OmegaConf.to_container(cfg.evaluation, resolve=True)}), cfg)
     evaluator = build(cfg.evaluation)
     names = [cfg.model.path] if isinstance(cfg.model.path, str) else list(cfg.model.path)
-    members = [CachedEncoder(_open_member(cfg, str(name)), progress="evaluating") for name in names]
+    members = [CachedEncoder(open_member(cfg, str(name)), progress="evaluating") for name in names]
     encode: EncodeFunction = members[0] if len(members) == 1 else ConcatEncoder(members)
     metrics = evaluator(encode)
     show = getattr(evaluator, "table", None)
@@ -43,7 +43,7 @@ def run(cfg: DictConfig, output: Path) -> None:
         print_status(f"Written to {target}" + "".join(f", {target.stem}_{name}.png" for name in drawn))
 
 
-def _open_member(cfg: DictConfig, name: str) -> Encoder:
+def open_member(cfg: DictConfig, name: str) -> Encoder:
     """The model, with the command line's ``max_length``, ``prompt`` and ``normalize``."""
     encoder = open_model(name, cfg.model.pooling, cfg.device, cfg.seed, cfg.model.trust_remote_code)
     for key in ("max_length", "prompt", "normalize"):

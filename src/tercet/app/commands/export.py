@@ -1,4 +1,4 @@
-"""The commands ``export`` (an encoder as one ONNX file) and ``expand`` (a model of words learns more words)."""
+"""The commands ``export`` (an encoder for other runtimes) and ``expand`` (a model of words learns more words)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,24 +9,30 @@ from omegaconf import DictConfig
 from tercet.app.commands.evaluate import open_model
 from tercet.errors import InputError
 from tercet.messages import print_status, silence_libraries
+from tercet.models.export import FILES, export_model
 from tercet.models.folder import save_model
-from tercet.models.onnx import FILE, export_onnx
 from tercet.models.vocabulary import expand_vocabulary
 from tercet.models.words import read_vectors
 from tercet.paths import check_new_folder, check_writable
 
 
 def run(cfg: DictConfig, output: Path) -> None:
-    """Write the folder of the ONNX file, in float32 or int8."""
+    """Write the folder of the exported file, and say how far its vectors are from the model's."""
     silence_libraries()
     target = Path(cfg.output)
     check_new_folder(target, "output")
     encoder = open_model(cfg.model.path, cfg.model.pooling, "cpu", cfg.seed, cfg.model.trust_remote_code)
     check_writable(target, "output")
     with about_model(cfg):
-        export_onnx(encoder, target, cfg.precision)
-    megabytes = (target / FILE).stat().st_size / 1e6
-    print_status(f"{cfg.precision}, {megabytes:.0f} MB. Written to {target}; `tercet evaluate model={target}` measures it.")
+        parity = export_model(encoder, target, cfg.format, cfg.precision, cfg.tolerance)
+    file = target / FILES[cfg.format][cfg.precision]
+    megabytes = sum(part.stat().st_size for part in file.parent.iterdir()) / 1e6
+    differ = (
+        f"differ from the model's by {parity.difference:.2g} times their length at most, cosine {parity.cosine:.5f} at least"
+    )
+    print_status(f"{cfg.format}, {cfg.precision}, {megabytes:.0f} MB. Vectors of {parity.samples} samples {differ}.")
+    trust = " model.trust_remote_code=true" if cfg.format == "torch_export" else ""
+    print_status(f"Written to {target}; `tercet evaluate model={target}{trust}` measures it.")
 
 
 @contextmanager

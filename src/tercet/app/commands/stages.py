@@ -9,7 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf, read_write
 
-from tercet.app import record, run_folder
+from tercet.app import record, run_files, run_folder
 from tercet.app.commands import train
 from tercet.app.hydra_compat import quote, typed_overrides
 from tercet.errors import require
@@ -53,10 +53,10 @@ def _run_stages(cfg: DictConfig, output: Path, runs: dict[str, DictConfig], fold
         test = OmegaConf.to_container(config.test, resolve=True)
         config.measure_before = bool(cfg.measure_before and test != measured)  # else the last stage has just done so
         config.resume = cfg.resume
-        if cfg.resume and record.is_finished(folder):
+        if cfg.resume and run_files.is_finished(folder):
             now, _ = train.prepare(config, folder)
             counts = lambda key: train.changes_results(key) or key.split(".")[0] in COUNTS  # noqa: E731
-            other = record.first_difference(record.read_settings(folder), now, counts)
+            other = record.first_difference(run_files.read_settings(folder), now, counts)
             advice = f"Use another output_dir, or delete {folder} and what follows it."
             require(not other, f"{folder.name} was finished with {other}. {advice}")
             print_status(f"{folder.name} is finished; kept")
@@ -65,7 +65,7 @@ def _run_stages(cfg: DictConfig, output: Path, runs: dict[str, DictConfig], fold
             train.run(config, folder)
         if cfg.check:  # no model and no metrics: every stage is checked from the start of the first one
             continue
-        metrics = record.read_metrics(folder)
+        metrics = run_files.read_metrics(folder)
         after = record.stage_metrics(metrics, "test")
         for key in ("in_domain", "out_of_domain") if not columns else ():
             if (wanted := cfg.stages[key]) and wanted not in after:
@@ -106,7 +106,7 @@ def _finish(cfg: DictConfig, output: Path, columns: dict[str, dict[str, float]],
     """Write the table, figure and metrics of all stages; the last stage's model is the run's."""
     metrics = {f"{stage}/{name}": x for stage, column in columns.items() for name, x in column.items()}
     metrics |= {f"test/{name}": x for name, x in list(columns.values())[-1].items()}
-    last = record.read_metrics(Path(model).parent)
+    last = run_files.read_metrics(Path(model).parent)
     metrics |= {name: x for name, x in last.items() if name.startswith("val/")}
     if record.is_main_process():
         identity = record.write_settings(output, cfg)

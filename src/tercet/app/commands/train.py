@@ -10,18 +10,19 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint, ModelSummary, ProgressBar
 
-from tercet.app import launch, record, report, run_folder
+from tercet.app import launch, record, report, run_files, run_folder
 from tercet.app.commands.evaluate import initialize_from
 from tercet.app.commands.preflight import preflight
 from tercet.app.components import build, check_settings, check_values, find_targets, start_record
 from tercet.app.config_checks import check_config, check_model, set_derived
+from tercet.app.model_card import CARD, check_given, make_card
 from tercet.app.own_texts import choose_by_columns, set_run_length
 from tercet.distributed.sharding import gather_weights, load_state
 from tercet.errors import require
 from tercet.messages import print_status, silence_libraries, warn_once
 from tercet.models.engine.chunking import trim_heap
 from tercet.models.folder import newest_checkpoint, read_checkpoint, save_model
-from tercet.paths import check_writable, locate
+from tercet.paths import check_writable, locate, write_text
 from tercet.training.callbacks.checkpoints import AtomicCheckpointIO, Settings, generations
 from tercet.training.callbacks.evaluation import START, Evaluation, evaluate_stage, validate
 from tercet.training.callbacks.figures import shown_files
@@ -39,7 +40,7 @@ SAME_ROWS = ("path", "cache", "workers", "name")  # of data: ``data.fingerprint`
 CHECKPOINT_PARTS = {"callbacks", "DataModule", "epoch", "global_step", "loops", "lr_schedulers", "optimizer_states",
                     "pytorch-lightning_version", "state_dict"}  # fmt: skip
 # A finished run is not repeated where only these differ.
-FREE_KEYS = ("resume", "output_dir", "command", "check", "code_changes", "run", "allow_changed_data")
+FREE_KEYS = ("card", "resume", "output_dir", "command", "check", "code_changes", "run", "allow_changed_data")
 
 
 def run(cfg: DictConfig, output: Path) -> float | None:
@@ -52,7 +53,7 @@ def run(cfg: DictConfig, output: Path) -> float | None:
         set_run_length(config, data)
         if config.resume and is_done(config, output):
             print_status(f"{output} is finished; there is nothing left to do.")
-            return optimized_value(config, record.read_metrics(output))
+            return optimized_value(config, run_files.read_metrics(output))
         if not check_resume(config, output) and not config.check:
             begin_anew(config, output)
         if alone and launch.needs_processes(config):
@@ -70,6 +71,7 @@ def prepare(cfg: DictConfig, output: Path) -> tuple[DictConfig, DataModule]:
     drop_missing_validation(config)
     set_derived(config)
     check_values(config, cfg)
+    check_given(config.card)
     config.output_dir = str(output)
     data = build(config.data.module)
     build(config.validation)  # an error in it ends the run here
@@ -149,9 +151,9 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
 
 def is_done(cfg: DictConfig, output: Path) -> bool:
     """Whether the folder has the results of these settings."""
-    if not record.is_finished(output):
+    if not run_files.is_finished(output):
         return False
-    settings = record.read_settings(output)
+    settings = run_files.read_settings(output)
     return not record.first_difference(settings, cfg, lambda key: key.split(".")[0] not in FREE_KEYS)
 
 
@@ -169,7 +171,7 @@ def check_resume(cfg: DictConfig, output: Path) -> bool:
     there = last_checkpoints(output) if cfg.resume else []
     if not there:
         return False
-    written = record.read_settings(output) if (output / "config.yaml").is_file() else {}
+    written = run_files.read_settings(output) if (output / "config.yaml").is_file() else {}
     old = f"resume=true: {output} is a run of Tercet 0.1, whose settings had other names, and cannot be resumed. "
     new = f"init_from={output} starts from its weights; use another output_dir."
     require("batches" not in written, old + new)  # a key of version 0.1
@@ -203,7 +205,7 @@ def _is_same_start(cfg: DictConfig, output: Path) -> bool:
     """Whether the folder has nothing but the beginning of a run with these settings, stopped before its first checkpoint."""
     if (output / "metrics.json").is_file() or not (output / "config.yaml").is_file():
         return False
-    return not record.first_difference(record.read_settings(output), cfg, changes_results)
+    return not record.first_difference(run_files.read_settings(output), cfg, changes_results)
 
 
 def last_checkpoints(output: Path) -> list[Path]:
@@ -274,6 +276,8 @@ def write_results(
     if not trainer.is_global_zero:
         return
     save_model(encoder, output / "model", cfg.save_dtype)
+    facts = {**notes, "steps": trainer.global_step}
+    write_text(output / "model" / CARD, make_card(encoder, output / "model", plain_settings(cfg), metrics, facts))
     record.write_metrics(output, metrics, run=notes["run"])
     before, after = (record.stage_metrics(metrics, stage) for stage in ("before", "test"))
     shown = shown_files(output)

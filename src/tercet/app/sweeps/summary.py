@@ -8,8 +8,8 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from tercet.app import record
-from tercet.app.commands.compare import Comparison, find_runs, group_runs, read_runs, write_comparison
+from tercet.app import record, run_files
+from tercet.app.commands.compare import Comparison, group_runs, read_runs, write_comparison
 from tercet.app.commands.stages import draw_stages
 from tercet.messages import print_status
 from tercet.paths import atomic_write, write_text
@@ -19,10 +19,10 @@ Summary = dict[str, dict[str, float]]  # metric -> mean, sd, runs
 
 def summarize_sweep(root: Path, stages: DictConfig) -> bool:
     """Print and write the metrics of a sweep's jobs: ``summary.json`` and the comparison. False if a job has failed."""
-    jobs = find_runs([folder for folder in root.iterdir() if folder.is_dir()], ["config.yaml", "error.txt"])
+    jobs = run_files.find_runs([folder for folder in root.iterdir() if folder.is_dir()], [run_files.SETTINGS, run_files.ERROR])
     if not jobs:
         return True
-    done = [folder for folder in jobs if record.is_finished(folder)]
+    done = [folder for folder in jobs if run_files.is_finished(folder)]
     comparison = group_runs(read_runs(done)) if done else Comparison((), {})
     summaries = {comparison.label(s): summarize([one.metrics for one in runs]) for s, runs in comparison.runs.items()}
     content: Any = summaries
@@ -33,11 +33,11 @@ def summarize_sweep(root: Path, stages: DictConfig) -> bool:
         _show_summary(content, len(done), stages, root)
     failed = [folder for folder in jobs if folder not in done]
     for folder in failed:
-        error = folder / "error.txt"
+        error = folder / run_files.ERROR
         print_status(f"job {folder.relative_to(root)} {f'failed: {error}' if error.is_file() else 'has not finished'}")
     write_text(root / "summary.json", json.dumps(content, indent=2) + "\n")
     print_status(f"Written to {root / 'summary.json'}")
-    return not any((folder / "error.txt").is_file() for folder in failed)
+    return not any((folder / run_files.ERROR).is_file() for folder in failed)
 
 
 def _show_summary(summary: Summary, runs: int, stages: DictConfig, root: Path) -> None:

@@ -1,6 +1,7 @@
 """Run a transformers backbone on padded or packed rows."""
 
 import inspect
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,10 +13,11 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tercet.errors import InputError
+from tercet.messages import print_status
 from tercet.models.engine import transformers_compat as compat
 from tercet.models.engine.chunking import Execution
 from tercet.models.engine.deterministic_dropout import DropoutSeeds, replace_dropouts
-from tercet.models.engine.packing import NAME, Packing, autocast_dtype, shorten_last_layer
+from tercet.models.engine.packing import NAME, Packing, autocast_dtype, layer_stack, shorten_last_layer
 from tercet.rng import uniform
 from tercet.types import RATE_SCALE, TokenBatch, TokenState
 
@@ -67,6 +69,8 @@ class BackboneRunner:
 
     When it is made, a few rows run in every layout, so that only those are used in which a row is as it is alone.
     ``token_types`` are the types by token id that the tokenizer gives to a text, where not 0; None passes no types.
+    ``compile`` compiles each layer, attention and dropout aside, once for rows of any length; or the backbone as a whole, if
+    it has no single stack of layers.
     """
 
     def __init__(
@@ -80,14 +84,17 @@ class BackboneRunner:
         self.can_skip_last_layer = False  # whether the last layer can compute first tokens only
         self.output_type: type[Any] = BaseModelOutputWithPooling  # of the backbone
         self.cannot_pad = ""  # why rows cannot be padded
-        self.cannot_pack = "it is compiled"  # why rows cannot be concatenated
-        self.compiled = compile
+        self.cannot_pack = ""  # why rows cannot be concatenated
+        self.compiled: list[nn.Module] = []
+        self.compiled_passes: set[tuple[Any, ...]] = set()  # the kinds of pass that have been compiled
         training = backbone.training
         with torch.no_grad(), torch.random.fork_rng(devices=[]):  # some backbones draw numbers, also in evaluation mode
-            self._verify_layouts(compile)
+            self._verify_layouts()
         backbone.train(training)
         if compile:
-            backbone.compile(dynamic=True)  # in place: the names of the weights stay as they are
+            self.compiled = list(layer_stack(backbone) or [backbone])
+        for module in self.compiled:
+            module.compile(dynamic=True)  # in place: the names of the weights stay as they are
 
     def resolve(self, execution: Execution) -> Execution:
         """Replace ``layout="auto"`` and install seeded dropout; ``InputError`` for what this backbone cannot do."""
@@ -130,7 +137,7 @@ class BackboneRunner:
         if packed or seeds:
             attend = None if state.attend is None or not packed else state.attend[0]
             arguments["packing"] = Packing(rows.index, packed, first_token_only, seeds, attend)
-        with self._cut_embeddings(state):
+        with self._cut_embeddings(state), self._say_compilation(ids.device):
             out: Any = self.backbone(**arguments, output_hidden_states=all_layers)
         if not packed:
             return out, mask
@@ -149,7 +156,7 @@ class BackboneRunner:
             return
         embeddings, name = getattr(self.backbone, "embeddings", None), type(self.backbone).__name__
         normalized = embeddings is not None and any(isinstance(m, nn.LayerNorm) for m in embeddings.modules())
-        if embeddings is None or not normalized or self.compiled:
+        if embeddings is None or not normalized or self.backbone in self.compiled:
             reason = "is compiled" if normalized else "has no embedding layer with normalization, whose output is cut"
             raise InputError(f"A cutoff of variant shen: {name} {reason}. Use the variant input, or another backbone.")
 
@@ -163,6 +170,19 @@ class BackboneRunner:
         finally:
             hook.remove()
 
+    @contextmanager
+    def _say_compilation(self, device: torch.device) -> Iterator[None]:
+        """Say how long the first pass of a kind takes, in which compiled modules are compiled."""
+        kind = (self.backbone.training, torch.is_grad_enabled(), autocast_dtype(device), device)
+        if not self.compiled or kind in self.compiled_passes:
+            yield
+            return
+        self.compiled_passes.add(kind)
+        start = time.monotonic()
+        yield
+        backward = "; the first backward pass is compiled as well" if torch.is_grad_enabled() else ""
+        print_status(f"Compiling {type(self.backbone).__name__} took {time.monotonic() - start:.0f} s{backward}.")
+
     def type_arguments(self, ids: Tensor) -> dict[str, Tensor]:
         """The argument ``token_type_ids`` for ``ids (n, L)``, where the backbone needs it."""
         if self.token_types is None:
@@ -172,7 +192,7 @@ class BackboneRunner:
             types = types.masked_fill(ids == token, number)
         return {"token_type_ids": types}
 
-    def _verify_layouts(self, compile: bool) -> None:
+    def _verify_layouts(self) -> None:
         """Set what this backbone cannot do; ``InputError`` if it does not run, or a row is never as it is alone."""
         name, rows = type(self.backbone).__name__, self._sample_rows([3, 3, 5, 4])
         try:
@@ -199,8 +219,7 @@ class BackboneRunner:
             reason = "a text's embedding would depend on the texts beside it, even on those of its own length"
             raise InputError(f"`backbone`: {name} is not supported: {reason}. Use another backbone.")
         self.cannot_pad = "" if _close(padded, alone) else "a row's embedding would depend on its padding"
-        if not compile:
-            self.cannot_pack = self._enable_packing(rows, alone)
+        self.cannot_pack = self._enable_packing(rows, alone)
 
     def _sample_rows(self, lengths: list[int]) -> TokenBatch:
         size, most = self.backbone.config.vocab_size, torch.tensor(lengths).clamp(max=self.max_tokens)

@@ -29,6 +29,8 @@ class SeededDropout(nn.Dropout):
         super().__init__(p)
         self.seeds = seeds
 
+    # In compiled layers, which share their code, each dropout has a number of its own.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, x: Tensor) -> Tensor:
         """``(..., H)``, one seed for each vector of H."""
         seed = self.seeds.seed

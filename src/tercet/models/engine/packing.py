@@ -60,6 +60,8 @@ class AttentionSettings(NamedTuple):
     number: int = 0  # of the layer; ``attend_short`` mixes it into the seeds, which are the layer's for all others
 
 
+# Compiled layers call it as it is: its way depends on the lengths of the rows.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None = None,
     dropout: float = 0.0, packing: Packing | None = None, sliding_window: int | None = None, **others: Any,
@@ -229,6 +231,8 @@ def shorten_last_layer(backbone: PreTrainedModel) -> bool:
     return True
 
 
+# It changes the packing.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _select_first_tokens(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     packing = kwargs.get("packing")
     if packing is None or not packing.first_token_only or packing.all_hidden is not None:

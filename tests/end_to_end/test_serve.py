@@ -1,0 +1,124 @@
+"""``tercet serve``: the command, its signals and its errors."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from tercet.app.components import build
+from tercet.models.folder import save_model
+from tests.conftest import TEXTS, composed, tiny
+from tests.end_to_end.forked import Forked
+
+pytest.importorskip("uvicorn", reason="tercet[serve] is not installed")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("served") / "model"
+    model = build(composed(*tiny()).model).eval()
+    save_model(model, folder)
+    return folder, model
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def is_ready(place):
+    try:
+        return httpx.get(f"{place}/health/ready", timeout=30).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_it_serves_until_a_signal_and_answers_what_has_arrived(saved, tmp_path, number, code):
+    folder, model = saved
+    port = free_port()
+    place = f"http://127.0.0.1:{port}"
+    started = Forked(tmp_path, "serve", [f"model={folder}", f"port={port}", "latency_ms=3000"])
+    started.wait_for(lambda: is_ready(place), 120)
+    assert f"model is served at {place}/v1" in started.said()
+    with ThreadPoolExecutor(4) as pool, httpx.Client(timeout=60) as client:
+        given = {"input": TEXTS, "model": "model"}
+        asked = [pool.submit(client.post, f"{place}/v1/embeddings", json=given) for _ in range(4)]
+        # all wait for others to be encoded with them
+        started.wait_for(lambda: client.get(f"{place}/health").json()["queued"] == 4 * len(TEXTS))
+        os.kill(started.pid, number)
+        answers = [future.result() for future in asked]
+    assert started.end() == code, started.said()
+    assert "stopped" in started.said() and "Traceback" not in started.said()
+    for answer in answers:
+        assert answer.status_code == 200
+        found = [item["embedding"] for item in answer.json()["data"]]
+        np.testing.assert_allclose(found, model.encode(TEXTS).numpy(), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_several_workers_share_metrics_a_dead_one_is_replaced_and_a_signal_ends_all(saved, tmp_path):
+    port = free_port()
+    place, given = f"http://127.0.0.1:{port}", {"input": "a"}
+    command = [sys.executable, "-m", "tercet", "serve", f"model={saved[0]}", f"port={port}", "workers=2", "latency_ms=500"]
+    started = subprocess.Popen(command, cwd=tmp_path, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    try:
+        ends = time.monotonic() + 240
+        while len(workers := worker_pids(started.pid)) < 2 or not is_ready(place):
+            assert time.monotonic() < ends and started.poll() is None
+            time.sleep(0.1)
+        for _ in range(40):  # each by a connection of its own: both processes accept some
+            assert httpx.post(f"{place}/v1/embeddings", json=given, timeout=60).status_code == 200
+        line = 'tercet_requests_total{route="/v1/embeddings",status="200"} 40.0'
+        assert all(line in httpx.get(f"{place}/metrics", timeout=60).text for _ in range(6))
+        os.kill(workers[0], signal.SIGKILL)
+        time.sleep(1)
+        for _ in range(10):
+            assert httpx.post(f"{place}/v1/embeddings", json=given, timeout=60).status_code == 200
+        with ThreadPoolExecutor(4) as pool, httpx.Client(timeout=60) as client:
+            asked = [pool.submit(client.post, f"{place}/v1/embeddings", json=given) for _ in range(4)]
+            time.sleep(0.3)
+            started.send_signal(signal.SIGTERM)
+            assert [future.result().status_code for future in asked] == [200] * 4
+        assert started.wait(60) == 143
+    finally:
+        started.kill()
+    assert "by 2 processes" in started.stderr.read()
+
+
+def worker_pids(pid):
+    """The processes that a server has started."""
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        children = [int(child) for child in file.read().split()]
+    return [child for child in children if b"resource_tracker" not in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("port=taken", "Address already in use"),
+        ("host=203.0.113.7", "host=203.0.113.7"),
+        ("port=70000", "port=70000: a number from 0 to 65535"),
+        ("workers=0", "workers=0"),
+        ("latency_ms=-1", "latency_ms=-1"),
+        ("limits.texts=0", "limits.texts=0"),
+        ("limits.queue=10", "limits.texts=2048"),
+        ("index=nowhere", "nowhere"),
+        ("model.path=[a,b]", "one model"),
+        ("model=nowhere/at/all", "model=nowhere/at/all"),
+        ("limits.bytes=1", "limits.bytes"),
+    ],
+)
+def test_wrong_settings_end_with_one_message(command, saved, override, message):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        override = override.replace("taken", str(listener.getsockname()[1]))
+        result = command("serve", f"model={saved[0]}", override)
+    assert result.code == 1 and message in result.terminal and "Traceback" not in result.terminal, result.terminal
