@@ -90,6 +90,12 @@ def reciprocal_rank_fusion(rankings: Sequence[Ints], k: int) -> tuple[Floats, In
 
 
 def search_hybrid(index: Index, words: BM25, vectors: Any, texts: Sequence[str], k: int) -> tuple[Floats, Ints]:
-    """The k rows that vectors ``(Q, D)`` and words of Q ``texts`` rank best together: scores and row numbers ``(Q, k)``."""
+    """The k rows that vectors ``(Q, D)`` and words of Q ``texts`` rank best together: scores and row numbers ``(Q, k)``.
+
+    >>> texts = ["Invoice 4711", "A bill", "A dog"]
+    >>> index = Index.build(np.eye(3, dtype=np.float32), texts)
+    >>> search_hybrid(index, BM25(texts), np.array([[0.1, 1.0, 0.0]]), ["4711"], 2)[1]
+    array([[0, 1]])
+    """
     depth = min(len(index), DEPTH * k)
     return reciprocal_rank_fusion([index.search(vectors, depth)[1], words.search(texts, depth)[1]], min(k, len(index)))

