@@ -141,7 +141,7 @@ def _next_names(known: dict[str, Any], word: str) -> list[str]:
 
 
 def _known(command: str, given: Sequence[str]) -> dict[str, Any]:
-    """Of a command: ``groups`` with their choices, ``keys``, ``switches`` (keys that are true or false), ``options``, ``actions``."""
+    """Of a command: ``groups`` with their choices, ``keys``, ``switches`` (keys that are true or false), and the like."""
     groups = {path.relative_to(config_folder()).as_posix() for path in Path(config_folder()).glob("**/") if path.name}
     chosen = [word for word in given if "=" in word and re.split("[=@]", word.lstrip("+~"))[0] in groups]
     folders = [b for a, b in pairwise(given) if a == "--config-dir"]
