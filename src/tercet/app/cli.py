@@ -30,7 +30,7 @@ from tercet.paths import RENAME_MANY, is_utf8, write_text
 COMMANDS = {
     "compare": "runs as one table: compare <folders> metric=<name> output=<folder>",
     "train": "train, measured before and after (the same as train.py)",
-    "encode": "vectors of texts or images: model=<as below> data.path=<texts> output=<file.npy, file.parquet or folder>",
+    "encode": "vectors of texts or images: model=<as above> data.path=<texts> output=<file.npy, file.parquet or folder>",
     "search": "index vectors: vectors=<file> output=<folder> kind=hnsw; ask: index=<folder> query=<text or file>",
     "evaluate": "measure any model: model=<run, checkpoint, folder or hub id> evaluation=sts output=<file.json>",
     "expand": "give a model of words those of larger vectors: model=<run> vectors=<file> output=<folder>",
