@@ -32,6 +32,7 @@ COMMANDS = {
     "evaluate": "measure any model: model=<run, checkpoint, folder or hub id> evaluation=sts output=<file.json>",
     "expand": "give a model of words those of larger vectors: model=<run> vectors=<file> output=<folder>",
     "export": "one ONNX file of a model: model=<as above> output=<folder> precision=int8",
+    "app": "a page of texts as a model sees them: model=<as above> other=<model before> data=table data.path=<texts>",
     "serve": "OpenAI's /v1/embeddings, search and metrics: model=<as above> index=<folder> port=8000",
     "runs": "list, best metric=<name>, show RUN, diff RUN RUN, tail RUN, prune: the runs below outputs/",
     "mine": "write hard negatives: model=<as above> data.path=<pairs or labeled texts> output=<file.parquet>",

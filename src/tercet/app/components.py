@@ -22,10 +22,10 @@ SCALARS = (bool, int, float, str, type(None))
 SETTINGS: dict[str, Any] = {  # what a key takes that belongs to no component; a list of others is of numbers with limits
     **dict.fromkeys(("check", "measure_before", "resume"), bool),
     **dict.fromkeys(("artifacts", "index", "init_from", "metric", "monitor", "optimized_metric", "output"), str | None),
-    **dict.fromkeys(("key", "served_name"), str | None), "latency_ms": float,
-    **dict.fromkeys(("device", "host", "output_dir", "precision", "save_dtype", "vectors"), str),
+    **dict.fromkeys(("key", "other", "outputs", "served_name"), str | None), "latency_ms": float,
+    **dict.fromkeys(("device", "host", "output_dir", "precision", "projection", "save_dtype", "split", "vectors"), str),
     **dict.fromkeys(("callback", "data", "expected", "logger", "model", "stages", "stages.runs", "trainer"), dict),
-    **dict.fromkeys(("data.batch_size", "keep_last", "negatives", "port", "seed", "skip", "workers"), int),
+    **dict.fromkeys(("data.batch_size", "keep_last", "negatives", "points", "port", "seed", "skip", "workers"), int),
     **dict.fromkeys(("data.name", "name"), str | int),
     "model.max_length": int | None, "model.normalize": bool | None, "model.path": list | str, "model.pooling": str | None,
     "model.prompt": str | None, "num_threads": int | None, "run_length": dict | None, "runs": list | str,
