@@ -36,6 +36,7 @@ COMMANDS = {
     "expand": "give a model of words those of larger vectors: model=<run> vectors=<file> output=<folder>",
     "export": "one ONNX file of a model: model=<as above> output=<folder> precision=int8",
     "push": "send a model to the Hugging Face Hub: model=<run, folder or export> repo=<user>/<name>",
+    "app": "a page of texts as a model sees them: model=<as above> other=<model before> data=table data.path=<texts>",
     "runs": "list, best metric=<name>, show RUN, diff RUN RUN, tail RUN, prune: the runs below outputs/",
     "serve": "OpenAI's /v1/embeddings, search and metrics: model=<as above> index=<folder> port=8000",
     "mine": "write hard negatives: model=<as above> data.path=<pairs or labeled texts> output=<file.parquet>",
