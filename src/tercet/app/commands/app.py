@@ -72,7 +72,7 @@ def run(cfg: DictConfig, output: Path) -> None:
     require(cfg.points >= 10, f"points={cfg.points}: 10 or more are needed.")
     check_choice("projection", cfg.projection, ("pca", "tsne"))
     check_choice("split", cfg.split, ("test", "train"))
-    settings = serve.read_settings(cfg, build(cfg.limits))
+    settings = serve.serving_settings(cfg, build(cfg.limits))
     collection = read_collection(cfg)
     limits, latency = settings.options["limits"], cfg.latency_ms
     views: list[View] = []

@@ -49,7 +49,7 @@ def run(cfg: DictConfig, output: Path) -> None:
     """Serve until SIGTERM or Ctrl-C, then answer what has arrived."""
     require_serving()
     silence_libraries()
-    settings = read_settings(cfg, build(cfg.limits))
+    settings = serving_settings(cfg, build(cfg.limits))
     model = open_model(settings.model, settings.pooling, settings.device, trust_remote_code=settings.trust_remote_code)
     app = settings.make_app(model)  # an error is told once, before there are workers
     with listen(cfg.host, cfg.port) as listener:
@@ -67,7 +67,7 @@ def run(cfg: DictConfig, output: Path) -> None:
             serve_app(app, settings.options["limits"], listener, place)
 
 
-def read_settings(cfg: DictConfig, limits: Limits) -> Settings:
+def serving_settings(cfg: DictConfig, limits: Limits) -> Settings:
     """The configuration as plain values."""
     require(isinstance(cfg.model.path, str), f"model={cfg.model.path}: serve takes one model.")
     name = cfg.served_name or Path(cfg.model.path.rstrip("/")).name
