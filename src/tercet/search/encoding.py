@@ -106,10 +106,9 @@ def encode_to(
     count, data = hash_items(items)
     require(count, "`items` are empty: there is nothing to encode.")
     own = [part.prompts.of_column(column).text for part in encoder.prompted()]
-    similarity = next((s for part in (*encoder.parts(), encoder) if (s := getattr(part, "similarity", None))), "cosine")
     info = VectorInfo(
-        count, encoder.dim, precision, name or (str(model) if isinstance(model, str | Path) else ""), similarity,
-        own[0] if own else "", make_signature(encoder), data,
+        count, encoder.dim, precision, name or (str(model) if isinstance(model, str | Path) else ""),
+        encoder.similarity_fn_name, own[0] if own else "", make_signature(encoder), data,
     )  # fmt: skip
     if target.exists():
         done = read_info(target)
