@@ -13,7 +13,7 @@ WORKERS ?= 2
 # A file of tests stays in one process, which makes its fixtures once.
 PYTEST = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: train test test-all test-triton benchmark lint fix clean
+.PHONY: train test test-all test-triton benchmark docs lint fix clean
 train: .venv/quickstart
 	@echo "Training. The same without make: $(BIN)/python train.py"
 	$(BIN)/python train.py
@@ -32,6 +32,10 @@ test-triton: .venv/dev
 benchmark: .venv-peers/ready
 	@echo "Benchmarks against other libraries: a quarter of an hour, outputs/benchmarks/."
 	HF_HUB_OFFLINE=1 $(PEERS)/python -m benchmarks
+
+# The documentation as a site, in site/: pages of docs/, and the reference from docstrings and conf/. A broken link is an error.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -61,7 +65,7 @@ clean:
 		sentence-transformers accelerate pytorch-metric-learning scikit-learn
 	@touch $@
 
-.venv/quickstart .venv/dev: .venv/%: .venv/torch pyproject.toml constraints.txt
+.venv/quickstart .venv/dev .venv/docs: .venv/%: .venv/torch pyproject.toml constraints.txt
 	@echo "Installing tercet[$*] with the versions of constraints.txt."
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	@touch $@

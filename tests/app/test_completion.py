@@ -125,6 +125,8 @@ def test_a_line_is_completed_without_loading_torch_and_by_a_remembered_one_witho
         ("tercet doctor --", ["--help", "--json", "--online"]),
         ("tercet train --m", ["--multirun"]),
         ("tercet train --cfg ", ["job"]),
+        ("tercet runs li", ["list"]),
+        ("tercet runs prune --y", ["--yes"]),
         ("tercet train objective=simcse_unsup,q", ["objective=simcse_unsup,quick_thoughts"]),
         ("tercet train check=t", ["check=true"]),
         ("tercet train hydra/l", ["hydra/launcher="]),

@@ -150,3 +150,10 @@ def test_the_hub_is_asked_only_if_that_is_asked_for(monkeypatch):
     assert gone.status == "note" and "does not answer" in gone.value
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert "HF_HUB_OFFLINE" in doctor.check_hub(True).value
+
+
+def test_a_source_tree_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(doctor, "_distribution", lambda name: None)
+    tercet, python = doctor.check_installation()
+    assert (tercet.status, python.status) == ("note", "ok") and "pip install -e ." in tercet.advice
+    assert not list(doctor.check_packages()) and not list(doctor.check_extras())

@@ -50,7 +50,7 @@ def test_a_card_says_what_the_record_says_and_nothing_else(encoder, folder):
     given = settings(
         "card.license=apache-2.0", "card.language=[en,enm]", "card.title='Middle <English>'", "card.datasets=me/verses"
     )
-    given |= {"command": ["data.path=/somewhere/me/secret/my.csv", "seed=1"]}
+    given |= {"command": ["data.path=/somewhere/secret/my.csv", "x=['~/secret/a','/secret/b/']", "y=pkg://a/b", "z=me/c"]}
     given["model"]["backbone"] = {"name": "someone/small-bert"}
     facts = {"steps": 50, "data": {"name": "verses", "fingerprint": "abc"}, "versions": {"torch": "2"}, "revision": "r"}
     text = make_card(encoder, folder, given, METRICS, facts)
@@ -63,7 +63,12 @@ def test_a_card_says_what_the_record_says_and_nothing_else(encoder, folder):
     }  # fmt: skip
     found = [(r.task_type, r.dataset_name, r.metric_type, r.metric_value) for r in card.data.eval_results]
     assert found == [("information-retrieval", "verses", "recall@1", 0.75), ("semantic-similarity", "stsb", "spearman", 0.5)]
-    assert "# Middle \\<English\\>" in text and "data.path=my.csv seed=1" in text and "secret" not in text
+    assert (
+        "# Middle \\<English\\>" in text
+        and "data.path=my.csv" in text
+        and "y=pkg://a/b z=me/c" in text
+        and "secret" not in text
+    )
     for part in ("prompt query (default) | 'query: '", "similarity | cosine", "steps | 50", "learning rate | 0.0001",
                  "0.2500 | 0.7500", "torch | 2", "SentenceTransformer(", f"cut after {encoder.max_length} tokens"):  # fmt: skip
         assert part in text, part

@@ -17,6 +17,7 @@ def test_an_exported_model_is_measured_as_the_model(command, tmp_path):
     save_model(build(composed(*tiny()).model).eval(), tmp_path / "model")
     wrote = command("export", f"model={tmp_path / 'model'}", f"output={tmp_path / 'onnx'}", "precision=float32")
     assert wrote.code == 0, wrote.terminal
+    assert "Vectors of 8 samples differ from the model's by" in wrote.terminal
     found = []
     for name in ("model", "onnx"):
         output = tmp_path / f"{name}.json"
@@ -26,5 +27,7 @@ def test_an_exported_model_is_measured_as_the_model(command, tmp_path):
     assert found[0] == pytest.approx(found[1], abs=1e-3)
     again = command("export", f"model={tmp_path / 'model'}", f"output={tmp_path / 'onnx'}")
     assert again.code == 1 and "holds something already" in again.terminal
+    refused = command("export", f"model={tmp_path / 'model'}", f"output={tmp_path / 'x'}", "format=torch_export")
+    assert refused.code == 1 and "precision=int8: format=torch_export has float32, float16" in refused.terminal
     asked = command("evaluate", f"model={tmp_path / 'onnx'}", "evaluation=heldout", "model.normalize=true")
     assert asked.code == 1 and "Export it anew" in asked.terminal

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -34,6 +35,16 @@ def free_port():
         return listener.getsockname()[1]
 
 
+@contextmanager
+def ended(started):
+    """Kill the server where a test fails: the tests' process would wait for it."""
+    try:
+        yield started
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(started.pid, signal.SIGKILL)
+
+
 def is_ready(place):
     try:
         return httpx.get(f"{place}/health/ready", timeout=30).status_code == 200
@@ -46,18 +57,18 @@ def test_it_serves_until_a_signal_and_answers_what_has_arrived(saved, tmp_path, 
     folder, model = saved
     port = free_port()
     place = f"http://127.0.0.1:{port}"
-    started = Forked(tmp_path, "serve", [f"model={folder}", f"port={port}", "latency_ms=3000"])
-    started.wait_for(lambda: is_ready(place), 120)
-    assert f"model is served at {place}/v1" in started.said()
-    with ThreadPoolExecutor(4) as pool, httpx.Client(timeout=60) as client:
-        given = {"input": TEXTS, "model": "model"}
-        asked = [pool.submit(client.post, f"{place}/v1/embeddings", json=given) for _ in range(4)]
-        # all wait for others to be encoded with them
-        started.wait_for(lambda: client.get(f"{place}/health").json()["queued"] == 4 * len(TEXTS))
-        os.kill(started.pid, number)
-        answers = [future.result() for future in asked]
-    assert started.end() == code, started.said()
-    assert "stopped" in started.said() and "Traceback" not in started.said()
+    with ended(Forked(tmp_path, "serve", [f"model={folder}", f"port={port}", "latency_ms=3000"])) as started:
+        started.wait_for(lambda: is_ready(place), 120)
+        assert f"model is served at {place}/v1" in started.said()
+        with ThreadPoolExecutor(4) as pool, httpx.Client(timeout=60) as client:
+            given = {"input": TEXTS, "model": "model"}
+            asked = [pool.submit(client.post, f"{place}/v1/embeddings", json=given) for _ in range(4)]
+            # all wait for others to be encoded with them
+            started.wait_for(lambda: client.get(f"{place}/health").json()["queued"] == 4 * len(TEXTS))
+            os.kill(started.pid, number)
+            answers = [future.result() for future in asked]
+        assert started.end() == code, started.said()
+        assert "stopped" in started.said() and "Traceback" not in started.said()
     for answer in answers:
         assert answer.status_code == 200
         found = [item["embedding"] for item in answer.json()["data"]]
@@ -121,4 +132,44 @@ def test_wrong_settings_end_with_one_message(command, saved, override, message):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         override = override.replace("taken", str(listener.getsockname()[1]))
         result = command("serve", f"model={saved[0]}", override)
+    assert result.code == 1 and message in result.terminal and "Traceback" not in result.terminal, result.terminal
+
+
+def test_the_page_of_two_models_and_of_runs(saved, tmp_path):
+    (tmp_path / "pairs.csv").write_text("a,b\n" + "".join(f"{text},{text} too\n".replace(", ", " ") for text in TEXTS))
+    run = tmp_path / "outputs" / "mine" / "1"
+    run.mkdir(parents=True)
+    (run / "config.yaml").write_text("name: mine\nseed: 1\ncommand: [seed=1]\n")
+    (run / "metrics.csv").write_text("step,train/loss\n0,2.0\n1,nan\n2,1.0\n")
+    port = free_port()
+    place = f"http://127.0.0.1:{port}"
+    data = ["data=table", f"data.path={tmp_path / 'pairs.csv'}", "data.columns=[a,b]"]
+    overrides = [f"model={saved[0]}", f"other={saved[0]}", f"port={port}", "latency_ms=0", "split=train", *data]
+    with ended(Forked(tmp_path, "app", overrides)) as started, httpx.Client(base_url=place, timeout=60) as client:
+        started.wait_for(lambda: is_ready(place), 120)
+        seen = client.get("/page/api/info").json()
+        assert seen.pop("count") >= 16
+        assert seen == {"models": [str(saved[0])] * 2, "labels": ["a", "b"], "kind": "pairs", "runs": True}
+        found = client.post("/page/api/neighbors", json={"text": TEXTS[3]}).json()["hits"]
+        assert [hit["row"] for hit in found[0]] == [hit["row"] for hit in found[1]] and len(found[0]) == 10
+        (listed,) = client.get("/page/api/runs").json()
+        assert (listed["id"], listed["name"]) == ("mine/1", "mine")
+        assert client.get("/page/api/curves?run=mine/1").json() == {"train/loss": [[0, 2], [2, 1]]}
+        assert client.get("/page/api/curves?run=../..").status_code == 400
+        assert client.post("/v1/embeddings", json={"input": "a"}).status_code == 200
+        os.kill(started.pid, signal.SIGTERM)
+        assert started.end() == 143, started.said()
+        assert f"The page: {place}/" in started.said()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("workers=2", "workers=2"), ("points=1", "points=1"), ("projection=map", "projection=map: choose one of pca, tsne"),
+     ("split=all", "split=all"), ("other=nowhere/at/all", "nowhere/at/all"), ("data.path=missing.csv", "missing.csv")],
+)  # fmt: skip
+def test_wrong_settings_of_the_page(command, saved, tmp_path, override, message):
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
+    result = command(
+        "app", f"model={saved[0]}", "data=table", f"data.path={tmp_path / 'texts.txt'}", "data.columns=[text]", override
+    )
     assert result.code == 1 and message in result.terminal and "Traceback" not in result.terminal, result.terminal

@@ -58,7 +58,7 @@ def model():
     return build(composed(*tiny()).model).eval()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # not longer: other tests fork this process
 def place(model):
     """The address of a server of the tiny model, with an index of TEXTS."""
     from tercet.serving import Limits, create_app

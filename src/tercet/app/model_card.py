@@ -155,7 +155,7 @@ def _properties(encoder: Encoder, folder: Path) -> Iterator[tuple[str, Any]]:
         if prompts:
             for name, text in prompts.texts.items():
                 yield f"prompt {name}{' (default)' if name == prompts.default else ''}", repr(text)
-    yield "similarity", getattr(encoder, "similarity", None) or "cosine"
+    yield "similarity", encoder.similarity_fn_name
     config = (read_json(str(folder), "config.json") if (folder / "config.json").is_file() else None) or {}
     for key, name in (("model_type", "architecture"), ("num_hidden_layers", "layers"), ("dtype", "weights")):
         if config.get(key):
@@ -182,8 +182,8 @@ def _training(settings: Mapping[str, Any], metrics: Metrics, facts: Mapping[str,
 
 
 def _last_part(text: str) -> str:
-    """A hub id or a relative path as it is; of an absolute path, which says something of a machine, the last part."""
-    return text.rstrip("/").rpartition("/")[2] if text.startswith(("/", "~")) else text
+    """The text with the last part alone of each absolute path, whose folders say something of a machine."""
+    return re.sub(r"(^|[\[,'\"= ])[/~][^,\]'\"]*/(?=[^/])", r"\1", text)
 
 
 def _command(settings: Mapping[str, Any]) -> str:

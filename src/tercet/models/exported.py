@@ -15,7 +15,14 @@ from tercet.images import PixelFormat
 from tercet.models.encoder import Encoder
 from tercet.models.engine.chunking import Execution
 from tercet.models.image import ImageEncoder, ImageInputs
-from tercet.models.pretrained import OUTSIDE, add_lowercase, drop_foreign_templates, load_pretrained, read_json
+from tercet.models.pretrained import (
+    OUTSIDE,
+    add_lowercase,
+    drop_foreign_templates,
+    load_pretrained,
+    read_json,
+    refuse_remote_code,
+)
 from tercet.models.prompts import Prompts
 from tercet.models.text import tokenize
 from tercet.types import Item
@@ -58,6 +65,7 @@ class ExportedEncoder(Encoder):
 
     def _read_inputs(self, folder: Path) -> None:
         self.max_length, self.prompts = int(self.saved["max_length"]), Prompts(**self.saved.get("prompts", {}))
+        refuse_remote_code(str(folder), "", f"`path_or_id`={folder}", has_switch=False)
         self.tokenizer: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, str(folder), "path_or_id")
         drop_foreign_templates(self.tokenizer)
         if self.saved.get("lower_case"):

@@ -274,7 +274,7 @@ def encoder_from_spec(spec: dict[str, Any], what: str = "the checkpoint") -> Enc
     with tempfile.TemporaryDirectory() as folder:
         for name, text in {**spec["tokenizer"], CONFIG: spec["config"]}.items():
             (Path(folder) / name).write_text(text, encoding="utf-8")
-        refuse_remote_code(folder, "", what)
+        refuse_remote_code(folder, "", what, has_switch=False)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         backbone = backbone_class(config).from_config(config, dtype=torch.float32, trust_remote_code=False)
         refuse_outside_files(folder, "", what)

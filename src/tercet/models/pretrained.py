@@ -94,13 +94,17 @@ def load_pretrained(
         transformers_logging.set_verbosity(level)
 
 
-def refuse_remote_code(source: str, folder: str, what: str) -> None:
+def refuse_remote_code(source: str, folder: str, what: str, has_switch: bool = True) -> None:
     """Raise ``InputError`` about ``what`` where a model's files name code to run: transformers would ask, or leave it out.
 
-    Where transformers has a model of the same type it takes that one silently, which may give other embeddings.
+    Where transformers has a model of the same type it takes that one silently, which may give other embeddings. Without
+    ``has_switch`` nothing runs the code: of checkpoints and exported models.
     """
     for file in (CONFIG, TOKENIZER_CONFIG):
-        advice = "Read that code first; `trust_remote_code`=true runs it. Or delete these keys, if transformers has the model."
+        can_run = (
+            "Read that code first; `trust_remote_code`=true runs it. Or delete" if has_switch else "Nothing runs it. Delete"
+        )
+        advice = f"{can_run} these keys, if transformers has the model."
         fault = f"its {file} names Python code that comes with it or from the hub (auto_map, or a kernel of attention)"
         require(not _names_code(read_json(source, str(Path(folder) / file))), f"{what}: {fault}, which is not run. {advice}")
 

@@ -133,8 +133,8 @@ class Batcher(Generic[Row, Result]):
             results = list(self.encode(rows))
         except Exception as error:
             if len(parts) > 1:
-                for part in parts:
-                    self._encode([part])
+                for one in parts:
+                    self._encode([one])
             else:
                 self._fail(parts[0][0], error)
             return

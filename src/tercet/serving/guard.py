@@ -17,7 +17,8 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
-OPEN = ("/health", "/health/live", "/health/ready", "/", "/page")  # answered without a key: the page itself holds nothing
+OPEN = ("/health", "/health/live", "/health/ready", "/")  # answered without a key
+FILES, DATA = "/page/", "/page/api/"  # the page's own files hold nothing to protect
 
 
 class RequestError(Exception):
@@ -86,7 +87,8 @@ class Guard:
         host = headers.get("host", "").rsplit(":", 1)[0] if not headers.get("host", "").endswith("]") else headers["host"]
         if self.hosts is not None and host not in self.hosts:
             raise RequestError(403, "This server answers requests to localhost only.", code="host_not_allowed")
-        if self.key is not None and path not in OPEN:
+        is_open = path in OPEN or (path.startswith(FILES) and not path.startswith(DATA))
+        if self.key is not None and not is_open:
             given = headers.get("authorization", "").encode("latin-1")
             if not hmac.compare_digest(given, self.key):
                 raise RequestError(401, "Give the server's key as `Authorization: Bearer KEY`.", code="invalid_api_key")

@@ -39,4 +39,9 @@ NEEDED = {  # what a parameter takes, in words
     "k": "a whole number from 1 to 1000",
     "first": "a text or a list of texts",
     "second": "a text or a list of texts",
+    "text": "a text",
+    "row": "the number of a row",
+    "rows": "numbers of rows, with commas between them,",
+    "number": "the number of a model",
+    "run": "the name of a run",
 }

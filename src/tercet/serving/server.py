@@ -19,20 +19,23 @@ from tercet.errors import InputError, require
 from tercet.models import Encoder
 from tercet.paths import is_utf8
 from tercet.serving.batching import QueueFullError
+from tercet.serving.explorer import Explorer
 from tercet.serving.guard import LOOPBACK, Guard, RequestError, error_response
 from tercet.serving.metrics import CONTENT_TYPE, Metrics
+from tercet.serving.page import Runs, add_page
 from tercet.serving.schemas import NEEDED, EmbeddingsRequest, SearchRequest, SimilarityRequest
 from tercet.serving.service import Limits, Row, Service, cosines, shorten
 
 
 def build_app(
     model: Encoder, index: Any = None, limits: Limits | None = None, latency_ms: float = 5.0, key: str | None = None,
-    name: str = "tercet", local: bool = True,
+    name: str = "tercet", local: bool = True, explorer: Explorer | None = None, runs: Runs | None = None,
 ) -> FastAPI:  # fmt: skip
     """The ASGI application of a model of texts; with an ``index`` it has ``/search``.
 
     ``latency_ms`` is how long a text waits for others to be encoded with it. ``key``: requests have to bring it. ``name`` is
-    the model's in ``/v1/models``. ``local``: only requests to this machine by its local names are answered.
+    the model's in ``/v1/models``. ``local``: only requests to this machine by its local names are answered. The page at ``/``
+    shows what ``explorer`` and ``runs`` hold; without either there is none.
     """
     require(key != "" and is_utf8(key or "") and (key or "").isascii(), "`key`: ASCII letters and digits are needed.")
     metrics = Metrics()
@@ -49,7 +52,7 @@ def build_app(
     app = FastAPI(title="Tercet", lifespan=lifespan, docs_url=None, redoc_url=None)  # those pages load scripts from elsewhere
     app.state.ready = app.state.was_ready = False
     app.state.service, app.state.name, app.state.metrics, app.state.created = service, name, metrics, int(time.time())
-    app.add_middleware(Guard, limits=service.limits, key=key, hosts=LOOPBACK if local else None, metrics=metrics)  # type: ignore[arg-type]
+    app.add_middleware(Guard, limits=service.limits, key=key, hosts=LOOPBACK if local else None, metrics=metrics)
     for kind, handler in HANDLERS.items():
         app.add_exception_handler(kind, handler)
     app.add_api_route("/v1/embeddings", embeddings, methods=["POST"])
@@ -61,6 +64,8 @@ def build_app(
     app.add_api_route("/health/ready", ready)
     app.add_api_route("/health/live", live)
     app.add_api_route("/metrics", metrics_page)
+    if explorer is not None or runs is not None:
+        add_page(app, explorer, runs)
     return app
 
 
@@ -154,7 +159,7 @@ def _rows(given: str | Sequence[Any], service: Service) -> list[Row]:
     """The rows of ``input``: one text, one list of token ids, or several of either."""
     if isinstance(given, str) or not given or isinstance(given[0], str):
         return [Row(text) for text in _texts(given, service.limits, "input")]
-    rows = [given] if isinstance(given[0], int) else given
+    rows: Sequence[Sequence[int]] = [given] if isinstance(given[0], int) else given  # type: ignore[list-item, assignment]
     _check_count(rows, service.limits, "input")
     for row in rows:
         length = f"{service.max_length} token ids of one text or fewer, and at least one, are needed; here are {len(row)}"

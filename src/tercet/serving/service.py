@@ -66,7 +66,7 @@ class Service:
 
     def __init__(
         self, model: Encoder, index: Any = None, limits: Limits | None = None, latency_ms: float = 5.0,
-        **hooks: Callable[..., Any],
+        observe: Callable[[int, float], Any] = lambda rows, seconds: None, waiting: Callable[[int], Any] = lambda change: None,
     ) -> None:  # fmt: skip
         tokenizer = getattr(model, "tokenizer", None)
         require(tokenizer is not None, "`model`: a model of texts is needed; this one reads images.")
@@ -76,7 +76,9 @@ class Service:
         part: Any = next(iter(model.text_parts()), model)
         self.max_length, self.vocabulary = int(part.max_length), len(tokenizer)  # type: ignore[arg-type]
         self.dim, self.truncates = model.dim, truncates(model)
-        self.batcher: Batcher[Row, Embedded] = Batcher(self._encode, latency_ms / 1000, queue=self.limits.queue, **hooks)
+        self.batcher: Batcher[Row, Embedded] = Batcher(
+            self._encode, latency_ms / 1000, queue=self.limits.queue, observe=observe, waiting=waiting
+        )
 
     def warm_up(self) -> None:
         """Encode a text and search with it, so that the first client does not wait for memory and threads."""

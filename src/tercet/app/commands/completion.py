@@ -53,9 +53,9 @@ end
 complete -c tercet -f -a '(__tercet_complete)'
 """
 SCRIPTS = {"bash": BASH, "zsh": ZSH, "fish": FISH}
-OPTIONS = {"train": ["--cfg", "--config-dir", "--help", "--multirun"], "doctor": ["--help", "--json", "--online"]}
+DOCTOR = ["--help", "--json", "--online"]
 KEPT = 200  # lines of which keys and choices are remembered
-USUAL = ["--cfg", "--config-dir", "--help"]
+OPTIONS = ["--cfg", "--config-dir", "--help"]
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -83,18 +83,19 @@ def candidates(line: str) -> list[str]:
     command, given = words[1], words[2:]
     if command == "completion":
         return _matching(SCRIPTS, current)
-    if current.startswith("-"):
-        return _matching(OPTIONS.get(command, USUAL), current)
     if given and given[-1] in ("--cfg", "--config-dir"):
         return _matching(["job"], current) if given[-1] == "--cfg" else _files(current)
     if not Path(config_folder(), f"{command}.yaml").is_file():
-        return _files(current)
+        return _matching(DOCTOR, current) if current.startswith("-") else _files(current)
     known = _known(command, given)
+    if current.startswith("-"):
+        return _matching(known["options"], current)
+    actions = _matching(known["actions"], current) if not given else []
     prefix = re.match(r"[+~]*", current)[0]  # type: ignore[index] # it matches the empty string, too
     word = current.removeprefix(prefix)
     name, equals, value = word.partition("=")
     if not equals:
-        return [prefix + found for found in _next_names(known, word)] or _files(current)
+        return [*actions, *(prefix + found for found in _next_names(known, word))] or _files(current)
     values = known["groups"].get(name) or (["false", "true"] if name in known["switches"] else [])
     before, _, last = value.rpartition(",")  # of several, which a sweep or a list of choices takes
     before = before and f"{before},"
@@ -140,7 +141,7 @@ def _next_names(known: dict[str, Any], word: str) -> list[str]:
 
 
 def _known(command: str, given: Sequence[str]) -> dict[str, Any]:
-    """The ``groups`` of a command with their choices, its ``keys``, and its ``switches``: keys that are true or false."""
+    """Of a command: ``groups`` with their choices, ``keys``, ``switches`` (keys that are true or false), and the like."""
     groups = {path.relative_to(config_folder()).as_posix() for path in Path(config_folder()).glob("**/") if path.name}
     chosen = [word for word in given if "=" in word and re.split("[=@]", word.lstrip("+~"))[0] in groups]
     folders = [b for a, b in pairwise(given) if a == "--config-dir"]
@@ -180,6 +181,7 @@ def _compose(command: str, words: tuple[str, ...]) -> dict[str, Any]:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    from tercet.app.cli import SWITCHES
     from tercet.app.hydra_compat import describe_composition
 
     folders = [word.partition("=")[2] for word in words if word.startswith("--config-dir=")]
@@ -191,7 +193,7 @@ def _compose(command: str, words: tuple[str, ...]) -> dict[str, Any]:
         except (HydraException, OmegaConfBaseException, ValueError, TypeError):
             continue
     else:
-        return {"groups": {}, "keys": [], "switches": []}
+        return {"groups": {}, "keys": [], "switches": [], "options": OPTIONS, "actions": []}
     if command != "train":  # no sweeps, no launchers
         del config["hydra"]
     shown = ("hydra/launcher", "hydra/sweeper") if command == "train" else ()
@@ -200,7 +202,12 @@ def _compose(command: str, words: tuple[str, ...]) -> dict[str, Any]:
         groups["model"] = sorted(path.stem for path in Path(config_folder(), "model").glob("*.yaml"))
     leaves = dict(_leaves(config, ""))
     switches = [key for key, value in leaves.items() if isinstance(value, bool)]
-    return {"groups": groups, "keys": sorted(leaves), "switches": switches}
+    head = Path(config_folder(), f"{command}.yaml").read_text(encoding="utf-8")
+    return {
+        "groups": groups, "keys": sorted(leaves), "switches": switches,
+        "options": [*OPTIONS, *(["--multirun"] if command == "train" else SWITCHES.get(command, {}))],
+        "actions": sorted(set(re.findall(rf"^# tercet {command} ([a-z]+)\s", head, re.MULTILINE))),
+    }  # fmt: skip
 
 
 def _leaves(node: dict[str, Any], before: str) -> Iterator[tuple[str, Any]]:

@@ -49,11 +49,11 @@ def run(cfg: DictConfig, output: Path) -> None:
     """Serve until SIGTERM or Ctrl-C, then answer what has arrived."""
     require_serving()
     silence_libraries()
-    settings = read_settings(cfg, build(cfg.limits))
+    settings = serving_settings(cfg, build(cfg.limits))
     model = open_model(settings.model, settings.pooling, settings.device, trust_remote_code=settings.trust_remote_code)
     app = settings.make_app(model)  # an error is told once, before there are workers
     with listen(cfg.host, cfg.port) as listener:
-        place = f"http://{f'[{cfg.host}]' if ':' in cfg.host else cfg.host}:{listener.getsockname()[1]}"
+        place = address(cfg.host, listener)
         if cfg.workers > 1:
             app.state.service.batcher.close()
             del app, model  # each worker loads its own
@@ -67,7 +67,7 @@ def run(cfg: DictConfig, output: Path) -> None:
             serve_app(app, settings.options["limits"], listener, place)
 
 
-def read_settings(cfg: DictConfig, limits: Limits) -> Settings:
+def serving_settings(cfg: DictConfig, limits: Limits) -> Settings:
     """The configuration as plain values."""
     require(isinstance(cfg.model.path, str), f"model={cfg.model.path}: serve takes one model.")
     name = cfg.served_name or Path(cfg.model.path.rstrip("/")).name
@@ -87,6 +87,11 @@ def listen(host: str, port: int) -> socket.socket:
         raise InputError(
             f"host={host}, port={port}: {error.strerror or error}. Give another port, or an address of this machine."
         ) from error
+
+
+def address(host: str, listener: socket.socket) -> str:
+    """The address that a browser or client is given."""
+    return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 
 
 def serve_app(app: "FastAPI", limits: Limits, listener: socket.socket, place: str) -> None:
@@ -143,7 +148,8 @@ def _config(app: Any, limits: Limits, **options: Any) -> Any:
     import uvicorn
 
     return uvicorn.Config(
-        app, log_level="warning", access_log=False, ws="none", server_header=False, timeout_keep_alive=75, limit_concurrency=limits.connections,
+        app, log_level="warning", access_log=False, ws="none", server_header=False, limit_concurrency=limits.connections,
+        timeout_keep_alive=75,  # longer than clients keep idle connections: one that closes just now may be asked in vain
         timeout_graceful_shutdown=limits.seconds, timeout_worker_healthcheck=60, **options,
     )  # fmt: skip
 
