@@ -1,6 +1,9 @@
 """``python -m tercet encode`` and ``search``: from a file of texts to results."""
 
 import json
+import os
+import signal
+import time
 
 import pyarrow.parquet as pq
 import pytest
@@ -13,6 +16,7 @@ from tercet.app.components import build
 from tercet.models import load, save_model
 from tercet.search import Index, encoding
 from tests.conftest import TEXTS, composed, tiny
+from tests.end_to_end.forked import METHOD, Forked, alive, descendants
 
 
 @pytest.fixture(scope="module")
@@ -131,3 +135,37 @@ def test_an_export_and_prompts_of_its_own(command, texts, tmp_path):
     assert asked.code == 0, asked.terminal
     changed = command("search", f"index={tmp_path / 'index'}", "query=Rain.", f"model={tmp_path / 'onnx'}", "model.prompt=x")
     assert changed.code == 1 and "Export it anew" in changed.terminal
+
+
+def slow_shards():
+    """Shards of two texts, each of which takes a while, in processes that need no imports."""
+    encode_shard = encoding._encode_shard
+
+    def slowly(*arguments):
+        time.sleep(0.3)
+        encode_shard(*arguments)
+
+    encoding._encode_shard, encoding.START_METHOD = slowly, "fork"
+    encoding.ROWS = dict.fromkeys(encoding.ROWS, 2)
+
+
+@pytest.mark.skipif(METHOD != "fork", reason="processes are forked")
+def test_a_command_with_processes_that_is_killed_ends_them_and_goes_on(model, texts, tmp_path):
+    shards = tmp_path / ".v.parquet.shards"
+    words = [f"model={model}", f"data.path={texts}", "num_processes=2"]
+    killed = Forked(tmp_path, "encode", [*words, f"output={tmp_path / 'v.parquet'}"], slow_shards)
+    killed.wait_for(lambda: len(list(shards.glob("*.npy"))) >= 2)
+    workers = descendants(killed.pid)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.process.join(60)
+    ends = time.monotonic() + 30
+    while alive(workers) and time.monotonic() < ends:
+        time.sleep(0.05)
+    assert len(workers) == 2 and not alive(workers)
+    assert len(list(shards.glob("*.npy"))) < 6 and not (tmp_path / "v.parquet").exists()
+    again = Forked(tmp_path, "encode", [*words, f"output={tmp_path / 'v.parquet'}"], slow_shards)
+    assert again.end() == 0 and "Going on: " in again.said(), again.said()
+    whole = Forked(tmp_path, "encode", [*words, f"output={tmp_path / 'whole.parquet'}"], slow_shards)
+    assert whole.end() == 0, whole.said()
+    assert (tmp_path / "v.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
+    assert not shards.exists()
