@@ -67,7 +67,9 @@ def test_from_a_table_to_a_model_in_use(command, tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     place = f"http://127.0.0.1:{port}"
-    server = Forked(tmp_path, "app", [f"model={run}", f"index={index}", f"port={port}", "data=table", *table[1:], f"outputs={tmp_path}"])
+    server = Forked(
+        tmp_path, "app", [f"model={run}", f"index={index}", f"port={port}", "data=table", *table[1:], f"outputs={tmp_path}"]
+    )
     try:
         server.wait_for(lambda: _answers(place), 240)
         expected = load(run).encode(TEXTS[:3])
