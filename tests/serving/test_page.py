@@ -1,5 +1,6 @@
 """The page in a real browser: the system's Chromium, without a network."""
 
+import io
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tercet.errors import InputError
 from tercet.serving import create_app
@@ -75,6 +77,13 @@ def browser():
 def page(browser, address):
     """A page whose errors fail the test, and which may load nothing from elsewhere."""
     yield from opened(browser, address)
+
+
+def test_each_map_is_in_the_middle_of_its_place(page):
+    for canvas in page.locator(".plot canvas").all():
+        picture = np.asarray(Image.open(io.BytesIO(canvas.screenshot())).convert("RGB")).astype(int)
+        colored = np.flatnonzero(np.ptp(picture, axis=2).max(axis=0) > 60)  # columns of pixels; the background is white
+        assert abs(colored.min() + colored.max() - picture.shape[1]) < picture.shape[1] / 4
 
 
 def opened(browser, address, **options):

@@ -84,10 +84,13 @@ async function makeMap() {
     ...info.labels.slice(0, 500).map((name, i) => element("option", { value: String(i) }, name || "without a label")),
   );
   $("color").addEventListener("change", guarded(() => Promise.all(state.plots.map(paint))));
-  for (const [i, name] of info.names.entries()) {
+  const boxes = info.names.map((name) => {
     const canvas = element("canvas", { tabindex: "0", role: "img", "aria-label": `Map of ${info.count} texts by ${name}` });
     const zoom = element("div", { class: "zoom" });
-    $("plots").append(element("div", { class: "plot" }, element("h3", {}, name), canvas, zoom));
+    return { name, canvas, zoom, box: element("div", { class: "plot" }, element("h3", { title: name }, name), canvas, zoom) };
+  });
+  $("plots").append(...boxes.map(({ box }) => box)); // all of them, so that each has its width before it is drawn
+  for (const [i, { name, canvas, zoom }] of boxes.entries()) {
     const data = new Float32Array(await ask(`/page/api/points/${i}`, null, "binary"));
     const rows = data.length / 3;
     const column = (c) => Float32Array.from({ length: rows }, (_, row) => data[3 * row + c]);
