@@ -13,9 +13,11 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+import torch
 
 from tercet.app.components import build
 from tercet.models.folder import save_model
+from tercet.search.signature import make_signature
 from tests.conftest import TEXTS, composed, tiny
 from tests.end_to_end.forked import Forked
 
@@ -173,3 +175,13 @@ def test_wrong_settings_of_the_page(command, saved, tmp_path, override, message)
         "app", f"model={saved[0]}", "data=table", f"data.path={tmp_path / 'texts.txt'}", "data.columns=[text]", override
     )
     assert result.code == 1 and message in result.terminal and "Traceback" not in result.terminal, result.terminal
+
+
+def test_an_index_of_another_model_is_refused(command, saved, tmp_path):
+    pytest.importorskip("faiss")
+    from tercet.search import Index
+
+    turned = torch.tensor(make_signature(saved[1])).flip(1).tolist()
+    Index.build(np.eye(4, dtype=np.float32), list("abcd"), model="other", signature=turned).save(tmp_path / "index")
+    result = command("serve", f"model={saved[0]}", f"index={tmp_path}/index")
+    assert result.code == 1 and "gives other vectors" in result.terminal and "made by other" in result.terminal, result.terminal

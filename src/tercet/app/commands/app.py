@@ -82,9 +82,9 @@ def run(cfg: DictConfig, output: Path) -> None:
         model = model or opened
         service, first = Service(opened, None, limits, latency), views[0] if views else None
         views.append(make_view(str(path), encode_collection(opened, collection), service, cfg.projection, first))
-    index = serve.open_index(cfg.index) if cfg.index else None
-    runs = RunList(Path(cfg.outputs)) if cfg.outputs else None
     assert model is not None
+    index = serve.open_index(cfg.index, model) if cfg.index else None
+    runs = RunList(Path(cfg.outputs)) if cfg.outputs else None
     app = create_app(model, index, explorer=Explorer(collection, views), runs=runs, **settings.options)
     with serve.listen(cfg.host, cfg.port) as listener:
         place = serve.address(cfg.host, listener)

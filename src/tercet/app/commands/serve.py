@@ -42,7 +42,7 @@ class Settings:
         """Load the model, unless it is given, and the index."""
         torch.set_num_threads(self.threads)
         model = model or load(self.model, pooling=self.pooling, device=self.device, trust_remote_code=self.trust_remote_code)
-        return create_app(model, open_index(self.index) if self.index else None, **self.options)
+        return create_app(model, open_index(self.index, model) if self.index else None, **self.options)
 
 
 def run(cfg: DictConfig, output: Path) -> None:
@@ -154,8 +154,10 @@ def _config(app: Any, limits: Limits, **options: Any) -> Any:
     )  # fmt: skip
 
 
-def open_index(folder: str) -> Any:
-    """The index in a folder."""
-    from tercet.search import Index
+def open_index(folder: str, model: Encoder) -> Any:
+    """The index in a folder; ``InputError`` where another model has made its vectors."""
+    from tercet.search import Index, check_same_model
 
-    return Index.load(folder)
+    index = Index.load(folder)
+    check_same_model(model, index.settings.signature, index.model)
+    return index
