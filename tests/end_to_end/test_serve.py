@@ -54,7 +54,7 @@ def is_ready(place):
         return False
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)])
 def test_it_serves_until_a_signal_and_answers_what_has_arrived(saved, tmp_path, number, code):
     folder, model = saved
     port = free_port()
