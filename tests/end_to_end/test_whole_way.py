@@ -5,7 +5,6 @@ import itertools
 import os
 import shutil
 import signal
-import socket
 
 import httpx
 import numpy as np
@@ -18,6 +17,7 @@ from tercet.models.folder import load
 from tests.conftest import TEXTS, tiny
 from tests.end_to_end.conftest import FAST
 from tests.end_to_end.forked import Forked
+from tests.end_to_end.test_serve import free_port, is_ready
 from tests.hub import check_card, local_hub
 
 for package in ("faiss", "bm25s", "openai", "uvicorn", "playwright", "sentence_transformers"):
@@ -64,14 +64,13 @@ def test_from_a_table_to_a_model_in_use(command, tmp_path, monkeypatch):
     asked = command("search", f"index={index}", f"query={texts[1234]}", "k=3")
     assert asked.code == 0 and texts[1234] in asked.terminal, asked.terminal
 
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = free_port()
     place = f"http://127.0.0.1:{port}"
     server = Forked(
         tmp_path, "app", [f"model={run}", f"index={index}", f"port={port}", "data=table", *table[1:], f"outputs={tmp_path}"]
     )
     try:
-        server.wait_for(lambda: _answers(place), 240)
+        server.wait_for(lambda: is_ready(place), 240)
         expected = load(run).encode(TEXTS[:3])
         answer = OpenAI(base_url=f"{place}/v1", api_key="none").embeddings.create(model=run.name, input=TEXTS[:3])
         assert_close(torch.tensor([item.embedding for item in answer.data]), expected, atol=1e-4, rtol=1e-4)
@@ -98,10 +97,3 @@ def test_from_a_table_to_a_model_in_use(command, tmp_path, monkeypatch):
         (tmp_path / "back" / name).write_bytes(content)
     back = SentenceTransformer(str(tmp_path / "back")).encode(TEXTS[:3])
     np.testing.assert_allclose(back, expected.numpy(), atol=1e-5)
-
-
-def _answers(place):
-    try:
-        return httpx.get(f"{place}/health/ready", timeout=30).status_code == 200
-    except httpx.TransportError:
-        return False

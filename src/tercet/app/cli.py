@@ -34,7 +34,7 @@ COMMANDS = {
     "search": "index vectors: vectors=<file> output=<folder> kind=hnsw; ask: index=<folder> query=<text or file>",
     "evaluate": "measure any model: model=<run, checkpoint, folder or hub id> evaluation=sts output=<file.json>",
     "expand": "give a model of words those of larger vectors: model=<run> vectors=<file> output=<folder>",
-    "export": "one ONNX file of a model: model=<as above> output=<folder> precision=int8",
+    "export": "a model for ONNX, OpenVINO or torch.export: model=<as above> output=<folder> precision=int8",
     "push": "send a model to the Hugging Face Hub: model=<run, folder or export> repo=<user>/<name>",
     "app": "a page of texts as a model sees them: model=<as above> other=<model before> data=table data.path=<texts>",
     "runs": "list, best metric=<name>, show RUN, diff RUN RUN, tail RUN, prune: the runs below outputs/",
