@@ -119,17 +119,20 @@ class Service:
         return results  # type: ignore[return-value]
 
     def _texts(self, texts: list[str], column: int | None) -> tuple[Vector, list[int]]:
-        encode = CachedEncoder(self.model, distributed=False)
         if column is not None:
-            encode = encode.for_column(column)
-        tokens = [0] * len(texts) if column is not None else self.model.prepare(texts).lengths.tolist()
-        return encode(texts).numpy(), tokens
+            encode = CachedEncoder(self.model, distributed=False).for_column(column)
+            return encode(texts).numpy(), [0] * len(texts)
+        unique = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # equal texts are encoded once
+        inputs, at = self.model.prepare(list(unique)), [unique[text] for text in texts]
+        return self._run(inputs)[at], inputs.lengths[at].tolist()
+
+    def _token_ids(self, rows: list[tuple[int, ...]]) -> tuple[Vector, list[int]]:
+        return self._run(TokenBatch.from_lists(rows)), [len(row) for row in rows]
 
     @torch.no_grad()
-    def _token_ids(self, rows: list[tuple[int, ...]]) -> tuple[Vector, list[int]]:
-        inputs = TokenBatch.from_lists(rows).to(self.model.device)
+    def _run(self, inputs: TokenBatch) -> Vector:
         execution = replace(self.model.execution, chunk_tokens=TOKENS, graphs=False)
-        return self.model.run(inputs, execution).float().cpu().numpy(), [len(row) for row in rows]
+        return self.model.run(inputs.to(self.model.device), execution).float().cpu().numpy()
 
 
 def truncates(model: Encoder) -> bool:
