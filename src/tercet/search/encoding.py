@@ -299,6 +299,13 @@ def _encode_in_worker(items: list[Any], path: str, column: int) -> None:
 
 def _encode_shard(encoder: Encoder, items: list[Any], path: Path, column: int) -> None:
     """Write the vectors of a shard, whole or not at all."""
+    out = encode_readable(encoder, items, column)
+    with atomic_write(path) as partial:
+        write_array(partial, out.dtype, out.shape, [out])
+
+
+def encode_readable(encoder: Encoder, items: Sequence[Any], column: int = 0) -> Array:
+    """``(N, D)`` float32 of texts, bytes of image files or cells of images; rows of NaN are images that cannot be read."""
     contents = [_read_item(item) for item in items]
     known = [content for content in contents if content is not None]
     encode = CachedEncoder(encoder, distributed=False).for_column(column)
@@ -315,8 +322,7 @@ def _encode_shard(encoder: Encoder, items: list[Any], path: Path, column: int) -
         raise InputError(f"{fault}. Use another checkpoint or 32-bit precision.")
     out = np.full((len(items), encoder.dim), np.nan, np.float32)
     out[[content is not None for content in contents]] = z
-    with atomic_write(path) as partial:
-        write_array(partial, out.dtype, out.shape, [out])
+    return out
 
 
 def _read_item(item: Any) -> Any:
