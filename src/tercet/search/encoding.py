@@ -312,7 +312,8 @@ def encode_readable(encoder: Encoder, items: Sequence[Any], column: int = 0) -> 
     try:
         z = encode(known).numpy()
     except InputError:
-        contents = [content if content is not None and _can_prepare(encoder, content) else None for content in contents]
+        pairs = list(zip(contents, items, strict=True))
+        contents = [one if one is not None and _can_prepare(encoder, one, _describe(item)) else None for one, item in pairs]
         known = [content for content in contents if content is not None]
         require(len(known) or encoder.kind == "image", "`items` hold no text.")
         z = encode(known).numpy()
@@ -334,15 +335,15 @@ def _read_item(item: Any) -> Any:
         return None
 
 
-def _can_prepare(encoder: Encoder, item: Any) -> bool:
-    """Whether an image can be decoded; any other fault of an item is raised."""
+def _can_prepare(encoder: Encoder, item: Any, name: str) -> bool:
+    """Whether an image, called ``name``, can be decoded; any other fault of an item is raised."""
     if encoder.kind != "image" or isinstance(item, str):
         encoder.prepare([item])
         return True
     try:
         encoder.prepare([item])
     except InputError as error:
-        warn_once(f"An image cannot be used and is left out: {error}")
+        warn_once(f"An image cannot be used and is left out: {name}: {error}")
         return False
     return True
 
