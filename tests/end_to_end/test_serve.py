@@ -198,7 +198,7 @@ def test_the_page_of_images_in_parquet(image_model, tmp_path):
     cells = [drawn(5 * row) if row != 3 else b"no image" for row in range(40)]
     pq.write_table(pa.table({"photo": cells, "person": [f"P{row % 4}" for row in range(40)]}), tmp_path / "faces.parquet")
     place = f"http://127.0.0.1:{(port := free_port())}"
-    data = ["data=images", f"data.path={tmp_path / 'faces.parquet'}", "data.held_out=0", "split=train", "outputs=null"]
+    data = ["data=images", f"data.path={tmp_path / 'faces.parquet'}", "data.held_out=0", "outputs=null"]
     overrides = [f"model={image_model}", f"other={image_model}", f"port={port}", *data]
     with ended(Forked(tmp_path, "app", overrides)) as started, httpx.Client(base_url=place, timeout=60) as client:
         started.wait_for(lambda: is_ready(place), 120)
@@ -219,7 +219,7 @@ def test_images_of_a_folder_are_read_when_they_are_needed(tmp_path):
         file = tmp_path / "people" / f"P{row % 3}" / f"{row:02}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(drawn(row))
-    overrides = ["model=m", "data=images", f"data.path={tmp_path / 'people'}", "data.held_out=0", "points=10"]
+    overrides = ["model.path=m", "data=images", f"data.path={tmp_path / 'people'}", "data.held_out=0", "points=10"]
     made = read_collection(composed(*overrides, entry="app"))
     assert len(made.texts) == 10 and made.texts[0] == "00.png" and made.labels[0] == "P0" and made.labels[-1] == "P2"
     for row in range(10):

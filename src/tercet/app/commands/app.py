@@ -104,7 +104,9 @@ def run(cfg: DictConfig, output: Path) -> None:
 
 def read_collection(cfg: DictConfig) -> Collection:
     """The texts or images of the data set, with its labels or its pairs."""
-    part = "test" if cfg.split == "test" and cfg.data.get("test") else "train"
+    test = OmegaConf.to_container(cfg.data.test, resolve=True) if cfg.data.get("test") else None
+    holds_out = isinstance(test, dict) and not (test.get("split") == "test" and test.get("held_out") == 0)
+    part = "test" if cfg.split == "test" and holds_out else "train"
     node = OmegaConf.to_container(cfg.data[part], resolve=True)
     check_values(OmegaConf.create({"data": {part: node}}), cfg)
     source: Source = build(cfg.data[part])
