@@ -240,7 +240,8 @@ function hit(found, only) {
 async function neighbors(asked) {
   const answer = await ask("/page/api/neighbors", asked);
   state.current = answer.query ? answer.query.row : -1;
-  $("chosen").replaceChildren(thumb(answer.query) ?? "", answer.query ? answer.query.text : asked.text);
+  const label = state.info.images && answer.query.label ? element("span", { class: "tag" }, answer.query.label) : "";
+  $("chosen").replaceChildren(thumb(answer.query) ?? "", answer.query ? answer.query.text : asked.text, label);
   const words = ["gained", "lost"]; // by the first model, which is the newer one
   $("hits").replaceChildren(
     ...answer.hits.map((hits, i) =>
