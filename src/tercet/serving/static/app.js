@@ -41,7 +41,7 @@ const inSight = new IntersectionObserver((entries) => {
   for (const { target, isIntersecting } of entries)
     if (isIntersecting) {
       inSight.unobserve(target);
-      load(target).catch(() => target.classList.add("missing")); // its alternative text is shown
+      load(target).catch(() => {}); // its alternative text is shown
     }
 }, { rootMargin: "300px" });
 
