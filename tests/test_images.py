@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from tercet.errors import InputError
-from tercet.images import PixelFormat, UnreadableImage, make_thumbnail, read_image_cell, to_array
+from tercet.images import PixelFormat, UnreadableImage, encode_thumbnail, make_thumbnail, read_image_cell, to_array
 
 GRAY, COLOR = PixelFormat(16, 1, (0.5,), (0.5,)), PixelFormat(16, 3, (0.5,) * 3, (0.5,) * 3)
 SHADES = np.linspace(0, 255, 24 * 24).reshape(24, 24)
@@ -137,9 +137,28 @@ def test_a_small_file_of_many_pixels_is_refused_before_it_is_decoded(data, monke
     assert len(data) < 1_000_000
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("it was decoded"))
     monkeypatch.setattr("PIL.WebPImagePlugin.WebPImageFile.load", lambda self: pytest.fail("it was decoded"))
-    for read in (COLOR.read, make_thumbnail):
+    for read in (COLOR.read, make_thumbnail, encode_thumbnail):
         with pytest.raises(UnreadableImage, match=r"pixels; 33,554,432 are accepted|DecompressionBombError"):
             read(data)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3000), (5000, 3), (900, 700), (256, 256)])
+@pytest.mark.parametrize("mode", ["1", "L", "RGB", "RGBA", "P", "I;16", "F", "CMYK"])
+def test_a_thumbnail_is_a_new_small_file(mode, size):
+    data = encoded(Image.new(mode, size), "tiff" if mode in ("F", "CMYK") else "png")
+    made = Image.open(io.BytesIO(encode_thumbnail(data)))
+    assert (made.format, made.mode) == ("JPEG", "RGB")
+    scale = min(1, 256 / max(size))
+    assert max(made.size) <= 256 and np.abs(np.array(made.size) - np.maximum(1, np.array(size) * scale)).max() <= 1
+
+
+def test_a_thumbnail_is_upright_and_has_nothing_but_pixels():
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "secret"  # a quarter turn, and a description
+    data = encoded(Image.new("RGB", (80, 40)), "jpeg", exif=exif, comment="secret", icc_profile=b"secret")
+    made = encode_thumbnail(data)
+    assert data.count(b"secret") == 3 and b"secret" not in made
+    assert Image.open(io.BytesIO(made)).size == (40, 80)
 
 
 def test_a_large_photograph_is_decoded_at_a_fraction():

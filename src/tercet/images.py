@@ -123,6 +123,22 @@ def make_thumbnail(data: bytes) -> Image.Image:
     return ImageOps.fit(open_image(data).convert("RGB"), (SIDE, SIDE))
 
 
+def encode_thumbnail(data: bytes, side: int = 256) -> bytes:
+    """A file's content as a new JPEG file of at most ``side`` pixels a side, for a browser. Raises ``UnreadableImage``.
+
+    >>> file = io.BytesIO()
+    >>> Image.new("RGBA", (512, 128)).save(file, "png")
+    >>> Image.open(io.BytesIO(encode_thumbnail(file.getvalue()))).size
+    (256, 64)
+    """
+    picture = _to_8_bit(open_image(data, size=2 * side)).convert("RGB")
+    picture.thumbnail((side, side))
+    picture.info.clear()  # nothing but the pixels goes out: JPEG would keep the comment of the file
+    file = io.BytesIO()
+    picture.save(file, "jpeg", quality=90)
+    return file.getvalue()
+
+
 def to_array(picture: Image.Image) -> npt.NDArray[np.uint8]:
     """An image in gray or RGB to ``(C, height, width)``."""
     array = np.array(picture, dtype=np.uint8)

@@ -1,5 +1,6 @@
 """``tercet serve``: the command, its signals and its errors."""
 
+import io
 import os
 import signal
 import socket
@@ -12,10 +13,16 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
+from tercet.app.commands.app import read_collection
 from tercet.app.components import build
+from tercet.images import PixelFormat
+from tercet.models import ImageEncoder, random_backbone
 from tercet.models.folder import save_model
 from tercet.search.signature import make_signature
 from tests.conftest import TEXTS, composed, tiny
@@ -151,7 +158,14 @@ def test_the_page_of_two_models_and_of_runs(saved, tmp_path):
         started.wait_for(lambda: is_ready(place), 120)
         seen = client.get("/page/api/info").json()
         assert seen.pop("count") >= 16
-        assert seen == {"models": [str(saved[0])] * 2, "labels": ["a", "b"], "kind": "pairs", "runs": True}
+        assert seen == {
+            "models": [str(saved[0])] * 2,
+            "labels": ["a", "b"],
+            "kind": "pairs",
+            "runs": True,
+            "search": True,
+            "images": None,
+        }
         found = client.post("/page/api/neighbors", json={"text": TEXTS[3]}).json()["hits"]
         assert [hit["row"] for hit in found[0]] == [hit["row"] for hit in found[1]] and len(found[0]) == 10
         (listed,) = client.get("/page/api/runs").json()
@@ -162,6 +176,73 @@ def test_the_page_of_two_models_and_of_runs(saved, tmp_path):
         os.kill(started.pid, signal.SIGTERM)
         assert started.end() == 143, started.said()
         assert f"The page: {place}/" in started.said()
+
+
+@pytest.fixture(scope="module")
+def image_model(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("images") / "model"
+    sizes = {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"}
+    backbone = random_backbone({"model_type": "resnet", "num_channels": 1, **sizes})
+    save_model(ImageEncoder(backbone, PixelFormat(16, 1, mean=[0.5], std=[0.25])).eval(), folder)
+    return folder
+
+
+def drawn(shade):
+    file = io.BytesIO()
+    Image.new("L", (30, 20), shade).save(file, "png")
+    return file.getvalue()
+
+
+def test_the_page_of_images_in_parquet(image_model, tmp_path):
+    cells = [drawn(5 * row) if row != 3 else b"no image" for row in range(40)]
+    pq.write_table(pa.table({"photo": cells, "person": [f"P{row % 4}" for row in range(40)]}), tmp_path / "faces.parquet")
+    place = f"http://127.0.0.1:{(port := free_port())}"
+    data = ["data=images", f"data.path={tmp_path / 'faces.parquet'}", "data.held_out=0", "outputs=null"]
+    overrides = [f"model={image_model}", f"other={image_model}", f"port={port}", *data]
+    with ended(Forked(tmp_path, "app", overrides)) as started, httpx.Client(base_url=place, timeout=60) as client:
+        started.wait_for(lambda: is_ready(place), 120)
+        seen = client.get("/page/api/info").json()
+        assert (seen["count"], seen["labels"], seen["search"]) == (39, ["P0", "P1", "P2", "P3"], False) and seen["images"]
+        assert client.get("/page/api/items?rows=3").json() == [{"row": 3, "text": "image 4", "label": "P0"}]
+        shown = Image.open(io.BytesIO(client.get("/page/api/image/38").content))
+        assert shown.size == (30, 20) and shown.getpixel((5, 5)) == pytest.approx((195,) * 3, abs=4)
+        assert client.get("/page/api/image/39").status_code == 404
+        assert client.get("/page/api/changed").json()[0]["shared"] == 10
+        os.kill(started.pid, signal.SIGTERM)
+        assert started.end() == 143, started.said()
+    assert f"39 images. The page: {place}/" in started.said() and "1 of 40 images cannot be used" in started.said()
+
+
+def test_images_of_a_folder_are_read_when_they_are_needed(tmp_path):
+    for row in range(30):
+        file = tmp_path / "people" / f"P{row % 3}" / f"{row:02}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(drawn(row))
+    overrides = ["model.path=m", "data=images", f"data.path={tmp_path / 'people'}", "data.held_out=0", "points=10"]
+    made = read_collection(composed(*overrides, entry="app"))
+    assert len(made.texts) == 10 and made.texts[0] == "00.png" and made.labels[0] == "P0" and made.labels[-1] == "P2"
+    for row in range(10):
+        cell = made.read_cell(row)
+        assert cell["bytes"] is None and Path(cell["path"]).name == made.texts[row]
+        assert made.labels[row] == Path(cell["path"]).parent.name
+
+
+def test_a_model_of_texts_is_not_shown_images(command, saved, image_model, tmp_path):
+    (tmp_path / "images").mkdir()
+    for row in range(10):
+        (tmp_path / "images" / f"{row}.png").write_bytes(drawn(row))
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
+    images = ["data=images", f"data.path={tmp_path / 'images'}", "data.held_out=0"]
+    texts = ["data=table", f"data.path={tmp_path / 'texts.txt'}", "data.columns=[text]"]
+    for overrides, message in (
+        ([f"model={saved[0]}", *images], "reads texts, but data holds images"),
+        ([f"model={image_model}", f"other={saved[0]}", *images], f"model={saved[0]} reads texts, but data holds images"),
+        ([f"model={image_model}", *texts], "reads images, but data holds texts"),
+        ([f"model={image_model}", *images, "index=any"], "index=any is searched by texts"),
+    ):
+        result = command("app", *overrides)
+        assert result.code == 1 and message in result.terminal and "Traceback" not in result.terminal, result.terminal
 
 
 @pytest.mark.parametrize(

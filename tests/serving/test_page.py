@@ -13,8 +13,10 @@ import torch
 from PIL import Image
 
 from tercet.errors import InputError
+from tercet.images import PixelFormat
+from tercet.models import ImageEncoder, random_backbone
 from tercet.serving import create_app
-from tercet.serving.explorer import Collection, Explorer, encode_collection, make_view
+from tercet.serving.explorer import Collection, Explorer, encode_collection, keep_readable, make_view
 from tercet.serving.service import Service
 from tests.conftest import TEXTS
 from tests.serving.conftest import served
@@ -86,8 +88,9 @@ def test_each_map_is_in_the_middle_of_its_place(page):
         assert abs(colored.min() + colored.max() - picture.shape[1]) < picture.shape[1] / 4
 
 
-def opened(browser, address, **options):
+def opened(browser, address, script="", **options):
     context = browser.new_context(**options)
+    context.add_init_script(script)
     page = context.new_page()
     faults, foreign = [], []
     page.on("pageerror", lambda error: faults.append(str(error)))
@@ -192,6 +195,132 @@ def test_on_a_phone(browser, address):
         )
         assert page.evaluate(view) == pytest.approx(3 * before, rel=1e-3)
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def picture(row):
+    """A PNG file of one color, wider than the page shows it; of labels x and y the color is red or blue."""
+    file = io.BytesIO()
+    Image.new("RGB", (600, 300), (200, 5 * row, 0) if row % 2 else (0, 5 * row, 200)).save(file, "png")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")  # not longer: other tests fork this process
+def images(tmp_path_factory):
+    """Two models of 30 images, of which row 4 cannot be read; a name is hostile."""
+    folder, models = tmp_path_factory.mktemp("images"), []
+    for row in range(30):
+        (folder / f"{row}.png").write_bytes(picture(row) if row != 4 else b"no image")
+    for seed in range(2):
+        torch.manual_seed(seed)
+        sizes = {"embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"}
+        backbone = random_backbone({"model_type": "resnet", "num_channels": 3, **sizes})
+        models.append(ImageEncoder(backbone, PixelFormat(16, 3)).eval())
+    names = [HOSTILE if row == 5 else f"{row}.png" for row in range(30)]
+    labels = ["xy"[row % 2] for row in range(30)]
+    every = Collection(names, labels, read_cell=lambda row: {"bytes": None, "path": str(folder / f"{row}.png")})
+    collection, vectors = keep_readable(every, [encode_collection(model, every) for model in models])
+    first = make_view("after", vectors[0])
+    return models[0], Explorer(collection, [first, make_view("before", vectors[1], first=first)]), folder
+
+
+def is_drawn(page, place):
+    """Whether the picture in ``place`` has been decoded and has the colors of its row."""
+    page.wait_for_function(f"document.querySelector('{place}')?.naturalWidth > 0", timeout=30_000)
+    shown = page.locator(place).first
+    row = int(shown.get_attribute("data-row"))
+    number = row + (row >= 4)  # of the file
+    middle = np.asarray(Image.open(io.BytesIO(shown.screenshot())).convert("RGB")).astype(int)
+    middle = middle[middle.shape[0] // 2, middle.shape[1] // 2]
+    return np.abs(middle - np.asarray(Image.open(io.BytesIO(picture(number))))[0, 0]).max() < 12
+
+
+def test_images_are_shown_in_the_tip_and_in_all_lists(browser, images):
+    model, explorer, _ = images
+    with served(create_app(model, key="k", explorer=explorer)) as place:
+        for page in opened(browser, place, "sessionStorage.setItem('key', 'k')"):
+            box = page.locator(".plot canvas").first.bounding_box()
+            x, y = page.evaluate("state.plots[0].scatter.getScreenPosition(7)")
+            page.mouse.move(box["x"] + x + 30, box["y"] + y + 30)
+            page.mouse.move(box["x"] + x, box["y"] + y, steps=4)
+            assert is_drawn(page, "#tip img") and ".png" in page.text_content("#tip")
+            page.mouse.click(box["x"] + x, box["y"] + y)
+            page.wait_for_selector("#hits ol")
+            page.locator("#hits").scroll_into_view_if_needed()
+            assert is_drawn(page, "#hits img") and is_drawn(page, "#chosen img")
+            assert page.locator("#hits li img").count() == 20
+            assert page.get_attribute("#hits img", "alt") in ("Image of x", "Image of y")
+            assert not page.is_visible("#query") and page.is_visible("#color")
+            page.evaluate("neighbors({row: 4})")  # the row whose name is hostile
+            page.wait_for_function("document.querySelector('#chosen').textContent.startsWith('<img')")
+            page.click("text=What changed")
+            assert is_drawn(page, "#changed img") and page.locator("#changed img").count() == 29
+            page.click("text=Mistakes")
+            page.wait_for_function("document.querySelector('#wrong').textContent")
+
+
+@pytest.mark.slow
+def test_images_on_a_phone(browser, images):
+    model, explorer, _ = images
+    options = {"viewport": {"width": 390, "height": 800}, "has_touch": True, "is_mobile": True, "device_scale_factor": 2}
+    with served(create_app(model, explorer=explorer)) as place:
+        for page in opened(browser, place, **options):
+            page.locator(".plot canvas").first.focus()
+            page.keyboard.press("n")
+            page.wait_for_selector("#hits ol")
+            page.locator("#hits").scroll_into_view_if_needed()
+            assert is_drawn(page, "#hits img") and page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_the_path_of_images(images):
+    model, explorer, folder = images
+    with served(create_app(model, key="k", explorer=explorer)) as place:
+        assert httpx.get(f"{place}/page/api/image/0").status_code == 401
+        with httpx.Client(base_url=place, timeout=60, headers={"Authorization": "Bearer k"}) as client:
+            assert client.get("/page/api/info").json()["images"] and client.get("/health").json()["status"] == "ready"
+            answer = client.get("/page/api/image/7")
+            assert answer.headers["content-type"] == "image/jpeg" and "private" in answer.headers["cache-control"]
+            made = Image.open(io.BytesIO(answer.content))
+            assert (made.format, made.size) == ("JPEG", (256, 128))
+            (folder / "8.png").write_bytes(b"was replaced")
+            (folder / "9.png").unlink()
+            for row in (-1, 29, 10**30, 7, 8):  # files 8 and 9: file 4 is left out
+                answer = client.get(f"/page/api/image/{row}")
+                assert answer.status_code == 404 and answer.json()["error"]["message"], row
+            assert client.get("/page/api/image/x").status_code == 400
+            assert client.post("/page/api/neighbors", json={"row": 7}).status_code == 200  # the vectors are there
+            assert client.post("/page/api/neighbors", json={"text": "a"}).status_code == 404
+            assert client.post("/v1/embeddings", json={"input": "a"}).status_code == 404
+            assert client.get("/page/api/image/0", headers={"Host": "elsewhere"}).status_code == 403
+    for row, number in ((7, 8), (8, 9)):
+        (folder / f"{number}.png").write_bytes(picture(number))
+        assert explorer.thumbnail(row)
+
+
+def test_vectors_and_images_of_a_row_belong_together(images):
+    model, explorer, _ = images
+    names = [name for row, name in enumerate(explorer.collection.texts) if row != 4]
+    assert names == [f"{row}.png" for row in range(30) if row not in (4, 5)]
+    number = [row for row in range(30) if row != 4]
+    expected = torch.nn.functional.normalize(model.encode([picture(row) for row in number]), dim=1)
+    torch.testing.assert_close(explorer.views[0].z, expected, atol=1e-5, rtol=0)
+    for row in (3, 4, 28):
+        pixel = Image.open(io.BytesIO(explorer.thumbnail(row))).getpixel((9, 9))
+        assert pixel == pytest.approx(Image.open(io.BytesIO(picture(number[row]))).getpixel((9, 9)), abs=6)
+    assert all(row["query"]["label"] != row["wrong"]["label"] for rows in explorer.mistakes for row in rows)
+
+
+def test_a_model_and_a_collection_of_another_kind_are_refused(model, images):
+    broken = Collection(["a"], [""], read_cell=lambda row: {"bytes": b"no image", "path": None})
+    with pytest.raises(InputError, match="none of the images"):
+        keep_readable(broken, [encode_collection(images[0], broken)])
+    with pytest.raises(InputError, match="collection"):
+        encode_collection(model, broken)
+    with pytest.raises(InputError, match="collection"):
+        encode_collection(images[0], Collection(["a"], [""]))
+    with pytest.raises(InputError, match="a model of texts is needed"):
+        create_app(images[0])
+    texts = Explorer(Collection(["a"], [""]), [make_view("a", torch.ones(1, 2))])
+    assert texts.thumbnail(0) is None
 
 
 @pytest.mark.slow

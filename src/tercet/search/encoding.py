@@ -299,13 +299,21 @@ def _encode_in_worker(items: list[Any], path: str, column: int) -> None:
 
 def _encode_shard(encoder: Encoder, items: list[Any], path: Path, column: int) -> None:
     """Write the vectors of a shard, whole or not at all."""
+    out = encode_readable(encoder, items, column)
+    with atomic_write(path) as partial:
+        write_array(partial, out.dtype, out.shape, [out])
+
+
+def encode_readable(encoder: Encoder, items: Sequence[Any], column: int = 0) -> Array:
+    """``(N, D)`` float32 of texts, bytes of image files or cells of images; rows of NaN are images that cannot be read."""
     contents = [_read_item(item) for item in items]
     known = [content for content in contents if content is not None]
     encode = CachedEncoder(encoder, distributed=False).for_column(column)
     try:
         z = encode(known).numpy()
     except InputError:
-        contents = [content if content is not None and _can_prepare(encoder, content) else None for content in contents]
+        pairs = list(zip(contents, items, strict=True))
+        contents = [one if one is not None and _can_prepare(encoder, one, _describe(item)) else None for one, item in pairs]
         known = [content for content in contents if content is not None]
         require(len(known) or encoder.kind == "image", "`items` hold no text.")
         z = encode(known).numpy()
@@ -315,8 +323,7 @@ def _encode_shard(encoder: Encoder, items: list[Any], path: Path, column: int) -
         raise InputError(f"{fault}. Use another checkpoint or 32-bit precision.")
     out = np.full((len(items), encoder.dim), np.nan, np.float32)
     out[[content is not None for content in contents]] = z
-    with atomic_write(path) as partial:
-        write_array(partial, out.dtype, out.shape, [out])
+    return out
 
 
 def _read_item(item: Any) -> Any:
@@ -328,15 +335,15 @@ def _read_item(item: Any) -> Any:
         return None
 
 
-def _can_prepare(encoder: Encoder, item: Any) -> bool:
-    """Whether an image can be decoded; any other fault of an item is raised."""
+def _can_prepare(encoder: Encoder, item: Any, name: str) -> bool:
+    """Whether an image, called ``name``, can be decoded; any other fault of an item is raised."""
     if encoder.kind != "image" or isinstance(item, str):
         encoder.prepare([item])
         return True
     try:
         encoder.prepare([item])
     except InputError as error:
-        warn_once(f"An image cannot be used and is left out: {error}")
+        warn_once(f"An image cannot be used and is left out: {name}: {error}")
         return False
     return True
 

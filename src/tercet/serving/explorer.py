@@ -1,6 +1,6 @@
 """What the page shows of one model, or of two side by side: a map, neighbors, what changed, the worst mistakes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,6 +13,8 @@ from torch.nn.functional import normalize
 
 from tercet.errors import check_choice, import_extra, require
 from tercet.evaluation.search import nearest
+from tercet.images import UnreadableImage, encode_thumbnail, read_image_cell
+from tercet.messages import print_status, progress_bar
 from tercet.models import CachedEncoder, Encoder
 from tercet.serving.service import Service
 
@@ -21,15 +23,21 @@ TOP = 10  # neighbors that are compared
 SHOWN = 100  # rows of a list
 TSNE_ROWS = 10_000  # more take more than a few minutes
 LONGEST = 2000  # characters of a text that are sent to the page
+BLOCK = 256  # images whose files are held at once
 
 
 @dataclass(frozen=True)
 class Collection:
-    """N texts with a label each ("" for none), and pairs ``(P, 2)`` of rows that belong together; there may be none."""
+    """N texts with a label each ("" for none), and pairs ``(P, 2)`` of rows that belong together; there may be none.
+
+    Of images ``texts`` are their names, and ``read_cell`` reads that of a row as ``{"bytes": ..., "path": ...}``, of which
+    either may be None: no more than a few are in memory.
+    """
 
     texts: Sequence[str]
     labels: Sequence[str]
     pairs: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 2), dtype=np.int64))
+    read_cell: Callable[[int], Mapping[str, Any]] | None = None
 
     @classmethod
     def of_columns(
@@ -45,13 +53,23 @@ class Collection:
         """
         count = len(next(iter(columns.values())))
         require(count, "There are no texts.")
-        rows = np.unique(np.linspace(0, count - 1, min(count, max(1, limit // len(columns)))).round().astype(int)).tolist()
+        rows = spread(count, max(1, limit // len(columns)))
         texts = [column[row] for column in columns.values() for row in rows]
         named = [name if len(columns) > 1 else "" for name in columns for _ in rows]
         given = [labels[row] for _ in columns for row in rows] if labels is not None else named
         first = np.arange(len(rows))
         pairs = np.stack([first, first + len(rows)], 1) if len(columns) > 1 else np.zeros((0, 2), dtype=np.int64)
         return cls(texts, given, pairs)
+
+
+def spread(count: int, limit: int) -> list[int]:
+    """At most ``limit`` of ``count`` rows, spread evenly.
+
+    >>> spread(7, 3)
+    [0, 3, 6]
+    """
+    rows: list[int] = np.unique(np.linspace(0, count - 1, min(count, limit)).round().astype(int)).tolist()
+    return rows
 
 
 @dataclass(frozen=True)
@@ -83,12 +101,42 @@ def make_view(name: str, z: Tensor, service: Service | None = None, method: str 
 
 
 def encode_collection(model: Encoder, collection: Collection) -> Tensor:
-    """``(N, D)``: the second text of a pair with the prompt of documents."""
+    """``(N, D)``: the second text of a pair with the prompt of documents; rows of NaN are images that cannot be read."""
+    is_image = collection.read_cell is not None
+    expected = "images are for a model of images, and texts for one of texts"
+    require(is_image == (model.kind == "image"), f"`model` does not read what `collection` holds: {expected}.")
+    if collection.read_cell is not None:
+        return _encode_images(model, collection.read_cell, len(collection.texts))
     encode = CachedEncoder(model, distributed=False, progress="embedding")
     if not len(collection.pairs):
         return encode(collection.texts)
     half = int(collection.pairs[0, 1])
     return torch.cat([encode.for_column(i)(part) for i, part in enumerate((collection.texts[:half], collection.texts[half:]))])
+
+
+def _encode_images(model: Encoder, read_cell: Callable[[int], Mapping[str, Any]], count: int) -> Tensor:
+    from tercet.search.encoding import encode_readable  # not above: a server of texts has no need of it
+
+    blocks = []
+    with progress_bar("embedding", count, model.unit) as bar:
+        for start in range(0, count, BLOCK):
+            cells = [read_cell(row) for row in range(start, min(start + BLOCK, count))]
+            blocks.append(torch.from_numpy(encode_readable(model, cells)))
+            bar.update(len(cells))
+    return torch.cat(blocks)
+
+
+def keep_readable(collection: Collection, vectors: Sequence[Tensor]) -> tuple[Collection, list[Tensor]]:
+    """Leave out images that a model could not read; ``vectors (N, D)`` are those of ``encode_collection``, by each model."""
+    readable = torch.stack([z.isfinite().all(1) for z in vectors]).all(0)
+    rows, read_cell = readable.nonzero().flatten().tolist(), collection.read_cell
+    if read_cell is None or len(rows) == len(readable):
+        return collection, list(vectors)
+    require(rows, "`collection`: none of the images can be read.")
+    print_status(f"{len(readable) - len(rows)} of {len(readable)} images cannot be used and are left out.")
+    texts, labels = ([values[row] for row in rows] for values in (collection.texts, collection.labels))
+    kept = Collection(texts, labels, read_cell=lambda row: read_cell(rows[row]))
+    return kept, [z[readable] for z in vectors]
 
 
 def project(z: Tensor) -> Tensor:
@@ -126,6 +174,15 @@ class Explorer:
     def item(self, row: int) -> dict[str, Any]:
         """What the page shows of a row."""
         return {"row": row, "text": self.collection.texts[row][:LONGEST], "label": self.collection.labels[row]}
+
+    def thumbnail(self, row: int) -> bytes | None:
+        """The image of a row as a small JPEG file, read anew; None without images, or where it cannot be read any more."""
+        if self.collection.read_cell is None:
+            return None
+        try:
+            return encode_thumbnail(read_image_cell(self.collection.read_cell(row)))
+        except (UnreadableImage, OSError):
+            return None
 
     def neighbors(self, queries: Sequence[Tensor], own: int = -1, k: int = TOP) -> list[list[dict[str, Any]]]:
         """The ``k`` nearest rows of a query, given as each model's vector ``(D,)``; ``own`` is the row that is the query.

@@ -1,4 +1,7 @@
-"""The page: its files and what it asks for. Texts go out as JSON and are shown as text; nothing is loaded from elsewhere."""
+"""The page: its files and what it asks for. Texts go out as JSON and are shown as text; nothing is loaded from elsewhere.
+
+Images go out as small ones that are made here, never as the files that they are in.
+"""
 
 import asyncio
 from pathlib import Path
@@ -19,10 +22,15 @@ NAMES = ("app.js", "vendor.js", "app.css", "vendor.css")
 HEADERS = {
     # regl makes its functions from text, and searches points in a worker made of a blob.
     "Content-Security-Policy": "default-src 'self'; script-src 'self' 'unsafe-eval'; worker-src 'self' blob:; "
-    "img-src 'self' data:; style-src 'self' 'unsafe-inline'; object-src 'none'; base-uri 'none'; "
+    "img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; object-src 'none'; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache",
 }  # fmt: skip
+IMAGE_HEADERS = {
+    "Cache-Control": "private, max-age=86400", "Vary": "Authorization", "X-Content-Type-Options": "nosniff",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}  # fmt: skip
+DECODERS = 2  # images that are decoded at once: a large one takes some hundred MB
 
 
 class Runs(Protocol):
@@ -48,12 +56,12 @@ class NeighborsRequest(BaseModel):
 
 def add_page(app: FastAPI, explorer: Explorer | None, runs: Runs | None) -> None:
     """Add the page and its paths to an application."""
-    app.state.explorer, app.state.runs = explorer, runs
+    app.state.explorer, app.state.runs, app.state.decoders = explorer, runs, asyncio.Semaphore(DECODERS)
     app.add_api_route("/", index_page, include_in_schema=False)
     app.add_api_route("/page/{name}", page_file, include_in_schema=False)
     api: dict[str, Any] = {
         "info": info, "points/{number}": points, "items": items, "changed": changed, "mistakes": mistakes, "runs": list_all,
-        "curves": curves, "differences": compared,
+        "curves": curves, "differences": compared, "image/{row}": image,
     }  # fmt: skip
     for path, function in api.items():
         app.add_api_route(f"/page/api/{path}", function, include_in_schema=False)
@@ -81,6 +89,9 @@ async def info(request: Request) -> Response:
         names = [view.name for view in explorer.views]
         seen |= {"models": names, "count": len(explorer.collection.texts), "labels": explorer.label_names}
         seen["kind"] = "pairs" if pairs else "labels"
+        seen["search"] = all(view.service for view in explorer.views)
+        # The time of start is put into the addresses of images, which browsers keep: another server may have other rows.
+        seen["images"] = explorer.collection.read_cell and str(request.app.state.created)
     return JSONResponse(seen)
 
 
@@ -98,6 +109,18 @@ async def items(request: Request, rows: Annotated[str, Query(max_length=2000, pa
     return JSONResponse([explorer.item(_row(explorer, int(row))) for row in rows.split(",")])
 
 
+async def image(row: int, request: Request) -> Response:
+    """A small image of a row."""
+    explorer = _explorer(request)
+    if not 0 <= row < len(explorer.collection.texts):
+        raise RequestError(404, "There is no such row.", "row")
+    async with request.app.state.decoders:
+        found = await asyncio.to_thread(explorer.thumbnail, row)
+    if found is None:
+        raise RequestError(404, "This row has no image that can be read.", "row")
+    return Response(found, media_type="image/jpeg", headers=IMAGE_HEADERS)
+
+
 async def neighbors(body: NeighborsRequest, request: Request) -> Response:
     """The neighbors of a text or a row, by each model."""
     explorer, row = _explorer(request), -1
@@ -106,7 +129,7 @@ async def neighbors(body: NeighborsRequest, request: Request) -> Response:
         queries = [view.z[row] for view in explorer.views]
     else:
         text = body.text or ""
-        limit = request.app.state.service.limits.characters
+        limit = request.app.state.limits.characters
         if not text or len(text) > limit or not is_utf8(text):
             raise RequestError(400, f"`text`: a text of 1 to {limit} characters is needed.", "text")
         services = [view.service for view in explorer.views]

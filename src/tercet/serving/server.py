@@ -31,7 +31,7 @@ def build_app(
     model: Encoder, index: Any = None, limits: Limits | None = None, latency_ms: float = 5.0, key: str | None = None,
     name: str = "tercet", local: bool = True, explorer: Explorer | None = None, runs: Runs | None = None,
 ) -> FastAPI:  # fmt: skip
-    """The ASGI application of a model of texts; with an ``index`` it has ``/search``.
+    """The ASGI application of a model of texts; with an ``index`` it has ``/search``. One of images has the page alone.
 
     ``latency_ms`` is how long a text waits for others to be encoded with it. ``key``: requests have to bring it. ``name`` is
     the model's in ``/v1/models``. ``local``: only requests to this machine by its local names are answered. The page at ``/``
@@ -39,27 +39,33 @@ def build_app(
     """
     require(key != "" and is_utf8(key or "") and (key or "").isascii(), "`key`: ASCII letters and digits are needed.")
     metrics = Metrics()
-    service = Service(model, index, limits, latency_ms, observe=metrics.observe_batch, waiting=metrics.queued.inc)
+    limits, service = limits or Limits(), None
+    if model.kind != "image" or explorer is None:
+        service = Service(model, index, limits, latency_ms, observe=metrics.observe_batch, waiting=metrics.queued.inc)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        await asyncio.to_thread(service.warm_up)
+        if service is not None:
+            await asyncio.to_thread(service.warm_up)
         app.state.ready = app.state.was_ready = True
         yield
         app.state.ready = False
-        await asyncio.to_thread(service.batcher.close)
+        if service is not None:
+            await asyncio.to_thread(service.batcher.close)
 
     app = FastAPI(title="Tercet", lifespan=lifespan, docs_url=None, redoc_url=None)  # those pages load scripts from elsewhere
     app.state.ready = app.state.was_ready = False
     app.state.service, app.state.name, app.state.metrics, app.state.created = service, name, metrics, int(time.time())
-    app.add_middleware(Guard, limits=service.limits, key=key, hosts=LOOPBACK if local else None, metrics=metrics)
+    app.state.limits = limits
+    app.add_middleware(Guard, limits=limits, key=key, hosts=LOOPBACK if local else None, metrics=metrics)
     for kind, handler in HANDLERS.items():
         app.add_exception_handler(kind, handler)
-    app.add_api_route("/v1/embeddings", embeddings, methods=["POST"])
-    app.add_api_route("/v1/models", models)
-    app.add_api_route("/v1/models/{name:path}", one_model)
-    app.add_api_route("/similarity", similarity, methods=["POST"])
-    app.add_api_route("/search", search, methods=["POST"])
+    if service is not None:
+        app.add_api_route("/v1/embeddings", embeddings, methods=["POST"])
+        app.add_api_route("/v1/models", models)
+        app.add_api_route("/v1/models/{name:path}", one_model)
+        app.add_api_route("/similarity", similarity, methods=["POST"])
+        app.add_api_route("/search", search, methods=["POST"])
     app.add_api_route("/health", ready)
     app.add_api_route("/health/ready", ready)
     app.add_api_route("/health/live", live)
@@ -128,12 +134,11 @@ async def live() -> Response:
 
 async def ready(request: Request) -> Response:
     """Whether requests are encoded."""
-    service = _service(request)
-    is_ready = request.app.state.ready and service.batcher.alive()
-    return JSONResponse(
-        {"status": "ready" if is_ready else "stopping", "model": request.app.state.name, "queued": service.batcher.queued},
-        200 if is_ready else 503,
-    )
+    service: Service | None = request.app.state.service
+    is_ready = request.app.state.ready and (service is None or service.batcher.alive())
+    queued = service.batcher.queued if service else 0
+    status = "ready" if is_ready else "stopping"
+    return JSONResponse({"status": status, "model": request.app.state.name, "queued": queued}, 200 if is_ready else 503)
 
 
 async def metrics_page(request: Request) -> Response:

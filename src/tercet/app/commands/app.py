@@ -1,9 +1,11 @@
-"""The command ``app``: ``serve``, and a page that shows what one model or two make of texts, and all runs."""
+"""The command ``app``: ``serve``, and a page that shows what one model or two make of texts or images, and all runs."""
 
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset, disable_progress_bars, load_from_disk
 from omegaconf import DictConfig, OmegaConf
 
 from tercet.app.commands import serve
@@ -14,7 +16,7 @@ from tercet.app.run_list import Run, differences, list_runs
 from tercet.errors import InputError, check_choice, require
 from tercet.messages import print_status, silence_libraries
 from tercet.serving import create_app, require_serving
-from tercet.serving.explorer import Collection, Explorer, View, encode_collection, make_view
+from tercet.serving.explorer import Collection, Explorer, View, encode_collection, keep_readable, make_view, spread
 from tercet.serving.service import Service
 from tercet.types import Source
 
@@ -65,7 +67,7 @@ def _words(value: Any) -> str | None:
 
 
 def run(cfg: DictConfig, output: Path) -> None:
-    """Embed the texts by each model, and serve until SIGTERM or Ctrl-C."""
+    """Embed the texts or images by each model, and serve until SIGTERM or Ctrl-C."""
     require_serving()
     silence_libraries()
     require(cfg.workers == 1, f"workers={cfg.workers}: the page is served by one process.")
@@ -74,37 +76,67 @@ def run(cfg: DictConfig, output: Path) -> None:
     check_choice("split", cfg.split, ("test", "train"))
     settings = serve.serving_settings(cfg, build(cfg.limits))
     collection = read_collection(cfg)
+    require(not (cfg.index and collection.read_cell), f"index={cfg.index} is searched by texts; data holds images.")
     limits, latency = settings.options["limits"], cfg.latency_ms
+    paths = [cfg.model.path, cfg.other] if cfg.other else [cfg.model.path]
+    model = cfg.model
+    models = [open_model(path, model.pooling, cfg.device, trust_remote_code=model.trust_remote_code) for path in paths]
+    held = "images" if collection.read_cell else "texts"
+    for path, each in zip(paths, models, strict=True):
+        read = "images" if each.kind == "image" else "texts"
+        require(read == held, f"model={path} reads {read}, but data holds {held}. Choose others by model=... or data=...")
+    try:
+        collection, vectors = keep_readable(collection, [encode_collection(each, collection) for each in models])
+    except InputError as error:
+        raise InputError(error.rename({"collection": "data", "items": "data"})) from error
     views: list[View] = []
-    model = None
-    for path in (cfg.model.path, cfg.other) if cfg.other else (cfg.model.path,):
-        opened = open_model(path, cfg.model.pooling, cfg.device, trust_remote_code=cfg.model.trust_remote_code)
-        model = model or opened
-        service, first = Service(opened, None, limits, latency), views[0] if views else None
-        views.append(make_view(str(path), encode_collection(opened, collection), service, cfg.projection, first))
-    assert model is not None
-    index = serve.open_index(cfg.index, model) if cfg.index else None
+    for path, each, z in zip(paths, models, vectors, strict=True):
+        service = None if collection.read_cell else Service(each, None, limits, latency)
+        views.append(make_view(str(path), z, service, cfg.projection, views[0] if views else None))
+    index = serve.open_index(cfg.index, models[0]) if cfg.index else None
     runs = RunList(Path(cfg.outputs)) if cfg.outputs else None
-    app = create_app(model, index, explorer=Explorer(collection, views), runs=runs, **settings.options)
+    app = create_app(models[0], index, explorer=Explorer(collection, views), runs=runs, **settings.options)
     with serve.listen(cfg.host, cfg.port) as listener:
         place = serve.address(cfg.host, listener)
-        print_status(f"{len(collection.texts)} texts. The page: {place}/")
+        print_status(f"{len(collection.texts)} {held}. The page: {place}/")
         serve.serve_app(app, limits, listener, place)
 
 
 def read_collection(cfg: DictConfig) -> Collection:
-    """The texts of the data set, with its labels or its pairs."""
-    part = "test" if cfg.split == "test" and cfg.data.get("test") else "train"
+    """The texts or images of the data set, with its labels or its pairs."""
+    test = OmegaConf.to_container(cfg.data.test, resolve=True) if cfg.data.get("test") else None
+    holds_out = isinstance(test, dict) and not (test.get("split") == "test" and test.get("held_out") == 0)
+    part = "test" if cfg.split == "test" and holds_out else "train"
     node = OmegaConf.to_container(cfg.data[part], resolve=True)
     check_values(OmegaConf.create({"data": {part: node}}), cfg)
     source: Source = build(cfg.data[part])
     rows = source.rows()
-    columns = {name: list(rows[name]) for name in list(source.columns)[:2]}
-    first = next(iter(columns.values()))
+    first = next(iter(rows), None)
     require(first, "data: there are no rows.")
-    require(isinstance(first[0], str), "data: the page shows texts; this data holds images.")
+    assert first is not None
     labels = None
     if "label" in rows.column_names:
         names = getattr(rows.features["label"], "names", None)
         labels = ["" if x is None or x < 0 else names[x] if names else str(x) for x in rows["label"]]
+    if not isinstance(first[source.columns[0]], str):
+        return read_images(rows, source.columns[0], labels, cfg.points)
+    columns = {name: list(rows[name]) for name in list(source.columns)[:2]}
     return Collection.of_columns(columns, labels, cfg.points)
+
+
+def read_images(rows: Dataset, column: str, labels: list[str] | None, limit: int) -> Collection:
+    """At most ``limit`` images, named by their files or rows; those that Parquet holds go from memory to a temporary file."""
+    chosen = spread(len(rows), limit)
+    rows = rows.select_columns(column).select(chosen)
+    files = rows.flatten()[f"{column}.path"]
+    names = [Path(file).name if file else f"image {row}" for file, row in zip(files, chosen, strict=True)]
+    disable_progress_bars()
+    with tempfile.TemporaryDirectory(prefix="tercet-images-", ignore_cleanup_errors=True) as folder:
+        try:
+            rows.save_to_disk(folder)
+        except OSError as error:
+            advice = "Name a larger folder in the environment variable TMPDIR, or show fewer."
+            raise InputError(f"points={limit}: images cannot be written to {folder} ({error}). {advice}") from error
+        rows = load_from_disk(folder)  # mapped: what is deleted here goes from the disk when the process ends, however it does
+    given = [labels[row] for row in chosen] if labels is not None else [""] * len(chosen)
+    return Collection(names, given, read_cell=lambda row: rows[row][column])

@@ -102,7 +102,8 @@ def serve_app(app: "FastAPI", limits: Limits, listener: socket.socket, place: st
         async def startup(self, sockets: Any = None) -> None:
             await super().startup(sockets)
             if self.started:
-                print_status(f"{app.state.name} is served at {place}/v1. Ctrl-C stops it.")
+                path = "/v1" if app.state.service else "/"  # a model of images has the page alone
+                print_status(f"{app.state.name} is served at {place}{path}. Ctrl-C stops it.")
 
     Server(_config(app, limits)).run(sockets=[listener])
     require(app.state.was_ready, "The server has not started; the reason stands above.")

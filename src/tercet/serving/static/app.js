@@ -3,7 +3,7 @@
 const $ = (id) => document.getElementById(id);
 const COLORS = ["#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#9498a0"];
 const REST = "#9aa0a6";
-const state = { info: null, plots: [], labels: [], current: -1, chosenRuns: [], runs: [], live: null };
+const state = { info: null, plots: [], labels: [], current: -1, over: -1, chosenRuns: [], runs: [], live: null };
 
 function element(tag, attributes = {}, ...children) {
   const made = document.createElement(tag);
@@ -35,6 +35,31 @@ async function ask(path, body, type = "json") {
   if (!answer.ok) throw new Error((await answer.json()).error.message);
   return type === "json" ? answer.json() : answer.arrayBuffer();
 }
+
+// Images are asked for with the key, which the address of an <img> could not carry, and not before they come into sight.
+const inSight = new IntersectionObserver((entries) => {
+  for (const { target, isIntersecting } of entries)
+    if (isIntersecting) {
+      inSight.unobserve(target);
+      load(target).catch(() => {}); // its alternative text is shown
+    }
+}, { rootMargin: "300px" });
+
+async function load(picture) {
+  const file = await ask(`/page/api/image/${picture.dataset.row}?started=${state.info.images}`, null, "binary");
+  const address = URL.createObjectURL(new Blob([file], { type: "image/jpeg" }));
+  picture.addEventListener("load", () => URL.revokeObjectURL(address), { once: true });
+  picture.src = address;
+}
+
+// The image of a row; null for a text. The name stands beside it, so that the alternative text need not repeat it.
+function thumb(found) {
+  if (!state.info.images || !found) return null;
+  const made = element("img", { class: "thumb", "data-row": found.row, alt: found.label ? `Image of ${found.label}` : "Image" });
+  inSight.observe(made);
+  return made;
+}
+const held = () => (state.info.images ? "images" : "texts");
 
 const guarded = (work) => async (...given) => {
   try {
@@ -85,7 +110,7 @@ async function makeMap() {
   );
   $("color").addEventListener("change", guarded(() => Promise.all(state.plots.map(paint))));
   const boxes = info.names.map((name) => {
-    const canvas = element("canvas", { tabindex: "0", role: "img", "aria-label": `Map of ${info.count} texts by ${name}` });
+    const canvas = element("canvas", { tabindex: "0", role: "img", "aria-label": `Map of ${info.count} ${held()} by ${name}` });
     const zoom = element("div", { class: "zoom" });
     return { name, canvas, zoom, box: element("div", { class: "plot" }, element("h3", { title: name }, name), canvas, zoom) };
   });
@@ -104,7 +129,7 @@ async function makeMap() {
     for (const [text, title, act] of [["+", "Zoom in", () => zoomBy(plot, 1.5)], ["−", "Zoom out", () => zoomBy(plot, 1 / 1.5)], ["⤢", "Show all", () => plot.scatter.reset()]])
       zoom.append(element("button", { type: "button", title, "aria-label": `${title}: ${name}`, onclick: act }, text));
     plot.scatter.subscribe("pointOver", guarded((row) => tip(plot, row)));
-    plot.scatter.subscribe("pointOut", () => { $("tip").hidden = true; });
+    plot.scatter.subscribe("pointOut", () => { state.over = -1; $("tip").hidden = true; });
     plot.scatter.subscribe("select", guarded(({ points }) => points.length && points[0] !== state.current ? neighbors({ row: points[0] }) : null));
     canvas.addEventListener("keydown", guarded((event) => key(plot, event)));
     touch(plot);
@@ -142,11 +167,13 @@ async function item(row) {
 }
 
 async function tip(plot, row) {
+  state.over = row;
   const found = await item(row);
+  if (state.over !== row) return; // the pointer has moved on
   const [x, y] = plot.scatter.getScreenPosition(row) ?? [0, 0];
   const place = plot.canvas.getBoundingClientRect();
   const box = $("tip");
-  box.textContent = found.label ? `${found.text}  [${found.label}]` : found.text;
+  box.replaceChildren(thumb(found) ?? "", found.label ? `${found.text}  [${found.label}]` : found.text);
   box.hidden = false;
   box.style.left = `${Math.max(4, Math.min(place.left + x + 12, innerWidth - box.offsetWidth - 4))}px`;
   box.style.top = `${Math.max(4, Math.min(place.top + y + 12, innerHeight - box.offsetHeight - 4))}px`;
@@ -207,13 +234,14 @@ function hit(found, only) {
   const label = found.label ? element("span", { class: "tag" }, found.label) : null;
   const score = found.score === undefined ? null : element("small", {}, ` ${found.score.toFixed(3)}`);
   const open = guarded(async () => { await show("map"); await neighbors({ row: found.row }); $("chosen").scrollIntoView({ block: "nearest" }); });
-  return element("li", { class: only ? "only" : false }, element("button", { type: "button", onclick: open }, found.text, label, score, only ? element("span", { class: "tag" }, only) : null));
+  return element("li", { class: only ? "only" : false }, element("button", { type: "button", onclick: open }, thumb(found), found.text, label, score, only ? element("span", { class: "tag" }, only) : null));
 }
 
 async function neighbors(asked) {
   const answer = await ask("/page/api/neighbors", asked);
   state.current = answer.query ? answer.query.row : -1;
-  $("chosen").textContent = answer.query ? answer.query.text : asked.text;
+  const label = state.info.images && answer.query.label ? element("span", { class: "tag" }, answer.query.label) : "";
+  $("chosen").replaceChildren(thumb(answer.query) ?? "", answer.query ? answer.query.text : asked.text, label);
   const words = ["gained", "lost"]; // by the first model, which is the newer one
   $("hits").replaceChildren(
     ...answer.hits.map((hits, i) =>
@@ -229,6 +257,7 @@ async function neighbors(asked) {
 // ---------------------------------------------------------------- lists
 
 async function openChanges() {
+  $("changes-note").textContent = `Of a sample of 2,000 ${held()} at most, those whose ten nearest neighbors differ most between the two models.`;
   const found = await ask("/page/api/changed");
   $("changed").replaceChildren(...found.map((row) => hit(row, `${row.shared} of ${row.of} shared`)));
 }
@@ -237,7 +266,7 @@ async function openMistakes() {
   const pairs = state.info.kind === "pairs";
   $("mistakes-note").textContent = pairs
     ? "Pairs whose second text is found latest by its first, of a sample of 2,000 at most: what should be found, and what is found instead."
-    : "Texts whose nearest neighbor has another label, the widest gap first, of a sample of 2,000 at most.";
+    : `Of a sample of 2,000 ${held()} at most, those whose nearest neighbor has another label, the widest gap first.`;
   const found = await ask("/page/api/mistakes");
   $("wrong").replaceChildren(...found.map((rows, i) => element("div", {}, element("h3", {}, `${state.info.models[i]}: ${rows.length || "no"} mistakes shown`),
     element("ol", { class: "rows" }, ...rows.map((row) => {
@@ -315,6 +344,8 @@ async function compareRuns() {
 const start = guarded(async () => {
   state.info = await ask("/page/api/info");
   state.info.names = state.info.models;
+  document.body.classList.toggle("with-images", Boolean(state.info.images));
+  $("query").hidden = $("find").hidden = !state.info.search;
   const known = views();
   $("tabs").append(...known.map((name) => element("button", { type: "button", "data-view": name, onclick: () => show(name) }, VIEWS[name].title)));
   $("search").addEventListener("submit", (event) => { event.preventDefault(); if ($("query").value) guarded(neighbors)({ text: $("query").value }); });
@@ -324,7 +355,7 @@ const start = guarded(async () => {
   $("compare").addEventListener("click", guarded(compareRuns));
   addEventListener("hashchange", () => { if (known.includes(location.hash.slice(1))) show(location.hash.slice(1)); });
   addEventListener("keydown", (event) => {
-    if (event.key === "/" && !/INPUT|SELECT|TEXTAREA/.test(document.activeElement.tagName) && known.includes("map")) { event.preventDefault(); show("map"); $("query").focus(); }
+    if (event.key === "/" && !/INPUT|SELECT|TEXTAREA/.test(document.activeElement.tagName) && state.info.search && known.includes("map")) { event.preventDefault(); show("map"); $("query").focus(); }
     if (event.key === "Escape") $("tip").hidden = true;
   });
   const asked = location.hash.slice(1);
