@@ -117,6 +117,20 @@ def progress_bar(what: str, total: int, unit: str, done: int = 0, hidden: bool =
     return ProgressLines(f"{what}: ", total, f" {unit}", done=done)
 
 
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Hide the bars of ``datasets``, which also writes them where the output is no terminal."""
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    hidden = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not hidden:
+            enable_progress_bars()
+
+
 def silence_libraries() -> None:
     """Silence tips of libraries, and their warnings about choices that are made on purpose here."""
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):

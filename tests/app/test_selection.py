@@ -7,7 +7,7 @@ from omegaconf import OmegaConf
 
 from tercet.app.commands import train
 from tercet.app.components import find_targets
-from tercet.app.config_checks import check_config
+from tercet.app.config_checks import _reads_test_rows, check_config
 from tercet.training import SimCSEUnsup
 from tests.conftest import choices, composed
 
@@ -45,6 +45,7 @@ def test_every_experiment_is_chosen_on_validation(experiment):
         cfg = composed(
             f"experiment={list(cfg.stages.runs.values())[-1].experiment}", f"optimized_metric={cfg.optimized_metric}"
         )
+    assert not _reads_test_rows(cfg.validation)
     (source,) = (source for begin, source in measured(cfg) if str(cfg.optimized_metric).startswith(begin))
     data = OmegaConf.to_container(cfg.data, resolve=True)
     if source is not None:
@@ -62,6 +63,18 @@ def test_a_test_metric_that_is_optimized_is_warned_about(caplog, tmp_path):
     for metric in ("val/sts/stsb/spearman", "test/sts/stsb/spearman"):
         check_config(composed("data=text", "data.path=x", f"optimized_metric={metric}"), SimCSEUnsup, Data())
     assert [r.message.startswith("optimized_metric=test/") for r in caplog.records] == [True]
+
+
+@pytest.mark.parametrize(("validation", "is_test"), [("heldout", True), ("sts", True), ("stsb_dev", False)])
+def test_validation_on_test_rows_is_warned_about(validation, is_test, caplog):
+    class Data:
+        name, columns = "listed", ("a",)
+
+    metric = "val/retrieval/text/mrr" if validation == "heldout" else "val/sts/stsb/spearman"
+    chosen = [f"evaluation@validation={validation}", f"monitor={metric}", f"optimized_metric={metric}"]
+    check_config(composed("data=text", "data.path=x", *chosen), SimCSEUnsup, Data())
+    warned = [record.message for record in caplog.records if "reads rows with split=test" in record.message]
+    assert len(warned) == is_test
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -269,6 +269,20 @@ def test_a_person_in_two_splits_is_one(tmp_path, caplog):
         ImageFiles(str(tmp_path))
 
 
+@pytest.mark.parametrize("parents", [("gallery", "query"), ("train2017", "val2017"), ("images/train", "images/test")])
+def test_a_name_below_several_folders_that_are_not_known_as_splits_is_said(tmp_path, caplog, parents):
+    folder_of(tmp_path, *(f"{parent}/P{i}/{n}{i}.png" for n, parent in enumerate(parents) for i in (0, 1)))
+    assert len(set(labels_of(tmp_path).values())) == 4
+    first, second = (f"{parent}/P0" for parent in sorted(parents))
+    assert f"{first} and {second} are different labels, as 2 such names" in caplog.text
+
+
+def test_names_that_stand_once_are_not_said(tmp_path, caplog):
+    folder_of(tmp_path, "birds/crow/a.png", "birds/owl/b.png", "cats/lion/c.png")
+    assert len(set(labels_of(tmp_path).values())) == 3
+    assert not caplog.records
+
+
 def test_a_split_may_have_no_labels(tmp_path):
     rows = ImageFiles(str(folder_of(tmp_path, "train/P0/a.png", "train/P1/b.png", "test/c.png"))).rows()
     assert sorted(rows["label"]) == [-1, 0, 1]

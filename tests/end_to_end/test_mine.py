@@ -54,6 +54,34 @@ def test_pairs_get_the_nearest_answer_of_another_question(command, pairs, tmp_pa
     assert f"data.path={target}" in said.terminal
 
 
+QUESTIONS = [("What is rain?", "Water that falls from clouds."), ("WHAT IS RAIN?", "It is wet weather with drops."),
+             ("what is rain?", "Drops fall down."), ("What is bread?", "Baked dough of flour."),
+             ("Who bakes?", "baked dough of FLOUR."), ("What is a river?", "Water that flows to the sea.")]  # fmt: skip
+
+
+def test_texts_that_the_model_reads_as_one_are_one(command, tmp_path):
+    """An uncased model: no answer to a question in other letters is a negative, in pairs or by label."""
+    rows = pa.table({"question": [q for q, _ in QUESTIONS], "answer": [a for _, a in QUESTIONS]})
+    pq.write_table(rows, tmp_path / "pairs.parquet")
+    loose = ["guard.relative_margin=null", "guard.max_similarity=1", "negatives=9"]
+    said = mine(
+        command, tmp_path / "pairs.parquet", tmp_path / "hard.parquet", "data.columns=[question,answer]", "data=table", *loose
+    )
+    assert said.code == 0, said.terminal
+    found = {(row["anchor"].lower(), row["negative"].lower()) for row in pq.read_table(tmp_path / "hard.parquet").to_pylist()}
+    known = {(q.lower(), a.lower()) for q, a in QUESTIONS}
+    assert found == {(q, a) for q, _ in known for _, a in known} - known
+
+    texts = ["Rain falls.", "RAIN FALLS.", "It drizzles.", "Bread is baked.", "bread is baked.", "Dough rises."]
+    pq.write_table(pa.table({"text": texts, "label": ["w", "w", "w", "b", "b", "w"]}), tmp_path / "texts.parquet")
+    options = ["data=table", "data.columns=[text]", "data.label=label", *loose]
+    said = mine(command, tmp_path / "texts.parquet", tmp_path / "hard2.parquet", *options)
+    assert said.code == 0, said.terminal
+    found = {(row["anchor"], row["positive"], row["negative"]) for row in pq.read_table(tmp_path / "hard2.parquet").to_pylist()}
+    assert {anchor for anchor, _, _ in found} == {"Rain falls.", "It drizzles.", "Dough rises."}  # bread has one text only
+    assert all(anchor != positive and negative == "Bread is baked." for anchor, positive, negative in found)
+
+
 @pytest.mark.parametrize("ending", KINDS)
 def test_any_text_comes_back_from_the_file(tmp_path, ending):
     texts = ['"Well," he said, "no."', "two\nlines, and a\ttab", '"not closed', "plain"]

@@ -71,6 +71,22 @@ def test_an_objective_and_a_selection_that_are_named_are_kept(train):
     assert not (result.output / "checkpoints" / "start.ckpt").exists()
 
 
+def test_fewer_rows_than_a_batch_are_one_batch(command, tmp_path):
+    """Unless the command says how large a batch is; what is tokenized is said in lines, not by a bar."""
+    path = tmp_path / "rows.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([("q", "a"), *((text, text[::-1]) for text in TEXTS[:8])])
+    own = [o for o in OWN if not o.startswith("data.batch_size")]
+    few = tiny("data=text", f"data.path={path}", *own, "data.columns=[q,a]", "trainer.max_steps=1")
+    result = command("train", *few)
+    assert result.code == 0, result.terminal
+    assert "data.batch_size=4: there are 4 training rows." in result.terminal
+    assert OmegaConf.load(result.output / "config.yaml").data.batch_size == 4
+    assert "\r" not in result.terminal
+    result = command("train", *few, "data.batch_size=32", f"output_dir={tmp_path}/other")
+    assert result.code == 1 and "data.batch_size=32, but the data (text) has 4 training rows" in result.terminal
+
+
 @pytest.mark.slow
 def test_two_processes_keep_the_start_too(train):
     spoil = ["data.columns=[q,a]", "optimizer.lr=0.5", "scheduler=constant", "trainer.max_steps=2"]

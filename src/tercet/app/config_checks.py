@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from hydra.utils import get_object
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from tercet.app.components import build, find_targets, locate_target, settable_key
 from tercet.app.hydra_compat import config_folders
@@ -248,6 +248,13 @@ def check_model(objective: Any, data: Any, several: bool, sharded: bool = False)
         raise InputError(f"{name} makes its two views by dropout, but this backbone has none: {EQUAL_VIEWS}")
 
 
+def _reads_test_rows(node: Any) -> bool:
+    """Whether a component below this node reads rows of the split test."""
+    if isinstance(node, DictConfig):
+        return node.get("split") == "test" or any(map(_reads_test_rows, node.values()))
+    return isinstance(node, ListConfig) and any(map(_reads_test_rows, node))
+
+
 def _batch_norm(execution: Any, several: bool) -> None:
     norm = "model.norm=keep: the backbone normalizes over"
     if execution.recompute or execution.chunk_rows is not None:
@@ -279,6 +286,10 @@ def _trainer(cfg: DictConfig) -> None:
     if str(cfg.optimized_metric).startswith("test/"):
         why = "settings that are chosen by a test look better than they are on other data"
         warn_once(f"optimized_metric={cfg.optimized_metric}: {why}. Choose by validation, as val/sts/stsb/spearman.")
+    if any(str(name).startswith("val/") for name in (cfg.optimized_metric, cfg.monitor)) and _reads_test_rows(cfg.validation):
+        why = "what is chosen by them looks better than on other data"
+        advice = "Choose by held-out rows of the training data, or by split=dev"
+        warn_once(f"evaluation@validation reads rows with split=test: {why}. {advice}.")
     measured = OmegaConf.select(cfg, "validation.members") != {} and str(cfg.monitor).startswith("val/")
     example = "as evaluation@validation=stsb_dev monitor=val/sts/stsb/spearman."
     require(measured or not cfg.monitor, f"monitor={cfg.monitor}: a metric that the validation measures is needed, {example}")

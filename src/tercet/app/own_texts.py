@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from tercet.app.components import build, check_values
 from tercet.app.config_checks import set_derived
 from tercet.app.hydra_compat import typed_overrides
+from tercet.app.launch import num_processes
 from tercet.errors import require
 from tercet.messages import print_status
 from tercet.training.datamodule import DataModule, RunLength
@@ -63,6 +64,16 @@ def selection_for(objective: Any, num_columns: int) -> str:
     if positives == "label" and num_columns == 1:
         return "nearest_neighbor"
     return "retrieval" if positives in ("example", "label") else "none"
+
+
+def fit_batch_size(config: DictConfig, data: DataModule) -> None:
+    """Where ``run_length`` is set and fewer rows are trained on than the command's default batch has: a batch of all of them."""
+    given = any(override.lstrip("+").startswith("data.batch_size=") for override in typed_overrides())
+    rows = data.num_rows() if config.run_length and config.trainer.num_nodes == 1 and not given else None
+    size = 0 if rows is None else rows // 2 * 2
+    if rows is not None and rows < data.batch_size and size >= 2 * num_processes(config):
+        config.data.batch_size = config.data.module.batch_size = data.batch_size = size
+        print_status(f"data.batch_size={size}: there are {rows} training rows. More rows give more to contrast with.")
 
 
 def set_run_length(config: DictConfig, data: DataModule) -> None:

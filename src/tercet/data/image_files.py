@@ -1,7 +1,7 @@
 """Labeled images in folders, Parquet files or on the hub."""
 
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
@@ -165,7 +165,19 @@ def _find_splits(path: str, images: list[tuple[str, ...]]) -> list[str]:
         both = f"the label {'/'.join(label)} is in {count} of {', '.join(splits)}, as in splits"
         advice = "Name one of the splits in `path`, or move what is beside them."
         require(count < 2, f"`path`={path}: {both}, but '{'/'.join(others[0])}' is beside these folders. {advice}")
+    _warn_of_repeated_names(path, {"/".join(parts[:-1]) for parts in images if len(parts) > 2})
     return []
+
+
+def _warn_of_repeated_names(path: str, labels: set[str]) -> None:
+    """Say which labels ``parent/name`` have one name below several parents, as where the parents are splits."""
+    parents = defaultdict(list)
+    for label in sorted(labels):
+        parents[label.rpartition("/")[2]].append(label)
+    repeated = [same for same in parents.values() if len(same) > 1]
+    if repeated:
+        advice = "If the folders above are splits, name one of them in `path`, or call them train and test"
+        warn_once(f"{path}: {' and '.join(repeated[0][:2])} are different labels, as {len(repeated)} such names. {advice}.")
 
 
 def _first(available: Sequence[str], names: Sequence[str]) -> str | None:

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tercet.data.samplers import rank_slice
 from tercet.errors import require
-from tercet.messages import print_status
+from tercet.messages import print_status, progress_bar, without_progress_bars
 from tercet.paths import atomic_write, cache_folder, check_writable, remove_partials, temporary_folder
 from tercet.types import Batch, BatchIndices, Source, TokenBatch
 
@@ -76,16 +76,19 @@ class TextTransform:
         return TokenRows(Dataset.from_file(str(path)), len(columns))
 
     def _tokenize(self, rows: Any, columns: list[str], path: Path, description: str) -> None:
-        rows.map(
-            self.tokenize_rows,
-            fn_kwargs={"columns": columns},
-            batched=True,
-            remove_columns=rows.column_names,
-            features=self.features(columns),
-            cache_file_name=str(path),
-            new_fingerprint=path.stem.replace("-", ""),
-            desc=description,
-        )
+        def tokenize(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+            bar.update(len(batch[columns[0]]))
+            return self.tokenize_rows(batch, columns)
+
+        with progress_bar(description, len(rows), "rows") as bar, without_progress_bars():  # theirs is a bar in a log file, too
+            rows.map(
+                tokenize,
+                batched=True,
+                remove_columns=rows.column_names,
+                features=self.features(columns),
+                cache_file_name=str(path),
+                new_fingerprint=path.stem.replace("-", ""),
+            )
 
     def tokenize_rows(self, rows: dict[str, list[Any]], columns: Sequence[str]) -> dict[str, list[Any]]:
         """For each column v ``ids_v`` and their hash ``content_v``; ``label`` and ``position``, -1 where there is none.

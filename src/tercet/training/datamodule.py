@@ -92,18 +92,23 @@ class DataModule(EvaluationHooks, pl.LightningDataModule):
         self.sampler: Sampler[BatchIndices] | None = None
         self.epoch, self.num_skipped = 0, 0  # where a stream starts
 
+    def load(self) -> None:
+        """Read and transform the rows, once."""
+        if not self.streaming and self.dataset is None:
+            self.dataset = self.transform.load(self.source)
+
     def prepare_data(self) -> None:
-        """Read, check and transform the rows, once: Lightning calls this again, and ``setup`` in every process."""
-        if self.streaming or self.dataset is not None:
+        """Load the rows and check that they fill a batch: Lightning calls this again, and ``setup`` in every process."""
+        self.load()
+        if self.dataset is None or self.sampler is not None:
             return
-        rows = self.transform.load(self.source)
-        sampler = self.make_sampler(rows, self.batch_size, self.seed)
+        rows, sampler = self.dataset, self.make_sampler(self.dataset, self.batch_size, self.seed)
         require(
             len(rows) >= self.batch_size,
             f"`batch_size`={self.batch_size}, but the data ({self.name}) has {len(rows)} training rows. "
             f"Use `batch_size`={max(2, len(rows) // 2)} or more data.",
         )
-        self.sampler, self.dataset = sampler, rows
+        self.sampler = sampler
 
     def num_rows(self) -> int | None:
         """The number of training rows, read only if they are not prepared yet; None of a stream."""

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, disable_progress_bars, load_from_disk
+from datasets import Dataset, load_from_disk
 from omegaconf import DictConfig, OmegaConf
 
 from tercet.app.commands import serve
@@ -14,7 +14,7 @@ from tercet.app.components import build, check_values
 from tercet.app.run_files import read_curves
 from tercet.app.run_list import Run, differences, list_runs
 from tercet.errors import InputError, check_choice, require
-from tercet.messages import print_status, silence_libraries
+from tercet.messages import print_status, silence_libraries, without_progress_bars
 from tercet.serving import create_app, require_serving
 from tercet.serving.explorer import Collection, Explorer, View, encode_collection, keep_readable, make_view, spread
 from tercet.serving.service import Service
@@ -130,8 +130,8 @@ def read_images(rows: Dataset, column: str, labels: list[str] | None, limit: int
     rows = rows.select_columns(column).select(chosen)
     files = rows.flatten()[f"{column}.path"]
     names = [Path(file).name if file else f"image {row}" for file, row in zip(files, chosen, strict=True)]
-    disable_progress_bars()
-    with tempfile.TemporaryDirectory(prefix="tercet-images-", ignore_cleanup_errors=True) as folder:
+    temporary = tempfile.TemporaryDirectory(prefix="tercet-images-", ignore_cleanup_errors=True)
+    with temporary as folder, without_progress_bars():
         try:
             rows.save_to_disk(folder)
         except OSError as error:

@@ -2,7 +2,7 @@
 
 import csv
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from tercet.app.components import build, check_values
 from tercet.errors import require
 from tercet.evaluation.search import FalseNegativeFilter, hard_negatives
 from tercet.messages import print_status, silence_libraries
-from tercet.models import CachedEncoder
+from tercet.models import CachedEncoder, Encoder
 from tercet.paths import atomic_write, check_writable
 from tercet.types import Source
 
@@ -52,9 +52,10 @@ def run(cfg: DictConfig, output: Path) -> None:
     train = OmegaConf.to_container(cfg.data.train, resolve=True)
     check_values(OmegaConf.create({"guard": cfg.guard, "data": {"train": train}}), cfg)
     guard: FalseNegativeFilter = build(cfg.guard)
-    pairs = read_mining_pairs(build(cfg.data.train), cfg.seed)
+    source = build(cfg.data.train)
     encoder = open_model(cfg.model.path, cfg.model.pooling, cfg.device, cfg.seed, cfg.model.trust_remote_code)
     require(encoder.text_parts(), f"model={cfg.model.path} is no encoder of texts that mine can use. {IMAGES}")
+    pairs = read_mining_pairs(source, cfg.seed, encoder)
     table = mine_negatives(pairs, CachedEncoder(encoder, progress="embedding"), guard, cfg.negatives, cfg.skip)
     limits = f"guard.max_similarity={guard.max_similarity} and guard.relative_margin={guard.relative_margin}"
     require(len(table), f"No negative is left of {len(pairs.keys)} texts: {limits} exclude all of them. Relax them.")
@@ -67,45 +68,63 @@ def run(cfg: DictConfig, output: Path) -> None:
     print_status(f"  python train.py objective=simcse_sup data=text data.path={target} {columns}")
 
 
-def read_mining_pairs(source: Source, seed: int) -> MiningPairs:
+def read_mining_pairs(source: Source, seed: int, encoder: Encoder) -> MiningPairs:
     """The pairs of a source with two columns or more; of one column, the pairs of texts with equal labels."""
     rows = source.rows()
     first = list(rows[source.columns[0]])
     require(first and isinstance(first[0], str), f"data.path: mine reads texts; this data holds images. {IMAGES}")
     if len(source.columns) > 1:
-        return pairs_of_columns(first, list(rows[source.columns[1]]))
+        return pairs_of_columns(first, list(rows[source.columns[1]]), encoder)
     advice = "two columns, as data.columns=[question,answer], or one with a label, as data.label=intent."
     require("label" in rows.column_names, f"mine needs pairs: {advice}")
-    return pairs_of_labels(first, np.array(rows["label"]), seed)
+    return pairs_of_labels(first, np.array(rows["label"]), seed, encoder)
 
 
-def pairs_of_columns(first: list[str], second: list[str]) -> MiningPairs:
+def number_inputs(texts: Iterable[str], encoder: Encoder) -> dict[str, int]:
+    """A number for each text, from 0 and in order: equal for texts that the model gets as the same tokens."""
+    unique, numbers = list(dict.fromkeys(texts)), dict[bytes, int]()
+    rows = encoder.text_parts()[0].prepare(unique).rows()
+    return {text: numbers.setdefault(row.numpy().tobytes(), len(numbers)) for text, row in zip(unique, rows, strict=True)}
+
+
+def _first_of_each(texts: Iterable[str], number: dict[str, int]) -> dict[int, str]:
+    found: dict[int, str] = {}
+    for text in texts:
+        found.setdefault(number[text], text)
+    return found
+
+
+def pairs_of_columns(first: list[str], second: list[str], encoder: Encoder) -> MiningPairs:
     """Pairs of two columns; a negative is never a document of the same anchor in any row, nor the anchor itself."""
-    keys = list(dict.fromkeys(second))
-    place = {text: i for i, text in enumerate(keys)}
-    number = {text: i for i, text in enumerate(dict.fromkeys(first))}
-    pairs = {(number[a], place[b]) for a, b in zip(first, second, strict=True)}
-    pairs |= {(n, place[a]) for a, n in number.items() if a in place}
+    number = number_inputs([*second, *first], encoder)  # which is the index of a key, for a document
+    keys = list(_first_of_each(second, number).values())
+    pairs = {(number[a], number[b]) for a, b in zip(first, second, strict=True)}
+    pairs |= {(number[a], number[a]) for a in first if number[a] < len(keys)}
     known = torch.tensor([a * len(keys) + b for a, b in pairs])
     anchor = torch.tensor([number[a] for a in first])
     return MiningPairs(first, second, keys, lambda rows, at: ~torch.isin(anchor[rows, None] * len(keys) + at, known), 1)
 
 
-def pairs_of_labels(texts: list[str], label: "np.ndarray[tuple[int], np.dtype[np.int64]]", seed: int) -> MiningPairs:
+def pairs_of_labels(
+    texts: list[str], label: "np.ndarray[tuple[int], np.dtype[np.int64]]", seed: int, encoder: Encoder
+) -> MiningPairs:
     """Pair each labeled text with a random one of its label; negatives have another label, or none."""
     rng, anchors, positives = np.random.default_rng(seed), [], []
+    number = number_inputs(texts, encoder)
     for name in np.unique(label[label >= 0]):
-        members = list(dict.fromkeys(texts[i] for i in np.flatnonzero(label == name)))
+        members = list(_first_of_each((texts[i] for i in np.flatnonzero(label == name)), number).values())
         if len(members) > 1:  # a derangement: the next one in a random circle
             order = rng.permutation(len(members))
             anchors += [members[i] for i in order]
             positives += [members[i] for i in np.roll(order, -1)]
     require(anchors, "data.label: no label has two different texts, so there are no positives.")
-    label_of: dict[str, int] = {}
+    label_of: dict[int, int] = {}
     for text, name in zip(texts, label.tolist(), strict=True):
-        label_of[text] = name if label_of.get(text, name) == name else -2  # a text of two labels is no negative of either
-    codes, own = torch.tensor(list(label_of.values())), torch.tensor([label_of[text] for text in anchors])
-    return MiningPairs(anchors, positives, list(label_of), lambda rows, at: (codes[at] != own[rows, None]) & (codes[at] != -2))
+        n = number[text]
+        label_of[n] = name if label_of.get(n, name) == name else -2  # a text of two labels is no negative of either
+    keys = list(_first_of_each(texts, number).values())
+    codes, own = torch.tensor(list(label_of.values())), torch.tensor([label_of[number[text]] for text in anchors])
+    return MiningPairs(anchors, positives, keys, lambda rows, at: (codes[at] != own[rows, None]) & (codes[at] != -2))
 
 
 def mine_negatives(pairs: MiningPairs, encode: CachedEncoder, guard: FalseNegativeFilter, count: int, skip: int) -> pa.Table:

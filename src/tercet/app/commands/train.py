@@ -16,7 +16,7 @@ from tercet.app.commands.preflight import preflight
 from tercet.app.components import build, check_settings, check_values, find_targets, start_record
 from tercet.app.config_checks import check_config, check_model, set_derived
 from tercet.app.model_card import CARD, check_given, make_card
-from tercet.app.own_texts import choose_by_columns, set_run_length
+from tercet.app.own_texts import choose_by_columns, fit_batch_size, set_run_length
 from tercet.distributed.sharding import gather_weights, load_state
 from tercet.errors import require
 from tercet.messages import print_status, silence_libraries, warn_once
@@ -49,7 +49,10 @@ def run(cfg: DictConfig, output: Path) -> float | None:
     alone = not launch.started_by_launcher()
     with nullcontext() if config.check else run_folder.locked(output):
         if alone:
-            data.prepare_data()  # errors in the data are found, and tokens cached, before any process is started
+            data.load()  # errors in the data are found, and tokens cached, before any process is started
+        fit_batch_size(config, data)
+        if alone:
+            data.prepare_data()
         set_run_length(config, data)
         if config.resume and is_done(config, output):
             print_status(f"{output} is finished; there is nothing left to do.")
