@@ -1,7 +1,7 @@
 """Families of text models of transformers: is an embedding that of transformers' own model, which runs each text alone?
 
 ``python -m benchmarks.families [family ...]`` makes a tiny model of each family with random weights and its tokenizer, encodes
-five texts in every layout, beside each other, and prints the largest difference from transformers' model on one text at a
+a few texts in every layout, beside each other, and prints the largest difference from transformers' model on one text at a
 time, the same for masked language modeling, and what is refused. Two minutes on one core.
 """
 

@@ -67,7 +67,7 @@ def selection_for(objective: Any, num_columns: int) -> str:
 
 
 def fit_batch_size(config: DictConfig, data: DataModule) -> None:
-    """Where ``run_length`` is set and there are fewer training rows than a batch of the default size: a batch of all of them."""
+    """Where ``run_length`` is set and there are fewer training rows than a batch has by default: one batch of all of them."""
     given = any(override.lstrip("+").startswith("data.batch_size=") for override in typed_overrides())
     rows = data.num_rows() if config.run_length and config.trainer.num_nodes == 1 and not given else None
     size = 0 if rows is None else rows // 2 * 2
