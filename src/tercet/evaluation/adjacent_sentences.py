@@ -50,7 +50,7 @@ class AdjacentSentences:
         return {name: float(values.mean()) for name, values in self._measure(encode).items()}
 
     def examples(self, encode: EncodeFunction) -> dict[str, Tensor]:
-        """Whether the guess of each sentence is right, ``(N,)``, whose means ``__call__`` returns; ``chance`` has no such values."""
+        """Whether the guess of each sentence is right, ``(N,)``, whose means ``__call__`` returns; ``chance`` has none."""
         return {name: values for name, values in self._measure(encode).items() if not name.endswith("/chance")}
 
     def _measure(self, encode: EncodeFunction) -> dict[str, Tensor]:
