@@ -25,14 +25,13 @@ EXAMPLES_SIZE = 1 << 28  # bytes of values by example that are read, unpacked
 
 
 class _HashedEncode:
-    """An encode function that adds all that it is asked to encode to a hash; it has the attributes of the one inside."""
+    """An encode function that adds the hashes of what it is asked to encode to ``seen``; else it is as the one inside."""
 
-    def __init__(self, encode: Any, content: Any) -> None:
-        self.encode, self.content = encode, content
+    def __init__(self, encode: Any, seen: dict[bytes, None]) -> None:
+        self.encode, self.seen = encode, seen
 
     def __call__(self, items: Sequence[Any]) -> Any:
-        for item in items:
-            self.content.update(item_hash(item))
+        self.seen.update(dict.fromkeys(map(item_hash, items)))  # each once: a model with prompts may be asked more often
         return self.encode(items)
 
     def __getattr__(self, name: str) -> Any:
@@ -44,7 +43,7 @@ class _HashedEncode:
 
         def chosen(*arguments: Any) -> Any:
             found = choose(*arguments)
-            return self if found is self.encode else _HashedEncode(found, self.content)
+            return self if found is self.encode else _HashedEncode(found, self.seen)
 
         return chosen
 
@@ -54,11 +53,12 @@ def write_examples(file: Path, evaluator: Any, encode: Any) -> bool:
 
     Returns whether there are some; else a file of an earlier test, which the new metrics are not of, is removed.
     """
-    content = hashlib.blake2b(digest_size=16)
-    examples = evaluator.examples(_HashedEncode(encode, content)) if hasattr(evaluator, "examples") else {}
+    seen: dict[bytes, None] = {}
+    examples = evaluator.examples(_HashedEncode(encode, seen)) if hasattr(evaluator, "examples") else {}
     values: Any = {name: np.asarray(x, np.float32) for name, x in examples.items()}
     if values and is_main_process():
-        values |= {TEST_SET: np.frombuffer(content.digest(), np.uint8), SMALLER: np.array(sorted(_smaller(evaluator)), np.str_)}
+        test = hashlib.blake2b(b"".join(seen), digest_size=16).digest()
+        values |= {TEST_SET: np.frombuffer(test, np.uint8), SMALLER: np.array(sorted(_smaller(evaluator)), np.str_)}
         with atomic_write(file) as partial:
             np.savez_compressed(partial, **values)
     elif is_main_process():

@@ -64,8 +64,9 @@ class MTEB:
         """Run the tasks, and average them if there are several: ``mteb/mean/main_score``."""
         library = import_module("mteb")
         write = self.results is not None and rank() == 0
-        tasks, cache = self._tasks(library), library.ResultCache(self.results) if write else None
+        cache = library.ResultCache(self.results) if write else None
         with _random_state_kept():
+            tasks = self._tasks(library)
             scores = {_metric(task): float(found.get_score()) for task, found in self._run(encode, tasks, cache=cache)}
         mean = {"mteb/mean/main_score": float(np.mean(list(scores.values())))} if len(scores) > 1 else {}
         return {**scores, **mean}
@@ -78,9 +79,10 @@ class MTEB:
         more. A task of several splits or languages, whose score is their mean, has the values of all. A task is left out
         where the mean of these values is not its score, as where it scores in a way of its own.
         """
-        everything = self._tasks(import_module("mteb"))
-        tasks, values = [task for task in everything if _has_examples(task)], {}
+        values: dict[str, Floats] = {}
         with _random_state_kept(), TemporaryDirectory() as folder:
+            everything = self._tasks(import_module("mteb"))
+            tasks = [task for task in everything if _has_examples(task)]
             for task, found in self._run(encode, tasks, prediction_folder=folder):
                 written = json.loads(Path(folder, task.prediction_file_name).read_bytes())
                 splits = [(split, entry["hf_subset"]) for split, entries in found.scores.items() for entry in entries]

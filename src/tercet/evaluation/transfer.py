@@ -122,7 +122,7 @@ class Transfer:
                 other = embed(data.second)
                 x = torch.cat([(x - other).abs(), x * other], 1)
             splits = self._splits(data, f"`path`={self.path}, {task}")
-            content = hashlib.blake2b(x.numpy(), digest_size=16).digest()
+            content = hashlib.blake2b(x.numpy().data, digest_size=16).digest()
             if self._fitted.get(task, (b"",))[0] != content:
                 self._fitted[task] = content, self._fit(x.to(device), data, splits).cpu()
             found[task] = self._fitted[task][1], splits[0]
@@ -137,7 +137,8 @@ class Transfer:
             fitted = torch.cat([fitted, train[:, None]], 1)
         classes = _fit_penalties(x, y, fitted.flatten(0, 1)).unflatten(0, fitted.shape[:2])  # (J, K or K + 1, penalties, N)
         best = _accuracy(classes[:, : held.shape[1]], y, held[:, :, None]).mean(1).argmax(1)
-        return classes[torch.arange(len(test)), -1, best.cpu()]
+        guess: Tensor = classes[torch.arange(len(test)), -1, best.cpu()]
+        return guess
 
     def _splits(self, data: LabeledSentences, where: str) -> tuple[Tensor, Tensor, Tensor]:
         """The test rows ``(J, N)``, their training rows ``(J, N)``, and the rows that choose a penalty ``(J, K, N)``."""
