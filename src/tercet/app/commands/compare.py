@@ -48,9 +48,10 @@ is called behind where p is below 0.05. With one seed there is no verdict, and n
 examples: paired approximate randomization over the test's examples, corrected too (Holm): how it would be with other examples
 and the same trained models. It says nothing about other seeds."""
 RESULTS_LEGEND = """\
-examples: p of paired approximate randomization over the test's examples, corrected for all pairs of results (Holm): how it
-would be with other examples and the same trained models. A model is called behind where it is below 0.05. There are no seeds
-here, so it says nothing about other training runs: compare the folders of runs, of several seeds, for that."""
+examples: p of paired approximate randomization over the test's examples, corrected for all pairs of results (Holm), each
+metric by itself: how it would be with other examples and the same trained models. A model is called behind where it is below
+0.05. There are no seeds here, so it says nothing about other training runs: compare folders of runs, of several seeds, for
+that."""
 
 Setting = tuple[str, ...]  # a value for each axis
 
@@ -298,8 +299,8 @@ def describe_best(comparison: Comparison, metric: str) -> str:
         ahead = "ahead of" if lead.is_sure_of_examples else "not surely ahead of"
         count = len(read_examples(comparison.runs[first][0].examples, metric.removeprefix("test/"))[0])
         found = f"{lead.difference:+.4f} over {count} test examples, p {format_p(lead.examples_p)}"
-        pairs = f"corrected for {math.comb(len(ranked), 2)} pairs of results"
-        return f"{sentence}, {ahead} {second} by {found} {pairs}: on other examples, not of other training runs."
+        pairs = f" corrected for {math.comb(len(ranked), 2)} pairs of results" if len(ranked) > 2 else ""
+        return f"{sentence}, {ahead} {second} by {found}{pairs}. That is about other test examples, not other training runs."
     if lead.seeds is None:
         return f"{sentence}, before {second} ({lead}: this is no verdict)."
     found = (
