@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from tercet.app import record
+from tercet.app import examples
 from tercet.app.commands import compare
 from tercet.app.sweeps import summary
 from tercet.errors import InputError
@@ -101,14 +101,16 @@ def test_other_examples_are_another_uncertainty(tmp_path):
     rng = np.random.default_rng(0)
     for i, folder in enumerate(sorted(tmp_path.iterdir())):
         values = {"a": (rng.uniform(size=200) < (0.8 if i < 2 else 0.5)).astype("float32")}
-        np.savez_compressed(folder / record.EXAMPLES, **values)
+        np.savez_compressed(folder / examples.EXAMPLES, **values)
     lead = compared.leads("test/a")[("2",)]
     assert lead.examples_p < 0.001
     head, *_, row = compare.ranking_table(compared, "test/a").splitlines()[1:]
     assert "examples" in head and "0.0001" in row, "none of 9,999 resamples is so far apart"
-    np.savez_compressed(tmp_path / "20" / record.EXAMPLES, a=np.ones(7))
-    compare.compare_examples.cache_clear()
-    assert compared.leads("test/a")[("2",)].examples_p is None, "other examples"
+    for other in ({"a": np.ones(7)}, {"a": np.ones(200), examples.TEST_SET: np.zeros(16, np.uint8)}):
+        np.savez_compressed(tmp_path / "20" / examples.EXAMPLES, **other)
+        np.savez_compressed(tmp_path / "10" / examples.EXAMPLES, a=np.ones(200), **{examples.TEST_SET: np.ones(16, np.uint8)})
+        compare.compare_examples.cache_clear()
+        assert compared.leads("test/a")[("2",)].examples_p is None, "other examples"
 
 
 def test_examples_are_corrected_for_all_pairs_of_settings_by_holm(tmp_path):
@@ -116,7 +118,7 @@ def test_examples_are_corrected_for_all_pairs_of_settings_by_holm(tmp_path):
     compare.compare_examples.cache_clear()
     values = np.random.default_rng(0).normal(loc=[[0.6], [0.4], [0.1]], size=(3, 100))
     for i, folder in enumerate(sorted(tmp_path.iterdir())):
-        np.savez_compressed(folder / record.EXAMPLES, a=values[i // 2])
+        np.savez_compressed(folder / examples.EXAMPLES, a=values[i // 2])
     raw = [randomization_test(values[i], values[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
     leads = compared.leads("test/a")
     assert [leads[("2",)].examples_p, leads[("3",)].examples_p] == pytest.approx(holm(raw)[:2])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from tercet.app import record
+from tercet.app import examples, record
 from tercet.app.commands import compare
 from tercet.app.run_files import read_settings
 from tercet.errors import InputError
@@ -75,8 +75,8 @@ def test_values_by_example_that_cannot_be_read_are_left_out(tmp_path, caplog):
     for i in (1, 2):
         lay(tmp_path / str(i), 1, {"test/a": float(i)}, f"x={i}")
     whole = {"a": np.ones(4, np.float32)}
-    np.savez_compressed(tmp_path / "1" / record.EXAMPLES, **whole)
-    file = tmp_path / "2" / record.EXAMPLES
+    np.savez_compressed(tmp_path / "1" / examples.EXAMPLES, **whole)
+    file = tmp_path / "2" / examples.EXAMPLES
     np.savez_compressed(tmp_path / "large.npz", a=np.zeros(1 << 27, np.float32))
     with zipfile.ZipFile(tmp_path / "wide.npz", "w") as archive:
         archive.writestr(
@@ -86,8 +86,9 @@ def test_values_by_example_that_cannot_be_read_are_left_out(tmp_path, caplog):
             + b"\n",
         )
     made = {
+        "not finite": lambda: np.savez(file, a=np.array([1.0, np.nan, 1.0, 1.0])),
         "pickle": lambda: np.savez(file, a=np.array([{}], dtype=object)),
-        "cut": lambda: file.write_bytes((tmp_path / "1" / record.EXAMPLES).read_bytes()[:90]),
+        "cut": lambda: file.write_bytes((tmp_path / "1" / examples.EXAMPLES).read_bytes()[:90]),
         "none": lambda: file.write_bytes(b"no archive"),
         "large": lambda: (tmp_path / "large.npz").replace(file),
         "wide": lambda: (tmp_path / "wide.npz").replace(file),
@@ -96,8 +97,8 @@ def test_values_by_example_that_cannot_be_read_are_left_out(tmp_path, caplog):
         caplog.clear()
         make()
         compare.compare_examples.cache_clear()
-        assert compare.compare_examples(((tmp_path / "1",), (tmp_path / "2",)), "a") == {}, name
-        assert "cannot be read and is left out" in caplog.text, name
+        assert compare.compare_examples(((tmp_path / "1" / examples.EXAMPLES,), (file,)), "a") == {}, name
+        assert "Its values by example are left out" in caplog.text, name
 
 
 HOSTILE = [

@@ -30,7 +30,7 @@ def test_verification_measures_and_draws(command, world, model, path, pairs):  #
     found = json.loads((world / "found" / "faces.json").read_text())
     assert 0 <= found["test/verification/toy/accuracy"] <= 1
     drawn = {file.name for file in (world / "found").iterdir()}
-    assert drawn == {"faces.json", "faces_roc.png", "faces_distances.png", "faces_errors.png"}
+    assert drawn == {"faces.json", "faces_roc.png", "faces_distances.png", "faces_errors.png", "faces_examples.npz"}
     assert "faces_roc.png" in result.terminal
 
 

@@ -128,6 +128,66 @@ def test_five_kinds_of_task_are_as_mteb_measures_them(copies, minilm, tmp_path):
     assert mteb.ResultCache(tmp_path / "mine").load_results(["me/model"]).model_results[0].task_names
 
 
+def test_values_by_example_are_those_whose_mean_mteb_reports(copies, minilm):
+    """Of retrieval, STS and classification, counted anew from embeddings; the other kinds have no such values."""
+    evaluate, encode = MTEB([*TASKS, *NANO], str(copies)), CachedEncoder(minilm)
+    metrics, found = evaluate(encode), evaluate.examples(encode)
+    assert found.keys() == {f"mteb/{name}/{SCORES[name]}" for name in ("STSBenchmark", "Banking77Classification", NANO[0])} | {
+        f"mteb/{NANO[1]}/ndcg_at_10"
+    }
+    for name, values in found.items():
+        assert values.mean() == pytest.approx(metrics[name], abs=1e-5 if "ndcg" in name else 1e-9), name
+    queries, documents = (torch.nn.functional.normalize(minilm.encode(texts)) for texts in (TEXTS, OTHERS))
+    cosine = queries @ documents.T
+    gains = np.zeros(12)
+    for i in range(12):
+        order = cosine[i].argsort(descending=True).tolist()
+        ranks = [order.index(d) + 1 for d in {i, (i + 1) % 12}]
+        gains[i] = sum(1 / np.log2(r + 1) for r in ranks if r <= 10) / (1 + 1 / np.log2(3))
+    by_id = sorted(range(12), key=lambda i: f"q{i}")
+    np.testing.assert_allclose(found[f"mteb/{NANO[0]}/ndcg_at_10"], gains[by_id], atol=1e-6)
+    right = found["mteb/Banking77Classification/accuracy"]
+    assert len(right) == 24 and set(np.round(right * 10, 6)) <= set(range(11)), "a mean over ten experiments"
+    assert len(found["mteb/STSBenchmark/cosine_spearman"]) == 24
+    all_have = MTEB(["STSBenchmark", NANO[0]], str(copies))
+    assert all_have.examples(encode)["mteb/mean/main_score"].mean() == pytest.approx(
+        all_have(encode)["mteb/mean/main_score"], abs=1e-5
+    )
+
+
+def test_a_task_that_scores_in_its_own_way_has_no_values(copies, minilm):
+    task = mteb.get_task(NANO[0])
+    task.task_specific_scores = lambda scores, *_, **__: {"ndcg_at_10": 0.123}
+    evaluate = MTEB([task], str(copies))
+    assert evaluate(minilm.encode) == {f"mteb/{NANO[0]}/ndcg_at_10": 0.123}
+    assert evaluate.examples(minilm.encode) == {}
+
+
+def test_a_task_of_several_splits_has_the_values_of_all(copies, minilm, tmp_path):
+    texts = {"sentence1": TEXTS, "sentence2": OTHERS, "score": [float(i % 5) for i in range(12)]}
+    few = {name: column[:7] for name, column in texts.items()}
+    write(tmp_path / "STSBenchmark", {"test": texts, "validation": few})
+    task = mteb.get_task("STSBenchmark", eval_splits=["validation", "test"])
+    evaluate = MTEB([task], str(tmp_path))
+    (values,) = evaluate.examples(minilm.encode).values()
+    assert len(values) == 19
+    assert values.mean() == pytest.approx(evaluate(minilm.encode)["mteb/STSBenchmark/cosine_spearman"], abs=1e-9)
+
+
+def test_documents_with_the_id_of_their_query_are_left_out_as_mteb_does(copies, minilm, tmp_path):
+    write_retrieval(tmp_path / NANO[0])
+    for name in ("queries", "qrels"):
+        file = tmp_path / NANO[0] / f"{name}.parquet"
+        table = pq.read_table(file).to_pylist()
+        key = {"queries": "_id", "qrels": "query-id"}[name]
+        pq.write_table(pa.Table.from_pylist([{**row, key: row[key].replace("q", "d")} for row in table]), file)
+    task = mteb.get_task(NANO[0])
+    task.ignore_identical_ids = True
+    evaluate = MTEB([task], str(tmp_path))
+    (values,), (score,) = evaluate.examples(minilm.encode).values(), evaluate(minilm.encode).values()
+    assert values.mean() == pytest.approx(score, abs=1e-5) and score < 0.9
+
+
 def test_prompts_of_queries_documents_and_tasks_are_as_in_sentence_transformers(copies, tmp_path):
     torch.manual_seed(0)
     encoder = build(composed(*tiny("model.prompt=['find: ','']")).model).eval()
@@ -158,7 +218,9 @@ def test_the_command_measures_and_writes(copies, command, encoder, tmp_path):  #
     assert {f"test/{name}": score for name, score in want.items()} == pytest.approx(
         {name: value for name, value in metrics.items() if name.startswith("test/")}, abs=1e-6
     )
-    assert "mteb/STSBenchmark/cosine_spearman" in result.terminal
+    assert "mteb/STSBenchmark/cosine_spearman" in result.terminal and "x_examples.npz" in result.terminal
+    with np.load(tmp_path / "x_examples.npz") as values:
+        assert values["mteb/STSBenchmark/cosine_spearman"].mean() == pytest.approx(next(iter(want.values())), abs=1e-6)
     assert (tmp_path / "results" / "tercet__model" / "unknown" / "STSBenchmark.json").is_file()
     result = command("evaluate", *words, "evaluation.tasks=[STSBenchmrk]")
     assert result.code == 1 and "evaluation.tasks has STSBenchmrk: mteb has no such task" in result.terminal

@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tercet.evaluation import STS, EvaluatorGroup, NearestNeighbor, Retrieval
 from tercet.evaluation.significance import holm, paired_difference, prediction_interval, randomization_test, randomization_tests
-from tests.evaluation.fakes import noise
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 12])
@@ -71,22 +69,3 @@ def test_a_further_run_is_where_it_is_predicted():
     inside = [low <= x <= high for x, e in zip(new, earlier, strict=True)
               for low, high in [prediction_interval(e.mean(), e.std(ddof=1), 3, 0.95)]]  # fmt: skip
     assert np.mean(inside) == pytest.approx(0.95, abs=0.012)
-
-
-def test_the_values_of_examples_have_the_metrics_as_means(tmp_path):
-    texts = [f"text {i} {'ab'[i % 2]}" for i in range(24)]
-    table = tmp_path / "sts.csv"
-    rows = [
-        f"{task},{task},test,{texts[i]},{texts[(7 * i + 3) % 24]},{i % 6}" for task in ("STS-B", "SICK-R") for i in range(24)
-    ]
-    table.write_text("\n".join(["task,subset,split,sentence1,sentence2,score", *rows]))
-    group = EvaluatorGroup({
-        "sts": STS(str(table), tasks=["STS-B", "SICK-R"]),
-        "retrieval": Retrieval({"q": texts[:12], "d": texts[12:]}, ks=[1, 3]),
-        "neighbors": NearestNeighbor({"text": texts, "label": [i % 2 for i in range(24)]}, neighbors=3),
-        "other": lambda encode: {"other": 1.0},
-    })  # fmt: skip
-    metrics, examples = group(noise), group.examples(noise)
-    assert {"sts/avg/spearman_all", "retrieval/pairs/mrr", "nearest_neighbor/items/knn_accuracy"} <= examples.keys()
-    for name, values in examples.items():
-        assert float(np.mean(np.asarray(values))) == pytest.approx(metrics[name], abs=1e-9), name

@@ -1,6 +1,7 @@
 import json
 import sys
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -66,13 +67,30 @@ def test_test_rows_teach_nothing(tmp_path):
 def test_pairs_are_told_by_difference_and_product(tmp_path):
     seen = []
     evaluator = transfer(write(tmp_path / "t.parquet", ROWS), ["MRPC"])
-    original = Transfer._measure
+    original = Transfer._fit
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Transfer, "_measure", lambda self, t, x, d: seen.append(x) or original(self, t, x, d))
+        patch.setattr(Transfer, "_fit", lambda self, x, data, splits: seen.append(x) or original(self, x, data, splits))
         evaluator(words)
+        evaluator.examples(words)
+        assert len(seen) == 1, "the same embeddings are not fitted twice"
+        evaluator.examples(lambda texts: 2 * words(texts))
+        assert len(seen) == 2, "others are"
     data = evaluator.data["MRPC"]
     u, v = words(data.first), words(data.second)
     torch.testing.assert_close(seen[0], torch.cat([(u - v).abs(), u * v], 1))
+
+
+def test_the_value_of_a_test_row_is_whether_it_is_right(tmp_path):
+    """With one test label turned, the value of that row turns and no other."""
+    turned = [list(row) for row in ROWS]
+    rows = [i for i, row in enumerate(ROWS) if row[:2] == ["TREC", "test"]]
+    turned[rows[5]][4] = 1 - turned[rows[5]][4]
+    before, after = (
+        transfer(write(tmp_path / f"{i}.parquet", table), ["TREC"]).examples(words)["transfer/trec/accuracy"]
+        for i, table in enumerate((ROWS, turned))
+    )
+    assert len(before) == len(rows) and set(before) <= {0, 1}
+    assert np.flatnonzero(before != after).tolist() == [5]
 
 
 def test_tables(tmp_path):

@@ -28,7 +28,7 @@ from tercet.messages import printable
 from tercet.paths import RENAME_MANY, is_utf8, write_text
 
 COMMANDS = {
-    "compare": "runs as one table: compare <folders> metric=<name> output=<folder>",
+    "compare": "runs as one table: compare <folders> metric=<name> output=<folder>; models by example: compare a.json b.json",
     "train": "train, measured before and after (the same as train.py)",
     "encode": "vectors of texts or images: model=<as above> data.path=<texts> output=<file.npy, file.parquet or folder>",
     "search": "index vectors: vectors=<file> output=<folder> kind=hnsw; ask: index=<folder> query=<text or file>",

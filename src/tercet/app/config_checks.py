@@ -14,9 +14,10 @@ from tercet.app.components import build, find_targets, locate_target, settable_k
 from tercet.app.hydra_compat import config_folders
 from tercet.app.launch import num_devices, num_processes, set_precision, started_by_launcher
 from tercet.app.record import ARTIFACTS
+from tercet.app.run_files import is_smaller_better, metric_kind
 from tercet.distributed.sharding import layers_to_shard
 from tercet.errors import InputError, require
-from tercet.evaluation.direction import SMALLER_IS_BETTER, is_smaller_better
+from tercet.evaluation.direction import SMALLER_IS_BETTER
 from tercet.messages import warn_once
 from tercet.models.engine.transformers_compat import pretrained_source
 from tercet.models.folder import DTYPES
@@ -78,7 +79,7 @@ def set_monitor_mode(cfg: DictConfig) -> None:
     names = SMALLER_IS_BETTER.union(*(_declared(kind, "smaller_is_better") for kind in kinds))
     mode = cfg.monitor_mode or monitor_mode(cfg, str(cfg.monitor)) or "max"
     if cfg.monitor:
-        name = {str(cfg.monitor).rsplit("/", 1)[-1]}
+        name = {metric_kind(str(cfg.monitor))}
         names = names | name if mode == "min" else names - name
     cfg.monitor_mode, cfg.smaller_is_better = mode, sorted(names)
     for callback in cfg.callback.values():

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.loggers import Logger, TensorBoardLogger, WandbLogger
 
@@ -21,9 +20,8 @@ from tercet.app.run_files import Metrics
 from tercet.distributed.gather import rank
 from tercet.messages import describe_logger, log_errors
 from tercet.models.folder import TOKENIZER_FILES
-from tercet.paths import atomic_write, write_text
+from tercet.paths import write_text
 
-EXAMPLES = "examples.npz"  # test metrics by example: names as in metrics.json without their stage
 ARTIFACTS = ("record", "model", "checkpoints")
 # The files of a run that the artifact "record" has, beside its figures and tables: no other file of the folder is sent.
 RECORD = ("config.yaml", "revision.txt", "metrics.json", "metrics.csv", "report.html", "changes.patch")
@@ -177,15 +175,6 @@ def write_metrics(output: Path, values: Metrics, name: str = "metrics.json", run
     """Write the metrics, and the identity of the ``run`` that they are of."""
     content = {**values, **({"run": run} if run else {})}
     write_text(output / name, json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-def write_examples(output: Path, evaluator: Any, encode: Any) -> None:
-    """Write the test's metrics by example, where the evaluator has some; ``compare`` asks what other examples would change."""
-    examples = evaluator.examples(encode) if hasattr(evaluator, "examples") else {}
-    values: Any = {name: np.asarray(x, np.float32) for name, x in examples.items()}
-    if values and is_main_process():
-        with atomic_write(output / EXAMPLES) as partial:
-            np.savez_compressed(partial, **values)
 
 
 def first_difference(settings: Mapping[str, Any], cfg: DictConfig, counts: Callable[[str], bool]) -> str | None:

@@ -10,8 +10,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from omegaconf import DictConfig, OmegaConf
 
 from tercet.app.record import KEYS_WITHOUT_EFFECT, stage_metrics
-from tercet.app.run_files import Metrics, main_metric, read_curves, smaller_is_better
-from tercet.evaluation.direction import is_smaller_better
+from tercet.app.run_files import Metrics, is_smaller_better, main_metric, read_curves, smaller_is_better
 from tercet.evaluation.significance import prediction_interval
 from tercet.paths import write_text
 

@@ -5,7 +5,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,9 +43,9 @@ def read_settings(run: Path) -> dict[str, Any]:
     return parse_settings(read_regular_file(run / SETTINGS, SETTINGS_SIZE), str(run / SETTINGS))
 
 
-def read_results(run: Path) -> dict[str, Any]:
-    """The ``metrics.json`` of a run: its metrics, and the identity ``run``."""
-    file = run / RESULTS
+def read_results(run: Path, name: str = RESULTS) -> dict[str, Any]:
+    """The ``metrics.json`` of a run, or another file of metrics: its metrics, and the identity ``run``."""
+    file = run / name
     found = read_json_file(file)
     needed = f"{file} is not the metrics of a run: names with a number each are needed."
     require(isinstance(found, dict), needed)
@@ -54,9 +54,9 @@ def read_results(run: Path) -> dict[str, Any]:
     return dict(found)
 
 
-def read_metrics(run: Path) -> Metrics:
+def read_metrics(run: Path, name: str = RESULTS) -> Metrics:
     """The metrics that a run has written."""
-    return {name: float(value) for name, value in read_results(run).items() if name != "run"}
+    return {name: float(value) for name, value in read_results(run, name).items() if name != "run"}
 
 
 def read_curves(run: Path) -> dict[str, list[tuple[float, float]]]:
@@ -154,6 +154,20 @@ def smaller_is_better(settings: Mapping[str, Any]) -> frozenset[str]:
     from tercet.evaluation.direction import SMALLER_IS_BETTER  # of a run that has not recorded them; imports torch
 
     return SMALLER_IS_BETTER
+
+
+def metric_kind(metric: str) -> str:
+    """The last part of a metric's name, without its stage, suite and task: what evaluators declare a direction for."""
+    return metric.rsplit("/", 1)[-1]
+
+
+def is_smaller_better(metric: str, names: Container[str]) -> bool:
+    """Whether less of a metric is better: whether its kind is one of ``names``, those of ``smaller_is_better``.
+
+    >>> is_smaller_better("val/sts/stsb/uniformity", {"uniformity"}), is_smaller_better("val/sts/stsb/spearman", {"uniformity"})
+    (True, False)
+    """
+    return metric_kind(metric) in names
 
 
 def main_metric(settings: Mapping[str, Any], metrics: Mapping[str, float]) -> str | None:

@@ -157,9 +157,8 @@ def best_runs(runs: Sequence[Run], metric: str) -> list[Run]:
     known = ", ".join(sorted({name for run in runs for name in run.metrics if not name.startswith("train/")}))
     require(found, f"`metric`={metric} is in none of the finished runs. There are: {known or 'no finished runs'}.")
     names = run_files.smaller_is_better(run_files.read_settings(found[0].folder))
-    smaller = metric.rsplit("/", 1)[-1] in names  # as evaluation.direction has it, which would import torch
     measured = [run for run in found if run.metrics[metric] == run.metrics[metric]]  # NaN has no rank
-    return sorted(measured, key=lambda run: run.metrics[metric], reverse=not smaller)
+    return sorted(measured, key=lambda run: run.metrics[metric], reverse=not run_files.is_smaller_better(metric, names))
 
 
 def differences(first: Run, second: Run) -> list[tuple[str, Any, Any]]:

@@ -47,6 +47,14 @@ class AdjacentSentences:
 
     def __call__(self, encode: EncodeFunction) -> dict[str, float]:
         """Measure, with one call of ``encode``."""
+        return {name: float(values.mean()) for name, values in self._measure(encode).items()}
+
+    def examples(self, encode: EncodeFunction) -> dict[str, Tensor]:
+        """Whether the guess of each sentence is right, ``(N,)``, whose means ``__call__`` returns; ``chance`` has none."""
+        return {name: values for name, values in self._measure(encode).items() if not name.endswith("/chance")}
+
+    def _measure(self, encode: EncodeFunction) -> dict[str, Tensor]:
+        """By metric the values of each sentence, window by window."""
         model: Any = getattr(encode, "__self__", encode)  # the model, where this is its method
         available = getattr(model, "num_outputs", None)
         if self.num_outputs == 2 and available == 1:
@@ -61,14 +69,10 @@ class AdjacentSentences:
         f, g = z.chunk(2, 1) if num_outputs == 2 else (z, z)
         if self.similarity == "cosine":
             f, g = F.normalize(f, dim=1), F.normalize(g, dim=1)
-        hits = torch.zeros(4, dtype=torch.double)
-        for rows in windows:
-            which = torch.tensor([index[texts[i]] for i in rows])
-            hits += _hits(f[which] @ g[which].T, which)
-        m = self.window
-        queries = torch.tensor([m - 1, m - 1, m, m], dtype=torch.double) * len(windows)  # that have a next, a previous, any
-        names = ("forward", "backward", "accuracy", "chance")
-        return {f"adjacent_sentences/{self.name}/{name}": float(x) for name, x in zip(names, hits / queries, strict=True)}
+        rows_of = (torch.tensor([index[texts[i]] for i in rows]) for rows in windows)
+        hits = torch.stack([_hits(f[which] @ g[which].T, which) for which in rows_of], 1)  # (4, windows, m)
+        found = {"forward": hits[0, :, :-1], "backward": hits[1, :, 1:], "accuracy": hits[2], "chance": hits[3]}
+        return {f"adjacent_sentences/{self.name}/{name}": values.flatten() for name, values in found.items()}
 
     def _windows(self) -> tuple[list[str], list[Ints]]:
         """All texts, and the rows of each window."""
@@ -92,12 +96,12 @@ class AdjacentSentences:
 
 
 def _hits(scores: Tensor, which: Tensor) -> Tensor:
-    """Hits forward, backward, either, by chance, of ``scores (m, m)`` of consecutive sentences with contents ``which (m,)``."""
+    """Hits forward, backward, either, by chance, ``(4, m)``, of ``scores (m, m)`` of sentences with contents ``which (m,)``."""
     m = len(scores)
     step = torch.arange(m) - torch.arange(m)[:, None]
     adjacent = step.abs() == 1
     excluded = (which[:, None] == which) & ~adjacent
     best = scores.masked_fill(excluded, -torch.inf).argmax(1, keepdim=True)
     chance = adjacent.sum(1) / (~excluded).sum(1)
-    hits = [kind.gather(1, best).sum() for kind in (step == 1, step == -1, adjacent)]
-    return torch.stack([*(x.double() for x in hits), chance.double().sum()])
+    hits = [kind.gather(1, best).squeeze(1) for kind in (step == 1, step == -1, adjacent)]
+    return torch.stack([*hits, chance]).double()

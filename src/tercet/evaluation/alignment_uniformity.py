@@ -19,8 +19,12 @@ def alignment(x: Tensor, y: Tensor) -> float:
     >>> alignment(torch.eye(2), -torch.eye(2))
     4.0
     """
+    return float(_squared_distances(x, y).mean())
+
+
+def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
     x, y = (F.normalize(torch.as_tensor(z).double(), dim=-1) for z in (x, y))
-    return float((x - y).square().sum(1).mean())
+    return (x - y).square().sum(1)
 
 
 def uniformity(x: Tensor, block: int = 512) -> float:
@@ -61,6 +65,17 @@ class AlignmentUniformity:
 
     def __call__(self, encode: EncodeFunction) -> dict[str, float]:
         """Measure; a model with a prompt for each column uses them, and a text of both columns is two inputs then."""
+        x, y, inputs = self._embed(encode)
+        metrics = {"alignment": alignment(x, y), "uniformity": uniformity(inputs)}
+        return {f"alignment_uniformity/{self.name}/{metric}": value for metric, value in metrics.items()}
+
+    def examples(self, encode: EncodeFunction) -> dict[str, Tensor]:
+        """The squared distance of each pair, ``(N,)``, whose mean is alignment; uniformity is no mean over examples."""
+        x, y, _ = self._embed(encode)
+        return {f"alignment_uniformity/{self.name}/alignment": _squared_distances(x, y)}
+
+    def _embed(self, encode: EncodeFunction) -> tuple[Tensor, Tensor, Tensor]:
+        """The two sides of the pairs, ``(N, D)`` each, and the distinct inputs."""
         suite = f"alignment_uniformity of {self.name}"
         first, second, _ = text_pairs(self.source, suite)
         if has_one_prompt(encode):
@@ -71,5 +86,4 @@ class AlignmentUniformity:
             x, y = embed_columns(encode, queries, documents)
             x, y, inputs = x[query_of], y[document_of], torch.cat([x, y])
         require(len(inputs) > 1, f"{suite}: all held-out texts are equal. Set `source.held_out` higher.")
-        metrics = {"alignment": alignment(x, y), "uniformity": uniformity(inputs)}
-        return {f"alignment_uniformity/{self.name}/{metric}": value for metric, value in metrics.items()}
+        return x, y, inputs

@@ -81,7 +81,8 @@ class Clustering:
     Clusters are merged while their mean distance is at most ``threshold`` (0 to 4). By default it is chosen by best B-cubed F
     on every other label, and the metrics are of the items of the labels between. At most ``max_items`` items are used, as
     whole labels chosen by a hash: distances take 8 max_items² bytes. Equal contents are one item; items without a label are
-    left out. ``clustering/<name>/...``: what ``agreement`` returns, and the ``threshold``.
+    left out. ``clustering/<name>/...``: what ``agreement`` returns, and the ``threshold``. No metric has values by example:
+    whether an item is in the right cluster depends on the other items, so that items are no independent examples.
 
     >>> source = {"text": ["ab", "aab", "cd", "dd"], "label": [0, 0, 1, 1]}
     >>> encode = lambda texts: np.array([[text.count(letter) for letter in "abcd"] for text in texts])

@@ -72,6 +72,16 @@ def encode_once(encode: EncodeFunction, texts: Sequence[str], suite: str | None 
     return lambda some: z[[row[text] for text in some]]
 
 
+def join_parts(parts: Sequence[Any]) -> Floats:
+    """Concatenate values by example, ``(n,)`` each, so scaled that their mean is the unweighted mean of the parts' means.
+
+    >>> join_parts([[1, 0, 0], [1]])  # a mean of (1/3 + 1) / 2
+    array([0.66666667, 0.        , 0.        , 2.        ])
+    """
+    count = sum(map(len, parts)) / len(parts)
+    return np.concatenate([np.asarray(part, np.float64) * (count / len(part)) for part in parts])
+
+
 def distinct(texts: Sequence[str]) -> tuple[list[str], list[int]]:
     """Return the distinct texts in order, and each row's index among them."""
     index = {text: i for i, text in enumerate(dict.fromkeys(texts))}

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tercet.errors import InputError, check_choice, require
 from tercet.evaluation.alignment_uniformity import alignment, uniformity
-from tercet.evaluation.inputs import Floats, Strings, check_tasks, clean_sentence, encode_once, read_tasks
+from tercet.evaluation.inputs import Floats, Strings, check_tasks, clean_sentence, encode_once, join_parts, read_tasks
 from tercet.evaluation.senteval import COUNTS, SentEval
 from tercet.messages import warn_once
 from tercet.paths import locate
@@ -60,6 +60,12 @@ def correlations(scores: Floats, gold: Floats, subset: Strings | None) -> dict[s
             found[f"{name}_mean"] = float(np.mean(parts))
             found[f"{name}_wmean"] = float(np.average(parts, weights=sizes))
     return found
+
+
+def spearman_parts(scores: Floats, gold: Floats) -> Floats:
+    """Each pair's part in Spearman's correlation, whose mean it is: the product of its standardized ranks, ``(N,)``."""
+    varies = np.ptp(scores) > 0  # else 0, as in ``correlations``
+    return np.asarray(zscore(rankdata(scores)) * zscore(rankdata(gold)) if varies else np.zeros(len(scores)))
 
 
 @dataclass(frozen=True)
@@ -138,15 +144,10 @@ class STS:
         embed = encode_once(encode, [text for p in self.pairs.values() for text in (*p.first, *p.second)])
         parts = {}
         for task, p in self.pairs.items():
-            cosine = _cosine(embed(p.first).double(), embed(p.second).double()).numpy()
-            varies = np.ptp(cosine) > 0  # else 0, as in ``correlations``
-            parts[task] = zscore(rankdata(cosine)) * zscore(rankdata(p.gold)) if varies else np.zeros(len(cosine))
+            parts[task] = spearman_parts(_cosine(embed(p.first).double(), embed(p.second).double()).numpy(), p.gold)
         values = {f"{self._prefix(task)}/spearman{'' if task in UNDIVIDED else '_all'}": part for task, part in parts.items()}
-        if len(parts) > 1:  # so weighted that the mean over all pairs is the mean of the tasks
-            count = sum(map(len, parts.values())) / len(parts)
-            values[f"{self._prefix('avg')}/spearman_all"] = np.concatenate(
-                [part * count / len(part) for part in parts.values()]
-            )
+        if len(parts) > 1:
+            values[f"{self._prefix('avg')}/spearman_all"] = join_parts(list(parts.values()))
         return values
 
     def _prefix(self, task: str) -> str:

@@ -1,7 +1,8 @@
 """SentEval's classification tasks, by logistic regressions that are fitted by the hundred: all folds and penalties at once."""
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tercet.errors import InputError, require
-from tercet.evaluation.inputs import Strings, check_tasks, clean_sentence, encode_once, read_tasks
+from tercet.evaluation.inputs import Floats, Strings, check_tasks, clean_sentence, encode_once, join_parts, read_tasks
 from tercet.evaluation.senteval import SentEval
 from tercet.paths import locate
 from tercet.types import EncodeFunction
@@ -65,6 +66,7 @@ class Transfer:
     seed: int = 1111
     device: str = "auto"
     smaller_is_better: ClassVar[frozenset[str]] = frozenset()
+    _fitted: dict[str, tuple[bytes, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_tasks(self.tasks, TRANSFER_TASKS)
@@ -85,37 +87,58 @@ class Transfer:
 
     def __call__(self, encode: EncodeFunction) -> dict[str, float]:
         """Measure, with one call of ``encode``."""
-        embed = encode_once(encode, [x for data in self.data.values() for x in (*data.first, *(data.second or ()))], "transfer")
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
         metrics: dict[str, float] = {}
-        for task, data in self.data.items():
-            x = embed(data.first)
+        for task, (guess, test) in self._guesses(encode).items():
+            data = self.data[task]
+            metrics[f"transfer/{task.lower()}/accuracy"] = float(_accuracy(guess, data.label, test).mean())
             if data.second is not None:
-                other = embed(data.second)
-                x = torch.cat([(x - other).abs(), x * other], 1)
-            metrics |= {f"transfer/{task.lower()}/{k}": n for k, n in self._measure(task, x.to(device), data).items()}
+                from torchmetrics.functional.classification import binary_f1_score
+
+                guessed, true = ((side[test[0]] == data.label.max()).long() for side in (guess[0], data.label))
+                metrics[f"transfer/{task.lower()}/f1"] = float(binary_f1_score(guessed, true))
         accuracies = [value for name, value in metrics.items() if name.endswith("/accuracy")]
         if len(accuracies) > 1:
             metrics["transfer/avg/accuracy"] = sum(accuracies) / len(accuracies)
         return metrics
 
-    def _measure(self, task: str, x: Tensor, data: LabeledSentences) -> dict[str, float]:
-        """Fit on the training rows of each of J test sets, with the penalty that K held-out sets of them choose."""
-        y, splits = data.label.to(x.device), self._splits(data, f"`path`={self.path}, {task}")
+    def examples(self, encode: EncodeFunction) -> dict[str, Floats]:
+        """Whether each test row is classified right, ``(N,)``, fold by fold; scaled where folds have unequal sizes."""
+        rights = {task: (guess == self.data[task].label, test) for task, (guess, test) in self._guesses(encode).items()}
+        parts = {task: join_parts([x[rows] for x, rows in zip(*both, strict=True)]) for task, both in rights.items()}
+        values = {f"transfer/{task.lower()}/accuracy": part for task, part in parts.items()}
+        return values | ({"transfer/avg/accuracy": join_parts([*parts.values()])} if len(parts) > 1 else {})
+
+    def _guesses(self, encode: EncodeFunction) -> dict[str, tuple[Tensor, Tensor]]:
+        """By task the classes that are predicted for all rows ``(J, N)``, and the J test sets ``(J, N)``.
+
+        The last ones are kept, for the embeddings that they are of: ``examples`` after ``__call__`` need not fit anew.
+        """
+        embed = encode_once(encode, [x for data in self.data.values() for x in (*data.first, *(data.second or ()))], "transfer")
+        device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
+        found = {}
+        for task, data in self.data.items():
+            x = embed(data.first)
+            if data.second is not None:
+                other = embed(data.second)
+                x = torch.cat([(x - other).abs(), x * other], 1)
+            splits = self._splits(data, f"`path`={self.path}, {task}")
+            content = hashlib.blake2b(x.numpy().data, digest_size=16).digest()
+            if self._fitted.get(task, (b"",))[0] != content:
+                self._fitted[task] = content, self._fit(x.to(device), data, splits).cpu()
+            found[task] = self._fitted[task][1], splits[0]
+        return found
+
+    def _fit(self, x: Tensor, data: LabeledSentences, splits: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """Fit on the training rows of each of J test sets, with the penalty that K held-out sets choose; classes ``(J, N)``."""
+        y = data.label.to(x.device)
         test, train, held = (rows.to(x.device) for rows in splits)
         fitted = train[:, None] & ~held
         if (train[:, None] & held).any():  # else they are rows of their own, and all training rows are fitted already
             fitted = torch.cat([fitted, train[:, None]], 1)
         classes = _fit_penalties(x, y, fitted.flatten(0, 1)).unflatten(0, fitted.shape[:2])  # (J, K or K + 1, penalties, N)
         best = _accuracy(classes[:, : held.shape[1]], y, held[:, :, None]).mean(1).argmax(1)
-        guess = classes[torch.arange(len(test)), -1, best.cpu()]
-        scores = {"accuracy": float(_accuracy(guess, y, test).mean())}
-        if data.second is not None:
-            from torchmetrics.functional.classification import binary_f1_score
-
-            guessed, true = ((side[test[0]] == y.max()).long() for side in (guess[0], y))
-            scores["f1"] = float(binary_f1_score(guessed, true))
-        return scores
+        guess: Tensor = classes[torch.arange(len(test)), -1, best.cpu()]
+        return guess
 
     def _splits(self, data: LabeledSentences, where: str) -> tuple[Tensor, Tensor, Tensor]:
         """The test rows ``(J, N)``, their training rows ``(J, N)``, and the rows that choose a penalty ``(J, K, N)``."""

@@ -231,6 +231,13 @@ class Verification:
         metrics = verification_metrics(self.protocol, distance, fold_thresholds(self.protocol, distance))
         return {f"verification/{self.name}/{metric}": value for metric, value in metrics.items()}
 
+    def examples(self, encode: EncodeFunction) -> dict[str, Floats]:
+        """Whether each pair is judged right by the threshold of its fold, ``(P,)``; scaled where folds have unequal sizes."""
+        pairs, distance = self.protocol, self.distances(encode)
+        right = np.equal(distance <= fold_thresholds(pairs, distance), pairs.same)
+        values = inputs.join_parts([right[pairs.fold == fold] for fold in np.unique(pairs.fold)])
+        return {f"verification/{self.name}/accuracy": values}
+
     def figures(self, encode: EncodeFunction) -> dict[str, Any]:
         """Draw ``roc``, ``distances``, and ``errors``, the images that are misjudged by the largest margin."""
         from tercet.evaluation.figures import plot_distances, plot_errors, plot_roc  # needs matplotlib

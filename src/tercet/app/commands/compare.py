@@ -1,37 +1,44 @@
-"""The command ``compare``: finished runs in one table, with the uncertainty of the differences between settings.
+"""The command ``compare``: finished runs, or results of ``evaluate``, in one table, with the uncertainty of the differences.
 
-Two uncertainties: another training run (the seeds), and other test examples with the same models. A setting is called ahead
-by the first one only, corrected for the number of pairs of settings: which one is the best was seen in the same runs.
+Two uncertainties: another training run (the seeds), and other test examples with the same models. A setting of runs is called
+ahead by the first one only, a model of which there are results by the second; both corrected for the number of pairs, as
+which one is the best was seen in the same numbers.
 """
 
 import csv
-import functools
 import math
 import shlex
 import statistics
-import zlib
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
-from zipfile import BadZipFile
 
-import numpy as np
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
 from tercet.app import record, report, run_files
+from tercet.app.examples import (
+    EXAMPLES,
+    SMALLER,
+    check_examples,
+    compare_examples,
+    examples_beside,
+    open_examples,
+    read_examples,
+    shared_metrics,
+)  # fmt: skip
+from tercet.app.run_files import is_smaller_better
 from tercet.errors import require
-from tercet.evaluation.direction import SMALLER_IS_BETTER, is_smaller_better
+from tercet.evaluation.direction import SMALLER_IS_BETTER
 from tercet.evaluation.figures import figure_text
-from tercet.evaluation.significance import PairedDifference, holm, paired_difference, randomization_tests
-from tercet.messages import csv_cell, print_status, printable, warn_once
+from tercet.evaluation.significance import PairedDifference, holm, paired_difference
+from tercet.messages import csv_cell, print_status, printable
 from tercet.paths import atomic_write, check_writable, write_text
 
 IGNORED_KEYS = (*record.KEYS_WITHOUT_EFFECT, "seed", "hydra")
 NO_SEEDS = "no two seeds in common"
-EXAMPLES_SIZE = 1 << 28  # bytes of a run's values by example, unpacked
 LEVEL = 0.05  # of all claims of a table together
 
 LEGEND = """\
@@ -40,6 +47,11 @@ p, sign test: of the t test and of the exact sign test over these seeds, correct
 is called behind where p is below 0.05. With one seed there is no verdict, and n seeds give no sign test below 2^(1-n).
 examples: paired approximate randomization over the test's examples, corrected too (Holm): how it would be with other examples
 and the same trained models. It says nothing about other seeds."""
+RESULTS_LEGEND = """\
+examples: p of paired approximate randomization over the test's examples, corrected for all pairs of results (Holm), each
+metric by itself: how it would be with other examples and the same trained models. A model is called behind where it is below
+0.05. There are no seeds here, so it says nothing about other training runs: compare folders of runs, of several seeds, for
+that."""
 
 Setting = tuple[str, ...]  # a value for each axis
 
@@ -48,24 +60,32 @@ Setting = tuple[str, ...]  # a value for each axis
 class Run:
     """A finished run; ``overrides`` are the keys and values of its command, ``optimized`` its optimized metric.
 
-    ``smaller_is_better`` has the names of metrics, without their stage, suite and task.
+    ``smaller_is_better`` has the names of metrics, without their stage, suite and task. Results of ``evaluate`` are a run
+    without a seed, whose ``folder`` is their file.
     """
 
     folder: Path
-    seed: int
+    seed: int | None
     metrics: dict[str, float]
     overrides: dict[str, str]
     command: str
     optimized: str | None
     smaller_is_better: frozenset[str] = SMALLER_IS_BETTER
 
+    @property
+    def examples(self) -> Path:
+        """The file with its values by example."""
+        return examples_beside(self.folder) if self.seed is None else self.folder / EXAMPLES
+
 
 class Lead(NamedTuple):
-    """The difference between two settings over seeds (None: fewer than two in common), and its corrected p values.
+    """The difference between the means of two settings, over seeds (None: fewer than two in common), and its p values.
 
-    ``p`` is of the t test and ``sign_p`` of the sign test, both over seeds; ``examples_p`` of randomization over examples.
+    ``p`` is of the t test and ``sign_p`` of the sign test, both over seeds; ``examples_p`` of randomization over examples; all
+    are corrected.
     """
 
+    difference: float
     seeds: PairedDifference | None
     p: float | None
     sign_p: float | None
@@ -75,6 +95,11 @@ class Lead(NamedTuple):
     def is_sure(self) -> bool:
         """Whether the t interval over seeds, corrected for the number of pairs, excludes 0."""
         return self.p is not None and self.p < LEVEL
+
+    @property
+    def is_sure_of_examples(self) -> bool:
+        """Whether other examples would give the same order of the same trained models."""
+        return self.examples_p is not None and self.examples_p < LEVEL
 
     def __str__(self) -> str:
         return f"{self.seeds.mean:+.4f} [{self.seeds.low:+.4f}, {self.seeds.high:+.4f}]" if self.seeds else NO_SEEDS
@@ -91,7 +116,12 @@ class Comparison:
         """Whether less of a metric is better, as the runs have recorded."""
         return any(is_smaller_better(metric, run.smaller_is_better) for runs in self.runs.values() for run in runs)
 
-    def rank(self, metric: str) -> dict[Setting, dict[int, float]]:
+    @property
+    def has_seeds(self) -> bool:
+        """Whether these are training runs, not results of ``evaluate``."""
+        return any(run.seed is not None for runs in self.runs.values() for run in runs)
+
+    def rank(self, metric: str) -> dict[Setting, dict[int | None, float]]:
         """The values of a metric by seed, for each setting that has it, from the best mean to the worst."""
         found = {s: {run.seed: run.metrics[metric] for run in runs if metric in run.metrics} for s, runs in self.runs.items()}
         sign = 1 if self.is_smaller_better(metric) else -1
@@ -112,13 +142,15 @@ class Comparison:
         pairs = {pair: found for pair in combinations(ranked, 2) if (found := _on_common_seeds(*map(ranked.get, pair)))}
         adjusted = dict(zip(pairs, holm([found.p for found in pairs.values()]), strict=True))
         signs = dict(zip(pairs, holm([found.sign_p for found in pairs.values()]), strict=True))
-        folders = tuple(tuple(run.folder for run in self.runs[setting]) for setting in ranked)
-        examples = compare_examples(folders, metric.removeprefix("test/")) if metric.startswith("test/") else {}
+        files = tuple(tuple(run.examples for run in self.runs[setting]) for setting in ranked)
+        examples = compare_examples(files, metric.removeprefix("test/")) if metric.startswith("test/") else {}
         best, *others = ranked
         leads = {}
         for i, other in enumerate(others, start=1):
             pair = best, other
-            leads[other] = Lead(pairs.get(pair), adjusted.get(pair), signs.get(pair), examples.get((0, i)))
+            first, second = (statistics.fmean(ranked[setting].values()) for setting in pair)
+            over_seeds = pairs.get(pair), adjusted.get(pair), signs.get(pair)
+            leads[other] = Lead(first - second, *over_seeds, examples.get((0, i)))
         return leads
 
     def label(self, setting: Setting, short: bool = False) -> str:
@@ -127,49 +159,42 @@ class Comparison:
         return " ".join(f"{axis.split('.')[-1] if short else axis}={value}" for axis, value in pairs) or "all runs"
 
 
-@functools.cache
-def compare_examples(settings: tuple[tuple[Path, ...], ...], metric: str) -> dict[tuple[int, int], float]:
-    """The p values of randomization over the test's examples for each two settings, by index, corrected for all (Holm).
-
-    A setting is the folders of its runs, over which values are averaged. Left out are pairs where a run has no values by
-    example, or those of other examples.
-    """
-    values = [[_read_examples(folder / record.EXAMPLES, metric) for folder in folders] for folders in settings]
-    means = [np.mean(runs, axis=0) if len({len(run) for run in runs}) == 1 else np.zeros(0) for runs in values]
-    pairs = [(i, j) for i, j in combinations(range(len(means)), 2) if 0 < len(means[i]) == len(means[j])]
-    found: dict[tuple[int, int], float] = {}
-    for size in {len(means[i]) for i, _ in pairs}:
-        same = [(i, j) for i, j in pairs if len(means[i]) == size]
-        tests = randomization_tests(np.stack([means[i] - means[j] for i, j in same]))
-        found |= dict(zip(same, tests, strict=True))
-    return dict(zip(found, holm([*found.values()]), strict=True))
-
-
-def _read_examples(path: Path, metric: str) -> Any:
-    """The values of a metric by example ``(N,)``; none where there is no such file or metric, or it cannot be read."""
-    if not path.is_file():
-        return np.zeros(0)
-    try:
-        with np.load(path) as values:  # which refuses pickles
-            size = sum(info.file_size for info in values.zip.infolist())
-            require(size <= EXAMPLES_SIZE, f"{size:,} bytes, unpacked; {EXAMPLES_SIZE:,} are accepted")
-            return values[metric].astype(np.float64).reshape(-1) if metric in values else np.zeros(0)
-    except (OSError, ValueError, EOFError, AttributeError, MemoryError, BadZipFile, zlib.error) as error:
-        warn_once(f"{path} cannot be read and is left out ({error}).")
-        return np.zeros(0)
-
-
 def run(cfg: DictConfig, output: Path) -> None:
-    """Compare the runs in the folders ``cfg.runs`` and write the files into ``cfg.output``, or the first of these folders."""
+    """Compare ``cfg.runs``, folders or files, and write the tables into ``cfg.output``, or the first of these folders."""
     paths = [Path(p) for p in ([cfg.runs] if isinstance(cfg.runs, str) else cfg.runs)]
-    runs = read_runs(paths)
-    target = Path(cfg.output or paths[0])
+    files = [path for path in paths if path.suffix == ".json"]
+    mixed = "runs has folders of runs and .json files of `tercet evaluate`: give either folders or files."
+    require(len(files) in (0, len(paths)), mixed)
+    comparison = group_results(read_evaluations(paths)) if files else group_runs(read_runs(paths))
+    runs = [one for group in comparison.runs.values() for one in group]
+    results = {one.folder: one.metrics for one in runs}
+    names = shared_metrics(results) if files else sorted({name for one in runs for name in one.metrics})
+    target = Path(cfg.output or (paths[0].parent if files else paths[0]))
     check_writable(target, "output")
-    comparison = group_runs(runs)
-    names = sorted({name for one in runs for name in one.metrics})
     known = ", ".join(name for name in names if name.startswith("test/"))
-    require(not cfg.metric or cfg.metric in names, f"metric={cfg.metric} is in none of the runs. There are: {known}.")
-    write_comparison(comparison, [cfg.metric] if cfg.metric else comparison.metrics(), target)
+    fault = "has no values by example in all of these results" if files else "is in none of the runs"
+    require(not cfg.metric or cfg.metric in names, f"metric={cfg.metric} {fault}. There are: {known}.")
+    chosen = [cfg.metric] if cfg.metric else [name for name in comparison.metrics() if name in names]
+    for name in chosen if files else ():
+        check_examples(results, name)
+    write_comparison(comparison, chosen, target)
+
+
+def read_evaluations(paths: Sequence[Path]) -> list[Run]:
+    """The results that ``tercet evaluate`` has written to ``paths``, each with its values by example beside it."""
+    require(len(set(paths)) == len(paths) > 1, f"runs={', '.join(map(str, paths))}: two or more different files are needed.")
+    runs = []
+    for path in paths:
+        require(path.is_file(), f"runs={path}: there is no such file. `tercet evaluate` writes it, with output={path}.")
+        metrics = {printable(name, lines=False): x for name, x in run_files.read_metrics(path.parent, path.name).items()}
+        beside = examples_beside(path)
+        missing = f"runs={path}: {beside.name}, its values by example, is not beside it"
+        advice = "Run `tercet evaluate` anew, with an `evaluation` that gives such values: clustering, as one, gives none"
+        require(beside.is_file(), f"{missing}. {advice}.")
+        with open_examples(beside) as content:
+            smaller = map(str, content[SMALLER]) if SMALLER in content else ()
+            runs.append(Run(path, None, metrics, {}, "", None, SMALLER_IS_BETTER.union(smaller)))
+    return runs
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
@@ -208,6 +233,11 @@ def group_runs(runs: Sequence[Run]) -> Comparison:
     return Comparison(axes, groups)
 
 
+def group_results(runs: Sequence[Run]) -> Comparison:
+    """Results of ``evaluate`` by their files."""
+    return Comparison(("results",), {(printable(str(one.folder), lines=False),): [one] for one in runs})
+
+
 def write_comparison(comparison: Comparison, metrics: Sequence[str], folder: Path) -> None:
     """Write ``comparison.txt`` (printed too), ``.csv`` (all metrics of all runs), ``.png`` and ``report.html``."""
     text = comparison_text(comparison, metrics)
@@ -216,13 +246,16 @@ def write_comparison(comparison: Comparison, metrics: Sequence[str], folder: Pat
     with atomic_write(folder / "comparison.csv") as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         names = sorted({name for runs in comparison.runs.values() for run in runs for name in run.metrics})
-        writer.writerow(map(csv_cell, [*comparison.axes, "seed", "folder", *names]))
+        own = ["seed", "folder"] if comparison.has_seeds else []
+        writer.writerow(map(csv_cell, [*comparison.axes, *own, *names]))
         for setting, runs in comparison.runs.items():
-            rows = ([*setting, one.seed, str(one.folder), *(one.metrics.get(n, "") for n in names)] for one in runs)
+            rows = (
+                [*setting, *[one.seed, str(one.folder)][: len(own)], *(one.metrics.get(n, "") for n in names)] for one in runs
+            )
             writer.writerows(map(csv_cell, row) for row in rows)
     with atomic_write(folder / "comparison.png") as partial:
         draw_comparison(comparison, metrics).savefig(partial, dpi=150)
-    title = f"{sum(map(len, comparison.runs.values()))} runs compared"
+    title = f"{sum(map(len, comparison.runs.values()))} {'runs' if comparison.has_seeds else 'results'} compared"
     headline = describe_best(comparison, metrics[0]) if metrics else ""
     report.write_comparison_page(folder, title, headline, text, folder / "comparison.png")
     print_status(f"Written to {folder}: report.html, comparison.txt, .csv, .png")
@@ -235,7 +268,9 @@ def comparison_text(comparison: Comparison, metrics: Sequence[str]) -> str:
         blocks.append(ranking_table(comparison, metric))
         if len(comparison.axes) > 1 and (effects := axis_effects(comparison, metric)):
             blocks.append(effects)
-    if metrics:
+    if metrics and not comparison.has_seeds:
+        blocks += [RESULTS_LEGEND, describe_best(comparison, metrics[0])]
+    elif metrics:
         metric, pick = metrics[0], min if comparison.is_smaller_better(metrics[0]) else max
         setting = next(iter(comparison.rank(metric)))
         runs = [one for one in comparison.runs[setting] if metric in one.metrics]
@@ -260,6 +295,12 @@ def describe_best(comparison: Comparison, metric: str) -> str:
     if not others:
         return f"{sentence}."
     second, lead = comparison.label(others[0][0]), comparison.leads(metric)[others[0][0]]
+    if not comparison.has_seeds:
+        ahead = "ahead of" if lead.is_sure_of_examples else "not surely ahead of"
+        count = len(read_examples(comparison.runs[first][0].examples, metric.removeprefix("test/"))[0])
+        found = f"{lead.difference:+.4f} over {count} test examples, p {format_p(lead.examples_p)}"
+        pairs = f" corrected for {math.comb(len(ranked), 2)} pairs of results" if len(ranked) > 2 else ""
+        return f"{sentence}, {ahead} {second} by {found}{pairs}. That is about other test examples, not other training runs."
     if lead.seeds is None:
         return f"{sentence}, before {second} ({lead}: this is no verdict)."
     found = (
@@ -271,11 +312,16 @@ def describe_best(comparison: Comparison, metric: str) -> str:
 def ranking_table(comparison: Comparison, metric: str) -> str:
     """A row for each setting: mean ± sd over its seeds, and the lead of the best setting with its p values."""
     ranked, leads = comparison.rank(metric), comparison.leads(metric)
-    rows = [[*comparison.axes, "runs", "mean ± sd", "lead of the best [95 %]", "p", "sign test", "examples", ""]]
+    seeds = comparison.has_seeds
+    head = ["mean ± sd", "lead of the best [95 %]"] if seeds else ["value", "lead of the best"]
+    rows = [[*comparison.axes, "runs", *head, "p", "sign test", "examples", ""]]
     for setting, values in ranked.items():
-        lead = leads.get(setting)
-        rest = [str(lead), *map(format_p, lead[1:]), "behind" if lead.is_sure else ""] if lead else []
-        rows.append([*setting, str(len(values)), format_mean_sd(values.values()), *(rest or [""] * 5)])
+        rest = [""] * 5
+        if lead := leads.get(setting):
+            behind = lead.is_sure if seeds else lead.is_sure_of_examples
+            p_values = map(format_p, (lead.p, lead.sign_p, lead.examples_p))
+            rest = [str(lead) if seeds else f"{lead.difference:+.4f}", *p_values, "behind" if behind else ""]
+        rows.append([*setting, str(len(values)) if seeds else "", format_mean_sd(values.values()), *rest])
     width = len(comparison.axes) + 2 if len(ranked) == 1 else None  # one setting leads nobody
     columns = [[row[i] for row in rows] for i in range(width or len(rows[0]))]
     columns = [column for column in columns if any(column[1:])]

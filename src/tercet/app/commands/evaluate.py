@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tercet.app import config_folder, record
 from tercet.app.components import build, check_values, raw_config
+from tercet.app.examples import examples_beside, write_examples
 from tercet.errors import InputError, require
 from tercet.messages import print_status, silence_libraries
 from tercet.models import CachedEncoder, ConcatEncoder, Encoder
@@ -20,7 +21,7 @@ from tercet.types import EncodeFunction
 
 
 def run(cfg: DictConfig, output: Path) -> None:
-    """Print the metrics, and write them to the file ``output``."""
+    """Print the metrics, and write them to the file ``output``; figures, and the values by example, are written beside it."""
     silence_libraries()
     target = Path(cfg.output) if cfg.output else None
     if target:
@@ -40,7 +41,10 @@ def run(cfg: DictConfig, output: Path) -> None:
         for name, figure in drawn.items():
             with atomic_write(target.with_name(f"{target.stem}_{name}.png")) as partial:
                 figure.savefig(partial, dpi=150)
-        print_status(f"Written to {target}" + "".join(f", {target.stem}_{name}.png" for name in drawn))
+        beside = [f"{target.stem}_{name}.png" for name in drawn]
+        examples = examples_beside(target)
+        beside += [examples.name] if write_examples(examples, evaluator, encode) else []
+        print_status(", ".join([f"Written to {target}", *beside]))
 
 
 def open_member(cfg: DictConfig, name: str) -> Encoder:

@@ -12,8 +12,9 @@ from omegaconf import DictConfig, OmegaConf, read_write
 from tercet.app import record, run_files, run_folder
 from tercet.app.commands import train
 from tercet.app.hydra_compat import quote, typed_overrides
+from tercet.app.run_files import is_smaller_better
 from tercet.errors import require
-from tercet.evaluation.direction import is_smaller_better
+from tercet.evaluation.direction import SMALLER_IS_BETTER
 from tercet.evaluation.figures import figure_text
 from tercet.messages import print_status
 from tercet.paths import atomic_write, check_writable, write_text
@@ -129,7 +130,7 @@ def stage_table(columns: Columns, inside: str, outside: str) -> str:
     kept = [x for x in found.get(outside, []) if x is not None]
     rows = {name: found[name] for name in (inside, outside) if name in found}
     if len(kept) == len(columns):
-        less = is_smaller_better(outside)
+        less = is_smaller_better(outside, SMALLER_IS_BETTER)
         best = [(min if less else max)(kept[: i + 1]) for i in range(len(kept))]
         rows[f"forgotten: {outside}"] = [x - kept[0] if less else kept[0] - x for x in kept]
         rows["  since its best"] = [x - y if less else y - x for x, y in zip(kept, best, strict=True)]

@@ -15,6 +15,7 @@ from tercet.app.commands.evaluate import initialize_from
 from tercet.app.commands.preflight import preflight
 from tercet.app.components import build, check_settings, check_values, find_targets, start_record
 from tercet.app.config_checks import check_config, check_model, set_derived
+from tercet.app.examples import EXAMPLES, write_examples
 from tercet.app.model_card import CARD, check_given, make_card
 from tercet.app.own_texts import choose_by_columns, fit_batch_size, set_run_length
 from tercet.distributed.sharding import gather_weights, load_state
@@ -140,7 +141,7 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
         metrics |= restore_best(trainer, objective, evaluation)
         metrics |= validate(trainer, objective) if by_validation else {}
         metrics |= evaluate_stage(trainer, objective, "test")
-        record.write_examples(output, evaluation.test, objective.cached_encoder)
+        write_examples(output / EXAMPLES, evaluation.test, objective.cached_encoder)
         write_results(cfg, trainer, objective, metrics, notes, output)
         trainer.strategy.barrier("written")  # the next stage reads what the first process wrote
         record.close_loggers(loggers, "finished")
