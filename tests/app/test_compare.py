@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,23 @@ def test_one_seed_is_no_verdict(tmp_path):
     compared = lay_settings(tmp_path, {"1": (2.0,), "2": (1.0,)})
     assert compare.describe_best(compared, "test/a").endswith("before x=2 (no two seeds in common: this is no verdict).")
     assert "behind" not in compare.ranking_table(compared, "test/a")
+
+
+def test_two_seeds_are_no_verdict_however_close_they_are(tmp_path):
+    compared = lay_settings(tmp_path, {"1": (0.7102, 0.7202), "2": (0.7001, 0.7099)})
+    sentence = compare.describe_best(compared, "test/a")
+    assert sentence.endswith("before x=2 (+0.0102 [+0.0089, +0.0115] over 2 seeds: this is no verdict).")
+    assert "behind" not in compare.ranking_table(compared, "test/a")
+
+
+def test_of_runs_with_one_setting_and_seed_the_latest_counts(tmp_path, capsys):
+    lay_settings(tmp_path, {"1": (0.9,), "2": (0.5,)})
+    lay(tmp_path / "again", 0, {"test/a": 0.1}, "x=1")
+    os.utime(tmp_path / "again" / "metrics.json", (1, 1))
+    assert compare.group_runs(compare.read_runs([tmp_path])).rank("test/a") == {("1",): {0: 0.9}, ("2",): {0: 0.5}}
+    assert "1 runs repeat the setting and the seed of others; the latest of each is compared" in capsys.readouterr().err
+    os.utime(tmp_path / "again" / "metrics.json")
+    assert compare.group_runs(compare.read_runs([tmp_path])).rank("test/a") == {("2",): {0: 0.5}, ("1",): {0: 0.1}}
 
 
 @pytest.mark.parametrize(("settings", "seeds"), [(2, 3), (4, 5)])

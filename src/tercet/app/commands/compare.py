@@ -39,12 +39,13 @@ from tercet.paths import atomic_write, check_writable, write_text
 
 IGNORED_KEYS = (*record.KEYS_WITHOUT_EFFECT, "seed", "hydra")
 NO_SEEDS = "no two seeds in common"
+LEAST_SEEDS = 3  # for a verdict
 LEVEL = 0.05  # of all claims of a table together
 
 LEGEND = """\
 lead [95 %]: the difference on the seeds that both have, and Student's t interval: how far it moves with another training run.
 p, sign test: of the t test and of the exact sign test over these seeds, corrected for all pairs of settings (Holm). A setting
-is called behind where p is below 0.05. With one seed there is no verdict, and n seeds give no sign test below 2^(1-n).
+is called behind where p is below 0.05. With one or two seeds there is no verdict; n seeds give no sign test below 2^(1-n).
 examples: paired approximate randomization over the test's examples, corrected too (Holm): how it would be with other examples
 and the same trained models. It says nothing about other seeds."""
 RESULTS_LEGEND = """\
@@ -93,8 +94,8 @@ class Lead(NamedTuple):
 
     @property
     def is_sure(self) -> bool:
-        """Whether the t interval over seeds, corrected for the number of pairs, excludes 0."""
-        return self.p is not None and self.p < LEVEL
+        """Whether the t interval over enough seeds, corrected for the number of pairs, excludes 0."""
+        return self.seeds is not None and self.seeds.n >= LEAST_SEEDS and self.p is not None and self.p < LEVEL
 
     @property
     def is_sure_of_examples(self) -> bool:
@@ -230,7 +231,18 @@ def group_runs(runs: Sequence[Run]) -> Comparison:
     groups: dict[Setting, list[Run]] = {}
     for one in runs:
         groups.setdefault(tuple(one.overrides.get(axis, "-") for axis in axes), []).append(one)
-    return Comparison(axes, groups)
+    compared = {setting: _latest_of_each_seed(same) for setting, same in groups.items()}
+    if repeated := len(runs) - sum(map(len, compared.values())):
+        print_status(f"{repeated} runs repeat the setting and the seed of others; the latest of each is compared.")
+    return Comparison(axes, compared)
+
+
+def _latest_of_each_seed(runs: Sequence[Run]) -> list[Run]:
+    def finished(one: Run) -> int:
+        return (one.folder / run_files.RESULTS).stat().st_mtime_ns
+
+    groups = [[one for one in runs if one.seed == seed] for seed in dict.fromkeys(one.seed for one in runs)]
+    return [max(same, key=finished) if len(same) > 1 else same[0] for same in groups]
 
 
 def group_results(runs: Sequence[Run]) -> Comparison:
@@ -278,10 +290,8 @@ def comparison_text(comparison: Comparison, metrics: Sequence[str]) -> str:
         if comparison.axes:
             blocks.append(LEGEND)
         if not metric.startswith("test/"):  # it has chosen the setting, whose tests are fair
-            tests = {
-                n: [one.metrics[n] for one in runs if n in one.metrics] for n in sorted(best.metrics) if n.startswith("test/")
-            }
-            lines = [f"  {name}  {format_mean_sd(values)}" for name, values in tests.items()]
+            names = sorted(name for name in best.metrics if name.startswith("test/"))
+            lines = [f"  {n}  {format_mean_sd([one.metrics[n] for one in runs if n in one.metrics])}" for n in names]
             blocks.append("\n".join([f"tests of {comparison.label(setting)}, which {metric} has chosen:", *lines]))
         blocks.append(f"best run: {best.folder}, {metric} = {best.metrics[metric]:.4f}\n  {best.command}")
     return printable("\n\n".join(blocks))
@@ -301,11 +311,11 @@ def describe_best(comparison: Comparison, metric: str) -> str:
         found = f"{lead.difference:+.4f} over {count} test examples, p {format_p(lead.examples_p)}"
         pairs = f" corrected for {math.comb(len(ranked), 2)} pairs of results" if len(ranked) > 2 else ""
         return f"{sentence}, {ahead} {second} by {found}{pairs}. That is about other test examples, not other training runs."
-    if lead.seeds is None:
-        return f"{sentence}, before {second} ({lead}: this is no verdict)."
-    found = (
-        f"{lead} over {lead.seeds.n} seeds, p {format_p(lead.p)} corrected for {math.comb(len(ranked), 2)} pairs of settings"
-    )
+    if lead.seeds is None or lead.seeds.n < LEAST_SEEDS:
+        few = f" over {lead.seeds.n} seeds" if lead.seeds else ""
+        return f"{sentence}, before {second} ({lead}{few}: this is no verdict)."
+    pairs = f"{math.comb(len(ranked), 2)} pairs of settings"
+    found = f"{lead} over {lead.seeds.n} seeds, p {format_p(lead.p)} corrected for {pairs}"
     return f"{sentence}, {'ahead of' if lead.is_sure else 'not surely ahead of'} {second} by {found}."
 
 
