@@ -61,6 +61,13 @@ def load(path: Path) -> dict[str, Any]:
     return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
 
 
+def header(path: Path) -> list[str]:
+    """The lines of the comment at the head of a file."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    end = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    return [line.lstrip("# ") for line in lines[:end] if not line.startswith("# @package")]
+
+
 def package(path: Path) -> str:
     """What the keys of a choice begin with: the name of its group, or what the file says in its first line."""
     first = re.match(r"# @package (\S+)", path.read_text(encoding="utf-8"))
@@ -91,9 +98,11 @@ def _written(path: Path, before: str) -> dict[str, Written]:
     """The keys of a file and of all that it is built on; a later value stands, and a comment until there is another."""
     found: dict[str, Written] = {}
     for file, place in layers(path, before):
+        layer = _own(file, place) if file == path else _written(file, place)
         if place != before:
-            found.setdefault(place[:-1], Written("", "", "", is_block=True))
-        for name, value in (_own(file, place) if file == path else _written(file, place)).items():
+            about = "" if f"{place}_target_" in layer else " ".join(header(file))
+            found.setdefault(place[:-1], Written("", "", about, is_block=True))
+        for name, value in layer.items():
             old = found.get(name, value)
             found[name] = replace(value, comment=value.comment or old.comment)
     return found
@@ -155,29 +164,41 @@ def _key(name: str, written: dict[str, Written], path: Path) -> Key:
         kind, about = _of_config(config.text, inside)
     own = written[f"{name}._target_"].text if f"{name}._target_" in written else ""
     follows = _source(name, value.text)
+    value = replace(value, kind=value.kind or (written[follows].kind if follows in written else ""))
     if not target:  # a key of no component: the parameters that are given its value
-        for target, parameter, rest in (_owner(other, written) for other in written if _source(other, written[other].text) == name):
+        followers = (other for other in written if _source(other, written[other].text) == name)
+        for target, parameter, rest in (_owner(other, written) for other in followers):
             if target and not rest:
                 kind, about = kind or parameter_type(target, parameter), about or parameter_meaning(target, parameter)
     kind = kind or _setting(name, path) or value.kind or ("dict" if value.is_block else "")
-    if not about and inside:
-        about = f"an entry of `{name.removesuffix(inside)[:-1]}`"
-    if not about and own:
-        about = _sentences(documentation(own)[0])[0] if documentation(own) else ""
-    if not about and name.startswith("hydra.sweeper.params."):
-        about = f"the values of `{name.removeprefix('hydra.sweeper.params.')}` that are tried"
-    if not about and (CONF / name).is_dir():
-        about = f"keys of the group `{name}=`"
-    meaning = value.comment or (f"the value of `{follows}`" if follows else about)
-    return Key(name, value.text, kind, meaning or _elsewhere(name, path), own, follows)
+    if own and documentation(own):
+        about = _plain(_sentences(documentation(own)[0])[0])
+    meaning = value.comment or (f"the value of `{follows}`" if follows else about) or _by_place(name, inside, written)
+    key = Key(name, value.text, kind, meaning, own, follows)
+    return key if key.type and key.meaning else _completed(key, path)
 
 
-def _elsewhere(name: str, path: Path) -> str:
-    """What a key means that a file sets for another group or for the command."""
-    group = CONF / name.split(".")[0]
-    files = [file for file in [CONF / "train.yaml", *sorted(group.glob("*.yaml"))] if file != path and path.parent != CONF]
-    places = ((file, "" if file.parent == CONF else package(file)) for file in files if file.parent != path.parent)
-    return next((keys[name].meaning for file, place in places if name in (keys := read_keys(file, place))), "")
+def _by_place(name: str, inside: str, written: dict[str, Written]) -> str:
+    """What a key means by the block that it is in, or as the name of a group."""
+    block, _, last = name.rpartition(".")
+    if name.startswith("hydra.sweeper.params"):
+        searched = name.removeprefix("hydra.sweeper.params").lstrip(".")
+        return f"the values of `{searched}` that are tried" if searched else "the keys that a sweep changes, with their values"
+    if (CONF / name).is_dir():
+        return f"keys of the group `{name}=`"
+    if inside or (block in written and written[block].comment):
+        return f"an entry of `{block}`"
+    return ""
+
+
+def _completed(key: Key, path: Path) -> Key:
+    """A key with the type and the meaning that it has in other choices of its group, or in the command's own file."""
+    group = (CONF / key.name.split(".")[0]).glob("*.yaml")
+    for file in [*sorted(group), CONF / "train.yaml"]:
+        written = _written(file, "" if file.parent == CONF else package(file))
+        if file != path and (other := written.get(key.name)):
+            key = replace(key, type=key.type or other.kind or "dict" * other.is_block, meaning=key.meaning or other.comment)
+    return key
 
 
 def _owner(name: str, written: dict[str, Written]) -> tuple[str, str, str]:
@@ -202,6 +223,8 @@ def _setting(name: str, path: Path) -> str:
     """The type of a key that belongs to no component, as the command line checks it."""
     if path.parent == CONF and name in (found := choices(CHECKS[path.stem])) if path.stem in CHECKS else False:
         return " | ".join(found[name])
+    if re.fullmatch(r"(callback|logger)\.\w+", name):
+        return "dict | null"
     return written_type(SETTINGS[name]) if name in SETTINGS else ""
 
 
@@ -219,7 +242,7 @@ def documentation(target: str) -> list[str]:
     """The docstrings of a class or function, of its constructor and of the classes that it is derived from."""
     found = get_object(target)
     kinds = [kind for kind in found.__mro__ if kind is not object] if isinstance(found, type) else [found]
-    texts = [vars(kind).get("__doc__") for kind in kinds] + [getattr(vars(k).get("__init__"), "__doc__", "") for k in kinds]
+    texts = [kind.__doc__ for kind in kinds] + [getattr(vars(kind).get("__init__"), "__doc__", "") for kind in kinds]
     return [inspect.cleandoc(text) for text in texts if text]
 
 
@@ -239,7 +262,7 @@ def parameter_meaning(target: str, name: str) -> str:
 
 def _sentences(text: str) -> list[str]:
     prose = re.sub(r"\s*\n\s*(?!\n)", " ", re.split(r"^(?:>>>|Args:)", text, maxsplit=1, flags=re.MULTILINE)[0])
-    return [_plain(part) if "``" not in part else part for part in re.split(r"(?<=[.)])\s+(?=[A-Z`])", prose.strip())]
+    return re.split(r"(?<=[^.]\.)\s+(?=[A-Z`])", prose.strip())
 
 
 def _shortened(text: str) -> str:
@@ -252,6 +275,8 @@ def _shortened(text: str) -> str:
 
 def _plain(text: str) -> str:
     text = re.sub(r":\w+:`~?(?:[\w.]*\.)?(\w+)`", r"`\1`", text)
+    for python, written in (("None", "null"), ("True", "true"), ("False", "false")):
+        text = re.sub(rf"\b{python}\b", written, text)
     return text.replace("``", "`").strip().removesuffix(".")
 
 
@@ -265,7 +290,7 @@ def parameter_type(target: str, name: str) -> str:
     try:
         return written_type(get_type_hints(called).get(name, Any))
     except NameError:  # imported for type checkers only
-        return str(getattr(called, "__annotations__", {}).get(name, ""))
+        return written_type(called.__annotations__.get(name, Any))
 
 
 @cache

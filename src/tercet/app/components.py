@@ -22,9 +22,9 @@ SCALARS = (bool, int, float, str, type(None))
 SETTINGS: dict[str, Any] = {  # what a key takes that belongs to no component; a list of others is of numbers with limits
     **dict.fromkeys(("check", "dry_run", "hybrid", "jobs", "measure_before", "private", "resume", "yes"), bool),
     **dict.fromkeys(("artifacts", "card.base_model", "card.license", "card.title", "index", "init_from", "key", "metric",
-                     "model.pooling", "model.prompt", "monitor", "optimized_metric", "other", "output", "outputs", "query",
-                     "revision", "run_name", "served_name", "similarity", "stages.in_domain", "stages.out_of_domain",
-                     "vectors"), str | None),
+                     "model.pooling", "model.prompt", "monitor", "monitor_mode", "optimized_metric", "other",
+                     "output", "outputs", "query", "revision", "run_name", "served_name", "similarity", "stages.in_domain",
+                     "stages.out_of_domain", "vectors"), str | None),
     **dict.fromkeys(("device", "folder", "format", "host", "kind", "output_dir", "precision", "projection", "repo",
                      "save_dtype", "side", "split"), str),
     **dict.fromkeys(("callback", "card", "data", "expected", "logger", "model", "stages", "stages.runs", "trainer"), dict),
