@@ -180,7 +180,7 @@ def _key(name: str, written: dict[str, Written], path: Path) -> Key:
 
 def _by_place(name: str, inside: str, written: dict[str, Written]) -> str:
     """What a key means by the block that it is in, or as the name of a group."""
-    block, _, last = name.rpartition(".")
+    block = name.rpartition(".")[0]
     if name.startswith("hydra.sweeper.params"):
         searched = name.removeprefix("hydra.sweeper.params").lstrip(".")
         return f"the values of `{searched}` that are tried" if searched else "the keys that a sweep changes, with their values"
@@ -193,11 +193,13 @@ def _by_place(name: str, inside: str, written: dict[str, Written]) -> str:
 
 def _completed(key: Key, path: Path) -> Key:
     """A key with the type and the meaning that it has in other choices of its group, or in the command's own file."""
-    group = (CONF / key.name.split(".")[0]).glob("*.yaml")
-    for file in [*sorted(group), CONF / "train.yaml"]:
-        written = _written(file, "" if file.parent == CONF else package(file))
-        if file != path and (other := written.get(key.name)):
-            key = replace(key, type=key.type or other.kind or "dict" * other.is_block, meaning=key.meaning or other.comment)
+    for name in filter(None, (key.name, key.follows)):
+        group = (CONF / name.split(".")[0]).glob("*.yaml")
+        for file in [*sorted(group), CONF / "train.yaml"]:
+            written = _written(file, "" if file.parent == CONF else package(file))
+            if file != path and (other := written.get(name)):
+                kind = key.type or other.kind or "dict" * other.is_block
+                key = replace(key, type=kind, meaning=key.meaning or other.comment)
     return key
 
 
@@ -326,7 +328,7 @@ def written_type(hint: Any) -> str:
     if origin is Callable or (isinstance(origin, type) and origin.__name__ == "Callable"):
         return "Callable"
     kind = origin or hint
-    if isinstance(kind, type) and issubclass(kind, dict | types.MappingProxyType) or getattr(kind, "__name__", "") == "Mapping":
+    if getattr(kind, "__name__", "") in ("Mapping", "dict"):
         return "dict"
     if getattr(kind, "__name__", "") in ("Sequence", "list", "tuple", "Iterable"):
         parts = list(dict.fromkeys(written_type(part) for part in inside if part is not ...))

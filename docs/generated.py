@@ -5,23 +5,23 @@ MkDocs calls the functions ``on_*``; mkdocstrings reads docstrings through ``Doc
 
 import html
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import griffe
 import nbformat
-import yaml
+from config_keys import CONF, Key, header, layers, load, package, read_keys
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from tercet.app.components import SETTINGS
-
-ROOT = Path(__file__).resolve().parents[1]
-DOCS, CONF = ROOT / "docs", ROOT / "conf"
+ROOT = CONF.parent
+DOCS = ROOT / "docs"
 PACKAGES = ("losses", "models", "views", "data", "evaluation", "distributed", "training")
 ABOVE = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md", "SECURITY.md": "security.md"}
 FENCE = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
@@ -89,6 +89,14 @@ def api_page(package: str) -> str:
     return "\n".join([head, *(f"::: tercet.{package}.{name}\n" for name in names)])
 
 
+@cache
+def _sources() -> griffe.Object:
+    loader = griffe.GriffeLoader(search_paths=[ROOT / "src"])
+    found = loader.load("tercet")
+    loader.resolve_aliases()
+    return found  # type: ignore[return-value]
+
+
 class DoctestBlocks(griffe.Extension):
     """Put the examples of docstrings in fences: Markdown takes ``>>>`` for a quotation."""
 
@@ -102,175 +110,165 @@ class DoctestBlocks(griffe.Extension):
 # Configuration
 
 
-@dataclass(frozen=True)
-class Key:
-    """One key of a configuration file: its default as written, the type it takes, and the comment beside it."""
+@dataclass
+class Section:
+    """A part of a page of keys: what is above the table, its rows, and of keys with the same keys inside as others: which."""
 
-    name: str
-    default: str
-    type: str
-    meaning: str
-    target: str = ""  # of a block that is a component
+    head: str
+    rows: list[Key]
+    same: dict[str, str] = field(default_factory=dict)
 
 
 def key_pages() -> Iterator[tuple[str, str]]:
     """A page of each command's own keys, and of each group's choices."""
+    for page, sections in _key_sections().items():
+        seen: set[str] = set()
+        yield page, "\n\n".join(part for section in sections for part in (section.head, _table(section, page, seen)) if part)
+
+
+@cache
+def _key_sections() -> dict[str, list[Section]]:
+    pages = {}
     for path in sorted(CONF.glob("*.yaml")):
         title = f"# `tercet {path.stem}`: keys\n\n{_code_header(path)}"
-        yield f"1_{path.stem}", f"{title}\n\n{_table(read_keys(path).values())}\n\n{_groups(path)}\n"
+        pages[f"1_{path.stem}"] = [Section(title, list(read_keys(path).values())), Section(_groups(path), [])]
     for folder in sorted(CONF.rglob("*/")):
         group, files = folder.relative_to(CONF).as_posix(), sorted(folder.glob("*.yaml"))
         if files and group not in ("base", "experiment"):
-            parts = [f"# `{group}=`\n\nThe choices of this group, and the keys that each has."]
-            if group == "evaluation":
-                parts.append("Where the choice is given a name, as in `evaluation@test=sts`, keys begin with it: `test.path`.")
-            for path in files:
-                head = f"## `{group}={path.stem}`\n\n{_code_header(path)}"
-                built = f"Builds {_link(_load(path)['_target_'])}.\n\n" if "_target_" in _load(path) else ""
-                parts.append(f"{head}\n\n{built}{_table(read_keys(path, _package(path)).values())}")
-            yield group.replace("/", "_"), "\n\n".join(parts) + "\n"
+            pages[group.replace("/", "_")] = _group_sections(group, files)
+    return pages
+
+
+def _group_sections(group: str, files: list[Path]) -> list[Section]:
+    """A part for each file of conf/base/ that several choices are built on, then one for each choice, with what differs."""
+    prefix = group.replace("/", ".") + "."
+    text = f"# `{group}=`\n\nThe choices of this group, and the keys that each has."
+    if group == "evaluation":
+        text += " Where the choice is given a name, as in `evaluation@test=sts`, keys begin with it: `test.path`."
+    starts = {path: package(path) for path in files}
+    uses = Counter(base for path in files for base in _bases(path, starts[path], prefix))
+    common = sorted((base for base in uses if uses[base] > 1 and base not in starts), key=lambda base: -uses[base])
+    starts = {**dict.fromkeys(common, prefix), **starts}
+    names = {
+        path: f"`{group}={path.stem}`" if path in files else f"Common keys: {path.stem.replace('_', ' ')}" for path in starts
+    }
+    sections, shown = [Section(text, [])], dict[Path, str]()
+    for path, before in starts.items():
+        bases = [base for base in _bases(path, before, prefix) if base in starts]
+        known = {name: key for base in bases for name, key in read_keys(base, starts[base]).items()}
+        same = _mounted(path, before, prefix, starts, shown, known)
+        rows = [key for name, key in read_keys(path, before).items() if known.get(name) != key]
+        links = ", ".join(f"[{names[base]}](#{base.parent.name}-{base.stem})" for base in bases)
+        target = str(load(path).get("_target_", ""))
+        parts = [
+            f"## {names[path]} {{#{path.parent.name}-{path.stem}}}",
+            _code_header(path),
+            f"Builds {_link(target)}." if target else "",
+            f"It has {links}{', with these differences' if rows else ''}." if links else "",
+            "" if rows or links else "No keys of its own.",
+        ]
+        sections.append(Section("\n\n".join(filter(None, parts)), rows, same))
+    return sections
+
+
+def _bases(path: Path, before: str, prefix: str) -> list[Path]:
+    """The files that a file is built on, their keys beginning as those of the group, the most general first."""
+    direct = [file for file, place in layers(path, before) if place == prefix and file != path]
+    return list(dict.fromkeys(base for file in direct for base in (*_bases(file, prefix, prefix), file)))
+
+
+def _mounted(
+    path: Path, before: str, prefix: str, starts: Collection[Path], shown: dict[Path, str], known: dict[str, Key]
+) -> dict[str, str]:
+    """Of the keys that hold a whole file: those whose file is ``shown`` already, with the key where it is.
+
+    What such a file says itself is added to the keys that are ``known``, so that only differences are shown.
+    """
+    same: dict[str, str] = {}
+    for file, place in layers(path, before):
+        if file == path or (place == prefix and file in starts):
+            continue
+        if place != prefix and shown.setdefault(file, place) != place:
+            known |= read_keys(file, place)
+            same[place[:-1]] = shown[file][:-1]
+        else:
+            same |= _mounted(file, place, prefix, starts, shown, known)
+    return same
 
 
 def _link(target: str) -> str:
     """The name of a component, with a link to its page where it has one."""
-    package, _, name = target.removeprefix("tercet.").partition(".")
-    documented = target.startswith("tercet.") and package in PACKAGES and name in map(str, _sources()[package].exports or [])
+    folder, _, name = target.removeprefix("tercet.").partition(".")
+    documented = target.startswith("tercet.") and folder in PACKAGES and name in map(str, _sources()[folder].exports or [])
     return f"[`{target}`][{target}]" if documented else f"`{target}`"
 
 
-def _package(path: Path) -> str:
-    """What the keys of a choice begin with: the name of its group, unless the file says that they are written in full."""
-    if path.read_text(encoding="utf-8").startswith("# @package _global_"):
-        return ""
-    return path.parent.relative_to(CONF).as_posix().replace("/", ".") + "."
+@cache
+def _places() -> dict[str, str]:
+    """The page that documents a key, where it is not the page itself: that of its group, else of the first command."""
+    places = {key.name: page for page, sections in _key_sections().items() for part in sections for key in part.rows}
+    for page, sections in _key_sections().items():
+        mine = {key.name: page for section in sections for key in section.rows}
+        places |= {name: page for name in mine if page == "1_train" or name.split(".")[0] == page}
+    return {**places, **{page: page for page in _key_sections() if (CONF / page).is_dir()}}
+
+
+def _key_link(name: str, page: str, seen: Collection[str]) -> str:
+    """A key with a link to its row."""
+    code = _cell(name, code=True)
+    if name in seen:
+        return f"[{code}](#{name})"
+    place = _places().get(name, "")
+    return f"[{code}]({place}.md{'' if place == name else f'#{name}'})" if place and place != page else code
 
 
 def _groups(path: Path) -> str:
-    chosen = [item for item in _load(path).get("defaults", []) if isinstance(item, dict)]
+    chosen = [item for item in load(path).get("defaults", []) if isinstance(item, dict)]
     rows = [(k, v) for item in chosen for k, v in item.items() if not k.startswith("override")]
     lines = [f"| [`{k}=`]({k.split('@')[0]}.md) | `{v}` |" for k, v in rows if (CONF / k.split("@")[0]).is_dir()]
     lines = [line.replace("(experiment.md)", "(../../gallery.md)") for line in lines]
     return "\n".join(["## Groups", "", "| group | default |", "| --- | --- |", *lines]) if lines else ""
 
 
-def _load(path: Path) -> dict[str, Any]:
-    return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-
-
-def read_keys(path: Path, before: str = "") -> dict[str, Key]:
-    """The keys of a file and of the files that it is built on, in their order; a later default stands, as does its comment."""
-    own, found = _own_keys(path, before), dict[str, Key]()
-    for item in [*_load(path).get("defaults", []), *(["_self_"] if "_self_" not in _load(path).get("defaults", []) else [])]:
-        if item == "_self_":
-            layer = own
-        elif isinstance(item, str):
-            name, _, package = item.partition("@")
-            file = (CONF / name.strip("/") if name.startswith("/") else path.parent / name).with_suffix(".yaml")
-            layer = read_keys(file, before if package in ("", "_here_", "_global_") else f"{before}{package}.")
-        else:
-            continue
-        for name, key in layer.items():
-            old = found.get(name, key)
-            found[name] = replace(key, meaning=key.meaning or old.meaning, type=old.type or key.type)
-    return found
-
-
-def _own_keys(path: Path, before: str) -> dict[str, Key]:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    found: dict[str, Key] = {}
-
-    def walk(node: yaml.MappingNode, prefix: str, kinds: dict[str, str]) -> None:
-        values = {key.value: value for key, value in node.value}
-        if "_target_" in values:
-            kinds = parameter_types(values["_target_"].value)
-        for key, value in node.value:
-            name = f"{prefix}{key.value}"
-            if key.value.startswith("_") or (prefix == before and key.value in ("defaults", "hydra")):
-                continue
-            inner = isinstance(value, yaml.MappingNode) and value.value and not value.flow_style
-            end = key.end_mark if inner or not lines[value.end_mark.line : value.end_mark.line + 1] else value.end_mark
-            end = key.end_mark if value.end_mark.line != key.end_mark.line else end
-            comment = re.match(r"[^#]*?\s*#\s?(.*)", lines[end.line][end.column :])
-            start, stop = value.start_mark, value.end_mark
-            written = lines[start.line][start.column : stop.column] if start.line == stop.line else "…"
-            kind = kinds.get(key.value) or setting_type(name) or _kind(value)
-            target = next((v.value for k, v in value.value if k.value == "_target_"), "") if inner else ""
-            about = comment[1] if comment else ""
-            found[name] = Key(name, "" if inner else written or "null", "" if inner else kind, about, target)
-            if inner:
-                walk(value, f"{name}.", {})
-
-    root = yaml.compose("\n".join(lines))
-    if isinstance(root, yaml.MappingNode):
-        walk(root, before, {})
-    return found
-
-
-def setting_type(name: str) -> str:
-    """The type of a key that belongs to no component, as the command line checks it."""
-    kind = SETTINGS.get(name)
-    return "" if kind is None else kind.__name__ if isinstance(kind, type) else str(kind)
-
-
-def _kind(node: yaml.Node) -> str:
-    if isinstance(node, yaml.SequenceNode):
-        return "list"
-    if isinstance(node, yaml.MappingNode):
-        return "dict"
-    value = yaml.safe_load(node.value) if isinstance(node, yaml.ScalarNode) and node.style is None else ""
-    return "" if value is None or str(node.value).startswith(("$", "?")) else type(value).__name__
-
-
-@cache
-def _sources() -> griffe.Object:
-    loader = griffe.GriffeLoader(search_paths=[ROOT / "src"])
-    found = loader.load("tercet")
-    loader.resolve_aliases()
-    return found  # type: ignore[return-value]
-
-
-@cache
-def parameter_types(target: str) -> dict[str, str]:
-    """The annotations of the parameters of a class or function of Tercet, from its source; none for those of others."""
-    if not target.startswith("tercet."):
-        return {}
-    found = _sources()[target.removeprefix("tercet.")]
-    return {p.name: str(p.annotation) for p in found.parameters if p.annotation is not None}
-
-
 def _cell(text: str, code: bool = False) -> str:
-    text = (
-        html.escape(text, quote=False).replace("|", "&#124;").replace("[", "&#91;").replace("*", "&#42;").replace("_", "&#95;")
-    )
+    text = html.escape(text, quote=False)
+    for character in "|[*_`":
+        text = text.replace(character, f"&#{ord(character)};")
     return f"<code>{text}</code>" if code and text else text
 
 
-def _meaning(key: Key) -> str:
-    return "; ".join(part for part in (_cell(key.meaning), key.target and f"a {_link(key.target)}") if part)
+def _prose(text: str, page: str = "", seen: Collection[str] = ()) -> str:
+    """A text with code in backticks; in that of a ``page`` full names of keys become links."""
+    parts = text.split("`")
+    code = [_key_link(part, page, seen) if page else _cell(part, code=True) for part in parts[1::2]]
+    return "".join(f"{_cell(plain)}{inner}" for plain, inner in zip_longest(parts[::2], code, fillvalue=""))
 
 
-def _table(keys: Any) -> str:
-    rows = [
-        f"| {_cell(k.name, True)} | {_cell(k.type, True)} | {_cell(k.default, True)} | {_meaning(k)} |" for k in keys
-    ]  # fmt: skip
-    return (
-        "\n".join(["| key | type | default | meaning |", "| --- | --- | --- | --- |", *rows]) if rows else "No keys of its own."
-    )
-
-
-def _header(path: Path) -> list[str]:
-    lines = path.read_text(encoding="utf-8").splitlines()
-    end = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
-    return [line.lstrip("# ") for line in lines[:end] if not line.startswith("# @package")]
+def _table(section: Section, page: str, seen: set[str]) -> str:
+    """The rows as a table; ``seen`` has the keys that have a row on the page above."""
+    lines = ["| key | type | default | meaning |", "| --- | --- | --- | --- |"] if section.rows else []
+    new = {key.name for key in section.rows} - seen
+    seen |= new
+    for key in section.rows:
+        name = _cell(key.name, code=True)
+        name = name.replace("<code>", f'<code id="{key.name}">') if key.name in new else name
+        new.discard(key.name)
+        about = [_prose(key.meaning, page, seen)]
+        about += (
+            [f"Its keys are those of {_key_link(section.same[key.name], page, seen)}, but:"] if key.name in section.same else []
+        )
+        about += [f"({_link(key.target)})"] if key.target else []
+        lines.append(f"| {name} | {_cell(key.type, True)} | {_cell(key.default, True)} | {' '.join(about)} |")
+    return "\n".join(lines)
 
 
 def _code_header(path: Path) -> str:
     """The comment at the head of a file: its commands as a block, the rest as text."""
-    lines = _header(path)
+    lines = header(path)
     commands = [line for line in lines if re.match(r"(python train|tercet |evaluation=|model=)", line)]
     text = " ".join(line for line in lines if line not in commands)
     block = "\n".join(["```bash", *commands, "```"]) if commands else ""
-    return "\n\n".join(part for part in (block, _cell(text)) if part)
+    return "\n\n".join(part for part in (block, _prose(text)) if part)
 
 
 # The gallery
@@ -283,7 +281,7 @@ def gallery_page() -> str:
         "Each is a file of `conf/experiment/`; the figures are of the [lab](lab/README.md)'s runs.",
     ]
     for path in sorted(CONF.glob("experiment/*.yaml"), key=lambda path: (path.stem != "quickstart", path.stem)):
-        chosen = [item for item in _load(path).get("defaults", []) if isinstance(item, dict)]
+        chosen = [item for item in load(path).get("defaults", []) if isinstance(item, dict)]
         built = [f"`{k.removeprefix('override ').strip('/')}={v}`" for item in chosen for k, v in item.items()]
         text = _code_header(path)
         pages = [name for name in re.findall(r"docs/(lab/\w+\.md)", path.read_text(encoding="utf-8")) if (DOCS / name).exists()]
@@ -300,7 +298,7 @@ def gallery_page() -> str:
 def _expected(path: Path) -> str:
     rows = [
         f"| {_cell(metric, True)} | {mean}{f' ± {sd}' if sd else ''} | {_cell(str(source))} |"
-        for metric, values in _load(path).get("expected", {}).items()
+        for metric, values in load(path).get("expected", {}).items()
         for mean, sd, _, source in values
     ]
     return "\n".join(["| measured | value | of |", "| --- | --- | --- |", *rows]) if rows else ""

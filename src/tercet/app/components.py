@@ -33,7 +33,7 @@ SETTINGS: dict[str, Any] = {  # what a key takes that belongs to no component; a
     **dict.fromkeys(("data.name", "name"), str | int),
     **dict.fromkeys(("last", "model.max_length", "num_threads"), int | None),
     **dict.fromkeys(("latency_ms", "recall"), float),
-    **dict.fromkeys(("runs", "words"), list | str),
+    **dict.fromkeys(("command", "runs", "words"), list | str),
     "model.normalize": bool | None, "model.path": list | str | None, "run_length": dict | None,
     **dict.fromkeys(("older_than", "tolerance"), float | None),
     "save_every": int | str | None, **dict.fromkeys(("card.datasets", "card.language", "state"), list | str | None),
