@@ -165,6 +165,7 @@ def _key(name: str, written: dict[str, Written], path: Path) -> Key:
     own = written[f"{name}._target_"].text if f"{name}._target_" in written else ""
     follows = _source(name, value.text)
     value = replace(value, kind=value.kind or (written[follows].kind if follows in written else ""))
+    value = replace(value, kind=value.kind or "dict" * (follows != "" and (CONF / follows).is_dir()))
     if not target:  # a key of no component: the parameters that are given its value
         followers = (other for other in written if _source(other, written[other].text) == name)
         for target, parameter, rest in (_owner(other, written) for other in followers):
@@ -198,8 +199,9 @@ def _completed(key: Key, path: Path) -> Key:
         for file in [*sorted(group), CONF / "train.yaml"]:
             written = _written(file, "" if file.parent == CONF else package(file))
             if file != path and (other := written.get(name)):
-                kind = key.type or other.kind or "dict" * other.is_block
-                key = replace(key, type=kind, meaning=key.meaning or other.comment)
+                kind = other.kind or "dict" * other.is_block
+                kind += " | null" * bool(kind and key.default == "null")
+                key = replace(key, type=key.type or kind, meaning=key.meaning or other.comment)
     return key
 
 

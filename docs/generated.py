@@ -7,7 +7,7 @@ import html
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import zip_longest
 from pathlib import Path
@@ -69,6 +69,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Make links that leave docs/, as GitHub follows them, links of the site; what it has no page for becomes plain text."""
+    if "beside" in markdown:  # two columns need the room of the menus
+        page.meta["hide"] = ["navigation", "toc"]
     up = "../" * page.file.src_uri.count("/")
     above = "" if page.file.src_uri in ABOVE.values() else f"{up}../"
     for name, target in ABOVE.items():
@@ -122,8 +124,10 @@ class Section:
 def key_pages() -> Iterator[tuple[str, str]]:
     """A page of each command's own keys, and of each group's choices."""
     for page, sections in _key_sections().items():
-        seen: set[str] = set()
-        yield page, "\n\n".join(part for section in sections for part in (section.head, _table(section, page, seen)) if part)
+        first: dict[str, Key] = {}  # the rows that links lead to
+        for key in (key for section in sections for key in section.rows):
+            first.setdefault(key.name, key)
+        yield page, "\n\n".join(part for section in sections for part in (section.head, _table(section, page, first)) if part)
 
 
 @cache
@@ -145,6 +149,7 @@ def _group_sections(group: str, files: list[Path]) -> list[Section]:
     text = f"# `{group}=`\n\nThe choices of this group, and the keys that each has."
     if group == "evaluation":
         text += " Where the choice is given a name, as in `evaluation@test=sts`, keys begin with it: `test.path`."
+    files = sorted(files, key=lambda path: len({*_bases(path, package(path), prefix)} & {*files}))  # bases come first
     starts = {path: package(path) for path in files}
     uses = Counter(base for path in files for base in _bases(path, starts[path], prefix))
     common = sorted((base for base in uses if uses[base] > 1 and base not in starts), key=lambda base: -uses[base])
@@ -157,18 +162,22 @@ def _group_sections(group: str, files: list[Path]) -> list[Section]:
         bases = [base for base in _bases(path, before, prefix) if base in starts]
         known = {name: key for base in bases for name, key in read_keys(base, starts[base]).items()}
         same = _mounted(path, before, prefix, starts, shown, known)
-        rows = [key for name, key in read_keys(path, before).items() if known.get(name) != key]
-        links = ", ".join(f"[{names[base]}](#{base.parent.name}-{base.stem})" for base in bases)
+        rows = [key for name, key in read_keys(path, before).items() if not _says_the_same(key, known.get(name))]
+        links = ", ".join(f"[{names[base].split(': ')[-1]}](#{base.parent.name}-{base.stem})" for base in bases)
         target = str(load(path).get("_target_", ""))
         parts = [
             f"## {names[path]} {{#{path.parent.name}-{path.stem}}}",
             _code_header(path),
             f"Builds {_link(target)}." if target else "",
-            f"It has {links}{', with these differences' if rows else ''}." if links else "",
+            f"The keys of {links}{', with these differences:' if rows else '.'}" if links else "",
             "" if rows or links else "No keys of its own.",
         ]
         sections.append(Section("\n\n".join(filter(None, parts)), rows, same))
     return sections
+
+
+def _says_the_same(key: Key, other: Key | None) -> bool:
+    return other is not None and replace(key, type="") == replace(other, type="")
 
 
 def _bases(path: Path, before: str, prefix: str) -> list[Path]:
@@ -213,10 +222,10 @@ def _places() -> dict[str, str]:
     return {**places, **{page: page for page in _key_sections() if (CONF / page).is_dir()}}
 
 
-def _key_link(name: str, page: str, seen: Collection[str]) -> str:
+def _key_link(name: str, page: str, names: Collection[str]) -> str:
     """A key with a link to its row."""
     code = _cell(name, code=True)
-    if name in seen:
+    if name in names:
         return f"[{code}](#{name})"
     place = _places().get(name, "")
     return f"[{code}]({place}.md{'' if place == name else f'#{name}'})" if place and place != page else code
@@ -232,33 +241,29 @@ def _groups(path: Path) -> str:
 
 def _cell(text: str, code: bool = False) -> str:
     text = html.escape(text, quote=False)
-    for character in "|[*_`":
+    for character in "|[{*_`":
         text = text.replace(character, f"&#{ord(character)};")
     return f"<code>{text}</code>" if code and text else text
 
 
-def _prose(text: str, page: str = "", seen: Collection[str] = ()) -> str:
+def _prose(text: str, page: str = "", names: Collection[str] = (), follows: str = "") -> str:
     """A text with code in backticks; in that of a ``page`` full names of keys become links."""
     parts = text.split("`")
-    code = [_key_link(part, page, seen) if page else _cell(part, code=True) for part in parts[1::2]]
+    code = [_key_link(x, page, names) if page and ("." in x or x == follows) else _cell(x, code=True) for x in parts[1::2]]
     return "".join(f"{_cell(plain)}{inner}" for plain, inner in zip_longest(parts[::2], code, fillvalue=""))
 
 
-def _table(section: Section, page: str, seen: set[str]) -> str:
-    """The rows as a table; ``seen`` has the keys that have a row on the page above."""
+def _table(section: Section, page: str, first: dict[str, Key]) -> str:
     lines = ["| key | type | default | meaning |", "| --- | --- | --- | --- |"] if section.rows else []
-    new = {key.name for key in section.rows} - seen
-    seen |= new
     for key in section.rows:
         name = _cell(key.name, code=True)
-        name = name.replace("<code>", f'<code id="{key.name}">') if key.name in new else name
-        new.discard(key.name)
-        about = [_prose(key.meaning, page, seen)]
-        about += (
-            [f"Its keys are those of {_key_link(section.same[key.name], page, seen)}, but:"] if key.name in section.same else []
-        )
-        about += [f"({_link(key.target)})"] if key.target else []
-        lines.append(f"| {name} | {_cell(key.type, True)} | {_cell(key.default, True)} | {' '.join(about)} |")
+        if first[key.name] is key:
+            name = name.replace("<code>", f'<code id="{key.name}">')
+        default = re.sub(r"(?<=[\w}][./])(?=\w)", "<wbr>", _cell(key.default, code=True))
+        about = _prose(key.meaning, page, first, key.follows) + (f" ({_link(key.target)})" if key.target else "")
+        if other := section.same.get(key.name):
+            about += f"; its keys are those of {_key_link(other, page, first)} where they are not below"
+        lines.append(f"| {name} | {_cell(key.type, code=True)} | {default} | {about} |")
     return "\n".join(lines)
 
 
