@@ -69,7 +69,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Make links that leave docs/, as GitHub follows them, links of the site; what it has no page for becomes plain text."""
-    if "beside" in markdown:  # two columns need the room of the menus
+    if 'class="beside"' in markdown:  # two columns need the room of the menus
         page.meta["hide"] = ["navigation", "toc"]
     up = "../" * page.file.src_uri.count("/")
     above = "" if page.file.src_uri in ABOVE.values() else f"{up}../"
@@ -123,7 +123,7 @@ class Section:
 
 def key_pages() -> Iterator[tuple[str, str]]:
     """A page of each command's own keys, and of each group's choices."""
-    for page, sections in _key_sections().items():
+    for page, sections in key_sections().items():
         first: dict[str, Key] = {}  # the rows that links lead to
         for key in (key for section in sections for key in section.rows):
             first.setdefault(key.name, key)
@@ -131,7 +131,8 @@ def key_pages() -> Iterator[tuple[str, str]]:
 
 
 @cache
-def _key_sections() -> dict[str, list[Section]]:
+def key_sections() -> dict[str, list[Section]]:
+    """The pages of each command's own keys and of each group's choices, by name, before they are written out."""
     pages = {}
     for path in sorted(CONF.glob("*.yaml")):
         title = f"# `tercet {path.stem}`: keys\n\n{_code_header(path)}"
@@ -215,11 +216,11 @@ def _link(target: str) -> str:
 @cache
 def _places() -> dict[str, str]:
     """The page that documents a key, where it is not the page itself: that of its group, else of the first command."""
-    places = {key.name: page for page, sections in _key_sections().items() for part in sections for key in part.rows}
-    for page, sections in _key_sections().items():
+    places = {key.name: page for page, sections in key_sections().items() for part in sections for key in part.rows}
+    for page, sections in key_sections().items():
         mine = {key.name: page for section in sections for key in section.rows}
         places |= {name: page for name in mine if page == "1_train" or name.split(".")[0] == page}
-    return {**places, **{page: page for page in _key_sections() if (CONF / page).is_dir()}}
+    return {**places, **{page: page for page in key_sections() if (CONF / page).is_dir()}}
 
 
 def _key_link(name: str, page: str, names: Collection[str]) -> str:
@@ -262,7 +263,7 @@ def _table(section: Section, page: str, first: dict[str, Key]) -> str:
         default = re.sub(r"(?<=[\w}][./])(?=\w)", "<wbr>", _cell(key.default, code=True))
         about = _prose(key.meaning, page, first, key.follows) + (f" ({_link(key.target)})" if key.target else "")
         if other := section.same.get(key.name):
-            about += f"; its keys are those of {_key_link(other, page, first)} where they are not below"
+            about += f"; it has the keys of {_key_link(other, page, first)}; those below differ"
         lines.append(f"| {name} | {_cell(key.type, code=True)} | {default} | {about} |")
     return "\n".join(lines)
 
