@@ -62,10 +62,10 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def header(path: Path) -> list[str]:
-    """The lines of the comment at the head of a file."""
+    """The lines of the comment at the head of a file, with what they are indented by."""
     lines = path.read_text(encoding="utf-8").splitlines()
     end = next((i for i, line in enumerate(lines) if not line.startswith("#")), len(lines))
-    return [line.lstrip("# ") for line in lines[:end] if not line.startswith("# @package")]
+    return [line[1:].removeprefix(" ") for line in lines[:end] if not line.startswith("# @package")]
 
 
 def package(path: Path) -> str:

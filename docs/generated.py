@@ -15,7 +15,7 @@ from typing import Any
 
 import griffe
 import nbformat
-from config_keys import CONF, Key, header, layers, load, package, read_keys
+from config_keys import CONF, Key, documentation, header, layers, load, package, read_keys
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -269,36 +269,66 @@ def _table(section: Section, page: str, first: dict[str, Key]) -> str:
 
 
 def _code_header(path: Path) -> str:
-    """The comment at the head of a file: its commands as a block, the rest as text."""
-    lines = header(path)
-    commands = [line for line in lines if re.match(r"(python train|tercet |evaluation=|model=)", line)]
-    text = " ".join(line for line in lines if line not in commands)
+    """The comment at the head of a file: its commands, which may go on in indented lines, as a block; the rest as text."""
+    commands, text = list[str](), list[str]()
+    for line in header(path):
+        if not re.match(r"(python train|tercet |evaluation=|model=|  )", line):
+            text.append(line)
+        elif line.startswith("  ") and commands and not commands[-1].endswith("\\"):
+            commands[-1:] = [f"{commands[-1]} \\", line]
+        else:
+            commands.append(line)
     block = "\n".join(["```bash", *commands, "```"]) if commands else ""
-    return "\n\n".join(part for part in (block, _prose(text)) if part)
+    return "\n\n".join(part for part in (block, _prose(" ".join(text))) if part)
 
 
 # The gallery
 
 
 def gallery_page() -> str:
-    """Every experiment: how to start it, what it is built of, the figures of its page in the lab, and what is expected."""
+    """Every experiment: how to start it, its paper, what it is built of, its figures in the lab, and what is expected."""
     parts = [
         "# Gallery of experiments",
         "Each is a file of `conf/experiment/`; the figures are of the [lab](lab/README.md)'s runs.",
     ]
     for path in sorted(CONF.glob("experiment/*.yaml"), key=lambda path: (path.stem != "quickstart", path.stem)):
-        chosen = [item for item in load(path).get("defaults", []) if isinstance(item, dict)]
-        built = [f"`{k.removeprefix('override ').strip('/')}={v}`" for item in chosen for k, v in item.items()]
-        text = _code_header(path)
-        pages = [name for name in re.findall(r"docs/(lab/\w+\.md)", path.read_text(encoding="utf-8")) if (DOCS / name).exists()]
-        images = [
-            f"lab/{image}" for page in pages for image in re.findall(r"!\[.*?\]\((\w+\.png)\)", (DOCS / page).read_text())
-        ]
-        images += [f"lab/{path.stem}.png"] if (DOCS / "lab" / f"{path.stem}.png").exists() else []
-        text = re.sub(r"docs/(lab/\w+\.md)", r"[\1](\1)", text.replace("&#95;", "_"))
-        shown = [f"![{path.stem}]({image})" for image in dict.fromkeys(images)]
-        parts += [f"## {path.stem}", text, f"Built of {', '.join(built)}." if built else "", *shown, _expected(path)]
+        chosen = [item for item in load(path).get("defaults", []) if item != "_self_"]
+        built = [f"[`experiment={item}`](#{item})" for item in chosen if isinstance(item, str)]
+        built += [f"`{k.split()[-1].strip('/')}={v}`" for item in chosen if isinstance(item, dict) for k, v in item.items()]
+        text = re.sub(r"docs/(lab/\w+\.md)", r"[\1](\1)", _code_header(path).replace("&#95;", "_"))
+        parts += [f"## {path.stem}", text, _paper(path), f"Built of {', '.join(built)}." if built else ""]
+        parts += [*(f"![{path.stem}]({image})" for image in _figures(path)), _expected(path)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _figures(path: Path) -> list[str]:
+    """The figures of an experiment: its own, and those of the page that it names, below a command that starts it."""
+    found = [f"lab/{path.stem}.png"] if (DOCS / "lab" / f"{path.stem}.png").exists() else []
+    for page in re.findall(r"docs/(lab/\w+\.md)", path.read_text(encoding="utf-8")):
+        for part in re.split(r"^(?=## )", (DOCS / page).read_text(encoding="utf-8"), flags=re.MULTILINE):
+            images = re.finditer(r"!\[.*?\]\((\w+\.png)\)", part)
+            found += [f"lab/{image[1]}" for image in images if re.search(rf"experiment={path.stem}\b", part[: image.start()])]
+    return list(dict.fromkeys(found))
+
+
+def _paper(path: Path) -> str:
+    """The paper of an experiment's objective, which the docstring of that names."""
+    node = load(CONF / "objective" / f"{_objective(path) or _objective(CONF / 'train.yaml')}.yaml")
+    about = documentation(node.get("_target_") or node["objective"]["_target_"])[0]
+    found = re.search(r"\(([^()]*arXiv:([\d.]+\d))", about)
+    return f"Paper: [{found[1]}](https://arxiv.org/abs/{found[2]})." if found else ""
+
+
+def _objective(path: Path) -> str:
+    """The objective that a file chooses, or an experiment that it is built on; "" is that of conf/train.yaml."""
+    for item in load(path).get("defaults", []):
+        found = item.get("override /objective") or item.get("objective") if isinstance(item, dict) else None
+        base = path.parent / f"{item}.yaml"
+        if isinstance(item, str) and path.parent.name == "experiment" and base.exists():
+            found = _objective(base)
+        if found:
+            return str(found)
+    return ""
 
 
 def _expected(path: Path) -> str:

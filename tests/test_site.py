@@ -133,7 +133,13 @@ def test_keys(generated, file, key, kind, default, meaning):
 def test_the_gallery_has_every_experiment(generated):
     page = generated.gallery_page()
     assert all(f"\n## {name}\n" in page for name in choices("experiment"))
-    assert "![facenet_lfw_small](lab/facenet_roc.png)" in page
+    parts = {part.split("\n")[0]: part for part in page.split("\n## ")}
+    assert "![facenet_lfw_small](lab/facenet_roc.png)" in parts["facenet_lfw_small"]
+    assert "![" not in parts["facenet_questions"]  # of the same page of the lab, which has no figure of it
+    assert "[experiment=" not in page and "(https://arxiv.org/abs/1803.02893)" in parts["quick_thoughts"]
+    assert all("```bash\n" in part for name, part in parts.items() if not name.startswith("#"))
+    papers = [name for name, part in parts.items() if "Paper: [" in part]
+    assert set(choices("experiment")) - {"own_texts"} <= {*papers}
 
 
 def test_examples_of_docstrings_become_blocks(generated):
