@@ -23,7 +23,11 @@ def generated():
     pytest.importorskip("mkdocstrings")
     spec = spec_from_file_location("generated_pages", ROOT / "docs" / "generated.py")
     module = sys.modules[spec.name] = module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.path.insert(0, str(ROOT / "docs"))  # as MkDocs does while it loads a hook
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(ROOT / "docs"))
     return module
 
 
@@ -61,31 +65,67 @@ def test_every_key_of_the_configuration_is_on_a_page_with_its_type_and_meaning(g
         page = pages[f"1_{path.stem}" if path.parent == CONF else path.parent.relative_to(CONF).as_posix().replace("/", "_")]
         names = {name for name in yaml.safe_load(path.read_text()) or {} if not name.startswith("_")}
         for name in names - {"defaults", "hydra"}:
-            assert re.search(rf"<code>([a-z.]+\.)?{re.escape(generated._cell(name))}[.<]", page), (path, name)
+            assert re.search(rf">([a-z.]+\.)?{re.escape(generated._cell(name))}[.<]", page), (path, name)
+
+
+def test_no_key_is_without_a_type_and_a_meaning(generated):
+    pages = generated.key_sections()
+    rows = [(page, key) for page, sections in pages.items() for section in sections for key in section.rows]
+    assert len(rows) > 900
+    assert not [(page, key.name) for page, key in rows if not key.type]
+    says = {(page, key.name): key.meaning.strip(" .`").lower() for page, key in rows}
+    assert not {place: text for place, text in says.items() if len(text.split()) < 3 or text == place[1].split(".")[-1]}
+
+
+def test_a_page_has_each_key_of_a_choice_in_its_own_part_or_in_one_that_is_named_there(generated):
+    sections = {section.head.splitlines()[0]: section for section in generated.key_sections()["data"]}
+    books, files = sections["## `data=books` {#data-books}"], sections["## Common keys: text files {#base-text_files}"]
+    names = [key.name for key in books.rows]
+    assert "[text files](#base-text_files)" in books.head
+    assert "data.train.held_out_by" in names and "data.train.streaming" not in names
+    assert "data.train.streaming" in [key.name for key in files.rows]
+    assert books.same == {"data.validation": "data.train"} and "data.validation.split" in names
+
+
+def test_links_of_a_key_lead_to_its_row(generated):
+    pages = dict(generated.key_pages())
+    assert '<code id="data.path">data.path</code>' in pages["data"]
+    assert "the value of [<code>data.test</code>](data.md#data.test)" in pages["evaluation"]
+    assert "the value of [<code>loss</code>](loss.md)" in pages["objective"]
 
 
 @pytest.mark.parametrize(
     ("file", "key", "kind", "default", "meaning"),
     [
-        ("loss/infonce", "loss.similarity", "str", "cosine", "or dot"),
-        ("loss/triplet", "loss.tile", "int | None", "null", "anchor rows at a time; null chooses"),
-        ("train", "seed", "int", "1", ""),
+        ("loss/infonce", "loss.similarity", "cosine | dot", "cosine", "or dot: how an anchor and a key are compared"),
+        ("loss/triplet", "loss.tile", "int | null", "null", "anchor rows at a time; null chooses"),
+        ("train", "seed", "int", "1", None),
         ("train", "stages.runs", "dict", "{}", "name -> what is set in it; null leaves a stage out"),
-        ("data/text", "data.workers", "int", "0", ""),  # of a base file of a base file
-        ("data/text", "data.max_length", "int", "48", "tokens of a training row"),  # changed, with the comment of the base
+        ("data/text", "data.workers", "int", "0", None),  # of a base file of a base file
+        ("data/text", "data.module.batch_size", "int", "${data.batch_size}", "the value of `data.batch_size`"),
+        ("data/text", "data.columns", "list[str]", "[]", None),  # of the parameters that are given its value
         (
-            "model/minilm",
-            "model.execution.chunk_tokens",
-            "int | Literal['auto'] | None",
-            "1024",
-            None,
-        ),  # of a block that is a component
+            "data/images",
+            "data.transform.augment.jpeg",
+            "float",
+            "0.0",
+            "the probability of JPEG compression of quality 10 to 90",
+        ),
+        ("model/towers", "model.f.backbone.cell", "gru | lstm | bag", "gru", None),  # of a choice of the same group
+        ("model/bert_small", "model.backbone.config.hidden_size", "int", "256", "Dimension of the hidden representations"),
+        ("callback/default", "callback.summary.max_depth", "int", "2", None),  # of Lightning
+        ("logger/csv", "logger.csv.prefix", "str", '""', "A string to put at the beginning of metric keys"),  # of a base class
+        ("sweep/seeds", "hydra.sweeper.params.seed", "str", "1,2,3", "the values of `seed` that are tried"),
+        ("view/crop", "view.second.0.rate", "float", "0.1", None),  # in a list
+        ("encode", "precision", "float32 | float16 | int8 | binary", "float32", None),
+        ("data/text", "data.max_length", "int", "48", "tokens of a training row"),  # changed, with the comment of the base
+        ("model/minilm", "model.execution.chunk_tokens", "int | auto | null", "1024", None),  # of a block that is a component
         ("objective/simcse_sup", "objective.memory.size", "int", "0", "examples; 0 is none"),
     ],
 )
 def test_keys(generated, file, key, kind, default, meaning):
     path = CONF / f"{file}.yaml"
-    found = generated.read_keys(path, "" if path.parent == CONF else generated._package(path))[key]
+    found = generated.read_keys(path, "" if path.parent == CONF else generated.package(path))[key]
     assert (found.type, found.default) == (kind, default)
     assert meaning in (None, found.meaning)
 
@@ -93,7 +133,13 @@ def test_keys(generated, file, key, kind, default, meaning):
 def test_the_gallery_has_every_experiment(generated):
     page = generated.gallery_page()
     assert all(f"\n## {name}\n" in page for name in choices("experiment"))
-    assert "![facenet_lfw_small](lab/facenet_roc.png)" in page
+    parts = {part.split("\n")[0]: part for part in page.split("\n## ")}
+    assert "![facenet_lfw_small](lab/facenet_roc.png)" in parts["facenet_lfw_small"]
+    assert "![" not in parts["facenet_questions"]  # of the same page of the lab, which has no figure of it
+    assert "[experiment=" not in page and "(https://arxiv.org/abs/1803.02893)" in parts["quick_thoughts"]
+    assert all("```bash\n" in part for name, part in parts.items() if not name.startswith("#"))
+    papers = [name for name, part in parts.items() if "Paper: [" in part]
+    assert set(choices("experiment")) - {"own_texts"} <= {*papers}
 
 
 def test_examples_of_docstrings_become_blocks(generated):

@@ -25,11 +25,12 @@ GUTENBERG = re.compile(r"^\*\*\* ?(START|END) OF (?:THE|THIS) PROJECT GUTENBERG.
 class Books:
     """The sentences of a folder of .txt files, each a document; a blank line ends a paragraph. Sentencex splits sentences.
 
-    ``label`` is the document, ``position`` the number of the sentence in it. Left out are Project Gutenberg's license, lines
-    without a letter and, counted in a warning, sentences of more than ``max_characters`` (their neighbors are then two
-    positions apart) and files without a sentence. ``language`` is a code such as en or de. With ``held_out`` above 0, the
-    ``split`` "test" has whole books of at most that many sentences, "train" the other books; with ``validation_rows`` some of
-    these are the ``split`` "validation".
+    ``label`` is the document, ``position`` the number of the sentence in it. Left out are Project Gutenberg's license,
+    lines without a letter and, counted in a warning, sentences of more than ``max_characters`` (their neighbors are then
+    two positions apart) and files without a sentence. ``language`` is a code such as en or de. ``split`` names the
+    sentences to take: "train", "test" or "validation", or "all". With ``held_out`` above 0, "test" has whole books of at
+    most that many sentences, "train" the other books; with ``validation_rows`` some of these are the ``split``
+    "validation".
 
     >>> import pathlib, tempfile
     >>> folder = pathlib.Path(tempfile.mkdtemp())

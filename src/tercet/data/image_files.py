@@ -41,9 +41,10 @@ class ImageFiles:
     folders such as train, val and test, with the labels' folders in them, a label is one in all of them, and they are the
     column ``split``. ``where`` keeps rows by value: ``{"split": "train"}``.
 
-    With ``held_out`` above 0, the parameter ``split`` "test" has about that many images, at most a fifth, of whole labels
-    chosen by a hash, so that no label is in both sides; "train" has the others, "all" both. With
-    ``validation_rows`` about as many of the others, of whole labels too, are the ``split`` "validation".
+    ``split`` names the images to take: "train", "test" or "validation", or "all". With ``held_out`` above 0, "test" has
+    about that many images, at most a fifth, of whole labels chosen by a hash, so that no label is in both sides; "train"
+    has the others, "all" both. With ``validation_rows`` about as many of the others, of whole labels too, are the ``split``
+    "validation".
 
     >>> import pathlib, tempfile
     >>> from PIL import Image

@@ -28,12 +28,13 @@ class TextFiles:
     one that holds both, or of a file of one column line ends, is an error, as is a quote that is not closed, since it could
     have taken up the rows after it. JSON and Parquet files hold any text.
 
-    With ``held_out`` above 0, the ``split`` "test" has that many rows, at least 2 and at most a fifth, chosen by a hash of the
-    column ``held_out_by`` (None: the label where there is a position, so that documents stay whole, else the first text
-    column), so that equal values are in one split; "train" has the other rows, "all" both. With ``streaming`` rows are read
-    when they are needed, and the first ``held_out`` are the test split. With ``validation_rows`` as many of the other rows, a
-    fifth at most, are the ``split`` "validation". ``bad_rows`` is "error" or "drop": what happens to rows with an empty cell,
-    or one of more than ``max_characters``.
+    ``split`` names the rows to take: "train", "test" or "validation", or "all". With ``held_out`` above 0, the ``split``
+    "test" has that many rows, at least 2 and at most a fifth, chosen by a hash of the column ``held_out_by`` (None: the
+    label where there is a position, so that documents stay whole, else the first text column), so that equal values are in
+    one split; "train" has the other rows, "all" both. With ``streaming`` rows are read when they are needed, and the first
+    ``held_out`` are the test split. With ``validation_rows`` as many of the other rows, a fifth at most, are the ``split``
+    "validation". ``bad_rows`` is "error" or "drop": what happens to rows with an empty cell, or one of more than
+    ``max_characters``.
 
     >>> import pathlib, tempfile
     >>> file = pathlib.Path(tempfile.mkdtemp()) / "pairs.csv"

@@ -252,7 +252,7 @@ def clean_sentence(cell: Any, column: str, where: str) -> str:
 
 @dataclass(frozen=True)
 class EvaluatorGroup:
-    """Runs several evaluators and merges their metrics.
+    """Runs the evaluators ``members`` and merges their metrics.
 
     >>> group = EvaluatorGroup({"length": lambda encode: {"length": float(len(encode(["a"])[0]))}})
     >>> group(lambda items: np.ones((len(items), 3)))

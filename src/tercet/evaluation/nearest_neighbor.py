@@ -26,8 +26,8 @@ class NearestNeighbor:
     has, can be found but are no queries. ``nearest_neighbor/<name>/...``, means over queries, of which R items have the label:
     ``recall@k`` (is any of the k nearest of the label?), ``r_precision`` (the share of the R nearest that are), ``map@r``
     (1/R sum over i <= R of P(i) rel(i); Musgrave et al. 2020, arXiv:2003.08505, eq. 2), and ``knn_accuracy`` (is the label the
-    ``majority_label`` of the ``neighbors`` nearest? A tie of votes goes to the larger sum of cosines). Items of equal cosine
-    come in the order of a hash of their contents, on which labels have no influence.
+    ``majority_label`` of the ``neighbors`` nearest? A tie of votes goes to the larger sum of cosines). ``ks`` are the numbers
+    k of ``recall@k``. Items of equal cosine come in the order of a hash of their contents, on which labels have no influence.
 
     >>> source = {"text": ["ab", "aab", "cd", "dd"], "label": [0, 0, 1, 1]}
     >>> encode = lambda texts: torch.tensor([[text.count(letter) for letter in "abcd"] for text in texts])

@@ -24,7 +24,7 @@ class Retrieval:
     texts are one query or one document, so that a query may have several relevant documents, and so are rows of equal label.
     Exact search by cosine. A document that scores as high as a relevant one counts as before it: collapsed embeddings find
     nothing. ``retrieval/<name>/...``, means over queries: ``recall@k`` (is any relevant document among the first k), ``mrr``
-    (1 / rank of the first), ``ndcg@10`` and ``map`` (binary relevance).
+    (1 / rank of the first), ``ndcg@10`` and ``map`` (binary relevance). ``ks`` are the numbers k of ``recall@k``.
 
     >>> source = {"question": ["ab", "cd"], "answer": ["aab", "dd"]}
     >>> encode = lambda texts: torch.tensor([[text.count(letter) for letter in "abcd"] for text in texts])

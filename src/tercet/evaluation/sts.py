@@ -74,7 +74,8 @@ class STS:
 
     ``path`` is SentEval's folder data/downstream, which has the pairs of published tables; a table with the columns task,
     subset, split, sentence1, sentence2, score (parquet, csv, tsv, jsonl); or "hub": mteb's public sets, of other text and
-    partly other pairs, so that their metrics have other names, ``sts/<task>_hub/...``. ``split`` is test, or dev.
+    partly other pairs, so that their metrics have other names, ``sts/<task>_hub/...``. ``tasks`` are the sets that are
+    measured. ``split`` is test, or dev.
 
     ``sts/<task>/<spearman|pearson>_<all|mean|wmean>``; of STS-B and SICK-R, which are one set each, ``spearman`` and
     ``pearson``. ``sts/avg/<...>_<all|mean|wmean>`` is the unweighted mean over several tasks, where those two count for all

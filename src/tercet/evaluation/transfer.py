@@ -45,10 +45,11 @@ class Transfer:
     r"""Accuracy of logistic regression on embeddings, its L2 penalty chosen without the test rows.
 
     MR, CR, SUBJ, MPQA: by ``folds``-fold cross-validation, the penalty by cross-validation within each training part; TREC,
-    MRPC (a pair of vectors u, v is |u - v| and u v): by that of the training rows; SST2: by the dev rows. Folds are stratified
-    and drawn from ``seed``. ``path`` is SentEval's folder, or a table with the columns task, split, sentence1, sentence2 and
-    label. ``device`` is where the classifiers are fitted: cpu, cuda, or auto. ``transfer/<task>/accuracy``,
-    ``transfer/mrpc/f1`` of the label that comes last, and ``transfer/avg/accuracy``, the unweighted mean over tasks.
+    MRPC (a pair of vectors u, v is |u - v| and u v): by that of the training rows; SST2: by the dev rows. Folds are
+    stratified and drawn from ``seed``. ``tasks`` are the sets that are measured. ``path`` is SentEval's folder, or a table
+    with the columns task, split, sentence1, sentence2 and label. ``device`` is where the classifiers are fitted: cpu, cuda,
+    or auto. ``transfer/<task>/accuracy``, ``transfer/mrpc/f1`` of the label that comes last, and ``transfer/avg/accuracy``,
+    the unweighted mean over tasks.
 
     The classifiers are the minima; SentEval looks for them by Adam and stops early. Accuracies differ by a point or so, more on
     short vectors or few rows (``python -m benchmarks.senteval``).

@@ -336,10 +336,8 @@ def ranking_table(comparison: Comparison, metric: str) -> str:
     columns = [[row[i] for row in rows] for i in range(width or len(rows[0]))]
     columns = [column for column in columns if any(column[1:])]
     widths = [max(map(len, column)) for column in columns]
-    lines = [
-        "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in zip(*columns, strict=True)
-    ]
+    table = [[f"{cell:{width}}" for cell in column] for column, width in zip(columns, widths, strict=True)]
+    lines = ["  ".join(row).rstrip() for row in zip(*table, strict=True)]
     return "\n".join([f"{metric}, {'less' if comparison.is_smaller_better(metric) else 'more'} is better", *lines])
 
 
