@@ -335,8 +335,7 @@ def ranking_table(comparison: Comparison, metric: str) -> str:
     width = len(comparison.axes) + 2 if len(ranked) == 1 else None  # one setting leads nobody
     columns = [[row[i] for row in rows] for i in range(width or len(rows[0]))]
     columns = [column for column in columns if any(column[1:])]
-    widths = [max(map(len, column)) for column in columns]
-    table = [[f"{cell:{width}}" for cell in column] for column, width in zip(columns, widths, strict=True)]
+    table = [[f"{cell:{max(map(len, column))}}" for cell in column] for column in columns]
     lines = ["  ".join(row).rstrip() for row in zip(*table, strict=True)]
     return "\n".join([f"{metric}, {'less' if comparison.is_smaller_better(metric) else 'more'} is better", *lines])
 
