@@ -104,6 +104,15 @@ def test_quotes_are_letters_of_tsv(tmp_path):
     assert rows_of(tmp_path / "a.tsv", ["a", "b"]) == [["First", "first"], ['"Second', "second"], ["Third", '"third"']]
 
 
+def test_a_quote_after_a_space_opens_no_cell(tmp_path):
+    """Its line end would begin a row in silence, where both have the right number of cells."""
+    (tmp_path / "a.csv").write_text('a,b\nx, "y\nu, v"\n')
+    with pytest.raises(InputError, match=r"line 2: the cell ' \"y' begins with a space and a quote, which is not closed"):
+        rows_of(tmp_path / "a.csv", ["a", "b"])
+    (tmp_path / "a.csv").write_text('a,b\nx, "y"\nu, 5" wide\n')
+    assert rows_of(tmp_path / "a.csv", ["a", "b"]) == [["x", '"y"'], ["u", '5" wide']]
+
+
 KINDS = [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
 
 
@@ -123,9 +132,11 @@ def test_text_of_any_type_of_arrow(tmp_path, kind):
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_lines_of_no_width_are_blank(tmp_path, caplog, end):
-    (tmp_path / "a.txt").write_bytes(end.join(["A line.", "\u200d", "\u200bvisible\u200b", "\u200b \ufeff\u00ad", ""]).encode())
+    (tmp_path / "a.txt").write_bytes(
+        end.join(["A line.", "\u200d", "\u200bvisible\u200b", "\u200b \ufeff\u00ad", "\ufe0f\u034f", ""]).encode()
+    )
     assert [row["text"] for row in TextFiles(str(tmp_path / "a.txt")).rows()] == ["A line.", "\u200bvisible\u200b"]
-    assert "2 blank lines skipped" in caplog.text
+    assert "3 blank lines skipped" in caplog.text
     (tmp_path / "a.csv").write_text("text\nx\n\u200b\u2060\n", encoding="utf-8")
     with pytest.raises(InputError, match="row 2: column 'text' is empty"):
         TextFiles(str(tmp_path / "a.csv")).rows()

@@ -114,8 +114,8 @@ def _trim(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def is_blank(column: Any) -> Any:
-    """``(N,)``, true for cells of nothing but white space and characters of no width."""
-    return pc.match_substring_regex(column, r"^[\p{Z}\p{Cf}\s\x1c-\x1f\x85]*$")
+    """``(N,)``, true for cells of nothing but white space, fillers, and characters of no width, as marks without a letter."""
+    return pc.match_substring_regex(column, r"^[\p{Z}\p{Cf}\p{Mn}\s\x1c-\x1f\x85\x{115F}\x{1160}\x{2800}\x{3164}\x{FFA0}]*$")
 
 
 def _try_cast(column: Any) -> Any:

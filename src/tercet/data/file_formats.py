@@ -23,6 +23,7 @@ CELL = 1 << 24  # characters of the longest cell of CSV
 LINE = 1 << 29  # characters of the longest line, which may be a whole list of JSON
 LEVELS = 64  # of lists and objects in an object of JSON: libraries read deeper ones until the stack overflows
 LINE_END = re.compile(rb"\r\n?|\n")
+NOT_QUOTED = re.compile(r'\s+"[^"]*')
 SEPARATORS = "A .csv file is cut by commas, a .tsv file by tabs: save it so, or rename it."
 TABS = "A cell cannot hold a tab, not even in quotes."
 QUOTES = 'Double a quote inside of a quoted cell (""), or save the table as .jsonl or .parquet, where a cell may hold any text.'
@@ -100,6 +101,11 @@ def _read_cells(file: Path, name: str, delimiter: str) -> Iterator[list[str]]:
                 if mark := next((mark for mark in ";|\t" if delimiter == "," and any(mark in cell for cell in header)), ""):
                     advice = f"The columns seem to be cut by {mark!r}. {SEPARATORS}"
                 raise InputError(f"{name}: line {start} has {len(cells)} cells, the header {len(header)}. {advice}")
+            if delimiter != "\t" and (loose := next(filter(NOT_QUOTED.fullmatch, cells), None)):
+                fault = f"the cell {loose[:40]!r} begins with a space and a quote, which is not closed"
+                raise InputError(
+                    f"{name}: line {start}: {fault}. A quote counts right after the separator only: remove the space."
+                )
             if cells:
                 yield cells
             start = rows.line_num + 1
