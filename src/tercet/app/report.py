@@ -55,7 +55,7 @@ def write_report(output: Path, cfg: DictConfig, metrics: Metrics, shown: Sequenc
         overrides=[override.partition("=")[::2] for override in overrides],
         speed=[(n.replace("_", " "), format_number(metrics[f"train/{n}"])) for n in SPEED if f"train/{n}" in metrics],
         revision=(output / "revision.txt").read_text(encoding="utf-8"),
-        command=shlex.join(["python", "train.py", *overrides]),
+        command=shlex.join(["tercet", "train", *overrides]),
         config=OmegaConf.to_yaml(cfg, resolve=True),
     )
 

@@ -161,7 +161,7 @@ class Comparison:
 
 
 def run(cfg: DictConfig, output: Path) -> None:
-    """Compare ``cfg.runs``, folders or files, and write the tables into ``cfg.output``, or the first of these folders."""
+    """Compare ``cfg.runs``, folders or files, and write the tables into ``cfg.output``, the folder of runs or one beside."""
     paths = [Path(p) for p in ([cfg.runs] if isinstance(cfg.runs, str) else cfg.runs)]
     files = [path for path in paths if path.suffix == ".json"]
     mixed = "runs has folders of runs and .json files of `tercet evaluate`: give either folders or files."
@@ -170,7 +170,9 @@ def run(cfg: DictConfig, output: Path) -> None:
     runs = [one for group in comparison.runs.values() for one in group]
     results = {one.folder: one.metrics for one in runs}
     names = shared_metrics(results) if files else sorted({name for one in runs for name in one.metrics})
-    target = Path(cfg.output or (paths[0].parent if files else paths[0]))
+    alone = bool(files) or is_run(paths[0])  # not a folder of runs
+    target = Path(cfg.output or (paths[0].parent / "comparison" if alone else paths[0]))
+    require(not is_run(target), f"output={target} is the folder of a run, whose report.html would be replaced. Name another.")
     check_writable(target, "output")
     known = ", ".join(name for name in names if name.startswith("test/"))
     fault = "has no values by example in all of these results" if files else "is in none of the runs"
@@ -179,6 +181,11 @@ def run(cfg: DictConfig, output: Path) -> None:
     for name in chosen if files else ():
         check_examples(results, name)
     write_comparison(comparison, chosen, target)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether this is the folder of one run."""
+    return (folder / run_files.SETTINGS).is_file()
 
 
 def read_evaluations(paths: Sequence[Path]) -> list[Run]:
@@ -218,7 +225,7 @@ def _read_run(folder: Path) -> Run:
     whole = typed and type(seed) is int and isinstance(optimized, str | None)
     require(whole, f"{folder / 'config.yaml'}: command (a list of texts), seed (a whole number) or optimized_metric is amiss.")
     overrides = dict(printable(part, lines=False).partition("=")[::2] for part in given)
-    command = shlex.join(["python", "train.py", *given])
+    command = shlex.join(["tercet", "train", *given])
     metrics = {printable(name, lines=False): value for name, value in run_files.read_metrics(folder).items()}
     smaller = run_files.smaller_is_better(cfg)
     return Run(folder, seed, metrics, overrides, printable(command, lines=False), optimized, smaller)

@@ -65,7 +65,7 @@ def run(cfg: DictConfig, output: Path) -> None:
     print_status(f"{len(table)} rows of {len(pairs.anchors)} pairs ({got} different ones have a negative).")
     print_status(f"Mean cosine: {means}. Written to {target}. To train on it:")
     columns = "'data.columns=[anchor,positive,negative]'"
-    print_status(f"  python train.py objective=simcse_sup data=text data.path={target} {columns}")
+    print_status(f"  tercet train objective=simcse_sup data=text data.path={target} {columns}")
 
 
 def read_mining_pairs(source: Source, seed: int, encoder: Encoder) -> MiningPairs:
