@@ -4,7 +4,7 @@ import importlib
 import sys
 
 from tercet import __version__
-from tercet.errors import did_you_mean
+from tercet.errors import InputError, did_you_mean
 
 ALONE = ("completion", "doctor")  # without Hydra: the one has to be fast, the other to work where a package is missing
 
@@ -13,7 +13,11 @@ def main() -> None:
     """Run the command that the first argument names, with the rest as its overrides."""
     command, *arguments = sys.argv[1:] or ["--help"]
     if command in ALONE:
-        raise SystemExit(importlib.import_module(f"tercet.app.commands.{command}").main(arguments))
+        try:
+            raise SystemExit(importlib.import_module(f"tercet.app.commands.{command}").main(arguments))
+        except InputError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(1) from None
     if command in ("-V", "--version", "version"):
         print(f"tercet {__version__}")
         return

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any
+from typing import Any, NoReturn
 
 _PARAMETER = re.compile(r"`([A-Za-z_][\w.]*)`")
 
@@ -66,6 +66,16 @@ def import_extra(module: str, extra: str) -> Any:
         return import_module(module)
     except ImportError as error:
         raise InputError(f"{error.name} is not installed: pip install 'tercet[{extra}]'.") from error
+
+
+def refuse_arguments(message: str) -> NoReturn:
+    """Raise ``InputError`` in place of ``argparse.ArgumentParser.error``, which exits with 2.
+
+    >>> refuse_arguments("unrecognized arguments: --epochs")
+    Traceback (most recent call last):
+    tercet.errors.InputError: unrecognized arguments: --epochs. Settings are written key=value; `--help` lists the options.
+    """
+    raise InputError(f"{message}. Settings are written key=value; `--help` lists the options.")
 
 
 @contextmanager

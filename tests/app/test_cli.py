@@ -6,6 +6,7 @@ import pytest
 
 from tercet import __main__, __version__
 from tercet.app import cli
+from tercet.app.error_formatting import explain
 
 
 @pytest.mark.parametrize(("given", "used"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
@@ -32,6 +33,23 @@ def test_the_version(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["tercet", "--version"])
     __main__.main()
     assert capsys.readouterr().out == f"tercet {__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["doctor", "--jsn"], ["completion", "tcsh"], ["evaluate", "--outputs"]])
+def test_a_mistyped_option(arguments, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["tercet", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        __main__.main()
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.split("error: ")[1:]
+    assert arguments[1] in line and line.count("\n") == 1
+
+
+@pytest.mark.parametrize(("text", "extra"), [
+    ("No module named 'optuna'", "sweeps"), ("Neither `tensorboard` nor `tensorboardX` is available.", "tensorboard"),
+])  # fmt: skip
+def test_a_library_that_is_missing_is_named_with_its_extra(text, extra):
+    assert explain(ModuleNotFoundError(text), "train").endswith(f"pip install 'tercet[{extra}]'.")
 
 
 def test_a_mistyped_command(monkeypatch, capsys):

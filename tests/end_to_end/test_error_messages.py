@@ -16,7 +16,11 @@ CASES = {
     "a mistyped group": (["objektive=simcse_sup"], ["objektive", "objective"]),
     "a mistyped choice": (["objective=simcse_unsp"], ["objective=simcse_unsp", "simcse_unsup"]),
     "a mistyped data set": (["data=txt"], ["data=txt", "Did you mean data=text"]),
-    "no value": (["data=text"], ["data.path"]),
+    "no value": (["data=text"], ["error: data.path must be given"]),
+    "a path for data that has none": (["data.path={folder}/my.txt"], ["error: data.path: ", "Add data=text"]),
+    "a list without brackets": ([*OWN, "data.columns=question,answer"], ["as data.columns=[question,answer]"]),
+    "an option that is a key elsewhere": ([*OWN, "--epochs"], ["unrecognized arguments: --epochs", "key=value"]),
+    "a header alone": (["data=text", "data.path={folder}/header.csv"], ["header.csv has the columns q, a, but no rows"]),
     "broken syntax": (["data.path=[a"], ["data.path=[a"]),
     "a value of the wrong type": (["trainer.max_steps=many"], ["max_steps", "many"]),
     "a missing file": (["data=text", "data.path={folder}/mine.txt"], ["mine.txt", "does not exist", "my.txt"]),
@@ -100,6 +104,7 @@ def folder(tmp_path):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "coded").mkdir()
     (tmp_path / "coded" / "config.json").write_text('{"model_type": "bert", "auto_map": {"AutoModel": "mine.Model"}}')
+    (tmp_path / "header.csv").write_text("q,a\n")
     (tmp_path / "one.txt").write_text("A single sentence.\n")
     (tmp_path / "pairs.csv").write_text("question,answer\n" + "".join(f"q {i},a {i}\n" for i in range(9)))
     answers = "".join(f"{'who' if i < 9 else 'what'},a {i}\n" for i in range(18))

@@ -223,6 +223,8 @@ Z = torch.randn(4, 3)
     [
         (lambda: TripletLoss()(Z), "^labels: integers"),
         (lambda: TripletLoss()(Z, [0, 1]), r"^labels: shape \(4,\) is needed, .* got \(2,\)"),
+        (lambda: TripletLoss()(Z, ["a", "b", "a", "b"]), "^labels: a tensor, array or list of integers is needed"),
+        (lambda: InfoNCE()(Z, Z, content=[[1], [2, 3]]), "^content: a tensor, array or list of integers is needed"),
         (lambda: TripletLoss()(Z, torch.rand(4)), "^labels: integers are needed, got torch.float32"),
         (lambda: TripletLoss()(Z[:0], []), r"^z: .* not empty is needed, got torch.float32 \(0, 3\)"),
         (lambda: TripletLoss()(Z[0], [0]), r"^z: a float tensor of shape \(N, D\) or \(V, N, D\) .* got torch.float32 \(3,\)"),

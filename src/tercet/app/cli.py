@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 from tercet.app import components, error_formatting, hydra_compat, signals, sweeps
 from tercet.app import config_folder as config_folder
 from tercet.app.run_files import ERROR
-from tercet.errors import require
+from tercet.errors import refuse_arguments, require
 from tercet.messages import printable
 from tercet.paths import RENAME_MANY, is_utf8, write_text
 
@@ -135,6 +135,7 @@ def _run_composed(command: str, arguments: Sequence[str]) -> None:
         parser.add_argument(
             switch, action="append_const", dest="switches", const=f"{switch[2:].replace('-', '_')}=true", help=text
         )
+    parser.error = refuse_arguments  # type: ignore[method-assign]
     options = parser.parse_intermixed_args(list(arguments))
     words = _without_key(options.overrides, command) if command in POSITIONAL else []
     overrides = [_quote_value(a) for a in options.overrides if a not in words] + (getattr(options, "switches", None) or [])

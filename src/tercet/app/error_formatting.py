@@ -11,6 +11,7 @@ from omegaconf.errors import (
     ConfigAttributeError,
     ConfigKeyError,
     InterpolationKeyError,
+    InterpolationToMissingValueError,
     MissingMandatoryValue,
     OmegaConfBaseException,
 )
@@ -31,6 +32,13 @@ ELSEWHERE = {  # what other programs call a key
 }  # fmt: skip
 
 
+EXTRAS = {  # of pyproject.toml, by words of the error of what imports them without us
+    "tensorboard": "tensorboard", "optuna": "sweeps", "joblib": "sweeps", "submitit": "sweeps", "ray": "ray",
+}  # fmt: skip
+AMBIGUOUS = re.compile(r"Ambiguous value for argument '([^=']+)=([^']*)'")
+OWN_DATA = ("path", "columns", "label", "image")  # keys of data=text and data=images
+
+
 def explain(error: BaseException, command: str) -> str:
     """One message for any exception; the parameters that an ``InputError`` names become full configuration keys."""
     chain = _chain(error)
@@ -47,10 +55,14 @@ def explain(error: BaseException, command: str) -> str:
         return f"{group}: the name of a choice of this group is needed. `--help` lists them."
     if isinstance(error, errors.MissingConfigException):
         return _missing_choice(error)
+    if isinstance(error, errors.HydraException) and (found := AMBIGUOUS.search(text)):
+        key, value = found.groups()
+        return f"{key}={value}: a list is written in brackets, as {key}=[{value}]. With -m a run is made for each value."
     if isinstance(error, errors.ConfigCompositionException):
         return _mistyped(error, command)
-    if isinstance(error, MissingMandatoryValue) and error.full_key:
-        return f"{error.full_key} must be given: {error.full_key}=..."
+    if isinstance(error, (MissingMandatoryValue, InterpolationToMissingValueError)):
+        key = _missing_key(error)
+        return f"{key} must be given: {key}=..."
     if isinstance(error, InterpolationKeyError) and (found := re.search(r"'model\.(tokenizer|pixels)'", str(error))):
         if found[1] == "tokenizer":
             return "data holds text, but model reads images. Use model=minilm, or data=images."
@@ -68,6 +80,12 @@ def explain(error: BaseException, command: str) -> str:
     return place + _library_error(error.__cause__ or error if where else error, command)
 
 
+def _missing_key(error: OmegaConfBaseException) -> str:
+    """The key without a value: that of an interpolation is what it leads to."""
+    found = re.search(r"Missing mandatory value: (\S+)", str(error))
+    return found[1] if found else str(error.full_key)
+
+
 def _library_error(error: BaseException, command: str) -> str:
     """The message for an exception of a library: those whose words are for users; the others with a hint how to find them."""
     kind, text = type(error).__name__, " ".join(str(error).split())
@@ -77,6 +95,8 @@ def _library_error(error: BaseException, command: str) -> str:
     if kind in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in text:
         advice = "Use a smaller data.batch_size, model or head, or model.execution.chunk_tokens=auto"
         return f"There is too little memory ({text[:200] or kind}). {advice}."
+    if isinstance(error, ImportError) and (extra := next((EXTRAS[name] for name in EXTRAS if name in text), None)):
+        return f"{text.rstrip('.')}. It comes with: pip install 'tercet[{extra}]'."
     if kind == "MisconfigurationException":  # Lightning's
         return text
     return f"{kind}: {text or 'no message'} (TERCET_DEBUG=1 shows where)"
@@ -128,6 +148,9 @@ def _mistyped(error: errors.ConfigCompositionException, command: str) -> str:
     key = getattr(cause, "full_key", None)
     if not known or not key or key in known:
         return text
+    group, _, name = key.partition(".")
+    if command == "train" and group == "data" and name in OWN_DATA:
+        return f"{key}: the data of this run has no such key. Add data=text for texts of your own, data=images for images."
     inside = [k for k in known if k.split(".")[-1] == key.split(".")[-1]]
     near = [k for k in (ELSEWHERE.get(key),) if k in known]
     near = near or (inside if "." not in key else []) or difflib.get_close_matches(key, known, 1, 0.5) or inside

@@ -24,6 +24,8 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, Node, OmegaConf
 from omegaconf._utils import get_yaml_loader
 
+from tercet.errors import refuse_arguments
+
 MAX_DEPTH = 32  # of values in values, in a configuration that is read as plain data
 
 
@@ -92,6 +94,7 @@ def run_main(job: Callable[[DictConfig], Any], folder: str, name: str, arguments
     """``hydra.main``, which takes its arguments from the process alone, with the arguments given."""
     version.setbase("1.3")
     parser = get_args_parser()
+    parser.error = refuse_arguments  # type: ignore[method-assign]
     options = parser.parse_args(list(arguments))
     _run_hydra(args=options, args_parser=parser, task_function=job, config_path=folder, config_name=name)
 

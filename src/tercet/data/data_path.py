@@ -81,7 +81,10 @@ def resolve(path: str, streaming: bool = False) -> DataPath:
         folders = list(dict.fromkeys(p.parent.absolute() for p in (Path(os.path.expanduser(path)), here) if p.parent.is_dir()))
         if HUB_ID.fullmatch(path) and suffix not in {*FORMATS, *ARCHIVES} and not folders:
             return DataPath(path, Format("hub", partial(_open_hub, streaming)))
-        raise InputError(f"`path`={path} does not exist.{_describe_folders(here.name, folders)} `path` takes {ACCEPTED}.")
+        is_named = path == here.name and suffix == ".parquet" and not os.environ.get("TERCET_DATA")
+        unset = " The environment variable TERCET_DATA, which names the folder of the experiments' data, is not set." * is_named
+        described = _describe_folders(here.name, folders)
+        raise InputError(f"`path`={path} does not exist.{described}{unset} `path` takes {ACCEPTED}.")
     require(here.is_file(), f"`path`={path} is a device or a pipe. `path` takes {ACCEPTED}.")
     require(os.access(here, os.R_OK), f"`path`={path} may not be read by this user: change its permissions.")
     require(suffix not in ARCHIVES, f"`path`={path} is packed ({suffix}). Unpack it first; `path` takes {ACCEPTED}.")

@@ -172,7 +172,9 @@ class TextFiles:
 
 def _most_text(data: DataPath, available: Sequence[str]) -> str:
     """The column whose first cells have most letters."""
-    rows = next(data.chunks((), available)).table.slice(0, 100).to_pylist() if data.files else []
+    chunk = next(data.chunks((), available), None) if data.files else None
+    require(chunk is not None or not data.files, f"`path`={data.path} has the columns {', '.join(available)}, but no rows.")
+    rows = chunk.table.slice(0, 100).to_pylist() if chunk else []
     cells = {name: [row[name] for row in rows if isinstance(row[name], str)] for name in available}
     return max(available, key=lambda name: sum(map(str.isalpha, "".join(cells[name]))))
 

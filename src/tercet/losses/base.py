@@ -33,7 +33,7 @@ def make_embeddings(
     row = torch.arange(z.shape[1], device=z.device) + (rank() << 40)  # distinct in all processes
     none = torch.full_like(row, -1)
     cells = row * len(z) + torch.arange(len(z), device=z.device)[:, None]
-    per_view = content is None or torch.as_tensor(content).dim() == 2  # else one for all views
+    per_view = content is None or _tensor("content", content).dim() == 2  # else one for all views
     hashes = _integers("content", content, cells if per_view else row).expand_as(cells)
     label, position = _integers(label_name, label, none), _integers("positions", position, none)
     return Embeddings(z, _integers("ids", ids, row), label, position, hashes)
@@ -43,11 +43,18 @@ def _integers(name: str, x: Integers | None, default: Tensor) -> Tensor:
     """``x`` as int64 if it holds integers, as many as ``default`` does; ``default`` in place of None."""
     if x is None:
         return default
-    x, shape = torch.as_tensor(x), default.shape
+    x, shape = _tensor(name, x), default.shape
     whole = not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
     require(whole, f"`{name}`: integers are needed, got {x.dtype}.")
     require(x.shape == shape, f"`{name}`: shape {tuple(shape)} is needed, one for each row, got {tuple(x.shape)}.")
     return x.to(default.device, torch.long)
+
+
+def _tensor(name: str, x: Integers) -> Tensor:
+    try:
+        return torch.as_tensor(x)
+    except (TypeError, ValueError, RuntimeError) as error:  # of texts, or of lists of several lengths
+        raise InputError(f"`{name}`: a tensor, array or list of integers is needed ({error}).") from error
 
 
 def check_embeddings(name: str, z: object, views: bool = False, like: Tensor | None = None) -> Tensor:

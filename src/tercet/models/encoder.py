@@ -250,6 +250,8 @@ class CachedEncoder:
         """Encode items, in order, in evaluation mode; the encoder's mode is restored afterwards."""
         several = not isinstance(items, str | bytes)
         require(several, "`items` is a single text or image: pass a list of them, as encode([item]).")
+        odd = next((item for item in items if not isinstance(item, str | bytes)), "")
+        require(isinstance(odd, str | bytes), f"`items` holds {odd!r:.40}: texts are needed, or the bytes of image files.")
         new = sorted(set(items) - self.cache.keys(), key=lambda item: (len(item), item))
         training = self.encoder.training
         self.encoder.eval()

@@ -17,6 +17,7 @@ from typing import Any
 
 from tercet import __version__
 from tercet.app import config_folder
+from tercet.errors import refuse_arguments
 from tercet.paths import write_text
 
 BASH = r"""# eval "$(tercet completion bash)", or keep it as ~/.local/share/bash-completion/completions/tercet
@@ -64,6 +65,7 @@ def main(arguments: Sequence[str]) -> None:
         print("\n".join(candidates(" ".join(arguments[1:]))))
         return
     parser = argparse.ArgumentParser(prog="tercet completion", description="The script that completes commands in a shell.")
+    parser.error = refuse_arguments  # type: ignore[method-assign]
     parser.add_argument("shell", choices=list(SCRIPTS), help='in ~/.bashrc: eval "$(tercet completion bash)"')
     print(SCRIPTS[parser.parse_args(list(arguments)).shell], end="")
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from tercet import __version__
 from tercet.app import config_folder
+from tercet.errors import refuse_arguments
 from tercet.messages import printable
 
 OK, NOTE, MISSING = "ok", "note", "missing"  # only what is missing keeps training from starting
@@ -43,6 +44,7 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="tercet doctor", allow_abbrev=False, description="Whether training can start here, and what is missing."
     )
+    parser.error = refuse_arguments  # type: ignore[method-assign]
     parser.add_argument("--json", action="store_true", help="one JSON object: ok, and a list of checks")
     parser.add_argument("--online", action="store_true", help="also ask whether the hub can be reached")
     options = parser.parse_args(list(arguments))
