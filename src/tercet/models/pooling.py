@@ -1,5 +1,6 @@
 """Pooling and projection heads."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -110,8 +111,8 @@ class Head(nn.Module):
 class LayeredHead(Head):
     """The layers after pooling that a folder of sentence-transformers has, where ``Head`` cannot describe them; in order.
 
-    Each of ``layers`` is ``{"type": "Normalize"}``, ``{"type": "Truncate", "dim": D}`` or ``{"type": "Dense", "dim": D, "bias":
-    true, "activation": "Tanh"}``, where ``activation`` is the name of a module of ``torch.nn`` without arguments.
+    Each of ``layers`` is ``{"type": "Normalize"}``, ``{"type": "Truncate", "dim": D}`` (the first D columns, all where there are
+    fewer) or ``{"type": "Dense", "dim": D, "bias": true, "activation": "Tanh"}``, where ``activation`` is the name of a module of ``torch.nn`` without arguments.
 
     >>> head = LayeredHead([{"type": "Normalize"}, {"type": "Dense", "dim": 3, "bias": False, "activation": "Identity"}])
     >>> head.build(hidden=4, std=0.02)
@@ -130,7 +131,7 @@ class LayeredHead(Head):
             dense = layer["type"] == "Dense"
             parts = [nn.Linear(hidden, layer["dim"], layer["bias"]), getattr(nn, layer["activation"])()] if dense else []
             made.append(nn.Sequential(*parts))
-            hidden = layer.get("dim", hidden)
+            hidden = layer["dim"] if dense else hidden
         self.layer = nn.ModuleList(made)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -142,7 +143,10 @@ class LayeredHead(Head):
 
     def width(self, hidden: int) -> int:
         """The number of output columns for H input columns."""
-        return next((int(layer["dim"]) for layer in reversed(self.layers) if "dim" in layer), hidden)
+        for layer in self.layers:
+            cut = hidden if layer["type"] == "Truncate" else math.inf  # sentence-transformers ignores a larger truncate_dim
+            hidden = int(min(layer.get("dim", hidden), cut))
+        return hidden
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments, and the kind."""
