@@ -111,8 +111,9 @@ class Head(nn.Module):
 class LayeredHead(Head):
     """The layers after pooling that a folder of sentence-transformers has, where ``Head`` cannot describe them; in order.
 
-    Each of ``layers`` is ``{"type": "Normalize"}``, ``{"type": "Truncate", "dim": D}`` (the first D columns, all where there are
-    fewer) or ``{"type": "Dense", "dim": D, "bias": true, "activation": "Tanh"}``, where ``activation`` is the name of a module of ``torch.nn`` without arguments.
+    Each of ``layers`` is ``{"type": "Normalize"}``, ``{"type": "Truncate", "dim": D}`` (the first D columns, if there are more)
+    or ``{"type": "Dense", "dim": D, "bias": true, "activation": "Tanh"}``, where ``activation`` is the name of a module of
+    ``torch.nn`` without arguments.
 
     >>> head = LayeredHead([{"type": "Normalize"}, {"type": "Dense", "dim": 3, "bias": False, "activation": "Identity"}])
     >>> head.build(hidden=4, std=0.02)

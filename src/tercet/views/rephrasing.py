@@ -159,6 +159,6 @@ class MLMReplacement(RowView):
         same = load_tokenizer(self.name).get_vocab() == info.tokenizer.get_vocab()
         require(same, f"MLMReplacement with `name`={self.name}: its vocabulary is not that of the encoder.")
         model, missing = load_mended(AutoModelForMaskedLM, self.name)
-        listed = f"it has no whole language model with its head ({', '.join(missing)} are missing)"
+        listed = f"it has no language-model head ({', '.join(missing)} are missing)"
         require(not missing, f"MLMReplacement with `name`={self.name}: {listed}.")
         return model.eval()
