@@ -56,7 +56,8 @@ class Head(nn.Module):
     """Projection head: ``none``, ``linear`` (H to D) or ``mlp`` (H to D, then tanh: SimCSE's); ``dim`` None means D = H.
 
     ``two_linear`` and ``two_mlp`` are two heads on one backbone, side by side: Quick-Thoughts' f and g, of D columns each.
-    With ``train_only`` the head is skipped outside training (SimCSE's ``mlp_only_train``: unsupervised models are better
+    ``folder`` is what follows pooling in the folder or hub id of the encoder's pretrained backbone, with its weights: the Dense
+    layers of sentence-transformers, or a head that Tercet has saved. With ``train_only`` the head is skipped outside training (SimCSE's ``mlp_only_train``: unsupervised models are better
     without, arXiv:2104.08821 Table 6).
 
     >>> head = Head(kind="mlp", dim=2)
@@ -67,10 +68,12 @@ class Head(nn.Module):
 
     def __init__(self, kind: str = "none", dim: int | None = None, train_only: bool = False) -> None:
         super().__init__()
-        check_choice("kind", kind, ("none", "linear", "mlp", "two_linear", "two_mlp"))
-        unused = f"`kind`=none has neither dim ({dim}) nor train_only ({train_only})"
+        check_choice("kind", kind, ("none", "linear", "mlp", "two_linear", "two_mlp", "folder"))
+        unused = f"`kind`={kind} has neither dim ({dim}) nor train_only ({train_only})"
         plain = dim is None and not train_only
-        require(kind != "none" or plain, f"{unused}. Use `kind`=linear or mlp, or `dim`=null `train_only`=false.")
+        require(
+            kind not in ("none", "folder") or plain, f"{unused}. Use `kind`=linear or mlp, or `dim`=null `train_only`=false."
+        )
         require(dim is None or dim >= 1, f"`dim`={dim}: a whole number above 0, or null for the backbone's width.")
         self.kind, self.dim, self.train_only = kind, dim, train_only
         self.tanh, self.two = kind.endswith("mlp"), kind.startswith("two_")

@@ -15,6 +15,7 @@ from tercet.app.commands.evaluate import initialize_from
 from tercet.app.commands.preflight import preflight
 from tercet.app.components import build, check_settings, check_values, find_targets, start_record
 from tercet.app.config_checks import check_config, check_model, set_derived
+from tercet.app.folder_checks import check_folders
 from tercet.app.model_card import CARD, check_given, make_card
 from tercet.app.own_texts import choose_by_columns, set_run_length
 from tercet.distributed.sharding import gather_weights, load_state
@@ -76,6 +77,7 @@ def prepare(cfg: DictConfig, output: Path) -> tuple[DictConfig, DataModule]:
     data = build(config.data.module)
     build(config.validation)  # an error in it ends the run here
     check_config(config, get_class(config.objective._target_), data)
+    check_folders(config)
     config.data.fingerprint = data.fingerprint()  # for the record: a run is resumed with the same rows
     return config, data
 
