@@ -35,13 +35,13 @@ def check_folders(cfg: DictConfig) -> None:
 
 def _is_typed(key: str) -> bool:
     """Whether the command sets the key, one above or one below it."""
-    given = [override.lstrip("+~").split("=")[0] for override in typed_overrides()]
+    given = [override.lstrip("+~").split("=")[0] for override in (typed_overrides() if HydraConfig.initialized() else ())]
     return any(f"{one}.".startswith(f"{key}.") or f"{key}.".startswith(f"{one}.") for one in given if one != "model")
 
 
 def _chosen_backbone(key: str) -> Any:
     """The backbone of the choices of ``conf/model`` alone."""
-    choices = HydraConfig.get().runtime.choices.items()
+    choices = HydraConfig.get().runtime.choices.items() if HydraConfig.initialized() else ()
     groups = [f"{group}={choice}" for group, choice in choices if group == "model" or group.startswith("model@")]
     return OmegaConf.select(compose("train", groups), f"{key}.backbone.name")
 
@@ -61,10 +61,8 @@ def _differences(key: str, name: str, node: Any) -> Iterator[tuple[str, str]]:
     if said is None or "pooling" not in said:
         return
     after = [] if said["head"].get("train_only") else _layers(said["head"])
-    from_folder, dense = (
-        node.head.kind == "folder",
-        [layer for layer in after if layer["type"] not in ("Normalize", "Truncate")],
-    )
+    dense = [layer for layer in after if layer["type"] not in ("Normalize", "Truncate")]
+    from_folder = node.head.kind == "folder"
     if dense and not from_folder:
         _check_layers(key, name, node, [_describe(layer) for layer in dense], "")
     last = after[after.index(dense[-1]) + 1 :] if dense else after

@@ -57,8 +57,8 @@ class Head(nn.Module):
 
     ``two_linear`` and ``two_mlp`` are two heads on one backbone, side by side: Quick-Thoughts' f and g, of D columns each.
     ``folder`` is what follows pooling in the folder or hub id of the encoder's pretrained backbone, with its weights: the Dense
-    layers of sentence-transformers, or a head that Tercet has saved. With ``train_only`` the head is skipped outside training (SimCSE's ``mlp_only_train``: unsupervised models are better
-    without, arXiv:2104.08821 Table 6).
+    layers of sentence-transformers, or a head that Tercet has saved. With ``train_only`` the head is skipped outside training
+    (SimCSE's ``mlp_only_train``: unsupervised models are better without, arXiv:2104.08821 Table 6).
 
     >>> head = Head(kind="mlp", dim=2)
     >>> head.build(hidden=4, std=0.02)
