@@ -85,8 +85,8 @@ def _check_layers(key: str, name: str, node: Any, layers: list[str], reason: str
     """Refuse to leave out layers, or say it where the command sets the head."""
     if not layers:
         return
-    ways = f"{key}.head.kind=folder" + ("" if reason else " trains them too") + f"; {key}.head.kind=none leaves them out"
-    ways = f"{key}.head.kind=none trains without them" if reason else ways
+    ways = f"{key}.head.kind=folder trains them too; {key}.head.kind=none leaves them out"
+    ways = f"{key}.head.kind=none trains without them" if reason else ways  # they cannot be run
     what = f"{key}.backbone.name={name}: its folder has layers after pooling ({', '.join(layers)}), which"
     require(_is_typed(f"{key}.head"), f"{what} this run would leave out.{reason} {ways}.")
     warn_once(f"{what} are left out, as {key}.head.kind={node.head.kind} says.{reason}")
