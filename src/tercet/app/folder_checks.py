@@ -48,7 +48,7 @@ def _chosen_backbone(key: str) -> Any:
 
 def _differences(key: str, name: str, node: Any) -> Iterator[tuple[str, str]]:
     """The setting, and the line about it, of each difference."""
-    source = resolve_source(name)
+    source = resolve_source(name, f"{key}.backbone.name")
     try:
         said = read_settings(source, name)
     except InputError as error:
