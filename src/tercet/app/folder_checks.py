@@ -100,7 +100,7 @@ def _layers(head: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _describe(layer: Mapping[str, Any]) -> str:
     names = {"linear": "Dense", "mlp": "Dense with Tanh", "Dense": f"Dense with {layer.get('activation')}"}
-    return names.get(layer["type"], layer["type"]) + (f" to {layer['dim']}" if layer.get("dim") else "")
+    return names.get(layer["type"], str(layer["type"])) + (f" to {layer['dim']}" if layer.get("dim") else "")
 
 
 def _length(length: int | None, source: str) -> int | None:
