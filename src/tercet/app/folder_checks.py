@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from tercet.app.hydra_compat import typed_overrides
 from tercet.errors import InputError, require
 from tercet.messages import warn_once
-from tercet.models.folder import read_settings
+from tercet.models.folder import encoder_settings
 from tercet.models.pretrained import CONFIG, TOKENIZER_CONFIG, read_json, read_module_list, resolve_source, transformer_folder
 
 ENCODERS = ("model", "model.f", "model.g")  # keys that hold one
@@ -50,7 +50,7 @@ def _differences(key: str, name: str, node: Any) -> Iterator[tuple[str, str]]:
     """The setting, and the line about it, of each difference."""
     source = resolve_source(name, f"{key}.backbone.name")
     try:
-        said = read_settings(source, name)
+        said = encoder_settings(source, name)
     except InputError as error:
         kinds = [module["type"] for module in (read_module_list(source) or [])[1:]]
         layers = [kind for kind in kinds if kind.rsplit(".", 1)[-1] not in ("Pooling", "Normalize")]

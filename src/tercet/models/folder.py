@@ -124,7 +124,7 @@ def load_folder(path_or_id: str, pooling: str | None = None, trust_remote_code: 
     ``pooling`` overrides what the folder records; a folder that records none is read with the mean.
     """
     source = resolve_source(path_or_id, "path_or_id")
-    settings = read_settings(source, path_or_id, pooling)
+    settings = encoder_settings(source, path_or_id, pooling)
     note = "as the folder records" if settings else "the folder records none: the mean is assumed, another can be chosen"
     settings = settings or _default_settings(source)
     check_version(settings, f"`path_or_id`={path_or_id}")
@@ -147,7 +147,7 @@ def load_folder(path_or_id: str, pooling: str | None = None, trust_remote_code: 
     return encoder, note
 
 
-def read_settings(source: str, name: str, pooling: str | None = None) -> dict[str, Any] | None:
+def encoder_settings(source: str, name: str, pooling: str | None = None) -> dict[str, Any] | None:
     """What a folder or hub id says of the encoder, as ``Encoder.settings``; None where it says nothing.
 
     ``InputError`` where that cannot be run; a ``pooling`` that is chosen needs none there.
@@ -160,7 +160,7 @@ def load_head(backbone: PreTrainedModel, hidden: int) -> Head:
     """The head in the folder or hub id that the backbone was loaded from, with its weights."""
     source = pretrained_source(backbone)
     require(source, "`head.kind`=folder: the backbone has random weights and no folder. Use `head.kind`=none, linear or mlp.")
-    settings = read_settings(source, source) or {}
+    settings = encoder_settings(source, source) or {}
     require("head" in settings, f"`head.kind`=folder: {source} has no {MODULES} and no {SETTINGS}. Use `head.kind`=none.")
     head = make_head(settings["head"])
     head.build(hidden, 0.02)
