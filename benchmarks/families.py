@@ -47,8 +47,10 @@ DEBERTA: dict[str, Any] = {"relative_attention": True, "pos_att_type": ["p2c", "
 GROUPED: dict[str, Any] = {"num_key_value_heads": 2}
 FAMILIES: dict[str, dict[str, Any]] = {  # what differs from COMMON; None leaves a key out
     "albert": {"embedding_size": 16}, "bart": BART, "bert": {}, "bert-generation": {},
-    "big_bird": {"attention_type": "original_full"}, "bloom": {}, "camembert": {}, "convbert": {"embedding_size": 32},
-    "data2vec-text": {}, "deberta": DEBERTA, "deberta-v2": {**DEBERTA, "position_buckets": 8},
+    "big_bird": {"attention_type": "original_full"}, "big_bird block_sparse": {"model_type": "big_bird"},
+    "bigbird_pegasus": {**BART, "attention_type": "original_full"}, "bloom": {}, "camembert": {},
+    "convbert": {"embedding_size": 32}, "data2vec-text": {}, "deberta": DEBERTA,
+    "deberta-v2": {**DEBERTA, "position_buckets": 8},
     "distilbert": {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64}, "electra": {"embedding_size": 16}, "ernie": {},
     "esm": {"position_embedding_type": "rotary", "mask_token_id": 4}, "eurobert": GROUPED, "flaubert": XLM, "fnet": {},
     "funnel": {"block_sizes": [1, 1], "block_repeats": [1, 1], "d_model": 32, "n_head": 2, "d_head": 16, "d_inner": 64,
@@ -59,7 +61,10 @@ FAMILIES: dict[str, dict[str, Any]] = {  # what differs from COMMON; None leaves
     "mobilebert": {"embedding_size": 32, "intra_bottleneck_size": 16, "true_hidden_size": 16, "num_feedforward_networks": 1},
     "modernbert": {"local_attention": 6, "global_attn_every_n_layers": 2}, "mpnet": {}, "mra": {}, "mt5": T5, "nomic_bert": {},
     "nystromformer": {"num_landmarks": 4, "segment_means_seq_len": 4}, "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
-    "pegasus": BART, "qwen2": GROUPED, "qwen3": {**GROUPED, "head_dim": 16},
+    "pegasus": BART,
+    "phi3 longrope": {**GROUPED, "model_type": "phi3", "original_max_position_embeddings": 16, "rope_scaling": {
+        "rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 16}},
+    "qwen2": GROUPED, "qwen3": {**GROUPED, "head_dim": 16},
     "reformer": {"attention_head_size": 16, "axial_pos_embds": False, "attn_layers": ["local", "local"],
                  "local_attn_chunk_length": 8, "feed_forward_size": 64, "is_decoder": False},
     "rembert": {"input_embedding_size": 16, "output_embedding_size": 16}, "roberta": {}, "roberta-prelayernorm": {},

@@ -3,10 +3,11 @@
 import logging
 import math
 import re
+import statistics
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,25 @@ def markdown_text(text: str) -> str:
     'a \\| \\<b\\>'
     """
     return re.sub(r"([\\`*_\[\]<>|#~&!$])", r"\\\1", " ".join(printable(text).split()))
+
+
+def sample_sd(values: Collection[float]) -> float:
+    """The standard deviation (n - 1); NaN for fewer than two values, and where one is infinite (a perplexity) or NaN.
+
+    >>> sample_sd([1.0, 2.0, 3.0]), sample_sd([math.inf, 1.0])
+    (1.0, nan)
+    """
+    return statistics.stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
+
+
+def format_mean_sd(values: Collection[float]) -> str:
+    """``mean ± standard deviation``; the mean alone for one value, and where one is infinite or NaN.
+
+    >>> format_mean_sd([1.0, 2.0, 3.0]), format_mean_sd([0.5]), format_mean_sd([math.inf, 1.0])
+    ('2.0000 ± 1.0000', '0.5000', 'inf')
+    """
+    mean, sd = statistics.fmean(values), sample_sd(values)
+    return f"{mean:.4f}" + (f" ± {sd:.4f}" if math.isfinite(sd) else "")
 
 
 @cache

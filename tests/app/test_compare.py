@@ -47,6 +47,17 @@ def test_settings_are_what_the_commands_set_differently(sweep, capsys):
     assert compared.metrics() == ["test/a", "test/loss"]
 
 
+def test_a_metric_may_be_infinite(sweep):
+    """A perplexity is, where the loss is large."""
+    first = json.loads((sweep / "0" / "metrics.json").read_text())
+    (sweep / "0" / "metrics.json").write_text(json.dumps({**first, "test/loss": float("inf")}))
+    compared = compare.group_runs(compare.read_runs([sweep]))
+    table = compare.comparison_text(compared, ["test/loss"]).splitlines()
+    assert any(line.split()[:4] == ["0.1", "cls", "3", "inf"] for line in table)
+    assert compare.draw_comparison(compared, ["test/loss"]).axes
+    assert summary.summarize([{"test/loss": float("inf")}, {"test/loss": 1.0}])["test/loss"]["mean"] == float("inf")
+
+
 def test_the_table_names_the_best_and_what_explains_it(sweep):
     compared = compare.group_runs(compare.read_runs([sweep]))
     text = compare.comparison_text(compared, ["test/a"])

@@ -9,6 +9,12 @@ from scipy import stats
 from tercet.evaluation.significance import holm, paired_difference, prediction_interval, randomization_test, randomization_tests
 
 
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_a_difference_that_is_infinite_or_unknown_is_not_sure(bad):
+    found = paired_difference([bad, 1.0, 1.1])
+    assert found.p == 1 and np.isnan(found.low) and np.isnan(found.high) and found.n == 3
+
+
 @pytest.mark.parametrize("n", [2, 3, 5, 12])
 def test_the_paired_t_test_is_scipys(n):
     a, b = np.random.default_rng(n).normal(size=(2, n))

@@ -15,20 +15,28 @@ from tercet.models.folder import load_folder, save_model
 from tercet.training.masked_lm import MaskedLM
 from tests.conftest import MINILM
 
-PADDING_MATTERS = {"convbert", "fnet", "funnel", "mobilebert", "nystromformer", "yoso"}
-REFUSED = {"pegasus": "cannot encode rows of token ids", "reformer": r"gives \(3, 64\) for a row of 3 tokens"}
-NO_MASKED_LM = {
-    "bart", "bert-generation", "bloom", "gemma3_text", "gpt2", "llama", "mistral", "mt5", "opt", "qwen2", "qwen3", "t5", "umt5",
-    "xlnet",
+PADDING_MATTERS = {"convbert", "fnet", "funnel", "mobilebert", "nystromformer", "phi3 longrope", "yoso"}
+REFUSED = {
+    "pegasus": "cannot encode rows of token ids", "reformer": r"gives \(3, 64\) for a row of 3 tokens",
+    "big_bird block_sparse": "is not supported so: a short text changes its attention_type from block_sparse to original_full",
 }  # fmt: skip
-FAST = {"bert", "bart", "camembert", "fnet", "ibert", "longformer", "mobilebert", "pegasus", "squeezebert", "t5", "xlnet"}
+NO_MASKED_LM = {
+    "bart", "bert-generation", "bigbird_pegasus", "bloom", "gemma3_text", "gpt2", "llama", "mistral", "mt5", "opt",
+    "phi3 longrope", "qwen2", "qwen3", "t5", "umt5", "xlnet",
+}  # fmt: skip
+FAST = {
+    "bert", "bart", "big_bird", "big_bird block_sparse", "camembert", "fnet", "ibert", "longformer", "mobilebert", "pegasus",
+    "phi3 longrope", "squeezebert", "t5", "xlnet",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("family", [f if f in FAST else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
 def test_a_family_is_transformers_own_model_or_is_refused(family):
     outcome = check_family(family)
     if family in REFUSED:
-        assert re.fullmatch(rf"backbone: \w+ {REFUSED[family]}.* Use another backbone\.", outcome.refused)
+        assert re.fullmatch(
+            rf"backbone: \w+ {REFUSED[family]}.* (Use another backbone|or in backbone.config)\.", outcome.refused
+        )
         return
     assert not outcome.refused
     assert max(outcome.difference.values()) < 1e-5
@@ -71,6 +79,42 @@ def test_a_backbone_that_mixes_texts_of_one_length_is_refused():
     backbone.embeddings.LayerNorm = nn.Sequential(backbone.embeddings.LayerNorm, Mean())
     with pytest.raises(InputError, match=r"backbone: BertModel is not supported: .* texts beside it"):
         TextEncoder(backbone, make_tokenizer("bert"))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_backbone_with_values_that_are_no_numbers_names_the_weights(bad):
+    backbone = make_backbone("bert")
+    backbone.encoder.layer[1].output.dense.bias.data[0] = bad
+    with pytest.raises(InputError, match=r"weights hold NaN or infinite values: encoder.layer.1.output.dense.bias\."):
+        TextEncoder(backbone, make_tokenizer("bert"))
+
+
+def test_bigbird_is_refused_with_its_default_also_where_the_encoder_has_it():
+    backbone = random_backbone(
+        {"model_type": "bigbird_pegasus", **COMMON, **FAMILIES["bart"], "attention_type": "block_sparse"}
+    )
+    with pytest.raises(InputError, match="changes its attention_type from block_sparse to original_full for all texts after"):
+        TextEncoder(backbone, make_tokenizer("bart"))
+
+
+def test_bigbird_with_full_attention_is_the_same_in_other_libraries_at_any_length(tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    torch.manual_seed(0)
+    sizes = {**COMMON, "max_position_embeddings": 400, "block_size": 4, "num_random_blocks": 1}
+    encoder = TextEncoder(
+        random_backbone({"model_type": "big_bird", **sizes, "attention_type": "original_full"}), make_tokenizer("big_bird")
+    ).eval()
+    save_model(encoder, tmp_path)
+    texts = [LONG, *TEXTS]
+    theirs = torch.tensor(SentenceTransformer(str(tmp_path), device="cpu").encode(texts))
+    torch.testing.assert_close(theirs, encoder.encode(texts), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["siglip_text_model", "t5gemma", "prophetnet", "nosuch"])
+def test_a_model_that_cannot_be_made_is_one_clear_message(model_type):
+    with pytest.raises(InputError, match=f"config.model_type={model_type}: transformers .*Change config, or use another type"):
+        random_backbone({"model_type": model_type, **COMMON})
 
 
 def test_verifying_changes_neither_mode_nor_random_state():

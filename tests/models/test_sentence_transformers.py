@@ -324,6 +324,10 @@ def test_lowercase_and_the_inner_folder_are_read_for_training_too(parts, tmp_pat
         ({"sentence_bert_config.json": {"transformer_task": "fill-mask"}}, "its transformer has {'transformer_task'"),
         ({"sentence_bert_config.json": {"modality_config": {"image": {}}}}, "it reads image; tercet reads texts"),
         ({"sentence_bert_config.json": {"query_length": 32}}, "its transformer has {'query_length': 32}"),
+        ({"sentence_bert_config.json": {"new_setting": 5}}, "its transformer has the settings {'new_setting': 5}"),
+        ({"1_Pooling/config.json": {"pooling_mode": "mean", "new": 1}}, "its module Pooling has the settings {'new': 1}"),
+        ({"2_Dense/config.json": {"out_features": 8, "new": 1}}, "its module Dense has the settings {'new': 1}"),
+        ({"adapter_config.json": {"peft_type": "LORA"}}, r"an adapter to another model \(PEFT\)\. Merge the adapter first"),
         ({"config_sentence_transformers.json": {"model_type": "SparseEncoder"}}, "it is a SparseEncoder"),
         ({"modules.json": [{"path": "", "type": V2 + "WordEmbeddings"}]}, "its module 0, .*WordEmbeddings"),
         ({"modules.json": [{"path": "", "type": V2 + "Transformer"}]}, "it has no module that pools"),
@@ -337,6 +341,49 @@ def test_what_cannot_be_run_is_refused_by_name(parts, tmp_path, change, message)
         (folder / name).write_text(json.dumps(content))
     with pytest.raises(InputError, match=message):
         load(folder)
+
+
+def test_settings_that_change_no_embedding_are_accepted(parts, tmp_path):
+    layout = LAYOUTS["distiluse-base-multilingual-cased-v2"]
+    folder = write(layout, parts, tmp_path)
+    harmless = {"max_seq_length": 16, "unpad_inputs": True, "model_args": {}, "module_output_name": "token_embeddings"}
+    (folder / "sentence_bert_config.json").write_text(json.dumps(harmless))
+    flags = {"pooling_mode_mean_tokens": True, "pooling_mode_weightedmean_tokens": False, "word_embedding_dimension": HIDDEN}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(flags))
+    close(load(folder).encode(TEXTS), expected(layout, folder))
+
+
+@pytest.mark.parametrize("name", ["all-MiniLM-L6-v2", "distiluse-base-multilingual-cased-v2"])
+def test_a_truncation_above_the_width_is_none(name, parts, tmp_path):
+    folder = write(LAYOUTS[name], parts, tmp_path / "first")
+    (folder / MODEL_SETTINGS).write_text(json.dumps({"truncate_dim": 64}))
+    model = load(folder)
+    want = expected(LAYOUTS[name], folder)
+    assert model.dim == want.shape[1]
+    close(model.encode(TEXTS), want)
+    close(by_sentence_transformers(folder), want)
+    save_model(model, tmp_path / "again")
+    close(load(tmp_path / "again").encode(TEXTS), want)
+    close(by_sentence_transformers(tmp_path / "again"), want)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("file", ["model.safetensors", "2_Dense/model.safetensors"])
+def test_weights_that_are_no_numbers_are_named(parts, tmp_path, file, bad):
+    folder = write(LAYOUTS["gtr-t5-base"], parts, tmp_path)
+    weights = load_file(folder / file)
+    name = next(name for name in weights if name in ("linear.weight", "encoder.layer.1.output.dense.bias"))
+    weights[name].view(-1)[0] = bad
+    save_file(weights, folder / file, {"format": "pt"})
+    with pytest.raises(InputError, match=rf"weights hold NaN or infinite values: .*{name.removeprefix('linear.')}\."):
+        load(folder)
+
+
+def test_an_adapter_is_refused_in_training_too(parts, tmp_path):
+    folder = write(LAYOUTS["all-MiniLM-L6-v2"], parts, tmp_path)
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(InputError, match=r"^name=.* has an adapter_config.json: .*Merge the adapter first"):
+        load_backbone(str(folder))
 
 
 def test_a_pooling_that_is_chosen_needs_none_that_is_known(parts, tmp_path):

@@ -106,6 +106,23 @@ def test_positions_begin_after_the_index_of_the_padding_in_relatives_of_roberta(
         roberta(input_ids=torch.full((1, 8), 5))
 
 
+def test_a_short_text_changes_the_attention_of_bigbird_for_good():
+    """Where transformers stops doing so, block-sparse attention need not be refused."""
+    bigbird, ids = model("big_bird", block_size=2, num_random_blocks=1), torch.tensor([[5, 6, 7]])
+    before = compat.text_settings(bigbird)
+    assert before[".attention_type"] == "block_sparse"
+    bigbird(input_ids=ids)
+    changed = {key for key, value in compat.text_settings(bigbird).items() if value != before[key]}
+    assert {".attention_type", "encoder.attention_type"} <= changed
+
+
+def test_long_rope_is_recognized():
+    factors = {"short_factor": [1.0] * 2, "long_factor": [2.0] * 2, "original_max_position_embeddings": 4}
+    assert compat.scales_positions_by_longest(model("phi3", pad_token_id=0, rope_scaling={"rope_type": "longrope", **factors}))
+    assert not compat.scales_positions_by_longest(model("phi3", pad_token_id=0))
+    assert not compat.scales_positions_by_longest(model())
+
+
 def test_models_without_a_limit_say_minus_one_or_nothing():
     assert compat.max_tokens(AutoModel.from_config(AutoConfig.for_model("xlnet", d_model=8, n_layer=1, n_head=2))) == 10**9
 

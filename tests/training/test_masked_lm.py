@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tercet.app.components import build
-from tercet.models import Execution, load_backbone, load_tokenizer
+from tercet.errors import InputError
+from tercet.models import Execution, load, load_backbone, load_tokenizer
 from tercet.training import MaskedLM, masked_lm
 from tercet.training.masked_lm import capacity
 from tercet.types import Batch, RowIndex, TokenBatch, TokenState
@@ -92,6 +93,42 @@ def test_pretrained_heads_come_with_the_backbone(tmp_path):
     head = MaskedLM(weight=0.1, probability=0.15, whole_words=False).build(encoder)
     torch.testing.assert_close(head.lm.cls.predictions.transform.dense.weight, lm.cls.predictions.transform.dense.weight)
     assert all(m.training for m in head.modules())
+
+
+def language_model(folder, change):
+    """A folder with a language model and head, whose weights ``change`` has changed; returns the model as it was."""
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForMaskedLM, BertConfig
+
+    torch.manual_seed(1)
+    config = BertConfig(vocab_size=30522, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    lm = AutoModelForMaskedLM.from_config(config)
+    lm.cls.predictions.bias.data.normal_()
+    lm.save_pretrained(folder)
+    load_tokenizer(MINILM).save_pretrained(folder)
+    save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
+    return lm
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_a_head_with_the_prefix_of_a_wrapper_is_read(tmp_path, prefix, capsys):
+    lm = language_model(tmp_path, lambda weights: {prefix + name: x for name, x in weights.items()})
+    head = MaskedLM(weight=0.1).build(load(tmp_path))
+    theirs = {name: x for name, x in lm.state_dict().items() if name.startswith("cls.")}
+    torch.testing.assert_close({name: x for name, x in head.lm.state_dict().items() if name.startswith("cls.")}, theirs)
+    assert "starts anew" not in capsys.readouterr().err
+
+
+def test_a_part_of_a_head_is_refused_and_none_is_said(tmp_path, capsys):
+    language_model(tmp_path, lambda weights: {k: x for k, x in weights.items() if "transform.dense.weight" not in k})
+    encoder = load(tmp_path)
+    with pytest.raises(InputError, match=r"head: it lacks weights of the model: cls.predictions.transform.dense.weight\."):
+        MaskedLM(weight=0.1).build(encoder)
+    language_model(tmp_path, lambda weights: {k: x for k, x in weights.items() if not k.startswith("cls.")})
+    capsys.readouterr()
+    MaskedLM(weight=0.1).build(load(tmp_path))
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "has no language-model head: that of masked language modeling starts anew" in said
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to `self.log")

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
+from tercet.messages import sample_sd
+
 RESAMPLES = 9_999
 
 
@@ -25,7 +27,8 @@ def paired_difference(differences: Sequence[float]) -> PairedDifference:
     """Compare two systems by their differences on n seeds, two or more.
 
     Student's t over the differences, two-sided: another run of both would differ so. The sign test (``scipy.stats.binomtest``)
-    assumes no distribution, and cannot be below 2^(1 - n): 0.25 for three seeds, 0.0625 for five.
+    assumes no distribution, and cannot be below 2^(1 - n): 0.25 for three seeds, 0.0625 for five. Of a difference that is
+    infinite or NaN the t test says nothing: its p is 1, its interval NaN.
 
     >>> found = paired_difference([0.1, 0.2, 0.3])
     >>> [round(x, 3) for x in found]
@@ -33,11 +36,11 @@ def paired_difference(differences: Sequence[float]) -> PairedDifference:
     """
     d = np.asarray(differences, np.float64)
     mean, n = float(d.mean()), len(d)
-    error = float(d.std(ddof=1)) / n**0.5
+    error = sample_sd(d.tolist()) / n**0.5
     margin = float(stats.t.ppf(0.975, n - 1)) * error
     same = math.inf if abs(mean) > 1e-12 else 0.0  # where all seeds have one difference, up to rounding
     t = abs(mean) / error if error > 1e-12 * abs(mean) else same
-    p = 2 * float(stats.t.sf(t, n - 1))
+    p = 2 * float(stats.t.sf(t, n - 1)) if math.isfinite(mean) else 1.0
     above, apart = int((d > 0).sum()), int((d != 0).sum())
     sign_p = float(stats.binomtest(above, apart).pvalue) if apart else 1.0
     return PairedDifference(mean, mean - margin, mean + margin, p, sign_p, n)

@@ -192,8 +192,14 @@ class PoolingMixin:
     def _set_parts(self, backbone: PreTrainedModel, hidden: int, pooling: str, head: Head | None, normalize: bool) -> None:
         # transformers returns pretrained models in evaluation mode, and Lightning would train them so, without dropout.
         self.backbone: PreTrainedModel = backbone.train()
-        self.hidden, self.pooling, self.head, self.normalize = hidden, pooling, head or Head(), normalize
-        self.head.build(hidden, getattr(backbone.config, "initializer_range", 0.02))
+        head = head or Head()
+        if head.kind == "folder":
+            from tercet.models.folder import load_head  # which imports this module
+
+            head = load_head(backbone, hidden)
+        else:
+            head.build(hidden, getattr(backbone.config, "initializer_range", 0.02))
+        self.hidden, self.pooling, self.head, self.normalize = hidden, pooling, head, normalize
 
     @property
     def dim(self) -> int:

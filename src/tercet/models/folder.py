@@ -19,13 +19,14 @@ from tercet.errors import InputError, check_choice, refuse_damaged, require
 from tercet.images import PixelFormat
 from tercet.messages import warn_once
 from tercet.models.encoder import Encoder
-from tercet.models.engine.transformers_compat import find_file
+from tercet.models.engine.transformers_compat import find_file, pretrained_source
 from tercet.models.exported import is_exported, open_exported
 from tercet.models.image import ImageEncoder
-from tercet.models.pooling import make_head
+from tercet.models.pooling import Head, make_head
 from tercet.models.pretrained import (
     BATCH_STATISTICS,
     CONFIG,
+    MODULES,
     PREPROCESSOR,
     TOKENIZER_CONFIG,
     UNUSED,
@@ -123,8 +124,7 @@ def load_folder(path_or_id: str, pooling: str | None = None, trust_remote_code: 
     ``pooling`` overrides what the folder records; a folder that records none is read with the mean.
     """
     source = resolve_source(path_or_id, "path_or_id")
-    own = {key: value for key, value in (read_json(source, SETTINGS) or {}).items() if key != "weights"}  # which names files
-    settings = own or read_modules(source, path_or_id, pooling)
+    settings = encoder_settings(source, path_or_id, pooling)
     note = "as the folder records" if settings else "the folder records none: the mean is assumed, another can be chosen"
     settings = settings or _default_settings(source)
     check_version(settings, f"`path_or_id`={path_or_id}")
@@ -145,6 +145,28 @@ def load_folder(path_or_id: str, pooling: str | None = None, trust_remote_code: 
     if encoder.head.layer is not None:
         load_weights(encoder.head, _head_weights(source, settings), f"`path_or_id`={path_or_id}, the head")
     return encoder, note
+
+
+def encoder_settings(source: str, name: str, pooling: str | None = None) -> dict[str, Any] | None:
+    """What a folder or hub id says of the encoder, as ``Encoder.settings``; None where it says nothing.
+
+    ``InputError`` where that cannot be run; a ``pooling`` that is chosen needs none there.
+    """
+    own = {key: value for key, value in (read_json(source, SETTINGS) or {}).items() if key != "weights"}  # which names files
+    return own or read_modules(source, name, pooling)
+
+
+def load_head(backbone: PreTrainedModel, hidden: int) -> Head:
+    """The head in the folder or hub id that the backbone was loaded from, with its weights."""
+    source = pretrained_source(backbone)
+    require(source, "`head.kind`=folder: the backbone has random weights and no folder. Use `head.kind`=none, linear or mlp.")
+    settings = encoder_settings(source, source) or {}
+    require("head" in settings, f"`head.kind`=folder: {source} has no {MODULES} and no {SETTINGS}. Use `head.kind`=none.")
+    head = make_head(settings["head"])
+    head.build(hidden, 0.02)
+    if head.layer is not None:
+        load_weights(head, _head_weights(source, settings), f"{source}, the head")
+    return head
 
 
 def _config(values: dict[str, Any]) -> Any:

@@ -1,5 +1,6 @@
 """Pooling and projection heads."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -55,8 +56,9 @@ class Head(nn.Module):
     """Projection head: ``none``, ``linear`` (H to D) or ``mlp`` (H to D, then tanh: SimCSE's); ``dim`` None means D = H.
 
     ``two_linear`` and ``two_mlp`` are two heads on one backbone, side by side: Quick-Thoughts' f and g, of D columns each.
-    With ``train_only`` the head is skipped outside training (SimCSE's ``mlp_only_train``: unsupervised models are better
-    without, arXiv:2104.08821 Table 6).
+    ``folder`` is what follows pooling in the folder or hub id of the encoder's pretrained backbone, with its weights: the Dense
+    layers of sentence-transformers, or a head that Tercet has saved. With ``train_only`` the head is skipped outside training
+    (SimCSE's ``mlp_only_train``: unsupervised models are better without, arXiv:2104.08821 Table 6).
 
     >>> head = Head(kind="mlp", dim=2)
     >>> head.build(hidden=4, std=0.02)
@@ -66,10 +68,12 @@ class Head(nn.Module):
 
     def __init__(self, kind: str = "none", dim: int | None = None, train_only: bool = False) -> None:
         super().__init__()
-        check_choice("kind", kind, ("none", "linear", "mlp", "two_linear", "two_mlp"))
-        unused = f"`kind`=none has neither dim ({dim}) nor train_only ({train_only})"
+        check_choice("kind", kind, ("none", "linear", "mlp", "two_linear", "two_mlp", "folder"))
+        unused = f"`kind`={kind} has neither dim ({dim}) nor train_only ({train_only})"
         plain = dim is None and not train_only
-        require(kind != "none" or plain, f"{unused}. Use `kind`=linear or mlp, or `dim`=null `train_only`=false.")
+        require(
+            kind not in ("none", "folder") or plain, f"{unused}. Use `kind`=linear or mlp, or `dim`=null `train_only`=false."
+        )
         require(dim is None or dim >= 1, f"`dim`={dim}: a whole number above 0, or null for the backbone's width.")
         self.kind, self.dim, self.train_only = kind, dim, train_only
         self.tanh, self.two = kind.endswith("mlp"), kind.startswith("two_")
@@ -110,8 +114,9 @@ class Head(nn.Module):
 class LayeredHead(Head):
     """The layers after pooling that a folder of sentence-transformers has, where ``Head`` cannot describe them; in order.
 
-    Each of ``layers`` is ``{"type": "Normalize"}``, ``{"type": "Truncate", "dim": D}`` or ``{"type": "Dense", "dim": D, "bias":
-    true, "activation": "Tanh"}``, where ``activation`` is the name of a module of ``torch.nn`` without arguments.
+    Each of ``layers`` is ``{"type": "Normalize"}``, ``{"type": "Truncate", "dim": D}`` (the first D columns, if there are more)
+    or ``{"type": "Dense", "dim": D, "bias": true, "activation": "Tanh"}``, where ``activation`` is the name of a module of
+    ``torch.nn`` without arguments.
 
     >>> head = LayeredHead([{"type": "Normalize"}, {"type": "Dense", "dim": 3, "bias": False, "activation": "Identity"}])
     >>> head.build(hidden=4, std=0.02)
@@ -130,7 +135,7 @@ class LayeredHead(Head):
             dense = layer["type"] == "Dense"
             parts = [nn.Linear(hidden, layer["dim"], layer["bias"]), getattr(nn, layer["activation"])()] if dense else []
             made.append(nn.Sequential(*parts))
-            hidden = layer.get("dim", hidden)
+            hidden = layer["dim"] if dense else hidden
         self.layer = nn.ModuleList(made)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -142,7 +147,10 @@ class LayeredHead(Head):
 
     def width(self, hidden: int) -> int:
         """The number of output columns for H input columns."""
-        return next((int(layer["dim"]) for layer in reversed(self.layers) if "dim" in layer), hidden)
+        for layer in self.layers:
+            cut = hidden if layer["type"] == "Truncate" else math.inf  # sentence-transformers ignores a larger truncate_dim
+            hidden = int(min(layer.get("dim", hidden), cut))
+        return hidden
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments, and the kind."""

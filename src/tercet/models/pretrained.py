@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from tokenizers.normalizers import Lowercase, Sequence
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_TEXT_ENCODING_MAPPING,
     AutoConfig,
     AutoModel,
@@ -24,11 +25,12 @@ from transformers import logging as transformers_logging
 from tercet.errors import InputError, require
 from tercet.images import PixelFormat
 from tercet.models.engine.transformers_compat import find_file, pooler_is_optional
-from tercet.models.weights import WRAPPERS, check_found
+from tercet.models.weights import WRAPPERS, check_finite, check_found
 from tercet.paths import locate, read_json_file
 
 CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
 PREPROCESSOR = "preprocessor_config.json"
+ADAPTER = "adapter_config.json"  # of PEFT: weights that are added to those of another model
 MODULES = "modules.json"  # of sentence-transformers: the modules of a model, each with its folder
 TRANSFORMER_SETTINGS = tuple(  # of sentence-transformers: how texts are tokenized; versions before 2 named it after the model
     f"sentence_{name}_config.json" for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
@@ -71,6 +73,8 @@ def load_pretrained(
     folder = transformer_folder(source)
     if not trust_remote_code:
         refuse_remote_code(source, folder, f"`{parameter}`={name}")
+    if loader is not AutoTokenizer:
+        refuse_adapter(source, folder, f"`{parameter}`={name}")
     if Path(source).is_dir():
         refuse_outside_files(source, folder, f"`{parameter}`={name}")
     options["trust_remote_code"] = trust_remote_code
@@ -109,6 +113,13 @@ def refuse_remote_code(source: str, folder: str, what: str, has_switch: bool = T
         require(not _names_code(read_json(source, str(Path(folder) / file))), f"{what}: {fault}, which is not run. {advice}")
 
 
+def refuse_adapter(source: str, folder: str, what: str) -> None:
+    """Raise ``InputError`` about ``what`` where it is an adapter of PEFT, which transformers would leave out without a word."""
+    found = find_file(source, str(Path(folder) / ADAPTER))
+    advice = "Merge the adapter first, with the peft package: model.merge_and_unload().save_pretrained(<folder>)."
+    require(found is None, f"{what} has an {ADAPTER}: its weights are an adapter to another model (PEFT). {advice}")
+
+
 def refuse_outside_files(source: str, folder: str, what: str) -> None:
     """Raise ``InputError`` about ``what`` where a model's files name others outside of its folder, which would be read."""
     for file, key in NAMING:
@@ -134,22 +145,32 @@ def _names_code(node: Any) -> bool:
     return bool(node.get("auto_map")) or kernel or any(map(_names_code, node.values()))
 
 
+def load_mended(loader: Any, name: str, parameter: str = "name", **options: Any) -> tuple[Any, list[str]]:
+    """``load_pretrained`` of a model in float32, and the names of its weights that the files lack, sorted.
+
+    Names that torch.compile or DistributedDataParallel have prefixed are mended.
+    """
+    options |= {"dtype": torch.float32, "output_loading_info": True}
+    model, found = load_pretrained(loader, name, parameter, **options)
+    if any(re.match(WRAPPERS, key) for key in found["unexpected_keys"]):
+        model, found = load_pretrained(loader, name, parameter, key_mapping={WRAPPERS: ""}, **options)
+    check_finite(f"`{parameter}`={name}", model.named_parameters())
+    return model, sorted(found["missing_keys"])
+
+
 def load_whole_model(
     name: str, parameter: str = "name", unused: str = UNUSED, config: PreTrainedConfig | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:  # fmt: skip
-    """The backbone in float32 with all of its weights; ``InputError`` names those that are not found.
+    """The backbone in float32 with all of its weights; ``InputError`` names those that are not found, or hold no numbers.
 
     Names that torch.compile or DistributedDataParallel have prefixed are mended. Weights that match ``unused`` may be missing;
     without those of its pooler the model has no pooler.
     """
     config = config or load_pretrained(AutoConfig, name, parameter, trust_remote_code)
-    options: dict[str, Any] = {"config": config, "dtype": torch.float32, "output_loading_info": True}
-    options["trust_remote_code"] = trust_remote_code
-    model, found = load_pretrained(backbone_class(config), name, parameter, **options)
-    if any(re.match(WRAPPERS, key) for key in found["unexpected_keys"]):
-        model, found = load_pretrained(backbone_class(config), name, parameter, key_mapping={WRAPPERS: ""}, **options)
-    missing = found["missing_keys"]
+    options: dict[str, Any] = {"config": config, "trust_remote_code": trust_remote_code}
+    model, missing = load_mended(backbone_class(config), name, parameter, **options)
+    model.config.name_or_path = resolve_source(name, parameter)  # not the folder inside it that holds the transformer
     check_found(f"`{parameter}`={name}", [key for key in missing if not re.search(unused, key)])
     if any(re.match(UNUSED, key) for key in missing):
         model.pooler = None if pooler_is_optional(model) else model.pooler
@@ -262,11 +283,15 @@ def random_backbone(config: Mapping[str, Any], dropout: float | None = None) -> 
     model_type = values.pop("model_type", None)
     try:
         built = AutoConfig.for_model(model_type, **values)
-    except ValueError as error:
-        reason = f"transformers knows no such model ({first_line(error)[:80]})"
-        raise InputError(f"`config.model_type`={model_type}: {reason}.") from error
-    _set_dropout(built, dropout)
-    return cast(PreTrainedModel, backbone_class(built).from_config(built, dtype=torch.float32, trust_remote_code=False))
+        _set_dropout(built, dropout)
+        model = backbone_class(built).from_config(built, dtype=torch.float32, trust_remote_code=False)
+    except InputError:
+        raise
+    except Exception as error:  # configurations and models raise errors of many types
+        known = "cannot make a backbone of it from these settings" if model_type in CONFIG_MAPPING else "knows no such model"
+        reason = f"transformers {known} ({type(error).__name__}: {first_line(error)[:160]})"
+        raise InputError(f"`config.model_type`={model_type}: {reason}. Change `config`, or use another type.") from error
+    return cast(PreTrainedModel, model)
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -33,6 +33,15 @@ _NO_EFFECT: dict[str, tuple[Any, ...]] = {
     "query_length": (), "document_length": (), "query_expansion": (), "tokenizer_name_or_path": (), "model_args": ({},),
     "tokenizer_args": ({},), "config_args": ({},), "model_kwargs": ({},), "processor_kwargs": ({},), "config_kwargs": ({},),
 }  # fmt: skip
+_TRANSFORMER = {"max_seq_length", "do_lower_case", "modality_config", "unpad_inputs", "backend", *_NO_EFFECT}  # all settings
+_POOLING = {"embedding_dimension", "word_embedding_dimension", "pooling_mode", "include_prompt"}  # and flags of modes
+_POOLING |= {f"pooling_mode_{mode}" for mode in ("cls_token", "max_tokens", "mean_tokens", "mean_sqrt_len_tokens",
+                                                 "weightedmean_tokens", "lasttoken")}  # fmt: skip
+_LAYER = {"module_input_name", "module_output_name"}
+_LAYERS = {
+    "Normalize": _LAYER,
+    "Dense": {*_LAYER, "in_features", "out_features", "bias", "activation_function", "use_residual"},
+}
 _Module = tuple[str, dict[str, Any], dict[str, Tensor]]  # kind, configuration, weights
 
 
@@ -152,11 +161,18 @@ def _head(layers: list[dict[str, Any]], files: list[Path | None]) -> dict[str, A
     return {"head": head, "normalize": normalize, "weights": weights}
 
 
+def _check_known(config: Mapping[str, Any], known: set[str], what: str, part: str) -> None:
+    """Raise ``InputError`` for settings that no version of sentence-transformers so far has: they may change embeddings."""
+    unknown = {key: value for key, value in config.items() if key not in known}
+    require(not unknown, f"{what}: its {part} has the settings {unknown}, which tercet does not know.")
+
+
 def _layer(kind: str, config: Mapping[str, Any], what: str) -> dict[str, Any]:
     own, names = "sentence_embedding", ("module_input_name", "module_output_name")
     others = {key: value for key in names if (value := config.get(key, own)) not in (own, None)}
     others |= {"use_residual": True} if config.get("use_residual") else {}
     require(not others, f"{what}: its module {kind} has {others}, which tercet cannot run.")
+    _check_known(config, _LAYERS[kind], what, f"module {kind}")
     if kind == "Normalize":
         return {"type": kind}
     path = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
@@ -183,6 +199,7 @@ def _pooling_of_module(config: Mapping[str, Any], has_layers: bool, what: str) -
     fits = not has_layers or len(modes) == 1  # several are side by side, and wider
     other = "Another can be chosen by `pooling`, and gives other embeddings" if fits else "The layers behind it take no other"
     require(known, f"{what}: its pooling is {' and '.join(modes)}; tercet runs one of {', '.join(POOLINGS)}. {other}.")
+    _check_known(config, _POOLING, what, "module Pooling")
     return POOLINGS[modes[0]]
 
 
@@ -197,6 +214,7 @@ def _transformer(source: str, what: str) -> dict[str, Any]:
     if (text.get("method", "forward"), output) != ("forward", "last_hidden_state"):
         changed["modality_config"] = text
     require(not changed, f"{what}: its transformer has {changed}, which tercet cannot run.")
+    _check_known(found, _TRANSFORMER, what, "transformer")
     lower = {"lower_case": True} if found.get("do_lower_case") else {}
     return {"max_length": found.get("max_seq_length"), **lower}
 

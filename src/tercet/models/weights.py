@@ -21,6 +21,13 @@ def check_found(what: str, missing: Iterable[str], unknown: Iterable[str] = ()) 
         require(not names, f"{what}: {fault}: {listed}. Use a complete file; nothing is drawn at random in their place.")
 
 
+def check_finite(what: str, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise ``InputError`` that names those weights of ``what`` that hold NaN or infinite values."""
+    bad = [name for name, weight in weights if weight.is_floating_point() and not bool(weight.isfinite().all())]
+    listed = ", ".join(bad[:4]) + (f" and {len(bad) - 4} more" if len(bad) > 4 else "")
+    require(not bad, f"{what}: weights hold NaN or infinite values: {listed}. Use weights from before they diverged.")
+
+
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
     """Copy ``weights``, all of those that the module has, without the prefixes of wrappers; ``InputError`` names ``what``."""
     weights = {re.sub(WRAPPERS, "", name): weight for name, weight in weights.items()}
@@ -29,6 +36,7 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], what: str) ->
     for name, weight in weights.items():
         shapes = f"{name} has the shape {tuple(weight.shape)}, and {tuple(own[name].shape)} in the model"
         require(weight.shape == own[name].shape, f"{what}: {shapes}.")
+    check_finite(what, weights.items())
     module.load_state_dict(weights)
 
 

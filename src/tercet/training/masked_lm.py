@@ -8,15 +8,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForMaskedLM
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, AutoModelForMaskedLM
 
 from tercet.errors import InputError, require
+from tercet.messages import print_status
 from tercet.models import Encoder, TextEncoder
 from tercet.models.engine.chunking import AutoChunks
 from tercet.models.engine.replay import Replay
 from tercet.models.engine.transformers_compat import pretrained_source
-from tercet.models.pretrained import load_pretrained
+from tercet.models.pretrained import load_mended
 from tercet.models.text import special_tokens, word_starts
+from tercet.models.weights import check_found
 from tercet.rng import derive_seed, uniform
 from tercet.types import LossOutput, TokenBatch, TokenState, runs_on_cpu
 
@@ -60,7 +62,8 @@ class MaskedLM:
 class MaskedLMHead(nn.Module):
     """The language-model head that ``transformers`` has for a backbone, on that backbone, with shared word embeddings.
 
-    Its weights are the pretrained ones where the backbone's own folder or hub id has them, else random.
+    Its weights are the pretrained ones where the backbone's own folder or hub id has them. Where that has none of them the head
+    is random, and a line says so; a part of them is refused.
     """
 
     special: Tensor
@@ -73,11 +76,8 @@ class MaskedLMHead(nn.Module):
         kind, source = backbone.config.model_type, pretrained_source(backbone)
         decodes = getattr(backbone.config, "is_encoder_decoder", False)
         require(not decodes, UNSUPPORTED.format(f"that of {kind} is a decoder, which generates the text"))
-        lm = load_pretrained(AutoModelForMaskedLM, source, dtype=torch.float32) if source else None
-        try:
-            lm = lm or AutoModelForMaskedLM.from_config(backbone.config, trust_remote_code=False)
-        except ValueError as error:
-            raise InputError(UNSUPPORTED.format(f"transformers has none for {kind}")) from error
+        require(type(backbone.config) in MODEL_FOR_MASKED_LM_MAPPING, UNSUPPORTED.format(f"transformers has none for {kind}"))
+        lm = pretrained_head(source) if source else AutoModelForMaskedLM.from_config(backbone.config, trust_remote_code=False)
         setattr(lm, lm.base_model_prefix, backbone)
         lm.tie_weights()
         setattr(
@@ -174,6 +174,19 @@ def capacity(tokens: int, probability: float) -> int:
     """
     spread = 6 * math.sqrt(4 * tokens * probability * (1 - probability))
     return min(tokens, 64 * math.ceil((tokens * probability + spread) / 64))
+
+
+def pretrained_head(source: str) -> Any:
+    """The language model of a folder or hub id; ``InputError`` where it has a part of the head's weights only."""
+    lm, missing = load_mended(AutoModelForMaskedLM, source)
+    prefix, shared = f"{lm.base_model_prefix}.", {id(weight) for weight in lm.get_input_embeddings().parameters()}
+    head = {name for name, weight in lm.named_parameters() if not name.startswith(prefix) and id(weight) not in shared}
+    lost = sorted(head & set(missing))
+    if lost and len(lost) == len(head):
+        print_status(f"{source} has no language-model head: that of masked language modeling starts anew, with random weights.")
+    else:
+        check_found(f"{source}, the language-model head", lost)
+    return lm
 
 
 class HiddenStates(nn.Module):

@@ -152,14 +152,13 @@ class MLMReplacement(RowView):
     def _load(self, info: TokenInfo) -> Any:
         from transformers import AutoModelForMaskedLM
 
-        from tercet.models.pretrained import load_pretrained, load_tokenizer  # the models import this package
+        from tercet.models.pretrained import load_mended, load_tokenizer  # the models import this package
 
         if info.mask_id is None:
             raise InputError("MLMReplacement: the tokenizer has no mask token. Use Synonyms.")
         same = load_tokenizer(self.name).get_vocab() == info.tokenizer.get_vocab()
         require(same, f"MLMReplacement with `name`={self.name}: its vocabulary is not that of the encoder.")
-        options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
-        model, report = load_pretrained(AutoModelForMaskedLM, self.name, **options)
-        missing = ", ".join(sorted(report["missing_keys"]))
-        require(not missing, f"MLMReplacement with `name`={self.name}: it has no language-model head ({missing} are missing).")
+        model, missing = load_mended(AutoModelForMaskedLM, self.name)
+        listed = f"it has no language-model head ({', '.join(missing)} are missing)"
+        require(not missing, f"MLMReplacement with `name`={self.name}: {listed}.")
         return model.eval()

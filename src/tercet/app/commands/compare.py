@@ -9,7 +9,7 @@ import csv
 import math
 import shlex
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -34,7 +34,7 @@ from tercet.errors import require
 from tercet.evaluation.direction import SMALLER_IS_BETTER
 from tercet.evaluation.figures import figure_text
 from tercet.evaluation.significance import PairedDifference, holm, paired_difference
-from tercet.messages import csv_cell, print_status, printable
+from tercet.messages import csv_cell, format_mean_sd, print_status, printable, sample_sd
 from tercet.paths import atomic_write, check_writable, write_text
 
 IGNORED_KEYS = (*record.KEYS_WITHOUT_EFFECT, "seed", "hydra")
@@ -378,16 +378,6 @@ def axis_effects(comparison: Comparison, metric: str) -> str:
     return "\n".join(lines)
 
 
-def format_mean_sd(values: Collection[float]) -> str:
-    """``mean ± standard deviation`` (n - 1); the mean alone for one value.
-
-    >>> format_mean_sd([1.0, 2.0, 3.0]), format_mean_sd([0.5])
-    ('2.0000 ± 1.0000', '0.5000')
-    """
-    sd = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.4f}{sd}"
-
-
 def draw_comparison(comparison: Comparison, metrics: Sequence[str]) -> Figure:
     """A panel for each of the first four metrics: a point for each run, and the mean and sd of each setting."""
     shown = metrics[:4]
@@ -399,8 +389,8 @@ def draw_comparison(comparison: Comparison, metrics: Sequence[str]) -> Figure:
         for y, (_, by_seed) in enumerate(ranked):
             values, color = list(by_seed.values()), "#1b7f79" if y == len(ranked) - 1 else "#888888"
             axes.plot(values, [y] * len(values), "o", color=color, alpha=0.45, ms=5)
-            sd = statistics.stdev(values) if len(values) > 1 else math.nan
-            axes.errorbar(statistics.fmean(values), y - 0.18, xerr=sd, fmt="|", color=color, capsize=3, ms=9, lw=1.5)
+            mean, sd = statistics.fmean(values), sample_sd(values)
+            axes.errorbar(mean, y - 0.18, xerr=sd, fmt="|", color=color, capsize=3, ms=9, lw=1.5)
         axes.set(yticks=range(len(ranked)), ylim=(-0.6, len(ranked) - 0.5), xlabel=figure_text(metric.removeprefix("test/")))
         axes.set_yticklabels([figure_text(comparison.label(setting, short=True)) for setting, _ in ranked])
         axes.spines[["top", "right"]].set_visible(False)

@@ -118,7 +118,8 @@ def initialize_from(encoder: Encoder, name: str) -> str:
     encoder.load_state_dict({**mine, **{key: value for key, value in theirs.items() if key not in reshaped}})
     settings = {key: (theirs, ours) for key, theirs in _settings(other).items() if (ours := _settings(encoder)[key]) != theirs}
     differ = "".join(f"; its {key} is {theirs}, here {ours}" for key, (theirs, ours) in settings.items())
-    return f"init_from={name}" + ("; the head starts anew" if reshaped else "") + differ
+    anew = "; the head starts anew" if any("head." in key for key in mine) else "; its head is left out"
+    return f"init_from={name}" + (anew if reshaped else "") + differ
 
 
 def _settings(encoder: Encoder) -> dict[str, str]:
@@ -126,5 +127,7 @@ def _settings(encoder: Encoder) -> dict[str, str]:
     parts = encoder.text_parts()
     return {
         "pooling": ", ".join(part.pooling for part in encoder.parts()),
+        "normalize": ", ".join(str(part.normalize).lower() for part in encoder.parts()),
+        "max_length": ", ".join(str(part.max_length) for part in parts),
         "prompt": repr(parts[0].prompts.text if parts else ""),
     }

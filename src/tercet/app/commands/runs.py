@@ -1,6 +1,5 @@
 """The command ``runs``: list, best, show, diff, tail and prune. Imports here are light: it answers at once."""
 
-import statistics
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -11,7 +10,7 @@ from omegaconf import DictConfig
 from tercet.app.run_files import is_alive, process_is_gone, read_curves
 from tercet.app.run_list import STATES, Run, best_runs, differences, find_run, folder_size, list_runs, remove_run
 from tercet.errors import InputError, did_you_mean, require
-from tercet.messages import printable
+from tercet.messages import format_mean_sd, printable
 
 POLL_SECONDS = 1.0  # of `tail`
 PRUNED = ("failed", "dead")
@@ -60,8 +59,7 @@ def _row(folder: Path, members: Sequence[Run], metric: str | None) -> list[str]:
         seed = f"{len(members)} jobs"
     name = metric or first.main_metric or next((one.main_metric for one in members if one.main_metric), None)
     values = [one.metrics[name] for one in members if name in one.metrics] if name else []
-    sd = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    cells = [name, f"{statistics.fmean(values):.4f}{sd}"] if name and values else ["", ""]
+    cells = [name, format_mean_sd(values)] if name and values else ["", ""]
     if first.error and first.state != "finished" and not values:
         cells = [f"{first.error.splitlines()[0]:.60}", ""]
     return [state, _when(first.started), str(folder), seed, *cells]

@@ -16,6 +16,7 @@ from tercet.app.commands.preflight import preflight
 from tercet.app.components import build, check_settings, check_values, find_targets, start_record
 from tercet.app.config_checks import check_config, check_model, set_derived
 from tercet.app.examples import EXAMPLES, write_examples
+from tercet.app.folder_checks import check_folders
 from tercet.app.model_card import CARD, check_given, make_card
 from tercet.app.own_texts import choose_by_columns, fit_batch_size, set_run_length
 from tercet.distributed.sharding import gather_weights, load_state
@@ -80,6 +81,7 @@ def prepare(cfg: DictConfig, output: Path) -> tuple[DictConfig, DataModule]:
     data = build(config.data.module)
     build(config.validation)  # an error in it ends the run here
     check_config(config, get_class(config.objective._target_), data)
+    check_folders(config)
     config.data.fingerprint = data.fingerprint()  # for the record: a run is resumed with the same rows
     return config, data
 

@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from tercet.app import record, run_files
 from tercet.app.commands.compare import Comparison, group_runs, read_runs, write_comparison
 from tercet.app.commands.stages import draw_stages
-from tercet.messages import print_status
+from tercet.messages import print_status, sample_sd
 from tercet.paths import atomic_write, write_text
 
 Summary = dict[str, dict[str, float]]  # metric -> mean, sd, runs
@@ -61,7 +61,7 @@ def summarize(runs: Sequence[dict[str, float]]) -> Summary:
     summary = {}
     for name in sorted({name for run in runs for name in run if not name.startswith(("train/", "val/"))}):
         values = [run[name] for run in runs if name in run]
-        sd = statistics.stdev(values) if len(values) > 1 else 0.0
+        sd = sample_sd(values) if len(values) > 1 else 0.0
         summary[name] = {"mean": statistics.fmean(values), "sd": sd, "runs": len(values)}
     return summary
 

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from tercet.errors import InputError
+from tercet.errors import InputError, require
 from tercet.messages import print_status
 from tercet.models.engine import transformers_compat as compat
 from tercet.models.engine.chunking import Execution
 from tercet.models.engine.deterministic_dropout import DropoutSeeds, replace_dropouts
 from tercet.models.engine.packing import NAME, Packing, autocast_dtype, layer_stack, shorten_last_layer
+from tercet.models.weights import check_finite
 from tercet.rng import uniform
 from tercet.types import RATE_SCALE, TokenBatch, TokenState
 
@@ -195,6 +196,7 @@ class BackboneRunner:
     def _verify_layouts(self) -> None:
         """Set what this backbone cannot do; ``InputError`` if it does not run, or a row is never as it is alone."""
         name, rows = type(self.backbone).__name__, self._sample_rows([3, 3, 5, 4])
+        before = compat.text_settings(self.backbone)
         try:
             self(rows.select(torch.tensor([0, 1])), packed=False)  # in training mode, which Reformer refuses
             self.backbone.eval()
@@ -211,15 +213,25 @@ class BackboneRunner:
         except Exception as error:  # models raise errors of many types
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             raise InputError(f"`backbone`: {name} cannot encode rows of token ids ({reason}). Use another backbone.") from error
+        for key, value in compat.text_settings(self.backbone).items():
+            setting = key.rsplit(".", 1)[-1]
+            reason = f"a short text changes its {setting} from {before.get(key)} to {value} for all texts after it"
+            advice = f"Set {setting} to {value} in the config.json of its folder, or in `backbone.config`."
+            require(value == before.get(key), f"`backbone`: {name} is not supported so: {reason}. {advice}")
         shapes = [(n, self.backbone.config.hidden_size) for n in rows.lengths.tolist()]
         if [tuple(states.shape) for states in alone] != shapes:
             got = f"{tuple(alone[0].shape)} for a row of {shapes[0][0]} tokens"
             raise InputError(f"`backbone`: {name} gives {got}, not a vector of {shapes[0][1]} for each. Use another backbone.")
+        if not all(bool(states.isfinite().all()) for states in alone):
+            check_finite(f"`backbone`: {name}", self.backbone.named_parameters())
+            raise InputError(f"`backbone`: {name} gives NaN or infinite values for a few tokens. Use another backbone.")
         if not _close(pair, alone[:2]):
             reason = "a text's embedding would depend on the texts beside it, even on those of its own length"
             raise InputError(f"`backbone`: {name} is not supported: {reason}. Use another backbone.")
-        self.cannot_pad = "" if _close(padded, alone) else "a row's embedding would depend on its padding"
-        self.cannot_pack = self._enable_packing(rows, alone)
+        by_longest = "a row's positions would depend on the longest row beside it (LongRoPE)"
+        by_longest = by_longest if compat.scales_positions_by_longest(self.backbone) else ""  # which short rows do not show
+        self.cannot_pad = by_longest or ("" if _close(padded, alone) else "a row's embedding would depend on its padding")
+        self.cannot_pack = by_longest or self._enable_packing(rows, alone)
 
     def _sample_rows(self, lengths: list[int]) -> TokenBatch:
         size, most = self.backbone.config.vocab_size, torch.tensor(lengths).clamp(max=self.max_tokens)

@@ -53,6 +53,17 @@ def head_size(model: PreTrainedModel) -> int:
     return int(getattr(model.config, "head_dim", None) or model.config.hidden_size // heads)
 
 
+def text_settings(model: PreTrainedModel) -> dict[str, str]:
+    """The attributes of all modules that are texts, as BigBird's ``attention_type``: a forward pass should change none."""
+    modules = model.named_modules()
+    return {f"{name}.{key}": x for name, module in modules for key, x in vars(module).items() if isinstance(x, str)}
+
+
+def scales_positions_by_longest(model: PreTrainedModel) -> bool:
+    """Whether rotary positions depend on the longest row of a pass (LongRoPE: beyond the length of pretraining others)."""
+    return "'longrope'" in str(getattr(model.config, "rope_parameters", None))
+
+
 def pooler_is_optional(model: PreTrainedModel) -> bool:
     """Whether the model runs without its pooler; SqueezeBERT's forward pass calls it always."""
     return "add_pooling_layer" in inspect.signature(type(model).__init__).parameters
