@@ -78,13 +78,13 @@ def run(cfg: DictConfig, output: Path) -> None:
     collection = read_collection(cfg)
     require(not (cfg.index and collection.read_cell), f"index={cfg.index} is searched by texts; data holds images.")
     limits, latency = settings.options["limits"], cfg.latency_ms
-    paths = [cfg.model.path, cfg.other] if cfg.other else [cfg.model.path]
-    model = cfg.model
-    models = [open_model(path, model.pooling, cfg.device, trust_remote_code=model.trust_remote_code) for path in paths]
+    named = {"model": cfg.model.path, "other": cfg.other} if cfg.other else {"model": cfg.model.path}
+    paths, trust = list(named.values()), cfg.model.trust_remote_code
+    models = [open_model(path, cfg.model.pooling, cfg.device, trust_remote_code=trust, key=key) for key, path in named.items()]
     held = "images" if collection.read_cell else "texts"
-    for path, each in zip(paths, models, strict=True):
+    for (key, path), each in zip(named.items(), models, strict=True):
         read = "images" if each.kind == "image" else "texts"
-        require(read == held, f"model={path} reads {read}, but data holds {held}. Choose others by model=... or data=...")
+        require(read == held, f"{key}={path} reads {read}, but data holds {held}. Choose others by {key}=... or data=...")
     try:
         collection, vectors = keep_readable(collection, [encode_collection(each, collection) for each in models])
     except InputError as error:

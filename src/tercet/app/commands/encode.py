@@ -87,4 +87,4 @@ def build_source(cfg: DictConfig) -> Any:
 def _open(model: dict[str, Any], raw: dict[str, Any], device: str) -> Encoder:
     """Open the model of the command, here or in a worker process."""
     components.start_record(OmegaConf.create(raw))
-    return open_member(OmegaConf.create({"model": model, "device": device, "seed": None}), model["path"])
+    return open_member(OmegaConf.create({"model": model, "device": device}), model["path"])

@@ -12,11 +12,11 @@ import torch
 from omegaconf import DictConfig
 
 from tercet.app import signals
-from tercet.app.commands.evaluate import open_model
+from tercet.app.commands.evaluate import open_model, open_with_note
 from tercet.app.components import build
 from tercet.errors import InputError, require
 from tercet.messages import print_status, silence_libraries
-from tercet.models import Encoder, load
+from tercet.models import Encoder
 from tercet.serving import Limits, create_app, require_serving
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ class Settings:
     def make_app(self, model: Encoder | None = None) -> "FastAPI":
         """Load the model, unless it is given, and the index."""
         torch.set_num_threads(self.threads)
-        model = model or load(self.model, pooling=self.pooling, device=self.device, trust_remote_code=self.trust_remote_code)
+        if model is None:  # in a process of its own; the first one has told the note
+            model, _ = open_with_note(self.model, self.pooling, self.device, trust_remote_code=self.trust_remote_code)
         return create_app(model, open_index(self.index, model) if self.index else None, **self.options)
 
 

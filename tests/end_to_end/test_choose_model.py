@@ -1,0 +1,55 @@
+"""What ``model=`` and ``other=`` take, the same for all commands, and what is said of a name that is none of it."""
+
+import pytest
+import torch
+
+from tercet.app.commands import serve
+from tercet.app.commands.evaluate import open_model
+from tercet.models import load
+from tests.conftest import MINILM, TEXTS
+
+
+@pytest.fixture
+def texts(tmp_path):
+    path = tmp_path / "texts.csv"
+    path.write_text("question,answer\n" + "\n".join(f'"{a}","{b}"' for a, b in zip(TEXTS, TEXTS[::-1], strict=True)) + "\n")
+    return [f"data.path={path}", "data.columns=[question,answer]"]
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """The applications that would have been served."""
+    found = []
+    monkeypatch.setattr(serve, "serve_app", lambda app, limits, listener, place: found.append(app))
+    return found
+
+
+def test_a_choice_of_conf_is_opened_where_hydra_has_not_begun():
+    """As in a process that encode or serve has started."""
+    assert torch.equal(open_model("minilm", None, "cpu").encode(TEXTS[:2]), load(MINILM).encode(TEXTS[:2]))
+
+
+def test_the_app_and_serve_take_a_choice_of_conf(command, texts, served):
+    pytest.importorskip("uvicorn", reason="tercet[serve] is not installed")
+    page = command("app", f"model={MINILM}", "other=minilm", "data=table", *texts, "port=0", "split=train", "data.held_out=0")
+    assert page.code == 0 and "other=minilm of conf/model, seed 1" in page.terminal, page.terminal
+    one = command("serve", "model=minilm", "port=0")
+    assert one.code == 0 and len(served) == 2, one.terminal
+    assert served[0].state.explorer.views[1].z.shape == served[0].state.explorer.views[0].z.shape
+
+
+@pytest.mark.parametrize("key", ["model", "other"])
+def test_a_model_that_is_not_there_is_named_by_its_key(command, texts, served, key):
+    pytest.importorskip("uvicorn", reason="tercet[serve] is not installed")
+    other = "other" if key == "model" else "model"
+    wrong = command("app", f"{other}={MINILM}", f"{key}=minlm", "data=table", *texts, "split=train", "data.held_out=0")
+    assert wrong.code == 1 and f"{key}=minlm: no such folder" in wrong.terminal, wrong.terminal
+    assert "Did you mean minilm?" in wrong.terminal and not served
+
+
+def test_encode_and_search_take_a_choice_of_conf(command, texts, tmp_path):
+    pytest.importorskip("faiss", reason="tercet[search] is not installed")
+    wrote = command("encode", "model=minilm", *texts, f"output={tmp_path / 'index'}/")
+    assert wrote.code == 0 and "12 x 384" in wrote.terminal, wrote.terminal
+    asked = command("search", f"index={tmp_path / 'index'}", f"query={TEXTS[3]}", "k=1")
+    assert asked.code == 0 and f"  1  1.0000  {TEXTS[3]}\n" in asked.terminal, asked.terminal
