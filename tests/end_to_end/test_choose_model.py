@@ -1,10 +1,14 @@
 """What ``model=`` and ``other=`` take, the same for all commands, and what is said of a name that is none of it."""
 
+import socket
+
 import pytest
 import torch
+from huggingface_hub import constants
 
 from tercet.app.commands import serve
 from tercet.app.commands.evaluate import open_model
+from tercet.errors import InputError
 from tercet.models import load
 from tests.conftest import MINILM, TEXTS
 
@@ -53,3 +57,42 @@ def test_encode_and_search_take_a_choice_of_conf(command, texts, tmp_path):
     assert wrote.code == 0 and "12 x 384" in wrote.terminal, wrote.terminal
     asked = command("search", f"index={tmp_path / 'index'}", f"query={TEXTS[3]}", "k=1")
     assert asked.code == 0 and f"  1  1.0000  {TEXTS[3]}\n" in asked.terminal, asked.terminal
+
+
+@pytest.fixture
+def unreachable(monkeypatch):
+    """The hub's real client, which is sent to a port that nothing listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
+    return address
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("outputs/quikstart", "; outputs holds quickstart and 1 more."),
+        ("outputs/quickstart/20260101-1", "; outputs/quickstart holds 20260101-120000-abcd."),
+        ("./models/x", "; models holds no folders"),
+        ("models/x", "; models holds no folders"),
+        ("no/such/folder", "the working directory holds models, outputs."),
+        ("/no-such-folder-anywhere/x", "/ holds "),
+    ],
+)
+def test_a_path_is_not_asked_from_the_hub(unreachable, tmp_path, monkeypatch, name, message):
+    for folder in ("outputs/quickstart/20260101-120000-abcd", "outputs/mine", "models"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("TERCET_DATA", raising=False)
+    with pytest.raises(InputError) as error:
+        open_model(name, None, "cpu")
+    assert str(error.value).startswith(f"model={name}: there is no such run or folder;"), error.value
+    assert unreachable not in str(error.value) and message in str(error.value), error.value
+
+
+def test_a_hub_that_cannot_be_reached_is_told_once(unreachable, command):
+    asked = command("evaluate", "model=someone/small-bert", "evaluation=sts", "evaluation.path=hub")
+    assert asked.code == 1 and "Retrying" not in asked.terminal, asked.terminal
+    assert asked.terminal.count(f"model=someone/small-bert: no such folder here, and the hub at {unreachable}") == 1
