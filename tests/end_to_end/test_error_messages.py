@@ -37,6 +37,10 @@ CASES = {
     "one sentence only": (["data=text", "data.path={folder}/one.txt"], ["one.txt", "1"]),
     "a batch larger than the data": ([*OWN, "data.batch_size=64"], ["data.batch_size=64", "training rows", "Use data.b"]),
     "a batch of one": ([*OWN, "data.batch_size=1"], ["data.batch_size=1", "2"]),
+    "pairs without labels for FaceNet": (
+        ["data=text", "data.path={folder}/pairs.csv", "data.columns=[question,answer]", "objective=facenet"],
+        ["FaceNet needs what data=text does not provide: labels: data.label=<column>. Or use another objective: objective=mlm or"],
+    ),
     "too few columns": ([*OWN, "objective=simcse_sup"], ["SimCSESup", "2 to 3", "data.columns", "objective=simcse_unsup"]),
     "dropout views without dropout": ([*OWN, "model.backbone.dropout=0"], ["dropout", "model.backbone.dropout=0.1"]),
     "a weight without hard negatives": ([*OWN, "loss.hard_negative_weight=1"], ["loss.hard_negative_weight=1", "third column"]),
