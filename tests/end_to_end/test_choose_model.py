@@ -1,5 +1,6 @@
 """What ``model=`` and ``other=`` take, the same for all commands, and what is said of a name that is none of it."""
 
+import os
 import socket
 
 import pytest
@@ -96,3 +97,21 @@ def test_a_hub_that_cannot_be_reached_is_told_once(unreachable, command):
     asked = command("evaluate", "model=someone/small-bert", "evaluation=sts", "evaluation.path=hub")
     assert asked.code == 1 and "Retrying" not in asked.terminal, asked.terminal
     assert asked.terminal.count(f"model=someone/small-bert: no such folder here, and the hub at {unreachable}") == 1
+
+
+def test_a_folder_of_runs_is_no_run(command, texts, tmp_path, monkeypatch):
+    """The newest one is proposed, whichever command is given the folder around them."""
+    for number, name in enumerate(("b-older", "a-newer")):
+        run = tmp_path / "outputs" / "quickstart" / name
+        run.mkdir(parents=True)
+        (run / "config.yaml").write_text("seed: 1\n")
+        os.utime(run / "config.yaml", (10**9 + number,) * 2)
+    (tmp_path / "outputs" / "quickstart" / "comparison.png").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    model, newest = "model=outputs/quickstart", "outputs/quickstart/a-newer"
+    for name, *more in (
+        ("push", "repo=me/x", "--dry-run"), ("evaluate", "evaluation=sts", "evaluation.path=hub"),
+        ("encode", *texts, "output=v.npy"), ("export", "output=onnx"), ("serve", "port=0"),
+    ):  # fmt: skip
+        said = command(name, model, *more)
+        assert said.code == 1 and f"{model} is no run or model itself; it holds 2 runs, the newest {newest}." in said.terminal

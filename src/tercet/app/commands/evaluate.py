@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from tercet.app import config_folder, record
+from tercet.app import config_folder, record, run_folder
 from tercet.app.components import build, check_values, raw_config
 from tercet.app.examples import examples_beside, write_examples
 from tercet.errors import InputError, require
@@ -97,6 +97,7 @@ def open_with_note(
     try:
         encoder, note = load_with_note(name, pooling=pooling, trust_remote_code=trust_remote_code)
     except InputError as error:
+        run_folder.check_no_runs_inside(key, locate(name))
         keys = {"path_or_id": key, **{each: f"`model.{each}`" for each in ("pooling", "trust_remote_code")}}
         raise InputError(error.rename(keys)) from error
     return encoder.to(device), note

@@ -71,6 +71,8 @@ def prepare(cfg: DictConfig, output: Path) -> tuple[DictConfig, DataModule]:
     check_settings(cfg)
     config: Any = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     check_writable(output, "output_dir")
+    if config.resume:
+        run_folder.check_no_runs_inside("output_dir", output, "resume=true: there is no run to go on with: ")
     silence_libraries()
     drop_missing_validation(config)
     set_derived(config)
