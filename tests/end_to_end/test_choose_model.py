@@ -43,6 +43,16 @@ def test_the_app_and_serve_take_a_choice_of_conf(command, texts, served):
     assert served[0].state.explorer.views[1].z.shape == served[0].state.explorer.views[0].z.shape
 
 
+def test_a_served_model_is_known_by_its_path_and_the_run_that_it_is_of(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs" / "mine").mkdir(parents=True)
+    (tmp_path / "outputs" / "mine" / "config.yaml").write_text("seed: 1\n")
+    assert serve.model_names("outputs/mine/") == ["mine", "outputs/mine"]
+    assert serve.model_names("outputs/mine/model") == ["model", "mine", "outputs/mine/model"]
+    assert serve.model_names("outputs/mine/checkpoints/last.ckpt")[1] == "mine"
+    assert serve.model_names("someone/small-bert") == ["small-bert", "someone/small-bert"]
+
+
 @pytest.mark.parametrize("key", ["model", "other"])
 def test_a_model_that_is_not_there_is_named_by_its_key(command, texts, served, key):
     pytest.importorskip("uvicorn", reason="tercet[serve] is not installed")
