@@ -91,8 +91,11 @@ def drop_missing_validation(config: DictConfig) -> None:
     sources = [node["source"] for _, node in find_targets(OmegaConf.to_container(config.validation)) if "source" in node]
     empty = [s for s in sources if s is None or (s.get("split") == "validation" and not s.get("validation_rows"))]
     if empty and not config.monitor:
-        why = f"data={config.data.name} holds out no rows for validation"
-        warn_once(f"{why}: no metric chooses settings. evaluation@validation=stsb_dev would be one that needs no such rows.")
+        why = f"data={config.data.name} holds out no rows for validation: no metric chooses settings"
+        own = "data.validation_rows=500 holds some out, a fifth at most" if "validation_rows" in config.data else ""
+        reads_images = "ImageTransform" in str(OmegaConf.select(config, "data.transform._target_"))
+        other = "" if reads_images else "evaluation@validation=stsb_dev would be one that needs no such rows"
+        warn_once(". ".join(filter(None, [why, own, other])) + ".")
         config.validation = {"_target_": "tercet.evaluation.EvaluatorGroup", "members": {}}
         if str(config.optimized_metric).startswith("val/"):
             config.optimized_metric = None
