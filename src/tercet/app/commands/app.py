@@ -2,6 +2,7 @@
 
 import math
 import tempfile
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def run(cfg: DictConfig, output: Path) -> None:
     app = create_app(models[0], index, explorer=Explorer(collection, views), runs=runs, **settings.options)
     with serve.listen(cfg.host, cfg.port) as listener:
         place = serve.address(cfg.host, listener)
-        print_status(f"{len(collection.texts)} {held}. The page: {place}/")
+        print_status(f"{len(collection.texts)}{collection.part or f' {held}'}. The page: {place}/")
         serve.serve_app(app, limits, listener, place)
 
 
@@ -119,9 +120,23 @@ def read_collection(cfg: DictConfig) -> Collection:
         names = getattr(rows.features["label"], "names", None)
         labels = ["" if x is None or x < 0 else names[x] if names else str(x) for x in rows["label"]]
     if not isinstance(first[source.columns[0]], str):
-        return read_images(rows, source.columns[0], labels, cfg.points)
+        made = read_images(rows, source.columns[0], labels, cfg.points)
+        return replace(made, part=describe_part(source, len(rows), 1, cfg.points, "images"))
     columns = {name: list(rows[name]) for name in list(source.columns)[:2]}
-    return Collection.of_columns(columns, labels, cfg.points)
+    part = describe_part(source, len(rows), len(columns), cfg.points, "texts")
+    return replace(Collection.of_columns(columns, labels, cfg.points), part=part)
+
+
+def describe_part(source: Any, count: int, num_columns: int, points: int, unit: str) -> str:
+    """What follows the number of ``unit`` shown where that is not all: of how many, which they are, and what shows others."""
+    split, total, why = getattr(source, "split", None), count, []
+    if split in ("test", "train") and is_dataclass(source) and (getattr(source, "held_out", 0) or split == "test"):
+        total = len(replace(source, split="all").rows())
+        which = {"test": "held-out rows; split=train shows the others", "train": "without held-out rows; split=test shows them"}
+        why = [which[split]] if total > count else []
+    if count * num_columns > points:
+        why.append(f"spread evenly; points={points} is the most")
+    return f" of {total * num_columns} {unit} ({', '.join(why)})" if why else ""
 
 
 def read_images(rows: Dataset, column: str, labels: list[str] | None, limit: int) -> Collection:
