@@ -1,5 +1,6 @@
 """The command ``train``: build and check the components, evaluate, train, evaluate again, record."""
 
+import shlex
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint, ModelSummary, ProgressBar
 
-from tercet.app import launch, record, report, run_files, run_folder
+from tercet.app import launch, record, report, run_files, run_folder, signals
 from tercet.app.commands.evaluate import initialize_from
 from tercet.app.commands.preflight import preflight
 from tercet.app.components import build, check_settings, check_values, find_targets, start_record
@@ -60,6 +61,7 @@ def run(cfg: DictConfig, output: Path) -> float | None:
             return optimized_value(config, run_files.read_metrics(output))
         if not check_resume(config, output) and not config.check:
             begin_anew(config, output)
+        signals.describe_stop(lambda: describe_stop(output))
         if alone and launch.needs_processes(config):
             return launch.launch_processes(worker, config, output)
         return train(config, output, data)
@@ -156,6 +158,16 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
     finally:
         trim_heap(now=True)  # the next job of a sweep is in this process too
     return optimized_value(cfg, metrics)
+
+
+def describe_stop(output: Path) -> str:
+    """What a stopped run has kept, by its files, and how to go on."""
+    newest = newest_checkpoint(last_checkpoints(output))
+    if newest is None:
+        return " before a checkpoint was written; there is nothing to keep"
+    folder = output.relative_to(Path.cwd()) if output.is_relative_to(Path.cwd()) else output
+    go_on = f"The same command with output_dir={shlex.quote(str(folder))} resume=true continues"
+    return f" at step {read_checkpoint(newest, mmap=True)['global_step']}; {folder} holds it. {go_on}."
 
 
 def is_done(cfg: DictConfig, output: Path) -> bool:
