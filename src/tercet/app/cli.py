@@ -167,7 +167,10 @@ def _run_composed(command: str, arguments: Sequence[str]) -> None:
 
 def _watch_output(output: str | None) -> Callable[[], str]:
     """What to say at a stop: whether the command has begun to write ``output``."""
-    written = lambda: Path(output).stat().st_mtime_ns if output and Path(output).exists() else None  # noqa: E731
+
+    def written() -> int | None:
+        return Path(output).stat().st_mtime_ns if output and Path(output).exists() else None
+
     before = written()
     return lambda: "; nothing was written" if written() == before else f"; {output} may be incomplete: start the command again"
 

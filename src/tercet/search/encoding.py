@@ -202,7 +202,7 @@ def count_encoded(path: str | Path) -> tuple[int, int]:
     if vectors.is_file() and (done := read_info(vectors)):
         return done.count, done.count
     folder = _shard_folder(vectors if vectors.parent.is_dir() else Path(path))
-    saved = read_json_file(folder / SETTINGS) if (folder / SETTINGS).is_file() else {"rows": 0, "info": {"count": 0}}
+    saved: Any = read_json_file(folder / SETTINGS) if (folder / SETTINGS).is_file() else {"rows": 0, "info": {"count": 0}}
     return min(len(list(folder.glob("[0-9]*.npy"))) * saved["rows"], saved["info"]["count"]), saved["info"]["count"]
 
 

@@ -129,9 +129,11 @@ def read_collection(cfg: DictConfig) -> Collection:
 
 def describe_part(source: Any, count: int, num_columns: int, points: int, unit: str) -> str:
     """What follows the number of ``unit`` shown where that is not all: of how many, which they are, and what shows others."""
-    split, total, why = getattr(source, "split", None), count, []
-    if split in ("test", "train") and is_dataclass(source) and (getattr(source, "held_out", 0) or split == "test"):
-        total = len(replace(source, split="all").rows())
+    split, total = getattr(source, "split", None), count
+    why: list[str] = []
+    if split in ("test", "train") and is_dataclass(source) and (split == "test" or vars(source).get("held_out")):
+        every: Any = replace(source, split="all")  # type: ignore[type-var]
+        total = len(every.rows())
         which = {"test": "held-out rows; split=train shows the others", "train": "without held-out rows; split=test shows them"}
         why = [which[split]] if total > count else []
     if count * num_columns > points:

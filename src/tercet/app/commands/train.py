@@ -61,7 +61,7 @@ def run(cfg: DictConfig, output: Path) -> float | None:
             return optimized_value(config, run_files.read_metrics(output))
         if not check_resume(config, output) and not config.check:
             begin_anew(config, output)
-        signals.describe_stop(lambda: describe_stop(output))
+        signals.describe_stop(lambda: _kept(output))
         if alone and launch.needs_processes(config):
             return launch.launch_processes(worker, config, output)
         return train(config, output, data)
@@ -160,7 +160,7 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
     return optimized_value(cfg, metrics)
 
 
-def describe_stop(output: Path) -> str:
+def _kept(output: Path) -> str:
     """What a stopped run has kept, by its files, and how to go on."""
     newest = newest_checkpoint(last_checkpoints(output))
     if newest is None:
