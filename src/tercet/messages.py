@@ -156,6 +156,7 @@ def silence_libraries() -> None:
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("bm25s").setLevel(logging.WARNING)
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own: each line would stand there twice
     logging.basicConfig(format="%(message)s")  # counts of dropped rows
     texts = (
         "does not have many workers|directory .* exists and is not empty|It is recommended to use `self.log.*sync_dist=True|"

@@ -367,3 +367,18 @@ def test_what_is_no_file_is_not_read(tmp_path, caplog):
     made = batch(listed(root / "faces.parquet", "0.png", "pipe.png", "folder.png", "large.png"), [0, 1, 2, 3])
     assert (len(made), made.num_unreadable) == (1, 3)
     assert "is not a regular file" in caplog.text and "268,435,456 are accepted" in caplog.text
+
+
+def test_images_that_cannot_be_decoded_are_told_before_rows_that_are_too_few(tmp_path):
+    for person in ("ada", "bob"):
+        (tmp_path / person).mkdir()
+        for number in range(6):
+            (tmp_path / person / f"{number}.png").write_bytes(b"no image")
+    source = ImageFiles(str(tmp_path), held_out=500, split="train")
+    with pytest.raises(InputError, match=r"12 of 12 images cannot be read, the first is .*ada/0.png: it cannot be decoded"):
+        source.rows()
+    for number in range(6):
+        (tmp_path / "ada" / f"{number}.png").write_bytes(picture(number))
+        (tmp_path / "bob" / f"{number}.png").write_bytes(picture(number))
+    with pytest.raises(InputError, match="2 different values in 12 rows"):
+        source.rows()

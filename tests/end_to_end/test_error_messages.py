@@ -41,6 +41,10 @@ CASES = {
     "one sentence only": (["data=text", "data.path={folder}/one.txt"], ["one.txt", "1"]),
     "a batch larger than the data": ([*OWN, "data.batch_size=64"], ["data.batch_size=64", "training rows", "Use data.b"]),
     "a batch of one": ([*OWN, "data.batch_size=1"], ["data.batch_size=1", "2"]),
+    "pairs without labels for FaceNet": (
+        ["data=text", "data.path={folder}/pairs.csv", "data.columns=[question,answer]", "objective=facenet"],
+        ["FaceNet needs what data=text", "labels: data.label=<column>. Or use another objective: objective=mlm or objective="],
+    ),
     "too few columns": ([*OWN, "objective=simcse_sup"], ["SimCSESup", "2 to 3", "data.columns", "objective=simcse_unsup"]),
     "dropout views without dropout": ([*OWN, "model.backbone.dropout=0"], ["dropout", "model.backbone.dropout=0.1"]),
     "a weight without hard negatives": ([*OWN, "loss.hard_negative_weight=1"], ["loss.hard_negative_weight=1", "third column"]),
@@ -82,7 +86,7 @@ CASES = {
     "a retrieval's own source": ([*OWN, "evaluation@test=retrieval", "test.source.path={folder}/mine.csv"],
                                  ["test.source.path={folder}/mine.csv", "does not exist"]),
     "labels for a sampler": ([*OWN, "objective=facenet", "evaluation@test=heldout"],
-                             ["PKBatchSampler", "data.label=<column>", "sampler=random"]),
+                             ["FaceNet needs", "data.label=<column>", "objective=simcse_unsup"]),
     "labels for classification": ([*OWN, "objective=classification"], ["Classification", "labels: data.label=<column>"]),
     "a batch without repeats that is too large": (
         ["data=text", "data.path={folder}/answers.csv", "data.columns=[question,answer]", "objective=simcse_sup",

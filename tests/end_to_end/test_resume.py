@@ -138,6 +138,18 @@ def test_resume_without_a_checkpoint_is_a_start(run):
     assert result.code == 0 and "resuming" not in result.terminal
 
 
+def test_resume_in_a_folder_of_runs_begins_none(run, tmp_path):
+    """The folder of one of them was meant; before-1 is what a run has set aside, and leaves room for a new start."""
+    (tmp_path / "run" / "mine-1").mkdir(parents=True)
+    settings = tmp_path / "run" / "mine-1" / "config.yaml"
+    settings.write_text("seed: 1\n")
+    result = run("resume=true")
+    assert result.code == 1 and f"it holds the run {settings.parent}. Give output_dir=" in result.terminal, result.terminal
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine-1"]
+    settings.parent.rename(tmp_path / "run" / "before-1")
+    assert run("resume=true").code == 0
+
+
 def test_ctrl_c_in_the_middle_of_a_step_changes_nothing(run, whole, monkeypatch):
     before = whole()
     original = SimCSEUnsup.training_step

@@ -161,6 +161,7 @@ def test_the_page_of_two_models_and_of_runs(saved, tmp_path):
         assert seen == {
             "models": [str(saved[0])] * 2,
             "labels": ["a", "b"],
+            "part": " of 24 texts (without held-out rows; split=test shows them)",
             "kind": "pairs",
             "runs": True,
             "search": True,
@@ -175,7 +176,7 @@ def test_the_page_of_two_models_and_of_runs(saved, tmp_path):
         assert client.post("/v1/embeddings", json={"input": "a"}).status_code == 200
         os.kill(started.pid, signal.SIGTERM)
         assert started.end() == 143, started.said()
-        assert f"The page: {place}/" in started.said()
+        assert f"{seen['part']}. The page: {place}/" in started.said()
 
 
 @pytest.fixture(scope="module")

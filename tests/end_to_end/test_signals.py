@@ -7,6 +7,7 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.optim import AdamW
@@ -18,6 +19,7 @@ from tercet.distributed.processes import STOP_SIGNALS, start_processes
 from tercet.evaluation import Retrieval
 from tercet.models import CachedEncoder
 from tercet.models.folder import read_checkpoint
+from tercet.search.vectors import VectorInfo, write_vectors
 from tests.conftest import MINILM, tiny
 from tests.end_to_end.conftest import FAST, write_texts
 from tests.end_to_end.forked import Forked, descendants
@@ -64,6 +66,7 @@ def test_a_signal_to_the_group_saves_the_step(tmp_path, kind, number):
     assert len(lines) == (2 if slurm else 1) and lines[0].startswith("stopped"), lines
     assert find_run(str(tmp_path / "run")).state == "stopped"
     step = read_checkpoint(saved / "last.ckpt")["global_step"]
+    assert lines[0] == f"stopped at step {step}; run holds it. The same command with output_dir=run resume=true continues."
     if kind == "two processes":
         assert step == int(torch.load(saved / "random-1.pt", weights_only=True)["step"])
     if slurm:
@@ -112,6 +115,53 @@ def test_a_signal_while_a_checkpoint_is_restored_writes_none(run, monkeypatch):
     assert stopped.code == 143, stopped.terminal
     state = read_checkpoint(stopped.output / "checkpoints" / "last.ckpt")["optimizer_states"][0]["state"]
     assert state, "AdamW's moments"
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "said"),
+    [
+        ("train", ["data=text", "data.path={folder}/my.txt"], "stopped before training began; there is nothing to keep"),
+        (
+            "train",
+            ["-m", "seed=1,2", "data=text", "data.path={folder}/my.txt"],
+            "stopped; finished jobs and checkpoints are kept.",
+        ),
+        ("evaluate", ["model=minilm", "evaluation=sts", "output=m.json"], "stopped; nothing was written"),
+        ("export", ["model=minilm", "output=onnx"], "stopped; nothing was written"),
+        ("encode", ["model=minilm", "data.path={folder}/my.txt", "output=v.npy"], "stopped; nothing is kept yet"),
+        (
+            "encode",
+            ["model=minilm", "data.path={folder}/my.txt", "output=w.npy"],
+            "stopped; 9 of 12 are encoded and kept: the same",
+        ),
+        (
+            "encode",
+            ["model=minilm", "data.path={folder}/my.txt", "output=index"],
+            "stopped; 6 of 6 are encoded and kept: the same",
+        ),
+    ],
+)
+def test_a_stop_says_what_is_kept(command, tmp_path, monkeypatch, name, more, said):
+    write_texts(tmp_path / "my.txt")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    shards = tmp_path / ".w.npy.shards"
+    shards.mkdir()
+    (shards / "settings.json").write_text('{"rows": 3, "info": {"count": 12}}')
+    for number in range(3):
+        (shards / f"{number:08d}.npy").touch()
+    (tmp_path / ".index.vectors").mkdir()
+    write_vectors(
+        tmp_path / ".index.vectors" / "vectors.npy", VectorInfo(6, 2, "float32"), [(np.zeros((6, 2), np.float32), [], [])]
+    )
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    for place in ("train.prepare", "evaluate.open_with_note", "encode.encode_to", "encode.encode_index"):
+        monkeypatch.setattr(f"tercet.app.commands.{place}", stop)
+    stopped = command(name, *(o.replace("{folder}", str(tmp_path)) for o in more))
+    assert stopped.code == 130 and stopped.terminal.rstrip().splitlines()[-1].startswith(said), stopped.terminal
 
 
 def test_a_run_that_fails_before_it_writes_leaves_no_folder(command, tmp_path):

@@ -56,7 +56,7 @@ def test_what_cannot_be_opened_is_explained(encoder, tmp_path):
         ("c.ckpt", {}, "path_or_id=.*c.ckpt: there is no such file"),
         ("stopped", {}, "path_or_id=.*stopped is a run without a model or a checkpoint"),
         ("failed", {}, "path_or_id=.*failed is a run without a model: it did not finish"),
-        ("nothing", {}, "path_or_id=.*nothing: no such folder here"),
+        ("nothing", {}, "path_or_id=.*nothing: there is no such run or folder; .* holds failed, stopped"),
     ]:
         with pytest.raises(InputError, match=message):
             load(tmp_path / name, **options)

@@ -88,6 +88,17 @@ def test_each_map_is_in_the_middle_of_its_place(page):
         assert abs(colored.min() + colored.max() - picture.shape[1]) < picture.shape[1] / 4
 
 
+def test_no_point_lies_at_the_edge_of_a_map(explorer):
+    for view in explorer.views:
+        assert 0.8 < np.abs(view.map).max() < 0.9
+
+
+def test_titles_are_the_last_parts_of_paths_that_differ(page):
+    given = [["/a/outputs/x/1", "b/2"], ["/a/outputs/x/1", "/a/outputs/y/1"], ["x/1", "x/1"], ["minilm"]]
+    expected = [["1", "2"], ["x/1", "y/1"], ["1", "1"], ["minilm"]]
+    assert page.evaluate("(given) => given.map(shortened)", given) == expected
+
+
 def opened(browser, address, script="", **options):
     context = browser.new_context(**options)
     context.add_init_script(script)

@@ -285,3 +285,15 @@ def test_settings_are_checked(model):
 def test_the_answer_is_json_that_others_read_too(client):
     raw = client.post("/v1/embeddings", json={"input": "naïve “quotes” 日本"})
     assert raw.headers["content-type"] == "application/json" and json.loads(raw.content)["object"] == "list"
+
+
+def test_a_model_has_other_names_and_any_other_is_not_found(model):
+    app = create_app(model, latency_ms=0, name="mine", other_names=["20260101-1", "outputs/mine"])
+    with served(app) as place, httpx.Client(base_url=place, timeout=60) as client:
+        for name in ("mine", "20260101-1", "outputs/mine", "outputs/mine/"):
+            answer = client.post("/v1/embeddings", json={"input": "a", "model": name})
+            assert answer.status_code == 200 and answer.json()["model"] == "mine", answer.text
+        assert client.get("/v1/models/outputs/mine").json()["id"] == "mine"
+        refused = client.post("/v1/embeddings", json={"input": "a", "model": "text-embedding-3-small"})
+    assert refused.status_code == 404 and refused.json()["error"]["code"] == "model_not_found"
+    assert "This server's model is mine; served_name=" in refused.json()["error"]["message"]

@@ -53,6 +53,7 @@ TASKS = {  # how `tercet --help` groups the commands
 }
 
 POSITIONAL = {"compare": "runs", "runs": "words"}  # the key that arguments without a key are given to
+WRITING = ("evaluate", "expand", "export", "mine", "search")  # when all is done
 SWITCHES = {"runs": {"--yes": "delete what prune has shown"}, "push": {"--dry-run": "show the files, send nothing"}}
 
 
@@ -93,6 +94,12 @@ def main(command: str, arguments: Sequence[str] | None = None) -> NoReturn:
     if command == "train" and "data=text" in given and not any(o.lstrip("+~").split("=")[0] == "experiment" for o in given):
         given.insert(given.index("data=text"), "experiment=own_texts")  # the quickstart's 50 steps would not fit other data
     failed: list[str] = []
+    signals.describe_stop(None)
+    if command == "train" and {"-m", "--multirun"} & {*given}:
+        kept = (
+            "finished jobs and checkpoints are kept. The same command with the same hydra.sweep.dir and resume=true continues"
+        )
+        signals.describe_stop(lambda: f"; {kept}.")
     with signals.stop_on_signals():
         try:
             _check_letters(given)
@@ -149,12 +156,24 @@ def _run_composed(command: str, arguments: Sequence[str]) -> None:
             return
         components.start_record(cfg)
         components.check_settings(cfg)
+        if command in WRITING:
+            signals.describe_stop(_watch_output(cfg.output))
         module, function = ("export", "expand") if command == "expand" else (command, "run")
         try:
             getattr(importlib.import_module(f"tercet.app.commands.{module}"), function)(cfg, Path.cwd())
         finally:
             if "output" in cfg and cfg.output:
                 remove_empty(Path(cfg.output))
+
+
+def _watch_output(output: str | None) -> Callable[[], str]:
+    """What to say at a stop: whether the command has begun to write ``output``."""
+
+    def written() -> int | None:
+        return Path(output).stat().st_mtime_ns if output and Path(output).exists() else None
+
+    before = written()
+    return lambda: "; nothing was written" if written() == before else f"; {output} may be incomplete: start the command again"
 
 
 def _without_key(arguments: Sequence[str], command: str) -> list[str]:

@@ -124,6 +124,11 @@ def _words(needs: Iterable[str]) -> str:
     return "; ".join(NEEDS.get(need, need) for need in sorted(needs))
 
 
+def _takes_columns(objective: Any, count: int) -> bool:
+    fewest, most = getattr(objective, "columns", (1, count))
+    return bool(fewest <= count <= most)
+
+
 def _columns(cfg: DictConfig, objective: Any, data: Any) -> None:
     count = len(data.columns)
     fewest, most = getattr(objective, "columns", (1, count))
@@ -151,13 +156,17 @@ def _batches(cfg: DictConfig, objective: Any, data: Any) -> None:
     """The sampler gets what it needs from the data, and gives the objective what it needs."""
     sampler, count = get_object(cfg.sampler._target_), len(data.columns)
     given = getattr(getattr(data, "source", None), "provides", None)
-    if given is not None and (missing := _declared(sampler, "needs") - given):
-        other = choices("sampler", lambda s: _declared(s, "needs") <= given)
-        where = f"{sampler.__name__} needs what data={data.name} does not provide"
-        raise InputError(f"{where}: {_words(missing)}. Or use another sampler: {other}.")
     needed = _batch_needs(objective, count)
-    if given is not None and (missing := needed & {"label"} - given):
-        raise InputError(f"{objective.__name__} needs what data={data.name} does not provide: {_words(missing)}.")
+    of_sampler = needed - {"label"}
+    if given is not None and (missing := (_declared(sampler, "needs") | needed & {"label"}) - given):
+        fits = lambda s: _declared(s, "needs") <= given and of_sampler <= _declared(s, "provides")  # noqa: E731
+        free = lambda o: o is not objective and not _batch_needs(o, count) and _takes_columns(o, count)  # noqa: E731
+        # The test of labels, which an objective brings along, would be the next error with any sampler.
+        tested = any(missing & _declared(kind, "needs") for kind in _evaluator_classes(OmegaConf.to_container(cfg.test)))
+        samplers = "" if tested or missing & needed else choices("sampler", fits)
+        other = f"sampler: {samplers}" if samplers else f"objective: {choices('objective', free)}"
+        where = f"{sampler.__name__ if samplers else objective.__name__} needs what data={data.name} does not provide"
+        raise InputError(f"{where}: {_words(missing)}. Or use another {other}.")
     if missing := needed - _declared(sampler, "provides") - {"label"}:
         fitting = choices("sampler", lambda s: missing <= _declared(s, "provides"))
         advice = f"{sampler.__name__} leaves that to chance. Use {fitting or 'another sampler'}."

@@ -11,7 +11,7 @@ from filelock import LeaseCompromise, SoftFileLease, Timeout
 
 from tercet.app.error_formatting import explain
 from tercet.app.record import is_main_process
-from tercet.app.run_files import ERROR, LEASE_SECONDS, LOCK
+from tercet.app.run_files import ERROR, LEASE_SECONDS, LOCK, SETTINGS, find_runs
 from tercet.errors import InputError
 from tercet.messages import print_status, warn_once
 from tercet.paths import PARTIAL, remove_partials
@@ -89,6 +89,22 @@ def _lost(loss: LeaseCompromise) -> None:
 def holds_run(output: Path) -> bool:
     """Whether a run, or one with stages, has begun to write there."""
     return any(next(output.glob(pattern), None) for pattern in RUN)
+
+
+def runs_inside(folder: Path) -> list[Path]:
+    """The runs below a folder that is none itself, the newest first, without those that were set aside."""
+    if holds_run(folder):
+        return []
+    found = [(run, run.relative_to(folder).parts[0]) for run in find_runs([folder])]
+    runs = [run for run, first in found if not ASIDE.fullmatch(first) and not first.startswith(".")]
+    return sorted(runs, key=lambda run: (run / SETTINGS).stat().st_mtime_ns, reverse=True)
+
+
+def check_no_runs_inside(key: str, folder: Path, why: str = "") -> None:
+    """Raise ``InputError`` about the ``key`` for a folder that is no run and holds some: one of them is meant."""
+    if runs := runs_inside(folder):
+        many = f"{len(runs)} runs, the newest" if len(runs) > 1 else "the run"
+        raise InputError(f"{why}{key}={folder} is no run or model itself; it holds {many} {runs[0]}. Give {key}={runs[0]}.")
 
 
 def set_aside(output: Path) -> None:

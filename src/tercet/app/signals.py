@@ -5,12 +5,13 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM  # exit codes
+_describe: Callable[[], str] | None = None
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
@@ -56,12 +57,23 @@ def stop_on_signals() -> Iterator[None]:
                 signal.signal(number, signal.SIG_DFL)
 
 
+def describe_stop(describe: Callable[[], str] | None) -> None:
+    """Set what ``exit_stopped`` adds to "stopped": what is kept, and how to go on. The first to say so speaks; None forgets it.
+
+    So a sweep speaks for its jobs, and a run with stages for each of them.
+    """
+    global _describe
+    _describe = None if describe is None else _describe or describe
+
+
 def exit_stopped(code: int, command: str) -> NoReturn:
     """Exit after a signal: not with 0, which a scheduler would take for finished. Further signals change nothing."""
     for number in HANDLED:
         signal.signal(number, signal.SIG_IGN)
     if is_first():
-        kept = "; checkpoints/last.ckpt of a run holds its last weights, if training had begun" if command == "train" else ""
+        kept = " before training began; there is nothing to keep" if command == "train" else ""
+        with suppress(Exception):  # of files that are gone: the exit code is needed all the same
+            kept = _describe() if _describe else kept
         print(f"\nstopped{kept}", file=sys.stderr)
     raise SystemExit(code)
 

@@ -16,8 +16,8 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from tercet.data import columns as cols
 from tercet.data.columns import Chunk
 from tercet.data.data_path import DataPath, resolve
-from tercet.errors import require
-from tercet.images import SUFFIXES
+from tercet.errors import InputError, require
+from tercet.images import SUFFIXES, UnreadableImage, open_image, read_image_cell
 from tercet.messages import warn_once
 from tercet.paths import locate, locate_inside, visible_files
 
@@ -101,7 +101,11 @@ class ImageFiles:
             cells["label"], names = cols.label_ids(table[self.label], self.path, self.label)
             features["label"] = ClassLabel(names=names) if names else Value("int64")
         by = table[self.label or self.image]  # without labels nothing is held out
-        rows = cols.split_rows(pa.table(cells), by, self.split, self.held_out, self.path, self.validation_rows)
+        try:
+            rows = cols.split_rows(pa.table(cells), by, self.split, self.held_out, self.path, self.validation_rows)
+        except InputError:
+            _check_readable(cells["image"], self.path)  # which is the first thing to mend
+            raise
         return cols.as_dataset(rows, self.fingerprint(), features)
 
     def fingerprint(self) -> str:
@@ -215,6 +219,22 @@ def _inside(data: pa.Array, files: pa.Array, roots: Sequence[str], path: str) ->
         fault = f"the image {name!r} is outside of {' and '.join(roots)}"
         require(place is not None or name is None, f"`path`={path}: {fault}. {advice}")
     return pa.array(found, pa.string())
+
+
+def _check_readable(cells: pa.ChunkedArray, path: str) -> None:
+    """Raise ``InputError`` where half of the images, or of the first 1000, or more cannot be decoded."""
+    tried = cells.slice(0, 1000).to_pylist()
+    faults = [f"{cell['path'] or f'image {i}'}: {fault}" for i, cell in enumerate(tried, 1) if (fault := _decoding_fault(cell))]
+    many = f"`path`={path}: {len(faults)} of {len(tried)} images cannot be read, the first is {''.join(faults[:1])}"
+    require(2 * len(faults) < len(tried), f"{many}. Replace or delete them.")
+
+
+def _decoding_fault(cell: Any) -> str:
+    try:
+        open_image(read_image_cell(cell))
+    except (UnreadableImage, OSError) as error:
+        return str(error)
+    return ""
 
 
 def _image_cells(column: pa.ChunkedArray, path: str, name: str, roots: Sequence[str]) -> pa.ChunkedArray:

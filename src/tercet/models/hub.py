@@ -1,4 +1,4 @@
-"""Sending a model folder to the Hugging Face Hub: weights that hold no code, into a private repository by default."""
+"""The Hugging Face Hub: whether it can be reached, and sending it a model folder, private by default."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, get_session, get_token, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
 from tercet.errors import InputError, refuse_damaged, require
@@ -17,6 +17,7 @@ from tercet.paths import PARTIAL
 SENT = (".safetensors", ".onnx", ".json", ".txt", ".md", ".jinja", ".model")  # what a model folder has, and holds no code
 PICKLES = (".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pt2", ".pth")
 BRANCH = "main"
+_reached: set[str] = set()  # models whose files are kept here, or that were asked for over a connection
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 ANSWERS = {
     401: "the Hub does not accept the token. `hf auth login` asks for another; HF_TOKEN, where it is set, goes before it",
@@ -26,6 +27,30 @@ ANSWERS = {
     413: "the Hub finds a file too large",
     429: "the Hub has had too many requests of this account. Try again later",
 }
+
+
+def check_reachable(name: str, parameter: str) -> None:
+    """Raise ``InputError`` at once where no file of a model is kept here and there is no connection to the Hub.
+
+    Its client would try each file six times, half a minute long. What the Hub answers does not matter here.
+    """
+    if name in _reached or not re.fullmatch(f"({HUB_ID.pattern})|[A-Za-z0-9][\\w.-]*", name, re.ASCII):
+        return
+    if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+        endpoint = HfApi().endpoint
+        try:
+            get_session().head(endpoint, timeout=10)
+        except OfflineModeIsEnabled:
+            return
+        except Exception as error:  # of its HTTP library, which differs between versions
+            if type(error).__name__ not in ("ConnectError", "ConnectTimeout", "ConnectionError"):
+                return
+            fault = f"no such folder here, and the hub at {endpoint} cannot be reached ({error})"
+            advice = (
+                f"Set `{parameter}` to a model's folder, or connect to the network; a proxy or mirror: HTTPS_PROXY, HF_ENDPOINT"
+            )
+            raise InputError(f"`{parameter}`={name}: {fault}. {advice}.") from error
+    _reached.add(name)
 
 
 def model_files(folder: Path) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """Backbones and tokenizers of ``transformers``: from a hub id, a folder, an installed package, or with random weights."""
 
+import difflib
 import importlib.util
 import json
 import re
@@ -25,6 +26,7 @@ from transformers import logging as transformers_logging
 from tercet.errors import InputError, require
 from tercet.images import PixelFormat
 from tercet.models.engine.transformers_compat import find_file, pooler_is_optional
+from tercet.models.hub import check_reachable
 from tercet.models.weights import WRAPPERS, check_finite, check_found
 from tercet.paths import locate, read_json_file
 
@@ -59,7 +61,30 @@ def resolve_source(name: str, parameter: str = "name") -> str:
         return str(Path(spec.submodule_search_locations[0]) / folder)
     path = locate(name)
     require(not path.is_file(), f"`{parameter}`={name} is a file; a model's folder or a hub id is needed.")
-    return str(path) if path.is_dir() else name
+    if path.is_dir():
+        return str(path)
+    _refuse_missing_path(name, path, parameter)
+    check_reachable(name, parameter)
+    return name
+
+
+def _refuse_missing_path(name: str, path: Path, parameter: str) -> None:
+    """Raise ``InputError`` for what can only be a path, and is not there: the hub is not asked for it."""
+    first, slash, _ = name.partition("/")
+    if (
+        not (first in ("", ".", "..", "~", "outputs") and slash)
+        and name.count("/") < 2
+        and not (slash and Path(first).is_dir())
+    ):
+        return
+    parent = next((folder for folder in path.parents if folder.is_dir()), Path())
+    inside = sorted(entry.name for entry in parent.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    wanted = path.relative_to(parent).parts[0] if path.is_relative_to(parent) else path.parts[0]
+    near = difflib.get_close_matches(wanted, inside, 3, 0.4) or inside[-3:]  # names of runs are dates: these are the newest
+    where = "the working directory" if parent == Path() else parent
+    there = f"{where} holds {', '.join(near)}" if near else f"{where} holds no folders"
+    more = f" and {len(inside) - len(near)} more" if len(inside) > len(near) else ""
+    raise InputError(f"`{parameter}`={name}: there is no such run or folder; {there}{more}.")
 
 
 def load_pretrained(

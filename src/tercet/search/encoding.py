@@ -44,6 +44,7 @@ from tercet.search.vectors import (
 from tercet.types import runs_on_cpu
 
 SETTINGS = "settings.json"  # of the folder of shards
+VECTORS = "vectors.npy"  # of an index that is being made
 ROWS = {"cpu": 512, "gpu": 8192, "image": 256}  # of a shard: at most so many are encoded twice after a kill
 START_METHOD = "spawn"  # a forked process could not use CUDA where this one has
 AHEAD = 2  # shards that wait for each process
@@ -149,13 +150,13 @@ def encode_index(
     if (target / INDEX_SETTINGS).is_file():
         return _complete_index(model, items, target, (kind, precision), str(options.get("device", "cpu")))
     check_new_folder(target, "folder")
-    work = target.with_name(f".{target.name}.vectors")
+    work = _work_folder(target)
     work.mkdir(exist_ok=True)
-    info = encode_to(model, items, work / "vectors.npy", **options)
+    info = encode_to(model, items, work / VECTORS, **options)
     left_out = set(info.left_out)
     ids = [i for i in range(info.count + len(left_out)) if i not in left_out]
     texts = [_text(item) for i, item in enumerate(items) if i not in left_out]
-    index = Index.of_vectors(open_vectors(work / "vectors.npy"), kind, texts=texts, ids=ids, precision=precision)
+    index = Index.of_vectors(open_vectors(work / VECTORS), kind, texts=texts, ids=ids, precision=precision)
     index.save(target)
     shutil.rmtree(work, ignore_errors=True)
     return index
@@ -169,7 +170,7 @@ def _complete_index(model: Any, items: Iterable[Any], target: Path, wanted: tupl
     fits = same and is_same(settings.signature, make_signature(encoder))
     require(fits, f"`folder`={target} holds another index already. Name a new folder.")
     print_status(f"{target} is complete already.")
-    shutil.rmtree(target.with_name(f".{target.name}.vectors"), ignore_errors=True)
+    shutil.rmtree(_work_folder(target), ignore_errors=True)
     return index
 
 
@@ -187,8 +188,22 @@ def _devices(device: str, num_processes: int) -> list[str]:
     return [f"cuda:{i % count}" if count > 1 else device for i in range(num_processes)]
 
 
+def _work_folder(target: Path) -> Path:
+    return target.with_name(f".{target.name}.vectors")
+
+
 def _shard_folder(target: Path) -> Path:
     return target.with_name(f".{target.name}.shards")
+
+
+def count_encoded(path: str | Path) -> tuple[int, int]:
+    """How many items, of how many, ``encode_to`` or ``encode_index`` has kept for a ``path`` that is not complete."""
+    vectors = _work_folder(Path(path)) / VECTORS
+    if vectors.is_file() and (done := read_info(vectors)):
+        return done.count, done.count
+    folder = _shard_folder(vectors if vectors.parent.is_dir() else Path(path))
+    saved: Any = read_json_file(folder / SETTINGS) if (folder / SETTINGS).is_file() else {"rows": 0, "info": {"count": 0}}
+    return min(len(list(folder.glob("[0-9]*.npy"))) * saved["rows"], saved["info"]["count"]), saved["info"]["count"]
 
 
 def _fits(found: VectorInfo, wanted: VectorInfo, keys: Sequence[str] = ("precision", "dimension", "prompt", "data")) -> bool:

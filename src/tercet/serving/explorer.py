@@ -23,6 +23,7 @@ TOP = 10  # neighbors that are compared
 SHOWN = 100  # rows of a list
 TSNE_ROWS = 10_000  # more take more than a few minutes
 LONGEST = 2000  # characters of a text that are sent to the page
+WITHIN = 0.85  # of the way from the middle of a map to its edge lie all points: the title and the buttons are at the edge
 BLOCK = 256  # images whose files are held at once
 
 
@@ -31,13 +32,14 @@ class Collection:
     """N texts with a label each ("" for none), and pairs ``(P, 2)`` of rows that belong together; there may be none.
 
     Of images ``texts`` are their names, and ``read_cell`` reads that of a row as ``{"bytes": ..., "path": ...}``, of which
-    either may be None: no more than a few are in memory.
+    either may be None: no more than a few are in memory. ``part`` says of how many they are some, as " of 600 texts".
     """
 
     texts: Sequence[str]
     labels: Sequence[str]
     pairs: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 2), dtype=np.int64))
     read_cell: Callable[[int], Mapping[str, Any]] | None = None
+    part: str = ""
 
     @classmethod
     def of_columns(
@@ -97,7 +99,7 @@ def make_view(name: str, z: Tensor, service: Service | None = None, method: str 
         settings = {"init": start / start.std() * 1e-4, "perplexity": min(30.0, (len(z) - 1) / 3), "random_state": 0}
         plane = torch.from_numpy(import_extra("sklearn.manifold", "app").TSNE(**settings).fit_transform(z.numpy()))
     largest = plane.abs().max().clamp(min=1e-9)
-    return View(name, z, (plane / largest).numpy().astype(np.float32), service)
+    return View(name, z, (plane / largest * WITHIN).numpy().astype(np.float32), service)
 
 
 def encode_collection(model: Encoder, collection: Collection) -> Tensor:
@@ -135,7 +137,7 @@ def keep_readable(collection: Collection, vectors: Sequence[Tensor]) -> tuple[Co
     require(rows, "`collection`: none of the images can be read.")
     print_status(f"{len(readable) - len(rows)} of {len(readable)} images cannot be used and are left out.")
     texts, labels = ([values[row] for row in rows] for values in (collection.texts, collection.labels))
-    kept = Collection(texts, labels, read_cell=lambda row: read_cell(rows[row]))
+    kept = Collection(texts, labels, read_cell=lambda row: read_cell(rows[row]), part=collection.part)
     return kept, [z[readable] for z in vectors]
 
 

@@ -88,6 +88,7 @@ async def info(request: Request) -> Response:
         pairs = len(explorer.collection.pairs) > 0
         names = [view.name for view in explorer.views]
         seen |= {"models": names, "count": len(explorer.collection.texts), "labels": explorer.label_names}
+        seen["part"] = explorer.collection.part
         seen["kind"] = "pairs" if pairs else "labels"
         seen["search"] = all(view.service for view in explorer.views)
         # The time of start is put into the addresses of images, which browsers keep: another server may have other rows.

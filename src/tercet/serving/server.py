@@ -30,12 +30,13 @@ from tercet.serving.service import Limits, Row, Service, cosines, shorten
 def build_app(
     model: Encoder, index: Any = None, limits: Limits | None = None, latency_ms: float = 5.0, key: str | None = None,
     name: str = "tercet", local: bool = True, explorer: Explorer | None = None, runs: Runs | None = None,
+    other_names: Sequence[str] = (),
 ) -> FastAPI:  # fmt: skip
     """The ASGI application of a model of texts; with an ``index`` it has ``/search``. One of images has the page alone.
 
     ``latency_ms`` is how long a text waits for others to be encoded with it. ``key``: requests have to bring it. ``name`` is
-    the model's in ``/v1/models``. ``local``: only requests to this machine by its local names are answered. The page at ``/``
-    shows what ``explorer`` and ``runs`` hold; without either there is none.
+    the model's in ``/v1/models``; requests may call it by one of ``other_names``, too. ``local``: only requests to this machine
+    by its local names are answered. The page at ``/`` shows what ``explorer`` and ``runs`` hold; without either there is none.
     """
     require(key != "" and is_utf8(key or "") and (key or "").isascii(), "`key`: ASCII letters and digits are needed.")
     metrics = Metrics()
@@ -56,7 +57,7 @@ def build_app(
     app = FastAPI(title="Tercet", lifespan=lifespan, docs_url=None, redoc_url=None)  # those pages load scripts from elsewhere
     app.state.ready = app.state.was_ready = False
     app.state.service, app.state.name, app.state.metrics, app.state.created = service, name, metrics, int(time.time())
-    app.state.limits = limits
+    app.state.limits, app.state.names = limits, {name, *other_names}
     app.add_middleware(Guard, limits=limits, key=key, hosts=LOOPBACK if local else None, metrics=metrics)
     for kind, handler in HANDLERS.items():
         app.add_exception_handler(kind, handler)
@@ -78,8 +79,8 @@ def build_app(
 async def embeddings(body: EmbeddingsRequest, request: Request) -> Response:
     """Vectors of texts or token ids."""
     service = _service(request)
-    if body.model and body.model != request.app.state.name:
-        raise RequestError(404, f"This server's model is {request.app.state.name}.", "model", "model_not_found")
+    if body.model:
+        _check_name(request, body.model)
     wanted = body.dimensions
     if wanted is not None and wanted != service.dim and not (service.truncates and wanted < service.dim):
         may = f"from 1 to {service.dim}" if service.truncates else f"{service.dim}: its vectors are not made to be cut"
@@ -104,8 +105,7 @@ async def models(request: Request) -> Response:
 
 async def one_model(name: str, request: Request) -> Response:
     """The model by its name."""
-    if name != request.app.state.name:
-        raise RequestError(404, f"This server's model is {request.app.state.name}.", "model", "model_not_found")
+    _check_name(request, name)
     return JSONResponse(_model(request))
 
 
@@ -144,6 +144,12 @@ async def ready(request: Request) -> Response:
 async def metrics_page(request: Request) -> Response:
     """Metrics for Prometheus."""
     return Response(await asyncio.to_thread(request.app.state.metrics.page), media_type=CONTENT_TYPE)
+
+
+def _check_name(request: Request, name: str) -> None:
+    if name.rstrip("/") not in request.app.state.names:
+        advice = "served_name=... of `tercet serve` sets another name"
+        raise RequestError(404, f"This server's model is {request.app.state.name}; {advice}.", "model", "model_not_found")
 
 
 def _service(request: Request) -> Service:

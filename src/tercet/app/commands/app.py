@@ -2,6 +2,7 @@
 
 import math
 import tempfile
+from dataclasses import is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +79,13 @@ def run(cfg: DictConfig, output: Path) -> None:
     collection = read_collection(cfg)
     require(not (cfg.index and collection.read_cell), f"index={cfg.index} is searched by texts; data holds images.")
     limits, latency = settings.options["limits"], cfg.latency_ms
-    paths = [cfg.model.path, cfg.other] if cfg.other else [cfg.model.path]
-    model = cfg.model
-    models = [open_model(path, model.pooling, cfg.device, trust_remote_code=model.trust_remote_code) for path in paths]
+    named = {"model": cfg.model.path, "other": cfg.other} if cfg.other else {"model": cfg.model.path}
+    paths, trust = list(named.values()), cfg.model.trust_remote_code
+    models = [open_model(path, cfg.model.pooling, cfg.device, trust_remote_code=trust, key=key) for key, path in named.items()]
     held = "images" if collection.read_cell else "texts"
-    for path, each in zip(paths, models, strict=True):
+    for (key, path), each in zip(named.items(), models, strict=True):
         read = "images" if each.kind == "image" else "texts"
-        require(read == held, f"model={path} reads {read}, but data holds {held}. Choose others by model=... or data=...")
+        require(read == held, f"{key}={path} reads {read}, but data holds {held}. Choose others by {key}=... or data=...")
     try:
         collection, vectors = keep_readable(collection, [encode_collection(each, collection) for each in models])
     except InputError as error:
@@ -98,7 +99,7 @@ def run(cfg: DictConfig, output: Path) -> None:
     app = create_app(models[0], index, explorer=Explorer(collection, views), runs=runs, **settings.options)
     with serve.listen(cfg.host, cfg.port) as listener:
         place = serve.address(cfg.host, listener)
-        print_status(f"{len(collection.texts)} {held}. The page: {place}/")
+        print_status(f"{len(collection.texts)}{collection.part or f' {held}'}. The page: {place}/")
         serve.serve_app(app, limits, listener, place)
 
 
@@ -119,9 +120,25 @@ def read_collection(cfg: DictConfig) -> Collection:
         names = getattr(rows.features["label"], "names", None)
         labels = ["" if x is None or x < 0 else names[x] if names else str(x) for x in rows["label"]]
     if not isinstance(first[source.columns[0]], str):
-        return read_images(rows, source.columns[0], labels, cfg.points)
+        made = read_images(rows, source.columns[0], labels, cfg.points)
+        return replace(made, part=describe_part(source, len(rows), 1, cfg.points, "images"))
     columns = {name: list(rows[name]) for name in list(source.columns)[:2]}
-    return Collection.of_columns(columns, labels, cfg.points)
+    part = describe_part(source, len(rows), len(columns), cfg.points, "texts")
+    return replace(Collection.of_columns(columns, labels, cfg.points), part=part)
+
+
+def describe_part(source: Any, count: int, num_columns: int, points: int, unit: str) -> str:
+    """What follows the number of ``unit`` shown where that is not all: of how many, which they are, and what shows others."""
+    split, total = getattr(source, "split", None), count
+    why: list[str] = []
+    if split in ("test", "train") and is_dataclass(source) and (split == "test" or vars(source).get("held_out")):
+        every: Any = replace(source, split="all")  # type: ignore[type-var]
+        total = len(every.rows())
+        which = {"test": "held-out rows; split=train shows the others", "train": "without held-out rows; split=test shows them"}
+        why = [which[split]] if total > count else []
+    if count * num_columns > points:
+        why.append(f"spread evenly; points={points} is the most")
+    return f" of {total * num_columns} {unit} ({', '.join(why)})" if why else ""
 
 
 def read_images(rows: Dataset, column: str, labels: list[str] | None, limit: int) -> Collection:

@@ -9,13 +9,14 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from tercet.app import components
+from tercet.app import components, signals
 from tercet.app.commands.evaluate import open_member
 from tercet.errors import InputError, require
 from tercet.messages import print_status, silence_libraries
 from tercet.models import Encoder
 from tercet.paths import locate
 from tercet.search import encode_index, encode_to
+from tercet.search.encoding import count_encoded
 from tercet.search.vectors import SUFFIXES
 
 
@@ -47,6 +48,7 @@ def run(cfg: DictConfig, output: Path) -> None:
     raw: Any = OmegaConf.to_container(components.raw_config())
     options: dict[str, Any] = {key: cfg[key] for key in ("num_processes", "device", "side", "precision")}
     options["name"] = absolute_name(cfg.model.path)
+    signals.describe_stop(lambda: _describe_stop(target))
     try:
         if is_file:
             info = encode_to(partial(_open, model, raw), items, target, **options)
@@ -58,6 +60,11 @@ def run(cfg: DictConfig, output: Path) -> None:
     except InputError as error:
         keys = {"path": "`output`", "folder": "`output`", "items": "`data.path`"}
         raise InputError(error.rename(keys)) from error
+
+
+def _describe_stop(target: Path) -> str:
+    done, count = count_encoded(target)
+    return f"; {done} of {count} are encoded and kept: the same command continues" if done else "; nothing is kept yet"
 
 
 def absolute_name(name: str) -> str:
@@ -87,4 +94,4 @@ def build_source(cfg: DictConfig) -> Any:
 def _open(model: dict[str, Any], raw: dict[str, Any], device: str) -> Encoder:
     """Open the model of the command, here or in a worker process."""
     components.start_record(OmegaConf.create(raw))
-    return open_member(OmegaConf.create({"model": model, "device": device, "seed": None}), model["path"])
+    return open_member(OmegaConf.create({"model": model, "device": device}), model["path"])

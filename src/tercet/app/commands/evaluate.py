@@ -1,14 +1,16 @@
 """The command ``evaluate``: open any model by its name, also one that was not trained by Tercet, and measure it."""
 
 import difflib
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from hydra import compose
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from tercet.app import config_folder, record
+from tercet.app import config_folder, record, run_folder
 from tercet.app.components import build, check_values, raw_config
 from tercet.app.examples import examples_beside, write_examples
 from tercet.errors import InputError, require
@@ -18,6 +20,8 @@ from tercet.models.folder import check_device, load_with_note
 from tercet.models.prompts import Prompts
 from tercet.paths import atomic_write, check_writable, locate
 from tercet.types import EncodeFunction
+
+SEED = 1  # of weights that a choice of conf/model leaves to chance, for commands without a key `seed`
 
 
 def run(cfg: DictConfig, output: Path) -> None:
@@ -49,7 +53,7 @@ def run(cfg: DictConfig, output: Path) -> None:
 
 def open_member(cfg: DictConfig, name: str) -> Encoder:
     """The model, with the command line's ``max_length``, ``prompt`` and ``normalize``."""
-    encoder = open_model(name, cfg.model.pooling, cfg.device, cfg.seed, cfg.model.trust_remote_code)
+    encoder = open_model(name, cfg.model.pooling, cfg.device, cfg.get("seed", SEED), cfg.model.trust_remote_code)
     for key in ("max_length", "prompt", "normalize"):
         changed = not encoder.parts() and cfg.model[key] is not None
         require(not changed, f"model.{key}={cfg.model[key]}: an exported model cannot be changed. Export it anew.")
@@ -66,43 +70,59 @@ def open_member(cfg: DictConfig, name: str) -> Encoder:
 
 
 def open_model(
-    name: str, pooling: str | None, device: str, seed: int | None = None, trust_remote_code: bool = False
+    name: str, pooling: str | None, device: str, seed: int = SEED, trust_remote_code: bool = False, key: str = "model"
 ) -> Encoder:
-    """Load a run, a checkpoint, a folder or a hub id to a device; with a ``seed`` also a choice of ``conf/model``.
+    """Load a run, a checkpoint, a folder, a hub id or a choice of ``conf/model`` to a device; errors name the ``key``.
 
     A choice has the random weights that ``train.py model=<name>`` would start from, its vocabulary that of the command's data.
     """
+    encoder, note = open_with_note(name, pooling, device, seed, trust_remote_code, key)
+    if note:
+        print_status(note)
+    return encoder
+
+
+def open_with_note(
+    name: str, pooling: str | None, device: str, seed: int | None = SEED, trust_remote_code: bool = False, key: str = "model"
+) -> tuple[Encoder, str]:
+    """``open_model``, and one line on where pooling or weights come from; without a ``seed`` a choice is not looked for."""
     check_device(device)
-    require(isinstance(name, str), f"model={name}: the name of one model is needed: a run, checkpoint, folder or hub id.")
+    require(isinstance(name, str), f"{key}={name}: the name of one model is needed: a run, checkpoint, folder or hub id.")
     if seed is not None and not locate(name).exists() and "/" not in name:
         entries = sorted(entry.stem for entry in Path(config_folder(), "model").glob("*.yaml"))
         if name in entries:
-            cfg = compose("train", [f"model={name}", *([f"model.pooling={pooling}"] if pooling else [])])
-            if "data" in raw_config():
-                cfg.data = raw_config().data
-            torch.manual_seed(seed)
-            print_status(f"model={name} of conf/model, seed {seed}")
-            fresh: Encoder = build(cfg.model)
-            return fresh.to(device)
+            return _make_choice(name, pooling, seed).to(device).eval(), f"{key}={name} of conf/model, seed {seed}"
         if near := difflib.get_close_matches(name, entries, 1):
-            raise InputError(f"model={name}: no such folder, and no choice of conf/model. Did you mean {near[0]}?")
+            raise InputError(f"{key}={name}: no such folder, and no choice of conf/model. Did you mean {near[0]}?")
     try:
         encoder, note = load_with_note(name, pooling=pooling, trust_remote_code=trust_remote_code)
     except InputError as error:
-        keys = {"path_or_id": "model", **{key: f"`model.{key}`" for key in ("pooling", "trust_remote_code")}}
+        run_folder.check_no_runs_inside(key, locate(name))
+        keys = {"path_or_id": key, **{each: f"`model.{each}`" for each in ("pooling", "trust_remote_code")}}
         raise InputError(error.rename(keys)) from error
-    if note:
-        print_status(note)
-    return encoder.to(device)
+    return encoder.to(device), note
+
+
+def _make_choice(name: str, pooling: str | None, seed: int) -> Encoder:
+    # A process that encode or serve has started has not been begun by Hydra.
+    begun = GlobalHydra.instance().is_initialized()
+    with nullcontext() if begun else initialize_config_dir(config_folder(), version_base="1.3"):
+        cfg = compose("train", [f"model={name}", *([f"model.pooling={pooling}"] if pooling else [])])
+    if "data" in raw_config():
+        cfg.data = raw_config().data
+    torch.manual_seed(seed)
+    encoder: Encoder = build(cfg.model)
+    return encoder
 
 
 def initialize_from(encoder: Encoder, name: str) -> str:
     """Give ``encoder`` the weights of a model; a head of another shape starts anew. Returns what to tell the user."""
     try:
-        other = open_model(name, None, "cpu")
+        other, note = open_with_note(name, None, "cpu", seed=None, key="init_from")
     except InputError as error:
-        text = str(error).replace("; model.trust_remote_code=true runs it", ": init_from never runs it")
-        raise InputError(text.replace("model=", "init_from=", 1)) from error
+        raise InputError(str(error).replace("; model.trust_remote_code=true runs it", ": init_from never runs it")) from error
+    if note:
+        print_status(note)
     words: list[dict[str, int]] = [getattr(getattr(part, "tokenizer", None), "get_vocab", dict)() for part in (encoder, other)]
     require(
         words[0] == words[1],

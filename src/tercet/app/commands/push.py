@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from omegaconf import DictConfig, OmegaConf
 
-from tercet.app import run_files
+from tercet.app import run_files, run_folder
 from tercet.app.model_card import CARD, PLACE, check_given, make_card
 from tercet.errors import InputError, refuse_damaged, require
 from tercet.messages import markdown_text, print_status, silence_libraries
@@ -39,6 +39,7 @@ def run(cfg: DictConfig, output: Path) -> None:
             return
         address = push_folder(folder, cfg.repo, private=cfg.private, revision=cfg.revision, replaced={CARD: card})
     except InputError as error:
+        run_folder.check_no_runs_inside("model", path)
         raise InputError(error.rename({"folder": "model", "path_or_id": "model"})) from error
     print_status(f"{total} sent to {where}: {address}")
 

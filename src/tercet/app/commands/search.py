@@ -66,7 +66,7 @@ def _ask(cfg: DictConfig) -> None:
     name = cfg.model.path or index.model
     require(name, f"model must be given: index={cfg.index} was built of vectors that name no model.")
     model = OmegaConf.merge(cfg.model, {"path": name})
-    encoder = open_member(OmegaConf.create({"model": model, "device": cfg.device, "seed": None}), name)
+    encoder = open_member(OmegaConf.create({"model": model, "device": cfg.device}), name)
     check_same_model(encoder, index.settings.signature, index.model)
     items: Sequence[Any] = queries if encoder.kind != "image" else [_picture(query) for query in queries]
     z = CachedEncoder(encoder, progress="encoding" if len(items) > 1 else None).for_column(0)(items).numpy()

@@ -12,11 +12,13 @@ import torch
 from omegaconf import DictConfig
 
 from tercet.app import signals
-from tercet.app.commands.evaluate import open_model
+from tercet.app.commands.evaluate import open_model, open_with_note
 from tercet.app.components import build
+from tercet.app.run_files import SETTINGS
 from tercet.errors import InputError, require
 from tercet.messages import print_status, silence_libraries
-from tercet.models import Encoder, load
+from tercet.models import Encoder
+from tercet.paths import locate
 from tercet.serving import Limits, create_app, require_serving
 
 if TYPE_CHECKING:
@@ -41,7 +43,8 @@ class Settings:
     def make_app(self, model: Encoder | None = None) -> "FastAPI":
         """Load the model, unless it is given, and the index."""
         torch.set_num_threads(self.threads)
-        model = model or load(self.model, pooling=self.pooling, device=self.device, trust_remote_code=self.trust_remote_code)
+        if model is None:  # in a process of its own; the first one has told the note
+            model, _ = open_with_note(self.model, self.pooling, self.device, trust_remote_code=self.trust_remote_code)
         return create_app(model, open_index(self.index, model) if self.index else None, **self.options)
 
 
@@ -70,12 +73,20 @@ def run(cfg: DictConfig, output: Path) -> None:
 def serving_settings(cfg: DictConfig, limits: Limits) -> Settings:
     """The configuration as plain values."""
     require(isinstance(cfg.model.path, str), f"model={cfg.model.path}: serve takes one model.")
-    name = cfg.served_name or Path(cfg.model.path.rstrip("/")).name
-    local = cfg.host in LOCAL
+    names = model_names(cfg.model.path)
+    name, local = cfg.served_name or names[0], cfg.host in LOCAL
     options = {"limits": limits, "latency_ms": cfg.latency_ms, "key": cfg.key, "name": name, "local": local}
+    options["other_names"] = names
     threads = max(1, torch.get_num_threads() // cfg.workers)
     model = cfg.model
     return Settings(model.path, model.pooling, model.trust_remote_code, cfg.device, cfg.index, threads, options)
+
+
+def model_names(path: str) -> list[str]:
+    """What clients may call a model: the last part of its path, the run's id where it lies in a run, and the path as given."""
+    given = Path(path)
+    of_run = [folder.name for folder in list(given.parents)[:2] if (locate(str(folder)) / SETTINGS).is_file()]
+    return [given.name, *of_run, path.rstrip("/")]
 
 
 def listen(host: str, port: int) -> socket.socket:

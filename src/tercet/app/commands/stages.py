@@ -1,5 +1,6 @@
 """The command ``train`` with stages: several runs as one, each from the model of the one before."""
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from matplotlib.figure import Figure
 from omegaconf import DictConfig, OmegaConf, read_write
 
-from tercet.app import record, run_files, run_folder
+from tercet.app import record, run_files, run_folder, signals
 from tercet.app.commands import train
 from tercet.app.hydra_compat import quote, typed_overrides
 from tercet.app.run_files import is_smaller_better
@@ -41,6 +42,8 @@ def run(cfg: DictConfig, output: Path) -> float | None:
     folders = {name: output / f"{number}_{name}" for number, name in enumerate(runs, 1)}
     with run_folder.locked(output):
         _check_folder(cfg, output, list(folders.values()))
+        go_on = f"The same command with output_dir={shlex.quote(str(output))} resume=true continues"
+        signals.describe_stop(lambda: f"; finished stages and checkpoints are kept. {go_on}.")
         for name, stage in runs.items():  # an error in the last stage is found before the first one trains
             train.prepare(compose_stage(stage, None, folders[name]), output)
         return _run_stages(cfg, output, runs, folders)

@@ -1,5 +1,6 @@
 """The command ``train``: build and check the components, evaluate, train, evaluate again, record."""
 
+import shlex
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from pytorch_lightning.callbacks import Checkpoint, LearningRateMonitor, ModelCheckpoint, ModelSummary, ProgressBar
 
-from tercet.app import launch, record, report, run_files, run_folder
+from tercet.app import launch, record, report, run_files, run_folder, signals
 from tercet.app.commands.evaluate import initialize_from
 from tercet.app.commands.preflight import preflight
 from tercet.app.components import build, check_settings, check_values, find_targets, start_record
@@ -61,6 +62,7 @@ def run(cfg: DictConfig, output: Path) -> float | None:
             return optimized_value(config, run_files.read_metrics(output))
         if not check_resume(config, output) and not config.check:
             begin_anew(config, output)
+        signals.describe_stop(lambda: _kept(output))
         if alone and launch.needs_processes(config):
             return launch.launch_processes(worker, config, output)
         return train(config, output, data)
@@ -72,6 +74,8 @@ def prepare(cfg: DictConfig, output: Path) -> tuple[DictConfig, DataModule]:
     check_settings(cfg)
     config: Any = OmegaConf.create(OmegaConf.to_container(cfg, resolve=True))
     check_writable(output, "output_dir")
+    if config.resume:
+        run_folder.check_no_runs_inside("output_dir", output, "resume=true: there is no run to go on with: ")
     silence_libraries()
     drop_missing_validation(config)
     set_derived(config)
@@ -91,8 +95,11 @@ def drop_missing_validation(config: DictConfig) -> None:
     sources = [node["source"] for _, node in find_targets(OmegaConf.to_container(config.validation)) if "source" in node]
     empty = [s for s in sources if s is None or (s.get("split") == "validation" and not s.get("validation_rows"))]
     if empty and not config.monitor:
-        why = f"data={config.data.name} holds out no rows for validation"
-        warn_once(f"{why}: no metric chooses settings. evaluation@validation=stsb_dev would be one that needs no such rows.")
+        why = f"data={config.data.name} holds out no rows for validation: no metric chooses settings"
+        own = "data.validation_rows=500 holds some out, a fifth at most" if "validation_rows" in config.data else ""
+        reads_images = "ImageTransform" in str(OmegaConf.select(config, "data.transform._target_"))
+        other = "" if reads_images else "evaluation@validation=stsb_dev would be one that needs no such rows"
+        warn_once(". ".join(filter(None, [why, own, other])) + ".")
         config.validation = {"_target_": "tercet.evaluation.EvaluatorGroup", "members": {}}
         if str(config.optimized_metric).startswith("val/"):
             config.optimized_metric = None
@@ -153,6 +160,16 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
     finally:
         trim_heap(now=True)  # the next job of a sweep is in this process too
     return optimized_value(cfg, metrics)
+
+
+def _kept(output: Path) -> str:
+    """What a stopped run has kept, by its files, and how to go on."""
+    newest = newest_checkpoint(last_checkpoints(output))
+    if newest is None:
+        return " before a checkpoint was written; there is nothing to keep"
+    folder = output.relative_to(Path.cwd()) if output.is_relative_to(Path.cwd()) else output
+    go_on = f"The same command with output_dir={shlex.quote(str(folder))} resume=true continues"
+    return f" at step {read_checkpoint(newest, mmap=True)['global_step']}; {folder} holds it. {go_on}."
 
 
 def is_done(cfg: DictConfig, output: Path) -> bool:

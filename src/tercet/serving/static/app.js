@@ -109,10 +109,11 @@ async function makeMap() {
     ...info.labels.slice(0, 500).map((name, i) => element("option", { value: String(i) }, name || "without a label")),
   );
   $("color").addEventListener("change", guarded(() => Promise.all(state.plots.map(paint))));
-  const boxes = info.names.map((name) => {
+  $("part").textContent = info.part ? `${info.count}${info.part}` : "";
+  const boxes = info.names.map((name, i) => {
     const canvas = element("canvas", { tabindex: "0", role: "img", "aria-label": `Map of ${info.count} ${held()} by ${name}` });
     const zoom = element("div", { class: "zoom" });
-    return { name, canvas, zoom, box: element("div", { class: "plot" }, element("h3", { title: name }, name), canvas, zoom) };
+    return { name, canvas, zoom, box: element("div", { class: "plot" }, element("h3", { title: info.models[i] }, name), canvas, zoom) };
   });
   $("plots").append(...boxes.map(({ box }) => box)); // all of them, so that each has its width before it is drawn
   for (const [i, { name, canvas, zoom }] of boxes.entries()) {
@@ -245,7 +246,7 @@ async function neighbors(asked) {
   const words = ["gained", "lost"]; // by the first model, which is the newer one
   $("hits").replaceChildren(
     ...answer.hits.map((hits, i) =>
-      element("div", {}, element("h3", {}, state.info.models[i]),
+      element("div", {}, element("h3", { title: state.info.models[i] }, state.info.names[i]),
         element("ol", { class: "rows" }, ...hits.map((found) => hit(found, found.shared ? null : words[i]))))),
   );
   for (const [i, each] of state.plots.entries()) {
@@ -268,7 +269,7 @@ async function openMistakes() {
     ? "Pairs whose second text is found latest by its first, of a sample of 2,000 at most: what should be found, and what is found instead."
     : `Of a sample of 2,000 ${held()} at most, those whose nearest neighbor has another label, the widest gap first.`;
   const found = await ask("/page/api/mistakes");
-  $("wrong").replaceChildren(...found.map((rows, i) => element("div", {}, element("h3", {}, `${state.info.models[i]}: ${rows.length || "no"} mistakes shown`),
+  $("wrong").replaceChildren(...found.map((rows, i) => element("div", {}, element("h3", {}, `${state.info.names[i]}: ${rows.length || "no"} mistakes shown`),
     element("ol", { class: "rows" }, ...rows.map((row) => {
       const list = element("ul", { class: "rows" }, hit(row.right, row.rank ? `right, at place ${row.rank}` : "right"), hit(row.wrong, "found instead"));
       list.lastChild.classList.add("lost");
@@ -341,9 +342,18 @@ async function compareRuns() {
 
 // ---------------------------------------------------------------- start
 
+// The last part of each path, or as many more as make different models differ.
+function shortened(models) {
+  const last = (count) => models.map((name) => name.split("/").filter(Boolean).slice(-count).join("/"));
+  const different = (names) => new Set(names).size;
+  let count = 1;
+  while (count < 20 && different(last(count)) < different(models)) count += 1;
+  return last(count);
+}
+
 const start = guarded(async () => {
   state.info = await ask("/page/api/info");
-  state.info.names = state.info.models;
+  state.info.names = shortened(state.info.models);
   document.body.classList.toggle("with-images", Boolean(state.info.images));
   $("query").hidden = $("find").hidden = !state.info.search;
   const known = views();
