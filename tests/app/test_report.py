@@ -59,7 +59,7 @@ def written(folder, cfg):
 
 def test_the_page_holds_all_and_needs_nothing(folder):
     text = written(folder, settings(command=["view=<b>", "seed=3"]))
-    for part in ("a: 0.2500 → 0.5000", "+0.2500", "data:image/png;base64,", "code abc", "python train.py", "waiting"):
+    for part in ("a: 0.2500 → 0.5000", "+0.2500", "data:image/png;base64,", "code abc", "tercet train", "waiting"):
         assert part in re.sub(r"</?b>", "", text), part
     assert "view=<b>" not in text, "what was typed is text, not markup"
     assert text.count("<polyline") == 2

@@ -60,7 +60,10 @@ def test_models_are_compared_by_example(evaluated, command, tmp_path):
     assert [row["results"] for row in rows] == ["a.json", "b.json", "c.json"] and "seed" not in rows[0]
     assert (tmp_path / "out" / "report.html").is_file() and (tmp_path / "out" / "comparison.png").is_file()
     result = command("compare", "runs=[a.json,b.json]")  # all metrics that have values, beside the first file
-    assert result.code == 0 and "test/retrieval/table/ndcg@10, more is better" in (tmp_path / "comparison.txt").read_text()
+    assert (
+        result.code == 0
+        and "test/retrieval/table/ndcg@10, more is better" in (tmp_path / "comparison" / "comparison.txt").read_text()
+    )
 
 
 def test_a_clear_difference_is_called_so(evaluated, command, tmp_path):

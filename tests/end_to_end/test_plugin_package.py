@@ -59,7 +59,7 @@ MISTAKES = {
     "the wrong sampler": ([*OWN[:2], "sampler=random"], ["LabeledParaphrase", "several rows of a label", "sampler=label_runs"]),
     "the wrong loss": ([OWN[0], OWN[2], "loss=context"], ["positives by label", "loss=sigmoid"]),
     "too few columns": ([*OWN, "data.columns=[first]"], ["LabeledParaphrase needs 2 columns"]),
-    "no labels": ([*OWN, "data.label=null"], ["LabelRunSampler", "data.label=<column>", "sampler=random"]),
+    "no labels": ([*OWN, "data.label=null"], ["LabeledParaphrase needs", "data.label=<column>", "objective=simcse_sup"]),
     "a wrong key": ([*OWN, "+loss.margin=1"], ["loss.margin=1", "it takes scale, bias", "~loss.margin"]),
     "a wrong type": ([*OWN, "sampler.share=many"], ["sampler.share=many", "a number"]),
 }

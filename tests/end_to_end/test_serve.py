@@ -238,7 +238,7 @@ def test_a_model_of_texts_is_not_shown_images(command, saved, image_model, tmp_p
     texts = ["data=table", f"data.path={tmp_path / 'texts.txt'}", "data.columns=[text]"]
     for overrides, message in (
         ([f"model={saved[0]}", *images], "reads texts, but data holds images"),
-        ([f"model={image_model}", f"other={saved[0]}", *images], f"model={saved[0]} reads texts, but data holds images"),
+        ([f"model={image_model}", f"other={saved[0]}", *images], f"other={saved[0]} reads texts, but data holds images"),
         ([f"model={image_model}", *texts], "reads images, but data holds texts"),
         ([f"model={image_model}", *images, "index=any"], "index=any is searched by texts"),
     ):

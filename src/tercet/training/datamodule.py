@@ -92,14 +92,14 @@ class DataModule(EvaluationHooks, pl.LightningDataModule):
         self.sampler: Sampler[BatchIndices] | None = None
         self.epoch, self.num_skipped = 0, 0  # where a stream starts
 
-    def load(self) -> None:
+    def load_rows(self) -> None:
         """Read and transform the rows, once."""
         if not self.streaming and self.dataset is None:
             self.dataset = self.transform.load(self.source)
 
     def prepare_data(self) -> None:
         """Load the rows and check that they fill a batch: Lightning calls this again, and ``setup`` in every process."""
-        self.load()
+        self.load_rows()
         if self.dataset is None or self.sampler is not None:
             return
         rows, sampler = self.dataset, self.make_sampler(self.dataset, self.batch_size, self.seed)

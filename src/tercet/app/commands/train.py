@@ -52,7 +52,7 @@ def run(cfg: DictConfig, output: Path) -> float | None:
     alone = not launch.started_by_launcher()
     with nullcontext() if config.check else run_folder.locked(output):
         if alone:
-            data.load()  # errors in the data are found, and tokens cached, before any process is started
+            data.load_rows()  # errors in the data are found, and tokens cached, before any process is started
         fit_batch_size(config, data)
         if alone:
             data.prepare_data()
