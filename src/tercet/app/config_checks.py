@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from hydra.utils import get_object
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from tercet.app.components import build, find_targets, locate_target, settable_key
+from tercet.app.components import build, find_targets, locate_target, settable_key, walk
 from tercet.app.hydra_compat import config_folders
 from tercet.app.launch import num_devices, num_processes, set_precision, started_by_launcher
 from tercet.app.record import ARTIFACTS
@@ -258,11 +258,10 @@ def check_model(objective: Any, data: Any, several: bool, sharded: bool = False)
         raise InputError(f"{name} makes its two views by dropout, but this backbone has none: {EQUAL_VIEWS}")
 
 
-def _reads_test_rows(node: Any) -> bool:
+def _reads_test_rows(node: DictConfig) -> bool:
     """Whether a component below this node reads rows of the split test."""
-    if isinstance(node, DictConfig):
-        return node.get("split") == "test" or any(map(_reads_test_rows, node.values()))
-    return isinstance(node, ListConfig) and any(map(_reads_test_rows, node))
+    parts = walk(OmegaConf.to_container(node, resolve=True))
+    return any(isinstance(part, dict) and part.get("split") == "test" for _, part in parts)
 
 
 def _batch_norm(execution: Any, several: bool) -> None:

@@ -73,6 +73,11 @@ def read_curves(run: Path) -> dict[str, list[tuple[float, float]]]:
     return curves
 
 
+def is_run(folder: Path) -> bool:
+    """Whether this is the folder of a run, which has its settings."""
+    return (folder / SETTINGS).is_file()
+
+
 def is_finished(run: Path) -> bool:
     """Whether the folder has metrics, and they are of the run in its ``config.yaml``, not of one before it."""
     if not all((run / name).is_file() for name in (SETTINGS, RESULTS)):

@@ -170,9 +170,12 @@ def run(cfg: DictConfig, output: Path) -> None:
     runs = [one for group in comparison.runs.values() for one in group]
     results = {one.folder: one.metrics for one in runs}
     names = shared_metrics(results) if files else sorted({name for one in runs for name in one.metrics})
-    alone = bool(files) or is_run(paths[0])  # not a folder of runs
+    alone = bool(files) or run_files.is_run(paths[0])  # not a folder of runs
     target = Path(cfg.output or (paths[0].parent / "comparison" if alone else paths[0]))
-    require(not is_run(target), f"output={target} is the folder of a run, whose report.html would be replaced. Name another.")
+    require(
+        not run_files.is_run(target),
+        f"output={target} is the folder of a run, whose report.html would be replaced. Name another.",
+    )
     check_writable(target, "output")
     known = ", ".join(name for name in names if name.startswith("test/"))
     fault = "has no values by example in all of these results" if files else "is in none of the runs"
@@ -181,11 +184,6 @@ def run(cfg: DictConfig, output: Path) -> None:
     for name in chosen if files else ():
         check_examples(results, name)
     write_comparison(comparison, chosen, target)
-
-
-def is_run(folder: Path) -> bool:
-    """Whether this is the folder of one run."""
-    return (folder / run_files.SETTINGS).is_file()
 
 
 def read_evaluations(paths: Sequence[Path]) -> list[Run]:

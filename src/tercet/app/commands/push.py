@@ -21,7 +21,7 @@ def run(cfg: DictConfig, output: Path) -> None:
     silence_libraries()
     name = str(cfg.model.path)
     path = locate(name)
-    folder = path / "model" if (path / run_files.SETTINGS).is_file() else path
+    folder = path / "model" if run_files.is_run(path) else path
     unfinished = f"model={name} is a run that has not finished, and has no model/." if folder != path else ""
     advice = "A finished run, a model folder or an exported model is needed; tercet.models.save_model writes a folder."
     require(folder.is_dir(), f"{unfinished or f'model={name}: there is no such folder.'} {advice}")

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from tercet.app import signals
 from tercet.app.commands.evaluate import open_model, open_with_note
 from tercet.app.components import build
-from tercet.app.run_files import SETTINGS
+from tercet.app.run_files import is_run
 from tercet.errors import InputError, require
 from tercet.messages import print_status, silence_libraries
 from tercet.models import Encoder
@@ -85,7 +85,7 @@ def serving_settings(cfg: DictConfig, limits: Limits) -> Settings:
 def model_names(path: str) -> list[str]:
     """What clients may call a model: the last part of its path, the run's id where it lies in a run, and the path as given."""
     given = Path(path)
-    of_run = [folder.name for folder in list(given.parents)[:2] if (locate(str(folder)) / SETTINGS).is_file()]
+    of_run = [folder.name for folder in list(given.parents)[:2] if is_run(locate(str(folder)))]
     return [given.name, *of_run, path.rstrip("/")]
 
 
