@@ -119,7 +119,7 @@ def test_links_of_a_key_lead_to_its_row(generated):
         ("view/crop", "view.second.0.rate", "float", "0.1", None),  # in a list
         ("encode", "precision", "float32 | float16 | int8 | binary", "float32", None),
         ("data/text", "data.max_length", "int", "48", "tokens of a training row"),  # changed, with the comment of the base
-        ("model/minilm", "model.execution.chunk_tokens", "int | auto | null", "1024", None),  # of a block that is a component
+        ("model/minilm", "model.execution.chunk_tokens", "int | auto | null", "auto", None),  # of a block that is a component
         ("objective/simcse_sup", "objective.memory.size", "int", "0", "examples; 0 is none"),
     ],
 )

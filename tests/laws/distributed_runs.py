@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import datasets
+import pytest
 import pytorch_lightning as pl
 import torch
 import yaml
@@ -17,9 +18,11 @@ from tercet.app.launch import set_precision
 from tercet.data import TextTransform
 from tercet.losses.triplet_mining import MININGS
 from tercet.models import load_tokenizer
+from tercet.training.callbacks import SkipNonFinite
 from tercet.training.datamodule import DataModule
 from tercet.training.lightning_compat import FSDP2
 from tests.conftest import NEEDED, TEXTS, TOKENIZER, choices, composed, restored_signals, tiny
+from tests.laws.recorded_graphs import RecordedGraph, replay_on_a_cpu
 
 OBJECTIVES = choices("objective")
 SETTINGS = {
@@ -80,6 +83,9 @@ def has(objective, overrides):
 CASES = [(o, s) for o in OBJECTIVES for s in SETTINGS if has(o, SETTINGS[s])]
 CASES += [("facenet", f"loss.mining={mining}") for mining in MININGS if mining != "semihard"]
 CASES += [("facenet", "loss.divide_by=sum")]
+REPLAYED = [
+    case for case in CASES if case[1] in ("plain", "with masked LM", "with dropout", "accumulated", "in half precision")
+]
 
 
 @dataclass(frozen=True)
@@ -161,7 +167,7 @@ def step(cfg, folder, world, batch_size, steps=2):
         precision=cfg.trainer.precision, accumulate_grad_batches=cfg.trainer.accumulate_grad_batches,
         accelerator="cpu", devices=world, strategy=strategy, max_steps=steps, logger=False,
         gradient_clip_val=0.5, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        use_distributed_sampler=False, callbacks=[counting, *([hard_labels] if hard_labels else [])],
+        use_distributed_sampler=False, callbacks=[counting, SkipNonFinite(), *([hard_labels] if hard_labels else [])],
     )  # fmt: skip
     trainer.fit(module, datamodule=data(cfg, folder, batch_size))
     size = sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -175,6 +181,18 @@ def everything(folder, world, batch_size, configs):
     """A step of each of ``configs`` in this process."""
     torch.set_num_threads(1)
     return {case: step(cfg, folder, world, batch_size) for case, cfg in configs.items()}
+
+
+def replayed(folder, world, batch_size, configs):
+    """The weights after steps of each of ``configs`` with CUDA graphs, recorded on the CPU, and the number of replays."""
+    torch.set_num_threads(1)
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        replay_on_a_cpu(patch)
+        for case, cfg in configs.items():
+            before = RecordedGraph.replays
+            found[case] = step(cfg, folder, world, batch_size)[0], RecordedGraph.replays - before
+    return found
 
 
 def in_processes(world, function, *arguments):

@@ -1,5 +1,7 @@
 """Laws 5 and 6: embeddings and gradients do not depend on how rows run through the network."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -91,6 +93,25 @@ def test_chunks_and_padding_do_not_change_the_gradient(name, dropout):
         got = gradients(objective(name, True, 40, layout=layout, **given), batch, 0)
         for key, value in expected.items():
             torch.testing.assert_close(got[key], value, rtol=1e-4, atol=1e-6, msg=lambda m, n=key: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_gradient_in_half_precision_is_as_exact_in_many_chunks_as_in_one(recompute):
+    """Weights are cast to bfloat16, of which 256 gradients of equal size have no exact sum in bfloat16."""
+    encoder = encoder_of("bert", "model.backbone.dropout=0")
+    rows = encoder.prepare([f"{TEXTS[i % len(TEXTS)]} {i}" for i in range(256)])
+
+    def gradient(half, **execution):
+        encoder.execution = replace(encoder.execution, **execution)
+        encoder.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            total = encoder(rows).float().sum()
+        total.backward()
+        return torch.cat([p.grad.flatten() for p in encoder.parameters() if p.grad is not None])
+
+    exact, once, often = gradient(False), gradient(True), gradient(True, chunk_rows=1, recompute=recompute)
+    assert (once - exact).norm() > 1e-4 * exact.norm(), "nothing was computed in half precision"
+    assert (often - exact).norm() <= 1.2 * (once - exact).norm()
 
 
 def encoder_of(family, *overrides):

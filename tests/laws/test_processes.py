@@ -28,6 +28,29 @@ def test_several_processes_learn_what_one_does(results, case):
         torch.testing.assert_close(together[name], weight, **close, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.fixture(scope="module", params=[1, 2], ids="{} processes".format)
+def with_graphs(tmp_path_factory, request):
+    arguments = (
+        str(tmp_path_factory.mktemp("cache")),
+        request.param,
+        BATCH,
+        distributed_runs.configs(tuple(distributed_runs.REPLAYED)),
+    )
+    if request.param == 1:
+        return distributed_runs.replayed(*arguments)
+    return distributed_runs.in_processes(request.param, distributed_runs.replayed, *arguments)[0]
+
+
+@pytest.mark.parametrize("case", distributed_runs.REPLAYED, ids=str)
+def test_passes_that_are_replayed_as_cuda_graphs_learn_the_same(results, with_graphs, case):
+    (weights, replays), expected = with_graphs[case], results[0][case][0]
+    assert replays > 0
+    assert weights.keys() == expected.keys()
+    for name, weight in expected.items():
+        close = HALF if case[1] == "in half precision" else CLOSE
+        torch.testing.assert_close(weights[name], weight, **close, msg=lambda m, n=name: f"{n}: {m}")
+
+
 @pytest.mark.parametrize("case", distributed_runs.CASES, ids=str)
 def test_training_moves_the_weights(results, case):
     assert results[0][case][2] > 1e-3

@@ -11,6 +11,7 @@ from tercet.errors import InputError
 from tercet.models import Execution
 from tercet.models.engine import chunking
 from tests.conftest import TEXTS, composed, tiny
+from tests.laws.device_operations import do_as_on_a_gpu
 
 AUTO = ["model.execution.chunk_tokens=auto", "model.execution.recompute=true"]
 
@@ -82,6 +83,19 @@ def test_out_of_memory_says_how_much_fits(monkeypatch):
     assert 0 < fitting < len(rows.ids)
     with torch.no_grad(), pytest.raises(torch.OutOfMemoryError):  # nothing is kept there: chunks are chosen otherwise
         encoder(rows)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_without_recomputation_it_is_the_cache_of_a_cpu_and_no_limit_on_a_gpu(gpu, monkeypatch):
+    """So that the models which are small enough for a CPU are replayed as CUDA graphs on a GPU."""
+    encoder = build(composed(*tiny()).model)
+    rows = encoder.prepare(TEXTS)
+    monkeypatch.setattr(chunking, "free_memory", lambda device: pytest.fail("measured"))
+    if gpu:
+        do_as_on_a_gpu(monkeypatch)
+    assert encoder.execution.chunk_tokens == "auto"
+    execution = encoder.execution_for(rows)
+    assert execution.chunk_tokens == (None if gpu else 1024) and execution.can_replay == gpu
 
 
 def test_free_memory_is_known():

@@ -5,17 +5,22 @@ from copy import deepcopy
 from dataclasses import replace
 
 import pytest
+import pytorch_lightning as pl
 import torch
 
 from tercet.app.components import build
 from tercet.models import TextEncoder
+from tercet.models.engine import replay
 from tercet.models.engine import triton_kernels as kernels
 from tercet.models.engine.deterministic_dropout import with_dropout_seeds
 from tercet.models.engine.packing import AttentionSettings, Packing, attend_short
 from tercet.models.engine.replay import rounded_tokens
+from tercet.training.callbacks import LastCheckpoint, RNGState
 from tercet.types import Batch, RowIndex, TokenBatch, TokenState, concat_inputs
 from tests.conftest import TEXTS, composed, tiny
 from tests.laws.device_operations import do_as_on_a_gpu
+from tests.laws.distributed_runs import config, data
+from tests.laws.recorded_graphs import replay_on_a_cpu
 
 POOLINGS = ["cls", "mean", "max", "last"]
 
@@ -93,23 +98,30 @@ def test_dropout_of_long_rows_is_torchs_where_seeds_would_cost_more(longest, dra
     assert ("torch's in batches with rows of more than 128" in said) == (encoder.max_length > 128)
 
 
-def passes(encoder, rows, graphs, half, backward=True):
+def passes(encoder, rows, graphs, half):
     encoder.execution = replace(encoder.execution, graphs=graphs)
     encoder.zero_grad(set_to_none=True)
-    with torch.autocast("cuda", torch.bfloat16, enabled=half):
+    with torch.autocast(rows.ids.device.type, torch.bfloat16, enabled=half):
         z = encoder(rows)
     weight = torch.linspace(-1, 1, z.numel(), device=z.device).view_as(z)
     (z.float() * weight).sum().backward()
     return z.detach(), torch.cat([p.grad.flatten() for p in encoder.parameters() if p.grad is not None])
 
 
-@pytest.mark.gpu
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request, monkeypatch):
+    """A GPU, or a CPU where operations are recorded as CUDA graphs record them."""
+    if request.param == "cpu":
+        replay_on_a_cpu(monkeypatch)
+    return request.param
+
+
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_a_replayed_pass_is_the_pass(pooling, half):
-    encoder = made(pooling).cuda()
+def test_a_replayed_pass_is_the_pass(pooling, half, device):
+    encoder = made(pooling).to(device)
     for step, texts in enumerate((TEXTS, TEXTS[::-1], TEXTS[:7], TEXTS)):
-        rows = seeded(encoder, texts, step).to("cuda")
+        rows = seeded(encoder, texts, step).to(device)
         z, grad = passes(encoder, rows, False, half)
         for _ in range(2):  # captured or replayed, and replayed
             got, slope = passes(encoder, rows, True, half)
@@ -118,24 +130,24 @@ def test_a_replayed_pass_is_the_pass(pooling, half):
     assert 1 <= len(encoder.replay.graphs) <= 3
 
 
-@pytest.mark.gpu
-def test_gradients_of_replayed_passes_add_up():
-    encoder, total = made().cuda(), 0
-    rows = [seeded(encoder, TEXTS, step).to("cuda") for step in range(2)]
+def test_gradients_of_replayed_passes_add_up(device):
+    encoder, total = made().to(device), 0
+    rows = [seeded(encoder, TEXTS, step).to(device) for step in range(2)]
     total = sum(passes(encoder, part, False, False)[1] for part in rows)
     encoder.zero_grad(set_to_none=True)
     encoder.execution = replace(encoder.execution, graphs=True)
+    outputs = []
     for part in rows:
-        z = encoder(part)
-        (z * torch.linspace(-1, 1, z.numel(), device="cuda").view_as(z)).sum().backward()
+        outputs.append(z := encoder(part))
+        (z * torch.linspace(-1, 1, z.numel(), device=device).view_as(z)).sum().backward()
     got = torch.cat([p.grad.flatten() for p in encoder.parameters() if p.grad is not None])
     assert (got - total).norm() <= 1e-5 * total.norm()
+    assert not torch.equal(*outputs), "the second replay overwrote what the first returned"
 
 
-@pytest.mark.gpu
-def test_replayed_dropout_of_torch_differs_each_time_and_follows_its_seed():
-    encoder = made("cls", "model.execution.dropout=torch").cuda()
-    rows = encoder.prepare(TEXTS).to("cuda")
+def test_replayed_dropout_of_torch_differs_each_time_and_follows_its_seed(device):
+    encoder = made("cls", "model.execution.dropout=torch").to(device)
+    rows = encoder.prepare(TEXTS).to(device)
     first, second = encoder(rows).detach(), encoder(rows).detach()
     assert encoder.replay.graphs and not torch.equal(first, second)
     drawn = []
@@ -145,10 +157,9 @@ def test_replayed_dropout_of_torch_differs_each_time_and_follows_its_seed():
     assert torch.equal(*drawn)
 
 
-@pytest.mark.gpu
-def test_a_second_pass_before_the_backward_pass_of_the_first_runs_without_a_graph():
-    encoder = made().cuda()
-    rows, others = (seeded(encoder, texts).to("cuda") for texts in (TEXTS, TEXTS[::-1]))
+def test_a_second_pass_before_the_backward_pass_of_the_first_runs_without_a_graph(device):
+    encoder = made().to(device)
+    rows, others = (seeded(encoder, texts).to(device) for texts in (TEXTS, TEXTS[::-1]))
     passes(encoder, rows, True, False)
     first = encoder(rows)
     before = first.detach().clone()
@@ -157,10 +168,9 @@ def test_a_second_pass_before_the_backward_pass_of_the_first_runs_without_a_grap
     first.sum().backward()
 
 
-@pytest.mark.gpu
-def test_frozen_weights_and_a_second_gradient():
-    encoder = made().cuda()
-    rows = seeded(encoder, TEXTS).to("cuda")
+def test_frozen_weights_and_a_second_gradient(device):
+    encoder = made().to(device)
+    rows = seeded(encoder, TEXTS).to(device)
     z = encoder(rows)
     z.sum().backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="once"):
@@ -169,10 +179,9 @@ def test_frozen_weights_and_a_second_gradient():
     assert not encoder(rows).requires_grad
 
 
-@pytest.mark.gpu
-def test_moved_weights_are_captured_again():
-    encoder = made().cuda()
-    rows = seeded(encoder, TEXTS).to("cuda")
+def test_moved_weights_are_captured_again(device):
+    encoder = made().to(device)
+    rows = seeded(encoder, TEXTS).to(device)
     passes(encoder, rows, True, False)
     for p in encoder.parameters():
         p.data = p.data.clone() * 1.5
@@ -180,3 +189,41 @@ def test_moved_weights_are_captured_again():
     got, slope = passes(encoder, rows, True, False)
     torch.testing.assert_close(got, z, rtol=1e-5, atol=1e-5)
     assert (slope - grad).norm() <= 1e-5 * grad.norm()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dropout", ["torch", "deterministic"])
+def test_a_resumed_run_draws_what_it_would_have_drawn(dropout, device, tmp_path):
+    """It captures its graphs in other steps than a run that was not stopped."""
+    settings = ("model.backbone.dropout=0.1", f"model.execution.dropout={dropout}", "scheduler=constant", "scheduler.warmup=0")
+    cfg = config("simcse_unsup", *settings)
+
+    def run(folder, steps, checkpoint=None):
+        pl.seed_everything(0, verbose=False)
+        module = build(cfg.objective)
+        trainer = pl.Trainer(
+            accelerator="gpu" if device == "cuda" else "cpu", devices=1, max_steps=steps, max_epochs=-1, logger=False,
+            enable_progress_bar=False, enable_model_summary=False,
+            callbacks=[RNGState(), LastCheckpoint(str(tmp_path / folder), 2)],
+        )  # fmt: skip
+        trainer.fit(module, datamodule=data(cfg, tmp_path, 3), ckpt_path=checkpoint)
+        assert module.encoder.replay.graphs
+        return torch.cat([p.detach().flatten().cpu() for p in module.parameters()])
+
+    whole, part = run("whole", 7), run("part", 2)
+    assert not torch.equal(whole, part)
+    assert torch.equal(run("part", 7, tmp_path / "part" / "last.ckpt"), whole)
+
+
+def test_a_long_row_and_a_size_too_many_run_without_a_graph(device, monkeypatch):
+    encoder = made().to(device)
+    monkeypatch.setattr(replay, "MOST_GRAPHS", 2)
+    long = "again " * (encoder.max_length - 2)
+    assert len(encoder.prepare([long]).ids) > kernels.LONGEST, "the row is not long"
+    texts = [TEXTS[:3], [*TEXTS[:2], long], TEXTS[:4], TEXTS[:5], TEXTS[:3]]
+    for step, (some, graphs) in enumerate(zip(texts, (1, 1, 2, 2, 2), strict=True)):
+        rows = seeded(encoder, some, step).to(device)
+        (z, grad), (got, slope) = (passes(encoder, rows, graphs, False) for graphs in (False, True))
+        torch.testing.assert_close(got, z, rtol=1e-5, atol=1e-5)
+        assert (slope - grad).norm() <= 1e-5 * grad.norm()
+        assert len(encoder.replay.graphs) == graphs

@@ -215,8 +215,9 @@ def _shares(cfg: DictConfig) -> None:
     ):
         setting = f"{key}={str(OmegaConf.select(cfg, key)).lower()} with trainer.strategy=fsdp2"
         require(not OmegaConf.select(cfg, key), f"{setting}: only the encoder is shared out, and {why}. Use trainer=ddp.")
-    if OmegaConf.select(cfg, "model.execution.chunk_tokens") == "auto":
-        raise InputError("model.execution.chunk_tokens=auto with trainer.strategy=fsdp2: give a number, as 16384.")
+    tokens, recompute = (OmegaConf.select(cfg, f"model.execution.{key}") for key in ("chunk_tokens", "recompute"))
+    measured = "model.execution.chunk_tokens=auto with model.execution.recompute=true and trainer.strategy=fsdp2"
+    require(not (tokens == "auto" and recompute), f"{measured}: processes would measure different numbers. Give one, as 16384.")
 
 
 def _devices(cfg: DictConfig) -> None:

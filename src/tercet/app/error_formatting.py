@@ -93,7 +93,7 @@ def _library_error(error: BaseException, command: str) -> str:
         written = "output_dir is the folder that a run" if command == "train" else f"output is what `{command}`"
         return f"{error.filename}: {error.strerror}. {written} writes, data.path what it reads."
     if kind in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in text:
-        advice = "Use a smaller data.batch_size, model or head, or model.execution.chunk_tokens=auto"
+        advice = "Use a smaller data.batch_size, model or head, or model.execution.recompute=true with .chunk_tokens=auto"
         return f"There is too little memory ({text[:200] or kind}). {advice}."
     if isinstance(error, ImportError) and (extra := next((EXTRAS[name] for name in EXTRAS if name in text), None)):
         return f"{text.rstrip('.')}. It comes with: pip install 'tercet[{extra}]'."

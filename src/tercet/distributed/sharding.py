@@ -64,14 +64,14 @@ class _EqualPasses:
 
     def count(self, encoder: "Encoder", arguments: tuple[Any, ...]) -> None:
         """Before the first chunk: how many will be missing here."""
-        own = len(encoder.execution.chunks(arguments[0].lengths))
+        own = len(encoder.execution_for(arguments[0]).chunks(arguments[0].lengths))
         self.more = largest(own) - own
 
     def complete(self, encoder: "Encoder", arguments: tuple[Any, ...], z: Tensor) -> Tensor:
         """After the last one: run those."""
         row = arguments[0].select(torch.tensor([0]))
         for _ in range(self.more):
-            z = z + 0 * encoder.run(row, encoder.execution).sum()
+            z = z + 0 * encoder.run(row, encoder.execution_for(row)).sum()
         return z
 
 

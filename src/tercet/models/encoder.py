@@ -78,7 +78,8 @@ class Encoder(EvaluatedModel, nn.Module):
             if not isinstance(inputs, TokenBatch) or not torch.is_grad_enabled():
                 raise
             clear_frames(error.__traceback__)  # they hold the activations
-            fitting = self._measured_chunks(AutoChunks(), replace(self.execution, chunk_tokens="auto"), inputs).chunk_tokens
+            measured = replace(self.execution, chunk_tokens="auto", recompute=True)
+            fitting = self._measured_chunks(AutoChunks(), measured, inputs).chunk_tokens
             large = f"a pass over {len(inputs.ids)} tokens does not fit into the memory of {inputs.ids.device}"
             raise InputError(
                 f"`execution.chunk_tokens`={self.execution.chunk_tokens}: {large}. Chunks of {fitting} tokens do: set "

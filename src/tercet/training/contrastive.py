@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from pytorch_lightning.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_
 
 from tercet.distributed import contrast, gather_rows, reduce_loss
 from tercet.distributed.sharding import reshard, shard
@@ -123,6 +124,7 @@ class ObjectiveHooks(EvaluationHooks):
     cached_encoder: CachedEncoder  # set by callbacks that evaluate
     stage = "test"
     seed = 0
+    gradient_norm: Tensor | None = None  # of this step, before clipping
 
     @classmethod
     def needs(cls, num_columns: int) -> frozenset[str]:
@@ -186,7 +188,19 @@ class ObjectiveHooks(EvaluationHooks):
 
     def on_after_backward(self: Any) -> None:
         """Free gathered weights; gradients are sharded by now."""
-        reshard(self.encoder)
+        if isinstance(self.trainer.strategy, FSDP2Strategy):
+            reshard(self.encoder)
+
+    def configure_gradient_clipping(
+        self: Any, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip as Lightning does; by ``gradient_norm``, where ``SkipNonFinite`` has computed it for this step."""
+        norm, self.gradient_norm = self.gradient_norm, None
+        if norm is None or not gradient_clip_val or gradient_clip_algorithm == "value":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        else:
+            trained = (p for group in optimizer.param_groups for p in group["params"])
+            clip_grads_with_norm_(trained, gradient_clip_val, norm)
 
     def on_save_checkpoint(self: Any, checkpoint: dict[str, Any]) -> None:
         """Save what the encoder is built from: a checkpoint can be moved and opened alone."""

@@ -125,7 +125,7 @@ class MaskedLMHead(nn.Module):
 
         They are drawn from the seeds of deterministic dropout where ``inputs`` have these, else from torch's generator.
         """
-        execution, (trained,) = self.execution, self._trained
+        execution, (trained,) = self.execution.fastest(inputs.ids.device), self._trained
         seeded = inputs.state.dropout_seed is not None  # a replay draws the same numbers again
         if execution.can_replay and seeded and self.replay.can_run(trained, inputs, self._run_backbone.head_size):
             sums = self.replay(lambda rows: self._rows(self._paired(rows)), trained, inputs)

@@ -1,4 +1,4 @@
-"""The watch speaks when everything is one point, and not before."""
+"""The watch speaks when everything is one point, and not before; clipping uses the norm that it has measured."""
 
 import logging
 
@@ -7,7 +7,7 @@ import pytorch_lightning as pl
 import torch
 
 from tercet.app.components import build
-from tercet.training.callbacks import CollapseWarning
+from tercet.training.callbacks import CollapseWarning, SkipNonFinite
 from tests.laws import distributed_runs
 
 
@@ -45,3 +45,20 @@ def test_a_sound_one_is_not(tmp_path, caplog):
     assert seen["train/spread"] > 0.01
     assert {"train/active", "train/positive_distance", "train/negative_distance"} <= seen.keys()
     assert "Collapse" not in caplog.text
+
+
+@pytest.mark.parametrize(("how", "value"), [("norm", 0.01), ("value", 1e-4), (None, 0.01), (None, None)])
+def test_gradients_are_clipped_by_the_norm_that_is_known_already(tmp_path, how, value):
+    """``SkipNonFinite`` has computed it; the weights are those that Lightning's own clipping gives."""
+    cfg, weights = distributed_runs.config("simcse_unsup"), []
+    for callbacks in ([], [SkipNonFinite()]):
+        torch.manual_seed(0)
+        module = build(cfg.objective)
+        trainer = pl.Trainer(
+            accelerator="cpu", max_steps=3, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, gradient_clip_val=value, gradient_clip_algorithm=how, callbacks=callbacks,
+        )  # fmt: skip
+        trainer.fit(module, datamodule=distributed_runs.data(cfg, tmp_path, 6))
+        weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+        assert module.gradient_norm is None, "of a step that is over"
+    assert torch.equal(*weights)

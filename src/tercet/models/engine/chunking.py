@@ -2,7 +2,8 @@
 
 import ctypes
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +23,7 @@ DROPOUTS = ("auto", "torch", "deterministic")
 SHARE = 0.5  # of free memory for a chunk: the loss and the temporaries of the backward pass need room beside it
 STATES = 3  # gradient and AdamW's two moments, each as large as the weights; allocated after the first step
 SAMPLE = 512  # tokens of the forward pass that measures activations
-CACHED = 2048  # tokens; on a CPU a larger chunk does not fit into the cache and is slower
+CACHED, CACHED_KEPT = 2048, 1024  # tokens; on a CPU larger chunks leave its cache, those whose activations are kept sooner
 GROWTH = 1.5  # the heap is trimmed when the process is this many times as large as after the last trim
 
 _trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # a function of glibc
@@ -39,8 +40,9 @@ class Execution:
     ``dropout``: ``deterministic`` makes masks a function of (seed, step, row, view, layer), the same for any number of
     processes and any chunks; ``torch`` is torch's own; ``auto`` is deterministic where that costs no more, on a CPU and with
     Triton's kernels on a GPU, if the backbone can pack. ``chunk_tokens``: the most tokens of one chunk of texts, padding
-    included, "auto" for what fits into free memory, measured on the first batch; ``chunk_rows``: its most rows, of texts or
-    images; None is no limit.
+    included; ``chunk_rows``: its most rows, of texts or images; None is no limit. ``chunk_tokens="auto"`` is, under
+    ``recompute``, what fits into free memory, measured on the first batch; else 1,024 on a CPU, which its cache holds, and no
+    limit on a GPU.
     ``recompute``: save no activations and compute each chunk again in the backward pass, with the same dropout. This is
     GradCache (Gao et al. 2021, arXiv:2101.06983): the same gradient in the memory of one chunk. ``graphs``: on a GPU, replay
     the passes of packed rows of at most 128 tokens as CUDA graphs, which the host need not launch kernel by kernel.
@@ -67,6 +69,12 @@ class Execution:
     def unchunked(self) -> "Execution":
         """The same in one pass, for rows that are a chunk already."""
         return replace(self, chunk_tokens=None, chunk_rows=None, recompute=False, graphs=False)
+
+    def fastest(self, device: torch.device) -> "Execution":
+        """``chunk_tokens="auto"`` replaced where no memory has to be measured: where activations are kept, not recomputed."""
+        if self.chunk_tokens != "auto" or self.recompute:
+            return self
+        return replace(self, chunk_tokens=CACHED_KEPT if runs_on_cpu(device) else None)
 
     @property
     def in_one_pass(self) -> bool:
@@ -110,26 +118,44 @@ class Execution:
 
     def run_parts(self, function: Callable[[Any], Tensor], parts: Iterable[Any]) -> Tensor:
         """Apply ``function`` to each part and concatenate the results."""
+        parts, graded = list(parts), torch.is_grad_enabled()
+        recompute = self.recompute and graded
 
-        def trim_and_call(part: Any) -> Tensor:  # called twice for a part: again in the backward pass
-            trim_heap()
-            return function(part)
+        def call(part: Any) -> Tensor:  # twice for a part that is recomputed: again in the backward pass
+            if recompute:
+                trim_heap()
+            with _separate_casts() if graded and len(parts) > 1 else nullcontext():
+                return function(part)
 
-        if not (self.recompute and torch.is_grad_enabled()):
-            return torch.cat([function(part) for part in parts])
-        return torch.cat([checkpoint(trim_and_call, part, use_reentrant=False) for part in parts])
+        return torch.cat([checkpoint(call, part, use_reentrant=False) if recompute else call(part) for part in parts])
+
+
+@contextmanager
+def _separate_casts() -> Iterator[None]:
+    """Let autocast cast the weights for this pass alone.
+
+    Where chunks share a cast their gradients are summed in half precision, in which the last of many chunks are lost.
+    """
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
 
 
 DEFAULT_EXECUTION = Execution()
 
 
 class AutoChunks:
-    """Resolves ``chunk_tokens="auto"``: the number is measured on the longest rows of the first batch and kept."""
+    """Resolves ``chunk_tokens="auto"``. Under ``recompute`` it is measured on the longest rows of the first batch and kept."""
 
     tokens: int | None = None
 
     def resolve(self, execution: Execution, module: nn.Module, embed: Embed, rows: TokenBatch) -> Execution:
-        """``execution`` with a number of tokens whose activations under ``embed`` of ``module`` fit into memory."""
+        """``execution`` with a number of tokens, under ``recompute`` one whose activations fit into memory."""
+        if execution.chunk_tokens == "auto":  # else the input may be images
+            execution = execution.fastest(rows.ids.device)
         if execution.chunk_tokens != "auto":
             return execution
         if self.tokens is None:

@@ -19,7 +19,7 @@ from torch.func import functional_call
 from tercet.messages import warn_once
 from tercet.models.engine import triton_kernels as kernels
 from tercet.models.engine.packing import autocast_dtype
-from tercet.types import RowIndex, TokenBatch, TokenState
+from tercet.types import RowIndex, TokenBatch, TokenState, runs_on_cpu
 
 Embed = Callable[[TokenBatch], Tensor]  # n rows to (n, ...)
 MOST_GRAPHS = 24  # each holds a gradient of all weights
@@ -36,6 +36,11 @@ def rounded_tokens(tokens: int) -> int:
     return -(-tokens // step) * step
 
 
+def longest_row(rows: TokenBatch) -> int:
+    """The number of tokens of the longest row, which the host knows."""
+    return int(rows.lengths.max())
+
+
 class Replay:
     """Replays a function of n rows of texts, ``(n, ...)``, with its gradient for the trained weights of one module.
 
@@ -45,11 +50,14 @@ class Replay:
 
     def __init__(self) -> None:
         self.graphs: dict[tuple[Any, ...], _Graph] = {}
-        self.weights: list[tuple[str, nn.Parameter]] = []  # listed once: walking through a module takes a millisecond
+        # Walked through once: that takes a millisecond.
+        self.weights: list[tuple[str, nn.Parameter]] = []
         self.modules: list[nn.Module] = []
-        self.state: list[Any] = []  # where they are, and which are trained
+        self.state: list[Any] = []  # of the weights: where they are, of which type, and which are trained
+        self.trained: dict[str, nn.Parameter] = {}
+        self.weights_fit = False  # whether all are in float32 and some are trained
         self.pool: Any = None
-        self.impossible = False
+        self.impossible = False  # weights are sharded, or a capture has failed
         self.pending: weakref.ref[_Pending] | None = None
 
     def can_run(self, module: nn.Module, rows: TokenBatch, head_size: int) -> bool:
@@ -57,26 +65,28 @@ class Replay:
 
         Rows have to be short, and weights whole (not sharded) and in float32.
         """
-        if self.impossible or not rows.ids.is_cuda or not torch.is_grad_enabled():
+        if runs_on_cpu(rows.ids.device) or not torch.is_grad_enabled():
             return False
         if not self.weights:
             self.weights, self.modules = list(module.named_parameters()), list(module.modules())
-        short = kernels.available(rows.ids.device, int(rows.lengths.max()), head_size)
-        whole = all(p.dtype == torch.float32 and not isinstance(p, DTensor) for _, p in self.weights)
-        trained = any(p.requires_grad for _, p in self.weights)
-        return short and whole and trained and (self.pending is None or self.pending() is None)
+            self.impossible = any(isinstance(p, DTensor) for _, p in self.weights)
+        if self.impossible:
+            return False
+        state = [(p.data_ptr(), p.dtype, p.requires_grad) for _, p in self.weights]
+        if state != self.state:  # moved, cast, frozen or unfrozen
+            self.graphs, self.state = {}, state
+            self.trained = {name: p for name, p in self.weights if p.requires_grad}
+            self.weights_fit = bool(self.trained) and all(p.dtype == torch.float32 for _, p in self.weights)
+        short = kernels.available(rows.ids.device, longest_row(rows), head_size)
+        return self.weights_fit and short and (self.pending is None or self.pending() is None)
 
     def __reduce__(self) -> Any:
         """A copy, also of a model that is copied or pickled, begins without graphs."""
         return Replay, ()
 
     def __call__(self, function: Embed, module: nn.Module, rows: TokenBatch, *settings: Any) -> Tensor:
-        """``function(rows)``; ``settings`` are what else decides on its operations."""
-        state = [(p.data_ptr(), p.requires_grad) for _, p in self.weights]
-        if state != self.state:  # moved, frozen or unfrozen
-            self.graphs, self.state = {}, state
-        trained = {name: p for name, p in self.weights if p.requires_grad}
-        tokens, longest = rounded_tokens(len(rows.ids)), kernels.block_size(int(rows.lengths.max()))
+        """``function(rows)`` where ``can_run`` says so; ``settings`` are what else decides on its operations."""
+        tokens, longest = rounded_tokens(len(rows.ids)), kernels.block_size(longest_row(rows))
         precision = autocast_dtype(rows.ids.device)
         key = (
             tokens,
@@ -94,7 +104,7 @@ class Replay:
                 return function(rows)
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             try:
-                graph = self.graphs[key] = _Graph(function, module, trained, rows, tokens, longest, self.pool)
+                graph = self.graphs[key] = _Graph(function, module, self.trained, rows, tokens, longest, self.pool)
             except _CannotCaptureError as error:
                 self.impossible = True
                 warn_once(f"Passes of {type(module).__name__} run without CUDA graphs: {error}.")
@@ -102,7 +112,7 @@ class Replay:
         graph.load(rows)
         pending = _Pending()
         self.pending = weakref.ref(pending)
-        out: Tensor = _Run.apply(graph, pending, *trained.values())  # type: ignore[no-untyped-call]
+        out: Tensor = _Run.apply(graph, pending, *self.trained.values())  # type: ignore[no-untyped-call]
         return out
 
 
@@ -148,11 +158,11 @@ class _Graph:
 
         # The cache of autocast would keep casts of the weights that a replay does not make again.
         precision = autocast_dtype(device)
-        autocast = torch.autocast("cuda", precision, precision is not None, cache_enabled=False)
+        autocast = torch.autocast(device.type, precision, precision is not None, cache_enabled=False)
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         # A capture draws nothing: a run that is resumed captures in other steps.
-        with torch.random.fork_rng([device]), autocast:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), autocast:
             with torch.cuda.stream(side):
                 for number in range(WARMUP):
                     with _refuse_waits() if number else nullcontext():  # what is prepared in the first pass may wait
@@ -170,6 +180,7 @@ class _Graph:
                 self.flat_grad = torch.cat([grad.flatten() for grad in grads if grad is not None])
             self.out = out.detach()
         self.shapes = [None if grad is None else grad.shape for grad in grads]
+        self.sizes = [shape.numel() for shape in self.shapes if shape is not None]
 
     def fresh(self) -> TokenBatch:
         """The rows of the graph, without what a pass derives from them."""
@@ -224,5 +235,9 @@ class _Run(torch.autograd.Function):
         graph.backward.replay()
         ctx.pending = None
         copy = graph.flat_grad.clone()  # the next replay overwrites its own
-        parts = iter(copy.split([shape.numel() for shape in graph.shapes if shape is not None]))
-        return None, None, *(None if shape is None else next(parts).view(shape) for shape in graph.shapes)
+        parts = iter(copy.split(graph.sizes))
+        return None, None, *(None if shape is None else _shaped(next(parts), shape) for shape in graph.shapes)
+
+
+def _shaped(flat: Tensor, shape: torch.Size) -> Tensor:
+    return flat if len(shape) == 1 else flat.view(shape)  # most weights are vectors, and a view takes microseconds

@@ -48,6 +48,7 @@ class SkipNonFinite(pl.Callback):
         """Check the norm of the whole gradient: it is the same in all processes, so that all of them skip."""
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         norm = get_total_norm([p.grad for p in trained if p.grad is not None])
+        pl_module.gradient_norm = norm  # which clipping needs as well
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         if logs := logs_now(trainer):
             pl_module.log("train/gradient_norm", norm, batch_size=1)
