@@ -26,7 +26,7 @@ def overrides(task: Task) -> list[str]:
     objective = "simcse_unsup" if len(task.columns) == 1 else "simcse_sup"
     return [
         f"objective={objective}", "model=minilm", f"model.backbone.name={task.folder}", "model.pooling=cls",
-        "model.normalize=false", f"model.backbone.dropout={DROPOUT}", "model.execution.chunk_tokens=null",
+        "model.normalize=false", f"model.backbone.dropout={DROPOUT}",
         f"data.max_length={LENGTH}", f"data.batch_size={task.batch}", f"loss.temperature={TEMPERATURE}",
         f"optimizer.lr={LR}", "optimizer.weight_decay=0", "scheduler=constant", "trainer.gradient_clip_val=1.0",
         f"trainer.accelerator={task.device}", f"trainer.precision={'bf16-mixed' if task.half else '32-true'}",

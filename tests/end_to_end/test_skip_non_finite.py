@@ -69,11 +69,12 @@ def test_many_in_a_row_end_the_run_with_good_weights(run, broken):
     assert all(torch.isfinite(value).all() for value in state.values() if value.is_floating_point())
 
 
-def test_on_a_gpu_the_optimizer_skips_and_the_host_counts_when_it_logs(run, broken, monkeypatch):
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "adagrad"])
+def test_on_a_gpu_the_optimizer_skips_and_the_host_counts_when_it_logs(optimizer, run, broken, monkeypatch):
     """A step is neither read nor taken; its rows are written, and the run ends, when values are."""
     do_as_on_a_gpu(monkeypatch)
     broken(3, 3)
-    result = run("trainer.log_every_n_steps=4")
+    result = run("trainer.log_every_n_steps=4", f"optimizer={optimizer}")
     assert result.code == 0, result.terminal
     ((step, _, rows),) = csv.reader((result.output / "skipped.csv").open())
     assert step == "3" and len(rows.split()) == 4 and result.metrics()["train/skipped"] == 1

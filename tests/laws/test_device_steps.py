@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from datasets import concatenate_datasets
 from hydra.utils import get_class
+from torch.optim import adagrad
 from transformers import BertConfig, BertModel
 
 from tercet.app.components import build
@@ -26,7 +27,13 @@ from tests.laws.distributed_runs import Listed, config, tokenizer
 from tests.laws.recorded_graphs import RecordedGraph, replay_on_a_cpu
 
 STEPS = range(3, 6)  # neither the first nor one whose values are written
-HOST = ((RowIndex, "of"), (TokenBatch, "select"), (Execution, "chunks"), (RNGState, "_record"))  # work on its own tensors
+HOST = (
+    (RowIndex, "of"),
+    (TokenBatch, "select"),
+    (Execution, "chunks"),
+    (RNGState, "_record"),
+    (adagrad, "_get_value"),
+)  # work on its own tensors; AdaGrad counts its steps there
 QUIET = {"precision": "32-true", "logger": False, "enable_progress_bar": False, "enable_checkpointing": False,
          "enable_model_summary": False}  # fmt: skip
 CALLBACKS = ("skip_non_finite", "throughput", "collapse", "rng_state", "graceful_stop")
@@ -43,6 +50,8 @@ CASES = {
     "masked LM": ["objective=mlm", *TRIPLES],
     "whole words": ["objective=mlm", *TRIPLES, "objective.mlm.whole_words=true"],
     "memory": [*SUP, "objective.memory.size=16", "objective.memory.warmup=1"],
+    "SGD": [*SUP, "optimizer=sgd", "trainer.gradient_clip_val=1"],
+    "AdaGrad": [*SUP, "optimizer=adagrad", "trainer.gradient_clip_val=1"],
     "triplets of pairs": ["objective=facenet", "sampler=random", *TRIPLES],
     "chunks": [*SUP, "model.execution.chunk_tokens=64"],
     "recomputed chunks": [*SUP, "model.execution.chunk_tokens=64", "model.execution.recompute=true"],

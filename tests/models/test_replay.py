@@ -128,6 +128,7 @@ def test_a_replayed_pass_is_the_pass(pooling, half, device):
             torch.testing.assert_close(got, z, rtol=1e-2 if half else 1e-5, atol=1e-2 if half else 1e-5)
             assert (slope - grad).norm() <= (1e-2 if half else 1e-5) * grad.norm()
     assert 1 <= len(encoder.replay.graphs) <= 3
+    assert len({graph.flat_grad.data_ptr() for graph in encoder.replay.graphs.values()}) == 1, "each keeps a gradient"
 
 
 def test_gradients_of_replayed_passes_add_up(device):

@@ -3,6 +3,7 @@
 import inspect
 import signal
 from contextlib import suppress
+from functools import partial
 
 import pytest
 import pytorch_lightning as pl
@@ -174,28 +175,48 @@ def test_values_are_computed_in_the_steps_whose_values_are_written(accumulate, e
     assert compat.logs_now(None), "outside a fit"
 
 
-@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.Adam], ids=["AdamW", "Adam"])
-def test_a_fused_optimizer_takes_no_step_that_is_to_be_skipped(make):
-    weight = torch.nn.Parameter(torch.ones(3))
-    optimizer = make([weight], lr=0.1, fused=True)
-    assert compat.can_skip_on_device(optimizer)
-    seen = []
-    for skip in (True, False, True, False):
+OPTIMIZERS = {
+    "AdamW": partial(torch.optim.AdamW, fused=True),
+    "Adam": partial(torch.optim.Adam, fused=True),
+    "SGD": partial(torch.optim.SGD, momentum=0.9, weight_decay=0.1, fused=True),
+    "SGD, fused, without momentum": partial(torch.optim.SGD, weight_decay=0.1, fused=True),
+    "SGD without momentum": torch.optim.SGD,
+    "AdaGrad": torch.optim.Adagrad,
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_no_step_is_taken_that_is_to_be_skipped(name):
+    """Also the first, and with a gradient that is not finite."""
+    weight, twice = stepped(name, (True, False, True, False)), stepped(name, (False, False))
+    assert torch.equal(weight[0], torch.ones(3)) and torch.equal(weight[1], weight[2])
+    torch.testing.assert_close(weight[3], twice[1], msg="the state counts the steps that were taken")
+
+
+def stepped(name, skips):
+    """The weights after each step."""
+    weight, seen = torch.nn.Parameter(torch.ones(3)), []
+    optimizer = OPTIMIZERS[name]([weight], lr=0.1)
+    if optimizer.defaults.get("momentum"):
+        optimizer.state[weight]["momentum_buffer"] = torch.zeros(3)
+    for skip in skips:
         weight.grad = torch.full((3,), torch.nan if skip else 1.0)
-        compat.skip_on_device(optimizer, torch.tensor(skip))
+        assert compat.skip_on_device(optimizer, torch.tensor(skip))
         optimizer.step()
         seen.append(weight.detach().clone())
-    assert torch.equal(seen[0], torch.ones(3)) and torch.equal(seen[1], seen[2])
-    twice = torch.nn.Parameter(torch.ones(3))
-    plain = make([twice], lr=0.1, fused=True)
-    for _ in range(2):
-        twice.grad = torch.ones(3)
-        plain.step()
-    torch.testing.assert_close(seen[3], twice.detach(), msg="the state counts the steps that were taken")
+    return seen
 
 
-@pytest.mark.parametrize("settings", [{"fused": True}, {}])
-def test_others_cannot_skip_by_themselves(settings):
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(torch.optim.SGD, momentum=0.9, fused=True), partial(torch.optim.SGD, momentum=0.9), torch.optim.AdamW,
+        partial(torch.optim.Adagrad, weight_decay=0.1), torch.optim.RMSprop,
+    ],
+)  # fmt: skip
+def test_others_cannot_skip_by_themselves(make):
+    """Fused SGD cannot, either, before it has its momentum."""
     weight = torch.nn.Parameter(torch.ones(3))
-    assert not compat.can_skip_on_device(torch.optim.SGD([weight], lr=0.1, **settings))
-    assert not compat.can_skip_on_device(torch.optim.Adagrad([weight], lr=0.1))
+    weight.grad = torch.full((3,), torch.nan)
+    assert not compat.skip_on_device(make([weight], lr=0.1), torch.tensor(True))
+    assert weight.grad.isnan().all()

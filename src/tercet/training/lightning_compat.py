@@ -8,7 +8,8 @@ import torch
 from pytorch_lightning.callbacks import Timer
 from pytorch_lightning.loops.evaluation_loop import RestartStage
 from pytorch_lightning.strategies import ModelParallelStrategy, StrategyRegistry
-from torch.optim import Optimizer
+from torch.distributed.tensor import DTensor
+from torch.optim import SGD, Adagrad, Adam, Optimizer
 from torch.utils.data import DataLoader
 
 FSDP2 = "fsdp2"
@@ -151,17 +152,27 @@ def injects_distributed_sampler(trainer: pl.Trainer) -> bool:
     return bool(connector.use_distributed_sampler and connector.is_distributed)
 
 
-def can_skip_on_device(optimizer: Optimizer) -> bool:
-    """Whether the optimizer leaves weights and state as they are where the device says so: fused Adam and AdamW do.
+def skip_on_device(optimizer: Optimizer, skip: torch.Tensor) -> bool:
+    """Let the next step change nothing if ``skip``, a scalar of the device, is true. False where the optimizer cannot.
 
-    Fused SGD does not: where its first step is skipped, its momentum is whatever was in that memory.
+    Fused Adam, AdamW and SGD leave weights and state as they are; SGD needs momentum from before, as ``sgd`` gives it: where
+    its first step is skipped, momentum is whatever was in that memory. A gradient of zeros moves neither AdaGrad, nor SGD
+    without momentum, where weights do not decay.
     """
-    return isinstance(optimizer, torch.optim.Adam) and all(group.get("fused") for group in optimizer.param_groups)
-
-
-def skip_on_device(optimizer: Optimizer, skip: torch.Tensor) -> None:
-    """Let the next step of a fused optimizer do nothing if ``skip``, a scalar, is true."""
-    optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
+    groups = optimizer.param_groups
+    fused = all(group.get("fused") for group in groups)
+    weights = [p for group in groups for p in group["params"] if p.grad is not None]
+    if fused and isinstance(optimizer, SGD):
+        fused = not any(group["momentum"] for group in groups) or all("momentum_buffer" in optimizer.state[p] for p in weights)
+    if fused and isinstance(optimizer, Adam | SGD):
+        optimizer.found_inf = skip.float()  # type: ignore[union-attr]
+        return True
+    moves = any(group["weight_decay"] or group.get("momentum") for group in groups)
+    if moves or not isinstance(optimizer, Adagrad | SGD) or any(isinstance(p, DTensor) for p in weights):
+        return False
+    for p in weights:
+        p.grad.masked_fill_(skip, 0)
+    return True
 
 
 def let_scaler_unscale(optimizer: Optimizer) -> None:

@@ -4,13 +4,16 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import SGD, Adagrad, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import get_scheduler
 
 from tercet.errors import InputError, check_choice, require
 from tercet.training.lightning_compat import let_scaler_unscale
+from tercet.types import runs_on_cpu
 
 MakeOptimizer = Callable[[nn.Module], Optimizer]  # of a module
 TIMED_STEPS = 10_000  # of the schedule of a run whose length is a time
@@ -48,9 +51,14 @@ def adagrad(module: nn.Module, lr: float = 0.05, weight_decay: float = 0.0) -> A
 
 
 def sgd(module: nn.Module, lr: float = 0.05, momentum: float = 0.9, weight_decay: float = 0.0) -> SGD:
-    """Stochastic gradient descent with momentum."""
+    """Stochastic gradient descent with momentum; fused on a GPU, where it can then skip a step by itself."""
     require(momentum >= 0, f"`momentum`={momentum}: 0 or more.")
-    return SGD(parameter_groups(module, lr, weight_decay), lr=lr, momentum=momentum)
+    fused = not any(runs_on_cpu(p.device) or isinstance(p, DTensor) for p in module.parameters())
+    optimizer = SGD(parameter_groups(module, lr, weight_decay), lr=lr, momentum=momentum, fused=fused or None)
+    if fused and momentum:  # so that the first step can be skipped as well
+        optimizer.state.update({p: {"momentum_buffer": torch.zeros_like(p)} for p in module.parameters() if p.requires_grad})
+    let_scaler_unscale(optimizer)
+    return optimizer
 
 
 def adamw(

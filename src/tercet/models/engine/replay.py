@@ -22,7 +22,7 @@ from tercet.models.engine.packing import autocast_dtype
 from tercet.types import RowIndex, TokenBatch, TokenState, runs_on_cpu
 
 Embed = Callable[[TokenBatch], Tensor]  # n rows to (n, ...)
-MOST_GRAPHS = 24  # each holds a gradient of all weights
+MOST_GRAPHS = 24  # capturing one takes as long as some ten steps
 WARMUP = 2  # passes before a capture, in which libraries allocate what they keep
 
 
@@ -56,6 +56,7 @@ class Replay:
         self.state: list[Any] = []  # of the weights: where they are, of which type, and which are trained
         self.trained: dict[str, nn.Parameter] = {}
         self.weights_fit = False  # whether all are in float32 and some are trained
+        self.gradient: Tensor | None = None  # of the trained weights, side by side: where all graphs write theirs
         self.pool: Any = None
         self.impossible = False  # weights are sharded, or a capture has failed
         self.pending: weakref.ref[_Pending] | None = None
@@ -77,6 +78,7 @@ class Replay:
             self.graphs, self.state = {}, state
             self.trained = {name: p for name, p in self.weights if p.requires_grad}
             self.weights_fit = bool(self.trained) and all(p.dtype == torch.float32 for _, p in self.weights)
+            self.gradient = None
         short = kernels.available(rows.ids.device, longest_row(rows), head_size)
         return self.weights_fit and short and (self.pending is None or self.pending() is None)
 
@@ -103,8 +105,12 @@ class Replay:
                 warn_once(f"More than {MOST_GRAPHS} sizes of batches: others run without CUDA graphs.")
                 return function(rows)
             self.pool = self.pool or torch.cuda.graph_pool_handle()
+            if self.gradient is None:
+                size = sum(p.numel() for p in self.trained.values())
+                self.gradient = torch.empty(size, device=rows.ids.device)
             try:
-                graph = self.graphs[key] = _Graph(function, module, self.trained, rows, tokens, longest, self.pool)
+                graph = _Graph(function, module, self.trained, self.gradient, rows, tokens, longest, self.pool)
+                self.graphs[key] = graph
             except _CannotCaptureError as error:
                 self.impossible = True
                 warn_once(f"Passes of {type(module).__name__} run without CUDA graphs: {error}.")
@@ -135,8 +141,8 @@ class _Graph:
     """The captured passes of one shape."""
 
     def __init__(
-        self, function: Embed, module: nn.Module, trained: dict[str, nn.Parameter], rows: TokenBatch, tokens: int,
-        longest: int, pool: Any,
+        self, function: Embed, module: nn.Module, trained: dict[str, nn.Parameter], gradient: Tensor, rows: TokenBatch,
+        tokens: int, longest: int, pool: Any,
     ) -> None:  # fmt: skip
         device, n = rows.ids.device, len(rows)
         self.tokens = tokens
@@ -177,10 +183,11 @@ class _Graph:
             self.grad_out = torch.zeros_like(out)
             with torch.cuda.graph(self.backward, pool=pool, capture_error_mode="thread_local"):
                 grads = differentiate(out, self.grad_out)
-                self.flat_grad = torch.cat([grad.flatten() for grad in grads if grad is not None])
+                self.shapes = [None if grad is None else grad.shape for grad in grads]
+                self.sizes = [shape.numel() for shape in self.shapes if shape is not None]
+                self.flat_grad = gradient[: sum(self.sizes)]
+                torch.cat([grad.flatten() for grad in grads if grad is not None], out=self.flat_grad)
             self.out = out.detach()
-        self.shapes = [None if grad is None else grad.shape for grad in grads]
-        self.sizes = [shape.numel() for shape in self.shapes if shape is not None]
 
     def fresh(self) -> TokenBatch:
         """The rows of the graph, without what a pass derives from them."""

@@ -18,7 +18,7 @@ from torch.nn.utils import get_total_norm
 from tercet.distributed.gather import rank, world_size
 from tercet.errors import InputError, require
 from tercet.messages import ProgressLines, log_errors, warn_once
-from tercet.training.lightning_compat import can_skip_on_device, logs_now, skip_on_device, time_limit
+from tercet.training.lightning_compat import logs_now, skip_on_device, time_limit
 from tercet.types import Batch, TokenBatch, concat_inputs, runs_on_cpu
 
 
@@ -27,8 +27,8 @@ class SkipNonFinite(pl.Callback):
 
     Logs ``train/gradient_norm``, before clipping, and ``train/skipped``, the number of steps skipped so far. The rows of
     skipped batches are written to ``skipped.csv`` (step, process, example ids). Nothing is skipped under fp16, where the loss
-    scaler does so in order to find its scale. On a GPU a fused optimizer skips by itself, and the host counts such steps when
-    values are logged: until then it does not wait for the device.
+    scaler does so in order to find its scale. On a GPU the optimizer skips by itself where it can, and the host counts such
+    steps when values are logged: until then it does not wait for the device.
     """
 
     def __init__(self, patience: int = 5) -> None:
@@ -47,9 +47,9 @@ class SkipNonFinite(pl.Callback):
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         """Check the norm of the whole gradient: it is the same in all processes, so that all of them skip."""
         trained = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = get_total_norm([p.grad for p in trained if p.grad is not None])
-        pl_module.gradient_norm = norm  # which clipping needs as well
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        total = get_total_norm([p.grad for p in trained if p.grad is not None])
+        pl_module.gradient_norm = total  # which clipping needs as well
+        norm = total.full_tensor() if isinstance(total, DTensor) else total
         if logs := logs_now(trainer):
             pl_module.log("train/gradient_norm", norm, batch_size=1)
         rows, self.rows = self.rows, []
@@ -57,13 +57,13 @@ class SkipNonFinite(pl.Callback):
             return
         skip = ~torch.isfinite(norm)
         self.unread.append((trainer.global_step, rows, skip))
-        by_optimizer = can_skip_on_device(optimizer) and not runs_on_cpu(norm.device)
-        if by_optimizer:
-            skip_on_device(optimizer, skip)
-        elif skip:  # waits for the device
+        on_device = not runs_on_cpu(norm.device) and skip_on_device(optimizer, skip)
+        if on_device and not isinstance(total, DTensor):
+            pl_module.gradient_norm = total.masked_fill(skip, 0)  # clipping by NaN would make a gradient of zeros NaN
+        if not on_device and skip:  # waits for the device
             for parameter in trained:
                 parameter.grad = None  # the optimizer leaves such parameters out: no momentum, no weight decay
-        if logs or not by_optimizer:
+        if logs or not on_device:
             self._count()
         if logs:
             pl_module.log("train/skipped", float(self.skipped), batch_size=1)
