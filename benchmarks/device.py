@@ -3,6 +3,9 @@
 import argparse
 import os
 import time
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -34,6 +37,23 @@ def now() -> tuple[float, float]:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter(), time.process_time()
+
+
+def mark() -> "torch.cuda.Event | float":
+    """A moment: when a GPU comes to it in its order of work, for which nobody waits."""
+    if not torch.cuda.is_initialized():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(marks: Sequence[Any]) -> list[float]:
+    """From each mark to the next."""
+    if isinstance(marks[-1], float):
+        return [after - before for before, after in pairwise(marks)]
+    marks[-1].synchronize()
+    return [before.elapsed_time(after) / 1000 for before, after in pairwise(marks)]
 
 
 def since(start: tuple[float, float]) -> tuple[float, float]:

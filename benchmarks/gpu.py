@@ -196,26 +196,22 @@ class _Enough(Exception):  # noqa: N818 - it is no error
 
 
 def free_running(start: Callable[[Callable[[], None]], Any], steps: int, warmup: int = 5) -> float:
-    """Seconds of a step of a loop that runs alone and is not made to wait for the device between steps.
+    """Median seconds of a step of a loop that runs alone and is not made to wait for the device between steps.
 
-    In ``warmup`` steps our CUDA graphs are captured, one for each size of a batch.
+    In ``warmup`` steps our CUDA graphs are captured, one for each size of a batch; a median leaves out rare sizes that follow.
     """
-    from benchmarks.device import now
+    from benchmarks.device import mark, seconds_between
 
-    times: list[float] = []
-    count = 0
+    marks: list[Any] = []
 
     def tick() -> None:
-        nonlocal count
-        count += 1
-        if count in (warmup, warmup + steps):
-            times.append(now()[0])
-        if count == warmup + steps:
+        marks.append(mark())
+        if len(marks) == warmup + steps:
             raise _Enough
 
     with suppress(_Enough):
         start(tick)
-    return (times[1] - times[0]) / steps
+    return median(seconds_between(marks[warmup - 1 :]))
 
 
 def training(device: str) -> dict[str, Any]:
