@@ -174,7 +174,7 @@ def runs_on_cpu(device: torch.device) -> bool:
 def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Copy tensors to a device; to a GPU those of one type in one copy, for which the host does not wait."""
     if device.type != "cuda" or all(x.is_cuda for x in tensors):
-        return [x.to(device, non_blocking=True) for x in tensors]
+        return [x.to(device, non_blocking=not runs_on_cpu(device)) for x in tensors]  # to a host that would read too early
     moved: dict[int, Tensor] = {}
     for dtype in dict.fromkeys(x.dtype for x in tensors):
         which = [i for i, x in enumerate(tensors) if x.dtype == dtype]

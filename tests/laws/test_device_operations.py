@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from tercet.distributed import reduce_loss
 from tercet.training import contrastive
-from tercet.types import Embeddings, LossOutput
+from tercet.types import Embeddings, LossOutput, TokenBatch
 from tests.laws.device_operations import DeviceOperations, HostWaitsError, do_as_on_a_gpu
 from tests.laws.test_loss import CASES, loss_of, rows
 
@@ -102,3 +103,23 @@ def test_what_makes_the_host_wait_is_refused(asks):
     x = torch.randn(4)
     with pytest.raises(HostWaitsError), DeviceOperations():
         asks(x)
+
+
+def test_the_host_waits_for_what_is_copied_to_it():
+    """Else it could read what has not arrived yet."""
+
+    class Copies(TorchFunctionMode):
+        def __init__(self):
+            super().__init__()
+            self.waits = []
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is torch.Tensor.to:
+                self.waits.append(not (kwargs or {}).get("non_blocking", False))
+            return func(*args, **(kwargs or {}))
+
+    batch = TokenBatch.from_lists([[1, 2], [3]])
+    for device, waits in (("cpu", True), ("meta", False)):
+        with Copies() as copies:
+            batch.to(device)
+        assert copies.waits == [waits]

@@ -1,8 +1,12 @@
 """Passes that are replayed as CUDA graphs equal those that are not; on a CPU: what a graph does not have changes nothing."""
 
 import pickle
+import sys
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import pytorch_lightning as pl
@@ -228,3 +232,80 @@ def test_a_long_row_and_a_size_too_many_run_without_a_graph(device, monkeypatch)
         torch.testing.assert_close(got, z, rtol=1e-5, atol=1e-5)
         assert (slope - grad).norm() <= 1e-5 * grad.norm()
         assert len(encoder.replay.graphs) == graphs
+
+
+def test_a_pass_that_another_setting_changes_is_captured_again(device):
+    encoder = made("cls", "model.backbone.dropout=0.5").to(device)
+    rows = seeded(encoder, TEXTS).to(device)
+
+    def no_dropout():
+        for module in encoder.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+
+    for change in (lambda: None, no_dropout, lambda: setattr(encoder, "pooling", "mean")):
+        change()
+        (z, grad), (got, slope) = (passes(encoder, rows, graphs, False) for graphs in (False, True))
+        torch.testing.assert_close(got, z, rtol=1e-5, atol=1e-5)
+        assert (slope - grad).norm() <= 1e-5 * grad.norm()
+
+
+def test_graphs_of_one_module_share_a_stream_a_pool_and_a_gradient(monkeypatch):
+    """A stream of the rows' device, and no other module's: torch frees what cuBLAS has for it with any graph of the stream."""
+    replay_on_a_cpu(monkeypatch)
+    places, devices = [], []
+
+    def stream(device):
+        devices.append(device)
+        return SimpleNamespace(wait_stream=lambda other: None)
+
+    def capture(graph, pool, stream, **_):
+        places.append((pool, stream))
+        return graph
+
+    for name, value in {"Stream": stream, "graph": capture, "graph_pool_handle": object}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    encoder, other = made(), made()
+    for texts in (TEXTS, TEXTS[:7], TEXTS[:3]):
+        passes(encoder, seeded(encoder, texts), True, False)
+    graphs = encoder.replay.graphs.values()
+    assert len(graphs) == 3 and len({graph.flat_grad.data_ptr() for graph in graphs}) == 1
+    passes(other, seeded(other, TEXTS), True, False)
+    encoder.head.requires_grad_(False)
+    next(encoder.parameters()).requires_grad_(False)
+    passes(encoder, seeded(encoder, TEXTS), True, False)
+    assert len(places) == 10 and len({id(pool) for pool, _ in places}) == len({id(s) for _, s in places}) == 3
+    assert set(devices) == {torch.device("cpu")} and len(devices) == 3
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), KeyboardInterrupt()])
+def test_a_capture_that_fails_leaves_nothing_behind(error, monkeypatch):
+    replay_on_a_cpu(monkeypatch)
+    encoder, handled = made(), []
+    rows = [seeded(encoder, texts) for texts in (TEXTS, TEXTS[:7])]
+    plain = [passes(encoder, part, False, False) for part in rows]
+    passes(encoder, rows[0], True, False)
+    pool = encoder.pool
+    monkeypatch.setattr(encoder, "pool", lambda *given: handled.append(sys.exc_info()[1]) or pool(*given))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "graph", Mock(side_effect=error))
+        with pytest.raises(KeyboardInterrupt) if isinstance(error, KeyboardInterrupt) else nullcontext():
+            passes(encoder, rows[1], True, False)
+    assert not encoder.replay.graphs and not any(handled), "an error that is handled keeps the memory of the capture"
+    for part, (z, grad) in zip(rows, plain, strict=True):
+        got, slope = passes(encoder, part, True, False)
+        torch.testing.assert_close(got, z, rtol=1e-5, atol=1e-5)
+        assert (slope - grad).norm() <= 1e-5 * grad.norm()
+    assert len(encoder.replay.graphs) == (2 if isinstance(error, KeyboardInterrupt) else 0)
+
+
+def test_weights_in_place_of_others_are_captured_and_trained(device):
+    encoder = made().to(device)
+    rows = seeded(encoder, TEXTS).to(device)
+    passes(encoder, rows, True, False)
+    encoder.load_state_dict({name: x.clone() for name, x in encoder.state_dict().items()}, assign=True)
+    for p in encoder.parameters():
+        p.requires_grad_()
+    (z, grad), (got, slope) = (passes(encoder, rows, graphs, False) for graphs in (False, True))
+    torch.testing.assert_close(got, z, rtol=1e-5, atol=1e-5)
+    assert (slope - grad).norm() <= 1e-5 * grad.norm()

@@ -13,6 +13,7 @@ from tercet.training.masked_lm import capacity
 from tercet.types import Batch, RowIndex, TokenBatch, TokenState
 from tests.conftest import MINILM, TEXTS, composed, tiny
 from tests.laws.device_operations import DeviceOperations, HostWaitsError
+from tests.laws.recorded_graphs import replay_on_a_cpu
 
 
 @pytest.fixture
@@ -274,6 +275,17 @@ def test_tokens_that_belong_to_no_row_change_nothing(head, encoder, monkeypatch)
     longer.index = RowIndex(inputs.lengths, 32, *RowIndex.parts(inputs.lengths, 48))
     torch.testing.assert_close(head._rows(head._paired(longer)), plain)
     assert plain[:, 1].sum() > 0
+
+
+def test_a_compiled_backbone_is_not_replayed(encoder, monkeypatch):
+    """Neither for the loss nor for the embeddings."""
+    replay_on_a_cpu(monkeypatch)
+    head, text = MaskedLM(weight=1.0).build(encoder), encoder.prepare(TEXTS)
+    text.state.dropout_seed = torch.randint(1 << 62, text.ids.shape)
+    for compiled in ([encoder.backbone], []):
+        encoder.runner.compiled = compiled
+        head(text).loss_sum.backward()
+        assert bool(head.replay.graphs) == (not compiled)
 
 
 @pytest.mark.gpu

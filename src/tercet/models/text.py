@@ -117,7 +117,7 @@ class TextEncoder(PoolingMixin, Encoder):
             return self.pool(*self.runner(rows, *options))
 
         if execution.can_replay and not self.runner.compiled and self.replay.can_run(self, inputs, self.runner.head_size):
-            return self.replay(embed, self, inputs, self.normalize, self.unpooled)
+            return self.replay(embed, self, inputs, self.pooling, self.normalize, self.unpooled)
         return execution.run(embed, inputs)
 
     def prepare(self, items: Sequence[Item]) -> TokenBatch:

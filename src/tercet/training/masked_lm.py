@@ -127,7 +127,8 @@ class MaskedLMHead(nn.Module):
         """
         execution, (trained,) = self.execution.fastest(inputs.ids.device), self._trained
         seeded = inputs.state.dropout_seed is not None  # a replay draws the same numbers again
-        if execution.can_replay and seeded and self.replay.can_run(trained, inputs, self._run_backbone.head_size):
+        replayed = execution.can_replay and seeded and not self._run_backbone.compiled
+        if replayed and self.replay.can_run(trained, inputs, self._run_backbone.head_size):
             sums = self.replay(lambda rows: self._rows(self._paired(rows)), trained, inputs)
         else:
             paired = self._paired(inputs)

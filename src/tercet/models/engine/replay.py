@@ -8,7 +8,8 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -50,14 +51,16 @@ class Replay:
 
     def __init__(self) -> None:
         self.graphs: dict[tuple[Any, ...], _Graph] = {}
-        # Walked through once: that takes a millisecond.
+        # Walked through once, which takes a millisecond, and where a weight or a part, as the head, is another object.
+        self.parts: list[nn.Module] = []
         self.weights: list[tuple[str, nn.Parameter]] = []
         self.modules: list[nn.Module] = []
+        self.places: list[tuple[nn.Module, str, nn.Parameter]] = []  # the weights where they are attributes
+        self.dropouts: list[Any] = []
         self.state: list[Any] = []  # of the weights: where they are, of which type, and which are trained
         self.trained: dict[str, nn.Parameter] = {}
         self.weights_fit = False  # whether all are in float32 and some are trained
-        self.gradient: Tensor | None = None  # of the trained weights, side by side: where all graphs write theirs
-        self.pool: Any = None
+        self.shared: _Shared | None = None
         self.impossible = False  # weights are sharded, or a capture has failed
         self.pending: weakref.ref[_Pending] | None = None
 
@@ -66,19 +69,23 @@ class Replay:
 
         Rows have to be short, and weights whole (not sharded) and in float32.
         """
-        if runs_on_cpu(rows.ids.device) or not torch.is_grad_enabled():
+        if self.impossible or runs_on_cpu(rows.ids.device) or not torch.is_grad_enabled():
             return False
-        if not self.weights:
+        replaced = list(module.children()) != self.parts
+        if replaced or any(getattr(owner, name, None) is not p for owner, name, p in self.places):
+            self.parts = list(module.children())
             self.weights, self.modules = list(module.named_parameters()), list(module.modules())
+            self.places = [(part, *own) for part in self.modules for own in part.named_parameters(recurse=False)]
+            self.dropouts = [part for part in self.modules if isinstance(part, nn.Dropout)]
             self.impossible = any(isinstance(p, DTensor) for _, p in self.weights)
+            self.state = []
         if self.impossible:
             return False
         state = [(p.data_ptr(), p.dtype, p.requires_grad) for _, p in self.weights]
         if state != self.state:  # moved, cast, frozen or unfrozen
-            self.graphs, self.state = {}, state
+            self.graphs, self.shared, self.state = {}, None, state
             self.trained = {name: p for name, p in self.weights if p.requires_grad}
             self.weights_fit = bool(self.trained) and all(p.dtype == torch.float32 for _, p in self.weights)
-            self.gradient = None
         short = kernels.available(rows.ids.device, longest_row(rows), head_size)
         return self.weights_fit and short and (self.pending is None or self.pending() is None)
 
@@ -98,32 +105,56 @@ class Replay:
             precision,
             *settings,
             *(part.training for part in self.modules),
+            *(part.p for part in self.dropouts),
         )
         graph = self.graphs.get(key)
+        if graph is None and len(self.graphs) == MOST_GRAPHS:
+            warn_once(f"More than {MOST_GRAPHS} sizes of batches: others run without CUDA graphs.")
+        elif graph is None:
+            graph = self._capture(key, function, module, rows)
         if graph is None:
-            if len(self.graphs) == MOST_GRAPHS:
-                warn_once(f"More than {MOST_GRAPHS} sizes of batches: others run without CUDA graphs.")
-                return function(rows)
-            self.pool = self.pool or torch.cuda.graph_pool_handle()
-            if self.gradient is None:
-                size = sum(p.numel() for p in self.trained.values())
-                self.gradient = torch.empty(size, device=rows.ids.device)
-            try:
-                graph = _Graph(function, module, self.trained, self.gradient, rows, tokens, longest, self.pool)
-                self.graphs[key] = graph
-            except _CannotCaptureError as error:
-                self.impossible = True
-                warn_once(f"Passes of {type(module).__name__} run without CUDA graphs: {error}.")
-                return function(rows)
+            return function(rows)
         graph.load(rows)
         pending = _Pending()
         self.pending = weakref.ref(pending)
         out: Tensor = _Run.apply(graph, pending, *self.trained.values())  # type: ignore[no-untyped-call]
         return out
 
+    def _capture(self, key: tuple[Any, ...], function: Embed, module: nn.Module, rows: TokenBatch) -> "_Graph | None":
+        """A new graph, whose number of tokens and longest row begin its key; None where there can be none."""
+        graphs, shared = self.graphs, self.shared or _Shared.of(self.trained, rows.ids.device)
+        self.graphs, self.shared = {}, None  # a capture that fails, in whatever way, makes the others unsafe (`_Shared`)
+        try:
+            graphs[key] = _Graph(function, module, self.trained, rows, key[0], key[1], shared)
+        except (_CannotCaptureError, torch.OutOfMemoryError) as error:
+            self.impossible = True
+            torch.cuda.current_stream(rows.ids.device).wait_stream(shared.stream)  # which reads what is freed now
+            reason = str(error).splitlines()[0].rstrip(".")
+            warn_once(f"Passes of {type(module).__name__} run without CUDA graphs: {reason}.")
+            return None
+        self.graphs, self.shared = graphs, shared
+        return graphs[key]
+
 
 class _Pending:
     """Lives as long as a pass can still be differentiated."""
+
+
+class _Shared(NamedTuple):
+    """What the graphs of one module have in common; those of moved weights get another, as old ones may still be in use.
+
+    The stream is of the weights' device: the one that torch takes by itself is of the device that was the current one first.
+    It is for these graphs alone: with any graph torch frees the memory that cuBLAS has for the stream of its capture.
+    """
+
+    pool: Any
+    stream: torch.cuda.Stream
+    flat_grad: Tensor  # of the trained weights; each backward pass writes it, and is copied
+
+    @staticmethod
+    def of(trained: dict[str, nn.Parameter], device: torch.device) -> "_Shared":
+        flat = torch.empty(sum(p.numel() for p in trained.values()), dtype=torch.float32, device=device)
+        return _Shared(torch.cuda.graph_pool_handle(), torch.cuda.Stream(device), flat)
 
 
 class _Function(nn.Module):
@@ -141,8 +172,8 @@ class _Graph:
     """The captured passes of one shape."""
 
     def __init__(
-        self, function: Embed, module: nn.Module, trained: dict[str, nn.Parameter], gradient: Tensor, rows: TokenBatch,
-        tokens: int, longest: int, pool: Any,
+        self, function: Embed, module: nn.Module, trained: dict[str, nn.Parameter], rows: TokenBatch, tokens: int,
+        longest: int, shared: _Shared,
     ) -> None:  # fmt: skip
         device, n = rows.ids.device, len(rows)
         self.tokens = tokens
@@ -165,7 +196,8 @@ class _Graph:
         # The cache of autocast would keep casts of the weights that a replay does not make again.
         precision = autocast_dtype(device)
         autocast = torch.autocast(device.type, precision, precision is not None, cache_enabled=False)
-        side = torch.cuda.Stream(device)
+        capture = partial(torch.cuda.graph, pool=shared.pool, stream=shared.stream, capture_error_mode="thread_local")
+        side = shared.stream
         side.wait_stream(torch.cuda.current_stream(device))
         # A capture draws nothing: a run that is resumed captures in other steps.
         with torch.random.fork_rng([device] if device.type == "cuda" else []), autocast:
@@ -178,16 +210,16 @@ class _Graph:
                         differentiate(out, torch.zeros_like(out))
             torch.cuda.current_stream(device).wait_stream(side)
             self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.forward, pool=pool, capture_error_mode="thread_local"):
+            with capture(self.forward):
                 out = run()
             self.grad_out = torch.zeros_like(out)
-            with torch.cuda.graph(self.backward, pool=pool, capture_error_mode="thread_local"):
+            with capture(self.backward):
                 grads = differentiate(out, self.grad_out)
-                self.shapes = [None if grad is None else grad.shape for grad in grads]
-                self.sizes = [shape.numel() for shape in self.shapes if shape is not None]
-                self.flat_grad = gradient[: sum(self.sizes)]
-                torch.cat([grad.flatten() for grad in grads if grad is not None], out=self.flat_grad)
+                parts = [grad.flatten() for grad in grads if grad is not None]
+                self.flat_grad = torch.cat(parts, out=shared.flat_grad[: sum(map(len, parts))])
             self.out = out.detach()
+        self.shapes = [None if grad is None else grad.shape for grad in grads]
+        self.sizes = [shape.numel() for shape in self.shapes if shape is not None]
 
     def fresh(self) -> TokenBatch:
         """The rows of the graph, without what a pass derives from them."""
