@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 import torch
 
 from tercet.app.components import build
-from tercet.models import TextEncoder
+from tercet.models import Head, TextEncoder
 from tercet.models.engine import replay
 from tercet.models.engine import triton_kernels as kernels
 from tercet.models.engine.deterministic_dropout import with_dropout_seeds
@@ -302,10 +302,18 @@ def test_a_capture_that_fails_leaves_nothing_behind(error, monkeypatch):
 def test_weights_in_place_of_others_are_captured_and_trained(device):
     encoder = made().to(device)
     rows = seeded(encoder, TEXTS).to(device)
-    passes(encoder, rows, True, False)
-    encoder.load_state_dict({name: x.clone() for name, x in encoder.state_dict().items()}, assign=True)
-    for p in encoder.parameters():
-        p.requires_grad_()
-    (z, grad), (got, slope) = (passes(encoder, rows, graphs, False) for graphs in (False, True))
-    torch.testing.assert_close(got, z, rtol=1e-5, atol=1e-5)
-    assert (slope - grad).norm() <= 1e-5 * grad.norm()
+
+    def load():
+        encoder.load_state_dict({name: x.clone() for name, x in encoder.state_dict().items()}, assign=True)
+        encoder.requires_grad_()
+
+    def another_head():
+        encoder.head = Head("mlp", 3)
+        encoder.head.build(encoder.hidden, 0.1)
+        encoder.to(device)
+
+    for change in (lambda: None, load, another_head):
+        change()
+        (z, grad), (got, slope) = (passes(encoder, rows, graphs, False) for graphs in (False, True))
+        torch.testing.assert_close(got, z, rtol=1e-5, atol=1e-5)
+        assert (slope - grad).norm() <= 1e-5 * grad.norm()
