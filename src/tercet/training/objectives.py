@@ -221,7 +221,8 @@ class Classification(ObjectiveHooks, pl.LightningModule):
         assert self.classifier is not None
         batch = self.prepare(batch)
         z, label = self.encoder(concat_inputs(batch.views)), batch.label.repeat(len(batch.views))
-        logits = self.classifier(z).float() / self.temperature
+        with torch.autocast(z.device.type, enabled=False):  # half precision loses small differences of logits
+            logits = self.classifier(z.to(self.classifier.weight.dtype)).float() / self.temperature
         target = torch.where(label >= 0, torch.searchsorted(self.classes, label), -100)  # cross entropy leaves -100 out
         loss_sum = F.cross_entropy(logits, target, reduction="sum", label_smoothing=self.label_smoothing)
         count, hits = (label >= 0).sum(), (logits.argmax(1) == target).sum()

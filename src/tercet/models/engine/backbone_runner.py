@@ -278,7 +278,7 @@ def _drawn_columns(cutoff: Tensor, columns: int) -> Tensor:
     seed, rate = cutoff[..., None].unbind(-2)
     number = torch.arange(columns, device=cutoff.device)
     drawn = number < rate * columns // RATE_SCALE
-    hits = torch.zeros(drawn.shape, device=cutoff.device)
+    hits = torch.zeros_like(drawn, dtype=torch.float32)
     return hits.scatter_add(-1, (uniform(seed, number) * columns).long(), drawn.float()) == 0
 
 
