@@ -19,7 +19,7 @@ from tercet.training.contrastive import Contrastive, Memory, ObjectiveHooks
 from tercet.training.lightning_compat import FSDP2Strategy
 from tercet.training.masked_lm import MaskedLM
 from tercet.training.optimizers import MakeOptimizer, MakeScheduler, adamw, make_scheduler
-from tercet.types import Batch, Embeddings, LossOutput, Source, TokenBatch, concat_inputs
+from tercet.types import Batch, Embeddings, LossOutput, Source, TokenBatch, at_least_float32, concat_inputs
 from tercet.views import Views
 
 HELD_OUT_TOKENS = 16384  # of one forward pass
@@ -111,7 +111,8 @@ class QuickThoughts(Contrastive):
 
     def embed(self, batch: Batch) -> Embeddings:
         """``z (2, N, D)``: f and g; the same vectors twice where the encoder has one output."""
-        z = self.encoder(batch.views[0]).unflatten(-1, (self.encoder.num_outputs, -1)).movedim(1, 0).expand(2, -1, -1)
+        z = at_least_float32(self.encoder(batch.views[0])).unflatten(-1, (self.encoder.num_outputs, -1))
+        z = z.movedim(1, 0).expand(2, -1, -1)
         return Embeddings(z, batch.example_id, batch.label, batch.position, batch.content_hash.expand(2, -1))
 
 
