@@ -8,13 +8,14 @@ import torch
 
 from tercet.app.components import build
 from tercet.images import PixelFormat
+from tercet.losses import InfoNCE
 from tercet.models import ImageEncoder, random_backbone
 from tercet.models.engine.backbone_runner import _drawn_columns
-from tercet.models.pooling import POOLINGS, LayeredHead
+from tercet.models.pooling import POOLINGS, WORD_ONLY_POOLINGS, LayeredHead
 from tercet.training import MaskedLM
 from tercet.types import RATE_SCALE, concat_inputs
-from tests.conftest import NEEDED, choices, composed, tiny
-from tests.laws.test_encoding import batch_of
+from tests.conftest import NEEDED, TEXTS, choices, composed, tiny
+from tests.laws.test_encoding import batch_of, encoder_of
 
 HALVES = [torch.bfloat16, torch.float16]
 POOLED = sorted(set(POOLINGS) - {"cls_pooler", "final"})  # those two are a layer's output
@@ -119,3 +120,27 @@ def test_pixels_are_normalized_in_float32(dtype):
     pixels = torch.arange(256, dtype=torch.uint8).repeat(4).view(1, 1, 32, 32)
     encoder.embed(pixels)
     assert torch.equal(seen[0], ((pixels.float() / 255 - 0.5) / 0.25).to(dtype))
+
+
+@pytest.mark.parametrize("pooling", sorted(set(POOLED) - WORD_ONLY_POOLINGS))
+def test_a_gradient_under_autocast_is_as_exact_as_that_of_transformers(pooling):
+    encoder = encoder_of("bert", f"model.pooling={pooling}", "model.backbone.dropout=0")
+    rows = encoder.prepare(TEXTS)
+    ids, mask, _ = rows.pad(0)
+
+    def plain():
+        return POOLINGS[pooling](encoder.backbone(ids, attention_mask=mask, output_hidden_states=True), mask)
+
+    def error_of_gradient(embed):
+        found = []
+        for half in (False, True):
+            encoder.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                value = InfoNCE()(*embed().chunk(2))
+            value.backward()
+            found.append(torch.cat([p.grad.flatten() for p in encoder.parameters() if p.grad is not None]))
+        return float((found[1] - found[0]).norm())
+
+    ours = error_of_gradient(lambda: encoder(rows))
+    encoder.backbone.set_attn_implementation("sdpa")
+    assert 0 < ours < 1.25 * error_of_gradient(plain)
