@@ -171,6 +171,11 @@ def runs_on_cpu(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """``x``; of half precision in float32, for sums and small differences."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def send(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Copy tensors to a device; to a GPU those of one type in one copy, for which the host does not wait."""
     if device.type != "cuda" or all(x.is_cuda for x in tensors):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tercet.distributed.gather import gather_embeddings, gather_number
-from tercet.types import Embeddings, Loss, LossOutput
+from tercet.types import Embeddings, Loss, LossOutput, at_least_float32
 
 RING_BYTES = 1 << 30  # keys (float32) above this size are not gathered under ``key_exchange`` "auto"
 
@@ -52,6 +52,7 @@ def contrast(
     >>> len(keys), round(float(output.loss_sum), 2), int(output.normalizer)
     (3, 0.4, 2)
     """
+    anchors = replace(anchors, z=at_least_float32(anchors.z))  # once, so that gradients of all uses are summed in float32
     counts = gather_number(len(anchors))
     if len(counts) > 1 and isinstance(loss, BlockwiseLoss):
         large = sum(counts) * len(anchors.z) * anchors.z.shape[2] * 4 > RING_BYTES

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tercet.errors import InputError, check_choice, require
 from tercet.losses import base
 from tercet.losses.cross_entropy import MaskFunction, Masks, block_statistics, cross_entropy
-from tercet.types import Embeddings, LossOutput
+from tercet.types import Embeddings, LossOutput, at_least_float32
 
 SIMILARITIES = ("cosine", "dot")
 
@@ -173,5 +173,5 @@ def _masks(
 
 def prepare_for_similarity(z: Tensor, similarity: str) -> Tensor:
     """Transform ``z (..., D)`` so that a dot product is the similarity, "cosine" or "dot"; half precision becomes float32."""
-    z = z.float() if z.dtype in (torch.float16, torch.bfloat16) else z
+    z = at_least_float32(z)
     return F.normalize(z, dim=-1, eps=1e-6) if similarity == "cosine" else z

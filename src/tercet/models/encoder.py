@@ -21,7 +21,7 @@ from tercet.models.engine.packing import layer_stack
 from tercet.models.interop import EvaluatedModel, encode_with_options
 from tercet.models.pooling import POOLINGS, Head
 from tercet.models.prompts import Prompts
-from tercet.types import Inputs, Item, TokenBatch, runs_on_cpu
+from tercet.types import Inputs, Item, TokenBatch, at_least_float32, runs_on_cpu
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -217,7 +217,8 @@ class PoolingMixin:
         z: Tensor = self.head(POOLINGS[self.pooling](output, mask))
         if not self.normalize:
             return z
-        return nn.functional.normalize(z.unflatten(-1, (self.num_outputs, -1)), dim=-1).flatten(-2)  # each output by itself
+        z = at_least_float32(z).unflatten(-1, (self.num_outputs, -1))  # each output by itself
+        return nn.functional.normalize(z, dim=-1).flatten(-2)
 
     def parts(self) -> "list[PoolingMixin]":
         """Itself."""

@@ -15,7 +15,7 @@ from tercet.models.encoder import Chunks, Encoder, PoolingMixin
 from tercet.models.engine.chunking import DEFAULT_EXECUTION, Execution
 from tercet.models.pooling import Head
 from tercet.models.pretrained import first_line
-from tercet.types import Images, Item
+from tercet.types import Images, Item, at_least_float32
 
 
 class ImageInputs:
@@ -97,8 +97,8 @@ class ImageEncoder(ImageInputs, PoolingMixin, Encoder):
 
     def embed(self, pixels: Tensor) -> Tensor:
         """``pixels (n, C, S, S)``, 8-bit, to ``(n, D)`` in one pass."""
-        x = (pixels.to(self.mean.dtype) / 255 - self.mean) / self.std
-        return self.pool(*_as_tokens(self.backbone(pixel_values=x)))
+        x = (at_least_float32(pixels.to(self.mean.dtype)) / 255 - self.mean) / self.std
+        return self.pool(*_as_tokens(self.backbone(pixel_values=x.to(self.mean.dtype))))
 
     def mixes_rows(self) -> bool:
         """Whether an embedding depends on the other rows of its chunk while training."""
@@ -117,7 +117,7 @@ def _as_tokens(output: Any) -> tuple[Any, Tensor]:
         hidden = hidden.flatten(2).transpose(1, 2)
     pooled = getattr(output, "pooler_output", None)
     out = SimpleNamespace(last_hidden_state=hidden, pooler_output=None if pooled is None else pooled.flatten(1))
-    return out, torch.ones(hidden.shape[:2], device=hidden.device)
+    return out, torch.ones(hidden.shape[:2], dtype=torch.long, device=hidden.device)
 
 
 def _check_backbone(backbone: PreTrainedModel, pixels: PixelFormat, pooling: str) -> int:

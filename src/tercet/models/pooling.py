@@ -8,13 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from tercet.errors import check_choice, require
+from tercet.types import at_least_float32
 
 Pooling = Callable[[Any, Tensor], Tensor]  # a backbone's output and mask (n, L) to (n, H)
 
 
 def _mean(hidden: Tensor, mask: Tensor) -> Tensor:
-    weight = mask[..., None].to(hidden.dtype)
-    return (hidden * weight).sum(1) / weight.sum(1)
+    # In float32: bfloat16 does not hold all counts above 256, and float16 no sum above 65,504.
+    total = (hidden * mask[..., None]).sum(1, dtype=torch.promote_types(hidden.dtype, torch.float32))
+    return (total / mask.sum(1, keepdim=True)).to(hidden.dtype)
 
 
 def _max(hidden: Tensor, mask: Tensor) -> Tensor:
@@ -24,7 +26,7 @@ def _max(hidden: Tensor, mask: Tensor) -> Tensor:
 def _weighted_mean(hidden: Tensor, mask: Tensor) -> Tensor:
     """The mean with the weights 1, 2, 3, ... for the positions (SGPT: Muennighoff 2022, arXiv:2202.08904, section 4.1)."""
     weight = mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)
-    return _mean(hidden, weight)
+    return _mean(hidden, weight.float())
 
 
 def _mean_with_layer(layer: int) -> Pooling:
@@ -142,7 +144,8 @@ class LayeredHead(Head):
         """``(N, H) -> (N, D)``."""
         modules: Any = self.layer
         for layer, module in zip(self.layers, modules, strict=True):
-            x = nn.functional.normalize(x, dim=-1) if layer["type"] == "Normalize" else module(x)[..., : layer["dim"]]
+            unit = layer["type"] == "Normalize"
+            x = nn.functional.normalize(at_least_float32(x), dim=-1).to(x.dtype) if unit else module(x)[..., : layer["dim"]]
         return x
 
     def width(self, hidden: int) -> int:

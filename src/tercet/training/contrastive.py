@@ -279,7 +279,9 @@ def _geometry(z: Tensor, keys: Tensor) -> dict[str, Tensor]:
     ``mean_norm``: the length of the mean key, 1 after a collapse and 0 for evenly distributed directions.
     """
     x, y = (F.normalize(rows.detach().float(), dim=-1) for rows in (z[:UNIFORMITY_ROWS], keys))
-    pairs = (4 * (x @ x.T - 1)).fill_diagonal_(-torch.inf).exp().sum().div(len(x) * (len(x) - 1)).log()
+    with torch.autocast(x.device.type, enabled=False):  # half precision tells no cosines near 1 apart
+        cosines = x @ x.T
+    pairs = (4 * (cosines - 1)).fill_diagonal_(-torch.inf).exp().sum().div(len(x) * (len(x) - 1)).log()
     square = y.mean(0).square().sum()
     spread = 2 * len(y) / max(1, len(y) - 1) * (1 - square)
     return {"uniformity": pairs if len(x) > 1 else x.new_zeros(()), "spread": spread, "mean_norm": square.sqrt()}

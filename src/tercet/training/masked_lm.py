@@ -106,7 +106,7 @@ class MaskedLMHead(nn.Module):
         With ``seed (T,)`` the choice is a function of it: the same in any number of processes, and after resuming.
         """
         if seed is None:
-            draw, action, random = torch.rand(3, len(ids), device=ids.device)
+            draw, action, random = torch.rand(3, len(ids), dtype=torch.float32, device=ids.device)
         else:
             draw, action, random = (uniform(derive_seed(seed, MLM_CHOICE), i) for i in range(3))
         special = self.special[ids]

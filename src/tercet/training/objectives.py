@@ -19,7 +19,7 @@ from tercet.training.contrastive import Contrastive, Memory, ObjectiveHooks
 from tercet.training.lightning_compat import FSDP2Strategy
 from tercet.training.masked_lm import MaskedLM
 from tercet.training.optimizers import MakeOptimizer, MakeScheduler, adamw, make_scheduler
-from tercet.types import Batch, Embeddings, LossOutput, Source, TokenBatch, concat_inputs
+from tercet.types import Batch, Embeddings, LossOutput, Source, TokenBatch, at_least_float32, concat_inputs
 from tercet.views import Views
 
 HELD_OUT_TOKENS = 16384  # of one forward pass
@@ -111,7 +111,8 @@ class QuickThoughts(Contrastive):
 
     def embed(self, batch: Batch) -> Embeddings:
         """``z (2, N, D)``: f and g; the same vectors twice where the encoder has one output."""
-        z = self.encoder(batch.views[0]).unflatten(-1, (self.encoder.num_outputs, -1)).movedim(1, 0).expand(2, -1, -1)
+        z = at_least_float32(self.encoder(batch.views[0])).unflatten(-1, (self.encoder.num_outputs, -1))
+        z = z.movedim(1, 0).expand(2, -1, -1)
         return Embeddings(z, batch.example_id, batch.label, batch.position, batch.content_hash.expand(2, -1))
 
 
@@ -221,7 +222,8 @@ class Classification(ObjectiveHooks, pl.LightningModule):
         assert self.classifier is not None
         batch = self.prepare(batch)
         z, label = self.encoder(concat_inputs(batch.views)), batch.label.repeat(len(batch.views))
-        logits = self.classifier(z).float() / self.temperature
+        with torch.autocast(z.device.type, enabled=False):  # half precision loses small differences of logits
+            logits = self.classifier(z.to(self.classifier.weight.dtype)).float() / self.temperature
         target = torch.where(label >= 0, torch.searchsorted(self.classes, label), -100)  # cross entropy leaves -100 out
         loss_sum = F.cross_entropy(logits, target, reduction="sum", label_smoothing=self.label_smoothing)
         count, hits = (label >= 0).sum(), (logits.argmax(1) == target).sum()

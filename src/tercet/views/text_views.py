@@ -134,7 +134,7 @@ def repeat_tokens(inputs: TokenBatch, repeats: Tensor, row: Tensor) -> TokenBatc
 
 def is_row_maximum(value: Tensor, content: Tensor, row: Tensor, rows: int) -> Tensor:
     """``(T,)`` whether a token has the largest value of the content tokens of its row."""
-    top = torch.full((rows,), -1.0, device=value.device).scatter_reduce(0, row[content], value[content], "amax")
+    top = value.new_full((rows,), -1.0).scatter_reduce(0, row[content], value[content], "amax")
     return content & (value == top[row])
 
 
