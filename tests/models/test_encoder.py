@@ -6,10 +6,12 @@ import torch
 from tercet.app.components import build
 from tercet.errors import InputError
 from tercet.models import CachedEncoder, Head, TextEncoder, load_backbone, load_tokenizer, make_tokenizer, random_backbone
+from tercet.models import encoder as module
 from tercet.models.folder import load_folder, save_model
 from tercet.models.pooling import POOLINGS, WORD_ONLY_POOLINGS
 from tercet.types import TokenBatch
 from tests.conftest import MINILM, TEXTS, TINY, composed, tiny
+from tests.laws.device_operations import do_as_on_a_gpu
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +31,10 @@ def test_encoding_drops_nothing_and_puts_the_mode_back(minilm):
     first, second = (CachedEncoder(minilm)(TEXTS) for _ in range(2))
     torch.testing.assert_close(first, second)
     assert all(m.training for m in minilm.modules())
+    frozen = minilm.backbone.embeddings.LayerNorm.eval()
+    assert CachedEncoder(minilm).num_outputs == 1 and len(CachedEncoder(minilm)(TEXTS)) == len(TEXTS)
+    assert [m for m in minilm.modules() if not m.training] == [frozen]
+    minilm.train()
 
 
 def test_each_text_is_encoded_once(encoder, monkeypatch):
@@ -39,6 +45,19 @@ def test_each_text_is_encoded_once(encoder, monkeypatch):
     encoding(TEXTS[:2])
     assert sorted(seen) == sorted(TEXTS)
     torch.testing.assert_close(z[:3], z[12:15])
+
+
+@pytest.mark.parametrize("held", [1, 3, 100])
+def test_a_gpu_encodes_in_blocks_whose_vectors_are_copied_a_few_at_a_time(encoder, held, monkeypatch):
+    texts = [f"{text} {'again ' * (i % 5)}{i}" for i, text in enumerate(5 * TEXTS)]
+    expected, on_device = encoder.encode(texts), []
+    monkeypatch.setattr(module, "BLOCK", 7)
+    monkeypatch.setattr(module, "HELD", held)
+    do_as_on_a_gpu(monkeypatch)
+    run = encoder.run
+    monkeypatch.setattr(encoder, "run", lambda *a: on_device.append(z := run(*a)) or z)
+    torch.testing.assert_close(encoder.encode(texts[::-1]).flip(0), expected, rtol=1e-5, atol=1e-6)
+    assert len(on_device) == -(-len(texts) // 7)
 
 
 def test_the_vectors_are_those_of_sentence_transformers(minilm):

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from tercet.views import TokenInfo
 
 BLOCK = 2048  # items that are tokenized at once for a GPU
+HELD = 128  # blocks whose embeddings stay on a GPU before they are copied to the host, for which it waits
 Chunks = tuple[list[Tensor], Callable[[Tensor], Inputs]]  # row indices, and a function from one of them to its rows
 
 
@@ -173,6 +174,18 @@ class Encoder(EvaluatedModel, nn.Module):
 
 
 @contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while. Each part is then in its own mode again: a frozen normalization is never in training."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+@contextmanager
 def _replaced(parts: Sequence[Any], name: str, value: Any) -> Iterator[None]:
     """Set an attribute of all parts for a while; None leaves it."""
     before = [getattr(part, name) for part in parts]
@@ -261,15 +274,11 @@ class CachedEncoder:
         odd = next((item for item in items if not isinstance(item, str | bytes)), "")
         require(isinstance(odd, str | bytes), f"`items` holds {odd!r:.40}: texts are needed, or the bytes of image files.")
         new = sorted(set(items) - self.cache.keys(), key=lambda item: (len(item), item))
-        training = self.encoder.training
-        self.encoder.eval()
-        try:
+        with evaluation_mode(self.encoder):
             if new:
                 self.cache.update(zip(new, self._encode(new), strict=True))
             rows = [self.cache[item] for item in items]
             return torch.stack(rows) if rows else torch.zeros(0, self.encoder.dim)
-        finally:
-            self.encoder.train(training)
 
     def for_column(self, column: int) -> "CachedEncoder":
         """The encode function for a column of pairs, with the column's prompt; itself where that is the model's own."""
@@ -290,10 +299,8 @@ class CachedEncoder:
     @property
     def num_outputs(self) -> int:
         """That of the encoder in evaluation mode."""
-        training = self.encoder.training
-        num_outputs = self.encoder.eval().num_outputs  # a head may be for training only
-        self.encoder.train(training)
-        return num_outputs
+        with evaluation_mode(self.encoder):  # a head may be for training only
+            return self.encoder.num_outputs
 
     def _progress_bar(self, total: int) -> "tqdm[Any] | ProgressLines":
         return progress_bar(self.progress or "", total, self.encoder.unit, hidden=not self.progress or rank() > 0)
@@ -306,6 +313,7 @@ class CachedEncoder:
         encoder = self.encoder
         first, world = (rank(), world_size()) if self.distributed else (0, 1)
         z = [torch.zeros(0, encoder.dim, device=encoder.device)]  # a process may have no chunk
+        copied: list[Tensor] = []
         order: list[list[Tensor]] = [[] for _ in range(world)]  # the rows of each process
         with self._progress_bar(len(items)) as bar:
             for number, (start, chunks, load) in enumerate(self._prepared(items)):
@@ -317,8 +325,12 @@ class CachedEncoder:
                     bar.update(min(len(rows) * world, len(items) - bar.n))
                 for own, share in zip(order, shares, strict=True):
                     own += [start + rows for rows in share]
-        found = gather_rows(torch.cat(z)) if self.distributed else torch.cat(z)
-        return found.cpu()[torch.argsort(torch.cat([rows for own in order for rows in own]))]
+                if number % HELD == HELD - 1:
+                    copied.append(torch.cat(z).cpu())
+                    z = z[:1]
+        rows = torch.cat([*copied, torch.cat(z).cpu()]) if copied else torch.cat(z)
+        found = gather_rows(rows) if self.distributed else rows
+        return found.cpu()[torch.argsort(torch.cat([chunk for own in order for chunk in own]))]
 
     def _prepared(self, items: list[Item]) -> Iterator[tuple[int, list[Tensor], Callable[[Tensor], Inputs]]]:
         """Blocks of items: the index of their first, and their chunks. A GPU works while the next block is tokenized."""

@@ -14,6 +14,7 @@ from tercet.distributed.gather import gather_rows, rank, world_size
 from tercet.distributed.sharding import gather_weights
 from tercet.errors import require
 from tercet.evaluation.search import FalseNegativeFilter, hard_negatives
+from tercet.models.encoder import evaluation_mode
 from tercet.types import BatchIndices
 
 CHUNK = 256  # rows of one forward pass
@@ -82,16 +83,14 @@ def embed_rows(trainer: pl.Trainer, module: Any, rows: Tensor) -> tuple[Tensor, 
     """Unit vectors ``(N, D)`` and labels ``(N,)`` of training rows, transformed as in training; the same in every process."""
     encoder, data = gather_weights(module.encoder), trainer.datamodule  # type: ignore[attr-defined]
     parts = [(torch.zeros(0, encoder.dim), torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long))]
-    training = encoder.training
-    encoder.eval()
-    for own in rows.split(CHUNK)[rank() :: world_size()]:
-        batch = data.dataset[BatchIndices(own.tolist(), trainer.current_epoch)]
-        if len(batch) == 0:  # no image could be read
-            continue
-        with trainer.precision_plugin.forward_context():
-            z = encoder.run(batch.views[0].to(module.device), encoder.execution.unchunked()).float()
-        parts.append((F.normalize(z, dim=-1), batch.label, batch.example_id))
-    encoder.train(training)
+    with evaluation_mode(encoder):
+        for own in rows.split(CHUNK)[rank() :: world_size()]:
+            batch = data.dataset[BatchIndices(own.tolist(), trainer.current_epoch)]
+            if len(batch) == 0:  # no image could be read
+                continue
+            with trainer.precision_plugin.forward_context():
+                z = encoder.run(batch.views[0].to(module.device), encoder.execution.unchunked()).float()
+            parts.append((F.normalize(z, dim=-1), batch.label, batch.example_id))
     z, label, ids = (gather_rows(torch.cat(part).to(module.device)).cpu() for part in zip(*parts, strict=True))
     order = ids.argsort()
     return z[order], label[order]
