@@ -102,10 +102,10 @@ def test_dropout_of_long_rows_is_torchs_where_seeds_would_cost_more(longest, dra
     assert ("torch's in batches with rows of more than 128" in said) == (encoder.max_length > 128)
 
 
-def passes(encoder, rows, graphs, half):
+def passes(encoder, rows, graphs, half=None):
     encoder.execution = replace(encoder.execution, graphs=graphs)
     encoder.zero_grad(set_to_none=True)
-    with torch.autocast(rows.ids.device.type, torch.bfloat16, enabled=half):
+    with torch.autocast(rows.ids.device.type, half, enabled=half is not None):
         z = encoder(rows)
     weight = torch.linspace(-1, 1, z.numel(), device=z.device).view_as(z)
     (z.float() * weight).sum().backward()
@@ -120,7 +120,7 @@ def device(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("half", [None, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_a_replayed_pass_is_the_pass(pooling, half, device):
     encoder = made(pooling).to(device)
@@ -138,7 +138,7 @@ def test_a_replayed_pass_is_the_pass(pooling, half, device):
 def test_gradients_of_replayed_passes_add_up(device):
     encoder, total = made().to(device), 0
     rows = [seeded(encoder, TEXTS, step).to(device) for step in range(2)]
-    total = sum(passes(encoder, part, False, False)[1] for part in rows)
+    total = sum(passes(encoder, part, False)[1] for part in rows)
     encoder.zero_grad(set_to_none=True)
     encoder.execution = replace(encoder.execution, graphs=True)
     outputs = []
@@ -165,7 +165,7 @@ def test_replayed_dropout_of_torch_differs_each_time_and_follows_its_seed(device
 def test_a_second_pass_before_the_backward_pass_of_the_first_runs_without_a_graph(device):
     encoder = made().to(device)
     rows, others = (seeded(encoder, texts).to(device) for texts in (TEXTS, TEXTS[::-1]))
-    passes(encoder, rows, True, False)
+    passes(encoder, rows, True)
     first = encoder(rows)
     before = first.detach().clone()
     encoder(others).sum().backward()
@@ -187,11 +187,11 @@ def test_frozen_weights_and_a_second_gradient(device):
 def test_moved_weights_are_captured_again(device):
     encoder = made().to(device)
     rows = seeded(encoder, TEXTS).to(device)
-    passes(encoder, rows, True, False)
+    passes(encoder, rows, True)
     for p in encoder.parameters():
         p.data = p.data.clone() * 1.5
-    z, grad = passes(encoder, rows, False, False)
-    got, slope = passes(encoder, rows, True, False)
+    z, grad = passes(encoder, rows, False)
+    got, slope = passes(encoder, rows, True)
     torch.testing.assert_close(got, z, rtol=1e-5, atol=1e-5)
     assert (slope - grad).norm() <= 1e-5 * grad.norm()
 
@@ -228,7 +228,7 @@ def test_a_long_row_and_a_size_too_many_run_without_a_graph(device, monkeypatch)
     texts = [TEXTS[:3], [*TEXTS[:2], long], TEXTS[:4], TEXTS[:5], TEXTS[:3]]
     for step, (some, graphs) in enumerate(zip(texts, (1, 1, 2, 2, 2), strict=True)):
         rows = seeded(encoder, some, step).to(device)
-        (z, grad), (got, slope) = (passes(encoder, rows, graphs, False) for graphs in (False, True))
+        (z, grad), (got, slope) = (passes(encoder, rows, graphs) for graphs in (False, True))
         torch.testing.assert_close(got, z, rtol=1e-5, atol=1e-5)
         assert (slope - grad).norm() <= 1e-5 * grad.norm()
         assert len(encoder.replay.graphs) == graphs
@@ -245,7 +245,7 @@ def test_a_pass_that_another_setting_changes_is_captured_again(device):
 
     for change in (lambda: None, no_dropout, lambda: setattr(encoder, "pooling", "mean")):
         change()
-        (z, grad), (got, slope) = (passes(encoder, rows, graphs, False) for graphs in (False, True))
+        (z, grad), (got, slope) = (passes(encoder, rows, graphs) for graphs in (False, True))
         torch.testing.assert_close(got, z, rtol=1e-5, atol=1e-5)
         assert (slope - grad).norm() <= 1e-5 * grad.norm()
 
@@ -267,13 +267,13 @@ def test_graphs_of_one_module_share_a_stream_a_pool_and_a_gradient(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, value)
     encoder, other = made(), made()
     for texts in (TEXTS, TEXTS[:7], TEXTS[:3]):
-        passes(encoder, seeded(encoder, texts), True, False)
+        passes(encoder, seeded(encoder, texts), True)
     graphs = encoder.replay.graphs.values()
     assert len(graphs) == 3 and len({graph.flat_grad.data_ptr() for graph in graphs}) == 1
-    passes(other, seeded(other, TEXTS), True, False)
+    passes(other, seeded(other, TEXTS), True)
     encoder.head.requires_grad_(False)
     next(encoder.parameters()).requires_grad_(False)
-    passes(encoder, seeded(encoder, TEXTS), True, False)
+    passes(encoder, seeded(encoder, TEXTS), True)
     assert len(places) == 10 and len({id(pool) for pool, _ in places}) == len({id(s) for _, s in places}) == 3
     assert set(devices) == {torch.device("cpu")} and len(devices) == 3
 
@@ -283,17 +283,17 @@ def test_a_capture_that_fails_leaves_nothing_behind(error, monkeypatch):
     replay_on_a_cpu(monkeypatch)
     encoder, handled = made(), []
     rows = [seeded(encoder, texts) for texts in (TEXTS, TEXTS[:7])]
-    plain = [passes(encoder, part, False, False) for part in rows]
-    passes(encoder, rows[0], True, False)
+    plain = [passes(encoder, part, False) for part in rows]
+    passes(encoder, rows[0], True)
     pool = encoder.pool
     monkeypatch.setattr(encoder, "pool", lambda *given: handled.append(sys.exc_info()[1]) or pool(*given))
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "graph", Mock(side_effect=error))
         with pytest.raises(KeyboardInterrupt) if isinstance(error, KeyboardInterrupt) else nullcontext():
-            passes(encoder, rows[1], True, False)
+            passes(encoder, rows[1], True)
     assert not encoder.replay.graphs and not any(handled), "an error that is handled keeps the memory of the capture"
     for part, (z, grad) in zip(rows, plain, strict=True):
-        got, slope = passes(encoder, part, True, False)
+        got, slope = passes(encoder, part, True)
         torch.testing.assert_close(got, z, rtol=1e-5, atol=1e-5)
         assert (slope - grad).norm() <= 1e-5 * grad.norm()
     assert len(encoder.replay.graphs) == (2 if isinstance(error, KeyboardInterrupt) else 0)
@@ -314,6 +314,6 @@ def test_weights_in_place_of_others_are_captured_and_trained(device):
 
     for change in (lambda: None, load, another_head):
         change()
-        (z, grad), (got, slope) = (passes(encoder, rows, graphs, False) for graphs in (False, True))
+        (z, grad), (got, slope) = (passes(encoder, rows, graphs) for graphs in (False, True))
         torch.testing.assert_close(got, z, rtol=1e-5, atol=1e-5)
         assert (slope - grad).norm() <= 1e-5 * grad.norm()
