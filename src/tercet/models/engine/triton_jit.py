@@ -79,7 +79,7 @@ def clear_empty(vectors, row, length, D: tl.constexpr, HEADS: tl.constexpr, BLOC
     """Write 0 for the only query of a row without tokens."""
     i = tl.arange(0, BLOCK)
     zero = tl.zeros((BLOCK, BLOCK_D), tl.float32)
-    store_vectors(vectors, zero, row + i, HEADS * D, (i == 0) & (length == 0), D, BLOCK_D)
+    store_vectors(vectors, zero, row + i, HEADS * D, (i == 0) & (i >= length), D, BLOCK_D)  # of 0 tokens
 
 
 @triton.jit
