@@ -48,7 +48,6 @@ class SkipNonFinite(pl.Callback):
         """Check the norm of the whole gradient: it is the same in all processes, so that all of them skip."""
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         total = get_total_norm([p.grad for p in trained if p.grad is not None])
-        pl_module.gradient_norm = total  # which clipping needs as well
         norm = total.full_tensor() if isinstance(total, DTensor) else total
         if logs := logs_now(trainer):
             pl_module.log("train/gradient_norm", norm, batch_size=1)
@@ -58,8 +57,8 @@ class SkipNonFinite(pl.Callback):
         skip = ~torch.isfinite(norm)
         self.unread.append((trainer.global_step, rows, skip))
         on_device = not runs_on_cpu(norm.device) and skip_on_device(optimizer, skip)
-        if on_device and not isinstance(total, DTensor):
-            pl_module.gradient_norm = total.masked_fill(skip, 0)  # clipping by NaN would make a gradient of zeros NaN
+        # Clipping needs the norm as well; by NaN it would make a gradient of zeros NaN.
+        pl_module.gradient_norm = total.masked_fill(skip, 0) if on_device and not isinstance(total, DTensor) else total
         if not on_device and skip:  # waits for the device
             for parameter in trained:
                 parameter.grad = None  # the optimizer leaves such parameters out: no momentum, no weight decay
