@@ -1,8 +1,11 @@
 """Run objectives for a step in one process or in two, and return what they learned. Imported by the processes too."""
 
+import io
 import multiprocessing
+import tempfile
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import datasets
 import pytest
@@ -11,6 +14,8 @@ import torch
 import yaml
 from hydra.utils import get_class
 from omegaconf import OmegaConf
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from tercet.app.components import build
@@ -196,10 +201,26 @@ def replayed(folder, world, batch_size, configs):
 
 
 def in_processes(world, function, *arguments):
-    """The results of ``function`` in ``world`` gloo processes, forked from one that has imported everything once."""
+    """The results of ``function`` in ``world`` gloo processes, forked from one that has imported everything once.
+
+    They come back as bytes: a tensor would be a shared file each. A process that fails is reported with what it wrote.
+    """
     multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
-    plan = LaunchConfig(
-        1, 1, world, run_id="laws", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, start_method="forkserver"
-    )
-    with restored_signals():
-        return elastic_launch(plan, function)(*arguments)
+    with tempfile.TemporaryDirectory() as folder, restored_signals():
+        plan = LaunchConfig(
+            1, 1, world, run_id="laws", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0,
+            start_method="forkserver", logs_specs=DefaultLogsSpecs(folder, redirects=Std.ERR),
+        )  # fmt: skip
+        try:
+            results = elastic_launch(plan, _saved)(function, *arguments)
+        except ChildFailedError as error:
+            written = {p.parent.name: p.read_text(errors="replace") for p in sorted(Path(folder).rglob("stderr.log"))}
+            ends = [f"process {rank}: {text.split('Extension modules:')[0][-3000:]}" for rank, text in written.items()]
+            raise RuntimeError("\n".join([str(error), *ends])) from error
+    return {rank: torch.load(io.BytesIO(result), weights_only=False) for rank, result in results.items()}
+
+
+def _saved(function, *arguments):
+    buffer = io.BytesIO()
+    torch.save(function(*arguments), buffer)
+    return buffer.getvalue()
