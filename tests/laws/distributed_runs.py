@@ -14,9 +14,11 @@ import torch
 import yaml
 from hydra.utils import get_class
 from omegaconf import OmegaConf
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.nn.parallel import DistributedDataParallel
 
 from tercet.app.components import build
 from tercet.app.launch import set_precision
@@ -147,9 +149,9 @@ class Counting(pl.Callback):
     def on_train_start(self, trainer, pl_module):
         def hook(state, bucket):
             self.reduced += bucket.buffer().numel()
-            return torch.distributed.algorithms.ddp_comm_hooks.default_hooks.allreduce_hook(None, bucket)
+            return default_hooks.allreduce_hook(None, bucket)
 
-        if isinstance(trainer.model, torch.nn.parallel.DistributedDataParallel):
+        if isinstance(trainer.model, DistributedDataParallel):
             trainer.model.register_comm_hook(None, hook)
 
 
@@ -198,6 +200,27 @@ def replayed(folder, world, batch_size, configs):
             before = RecordedGraph.replays
             found[case] = step(cfg, folder, world, batch_size)[0], RecordedGraph.replays - before
     return found
+
+
+def replays_before_reductions(overrides):
+    """How many graphs DDP has seen replayed in a step when it begins to reduce each bucket of gradients."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    encoder = build(composed(*tiny(*overrides)).model)
+    wrapped, seen = DistributedDataParallel(encoder, bucket_cap_mb=0.01), []
+
+    def hook(state, bucket):
+        seen.append(RecordedGraph.replays)
+        return default_hooks.allreduce_hook(None, bucket)
+
+    wrapped.register_comm_hook(None, hook)
+    with pytest.MonkeyPatch.context() as patch:
+        replay_on_a_cpu(patch)
+        for _ in range(2):  # buckets are in the order of the first step's gradients from the second step on
+            before = RecordedGraph.replays
+            seen.clear()
+            wrapped(encoder.prepare(TEXTS)).square().sum().backward()
+    return [replays - before for replays in seen], RecordedGraph.replays - before
 
 
 def in_processes(world, function, *arguments):

@@ -59,3 +59,10 @@ def test_training_moves_the_weights(results, case):
 @pytest.mark.parametrize("case", distributed_runs.CASES, ids=str)
 def test_each_gradient_is_reduced_once_a_step(results, case):
     assert results[1][case][1] in (1, None)
+
+
+def test_gradients_are_reduced_while_the_backward_pass_is_replayed():
+    overrides = ("model.backbone.config.num_hidden_layers=4", "model.backbone.dropout=0")
+    for seen, replays in distributed_runs.in_processes(2, distributed_runs.replays_before_reductions, overrides).values():
+        assert replays == 5, "one forward pass and a backward pass in four stages"
+        assert seen == sorted(seen) and set(seen) == {2, 3, 4, 5}, "each stage is followed by reductions"

@@ -132,7 +132,37 @@ def test_a_replayed_pass_is_the_pass(pooling, half, device):
             torch.testing.assert_close(got, z, rtol=1e-2 if half else 1e-5, atol=1e-2 if half else 1e-5)
             assert (slope - grad).norm() <= (1e-2 if half else 1e-5) * grad.norm()
     assert 1 <= len(encoder.replay.graphs) <= 3
-    assert len({graph.flat_grad.data_ptr() for graph in encoder.replay.graphs.values()}) == 1, "each keeps a gradient"
+    assert len({graph.stages[0].flat_grad.data_ptr() for graph in encoder.replay.graphs.values()}) == 1, "each keeps a gradient"
+
+
+def frozen_layer(encoder):
+    encoder.layer_stack()[1].requires_grad_(False)
+
+
+def tied(encoder):
+    """A weight of the first layer is one of the third, too: of two stages."""
+    first, _, third, *_ = encoder.layer_stack()
+    third.intermediate.dense.weight = first.intermediate.dense.weight
+
+
+@pytest.mark.parametrize("change", [None, frozen_layer, tied], ids=lambda change: change and change.__name__)
+@pytest.mark.parametrize("pooling", ["cls", "mean", "first_last", "static_last"])
+def test_a_backward_pass_in_stages_is_the_backward_pass(pooling, change, device, monkeypatch):
+    """Some poolings read hidden states of first layers, whose gradient then goes around later ones."""
+    monkeypatch.setattr(replay, "world_size", lambda: 2)
+    encoder = made(pooling, "model.backbone.config.num_hidden_layers=5").to(device)
+    if change:
+        change(encoder)
+    for step in range(2):
+        rows = seeded(encoder, TEXTS, step).to(device)
+        z, grad = passes(encoder, rows, False)
+        for _ in range(2):
+            got, slope = passes(encoder, rows, True)
+            torch.testing.assert_close(got, z, rtol=1e-5, atol=1e-5)
+            assert (slope - grad).norm() <= 1e-5 * grad.norm()
+    (graph,) = encoder.replay.graphs.values()
+    assert [bool(stage.names) for stage in graph.stages] == [True, True, change is not frozen_layer, True]
+    assert not any(layer._forward_pre_hooks for layer in encoder.layer_stack()[:-1])
 
 
 def test_gradients_of_replayed_passes_add_up(device):
@@ -269,7 +299,7 @@ def test_graphs_of_one_module_share_a_stream_a_pool_and_a_gradient(monkeypatch):
     for texts in (TEXTS, TEXTS[:7], TEXTS[:3]):
         passes(encoder, seeded(encoder, texts), True)
     graphs = encoder.replay.graphs.values()
-    assert len(graphs) == 3 and len({graph.flat_grad.data_ptr() for graph in graphs}) == 1
+    assert len(graphs) == 3 and len({graph.stages[0].flat_grad.data_ptr() for graph in graphs}) == 1
     passes(other, seeded(other, TEXTS), True)
     encoder.head.requires_grad_(False)
     next(encoder.parameters()).requires_grad_(False)

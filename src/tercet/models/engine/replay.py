@@ -6,7 +6,7 @@ is captured when it is first met.
 
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 
+from tercet.distributed.gather import world_size
 from tercet.messages import warn_once
 from tercet.models.engine import triton_kernels as kernels
 from tercet.models.engine.packing import autocast_dtype
@@ -25,6 +26,7 @@ from tercet.types import RowIndex, TokenBatch, TokenState, runs_on_cpu
 Embed = Callable[[TokenBatch], Tensor]  # n rows to (n, ...)
 MOST_GRAPHS = 24  # capturing one takes as long as some ten steps
 WARMUP = 2  # passes before a capture, in which libraries allocate what they keep
+STAGES = 4  # of a backward pass among several processes: DDP reduces the gradients of one while the next one runs
 
 
 def rounded_tokens(tokens: int) -> int:
@@ -117,8 +119,7 @@ class Replay:
         graph.load(rows)
         pending = _Pending()
         self.pending = weakref.ref(pending)
-        out: Tensor = _Run.apply(graph, pending, *self.trained.values())  # type: ignore[no-untyped-call]
-        return out
+        return graph.run(pending, self.trained)
 
     def _capture(self, key: tuple[Any, ...], function: Embed, module: nn.Module, rows: TokenBatch) -> "_Graph | None":
         """A new graph, whose number of tokens and longest row begin its key; None where there can be none."""
@@ -168,6 +169,15 @@ class _Function(nn.Module):
         return self.function(rows)
 
 
+class _Stage(NamedTuple):
+    """A captured part of a backward pass, and what it computes: gradients of weights, one after the other in ``flat_grad``."""
+
+    graph: torch.cuda.CUDAGraph
+    names: list[str]
+    shapes: list[torch.Size]
+    flat_grad: Tensor
+
+
 class _Graph:
     """The captured passes of one shape."""
 
@@ -183,16 +193,8 @@ class _Graph:
         self.rows = RowIndex(rows.lengths, longest, *self.index.split([n, n, tokens, tokens]))
         self.load(rows)
         # Other names of the weights: nodes of autograd that the caller's graph still holds belong to another stream.
-        weights = {f"module.{name}": p.detach().requires_grad_() for name, p in trained.items()}
-        wrapped = _Function(function, module)
-
-        def run() -> Tensor:
-            out: Tensor = functional_call(wrapped, weights, (self.fresh(),))
-            return out
-
-        def differentiate(out: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
-            return torch.autograd.grad(out, list(weights.values()), grad, allow_unused=True)
-
+        weights = {name: p.detach().requires_grad_() for name, p in trained.items()}
+        wrapped, named = _Function(function, module), {f"module.{name}": x for name, x in weights.items()}
         # The cache of autocast would keep casts of the weights that a replay does not make again.
         precision = autocast_dtype(device)
         autocast = torch.autocast(device.type, precision, precision is not None, cache_enabled=False)
@@ -200,26 +202,30 @@ class _Graph:
         side = shared.stream
         side.wait_stream(torch.cuda.current_stream(device))
         # A capture draws nothing: a run that is resumed captures in other steps.
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), autocast:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), autocast, _cut(module) as cuts:
             with torch.cuda.stream(side):
                 for number in range(WARMUP):
                     with _refuse_waits() if number else nullcontext():  # what is prepared in the first pass may wait
-                        out = run()
+                        out: Tensor = functional_call(wrapped, named, (self.fresh(),))
                         if not out.requires_grad:
                             raise _CannotCaptureError("no weight that is trained has a part in them")
-                        differentiate(out, torch.zeros_like(out))
+                        _differentiate(out, torch.zeros_like(out), cuts, weights, shared.flat_grad, nullcontext)
+                        del out  # and its activations, before those of the next pass
             torch.cuda.current_stream(device).wait_stream(side)
-            self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+            self.forward = torch.cuda.CUDAGraph()
             with capture(self.forward):
-                out = run()
+                out = functional_call(wrapped, named, (self.fresh(),))
             self.grad_out = torch.zeros_like(out)
-            with capture(self.backward):
-                grads = differentiate(out, self.grad_out)
-                parts = [grad.flatten() for grad in grads if grad is not None]
-                self.flat_grad = torch.cat(parts, out=shared.flat_grad[: sum(map(len, parts))])
+            self.stages = _differentiate(out, self.grad_out, cuts, weights, shared.flat_grad, capture)
             self.out = out.detach()
-        self.shapes = [None if grad is None else grad.shape for grad in grads]
-        self.sizes = [shape.numel() for shape in self.shapes if shape is not None]
+
+    def run(self, pending: _Pending, trained: dict[str, nn.Parameter]) -> Tensor:
+        """Replay the forward pass. Each stage is a node of autograd, so that weights get gradients stage by stage."""
+        out: Tensor | None = None
+        for stage in reversed(self.stages):
+            out = _Run.apply(self, stage, pending, out, *(trained[name] for name in stage.names))  # type: ignore[no-untyped-call]
+        assert out is not None
+        return out
 
     def fresh(self) -> TokenBatch:
         """The rows of the graph, without what a pass derives from them."""
@@ -235,6 +241,56 @@ class _Graph:
         pairs = [(self.ids, rows.ids), *((own[name], x) for name, x in rows.state.set_fields().items())]
         for to, x in pairs:
             to[:n].copy_(x)
+
+
+Cuts = list[tuple[Tensor, Tensor]]  # hidden states where a stage begins: as computed, and as they go on, detached
+
+
+@contextmanager
+def _cut(module: nn.Module) -> Iterator[Cuts]:
+    """Cut passes of ``module`` into stages where there are several processes, between the layers of its longest stack."""
+    cuts: Cuts = []
+
+    def cut(layer: nn.Module, args: tuple[Any, ...]) -> Any:
+        if not args or not args[0].requires_grad:
+            return None
+        cuts.append((args[0], args[0].detach().requires_grad_()))
+        return cuts[-1][1], *args[1:]
+
+    layers: Any = max((part for part in module.modules() if isinstance(part, nn.ModuleList)), key=len, default=())
+    places = {len(layers) * i // STAGES for i in range(1, STAGES)} if len(layers) > 1 and world_size() > 1 else ()
+    hooks = [layers[i].register_forward_pre_hook(cut, prepend=True) for i in places]
+    try:
+        yield cuts
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _differentiate(
+    out: Tensor, grad: Tensor, cuts: Cuts, weights: dict[str, Tensor], flat_grad: Tensor,
+    capture: Callable[[Any], AbstractContextManager[Any]],
+) -> list[_Stage]:  # fmt: skip
+    """The stages of the backward pass, from the last layers to the first; ``cuts`` is emptied.
+
+    Paths around a cut are differentiated in each stage that they pass, and the gradients of a weight add up.
+    """
+    ends, starts = [out, *(x for x, _ in reversed(cuts))], [x for _, x in reversed(cuts)]
+    cuts.clear()
+    grads: list[Tensor | None] = [grad, *[None] * len(starts)]  # of the ends
+    stages = []
+    for i, end in enumerate(ends):
+        graph, below = torch.cuda.CUDAGraph(), starts[i:]
+        with capture(graph):
+            found = torch.autograd.grad(end, [*below, *weights.values()], grads[i], len(below) > 0, allow_unused=True)
+            for j, more in enumerate(found[: len(below)], i + 1):
+                grads[j] = more if (before := grads[j]) is None or more is None else before + more
+            own = {name: x for name, x in zip(weights, found[len(below) :], strict=True) if x is not None}
+            flat = flat_grad[: sum(x.numel() for x in own.values())]
+            if own:
+                torch.cat([x.flatten() for x in own.values()], out=flat)
+        stages.append(_Stage(graph, list(own), [x.shape for x in own.values()], flat))
+    return stages
 
 
 class _CannotCaptureError(RuntimeError):
@@ -256,26 +312,32 @@ def _refuse_waits() -> Iterator[None]:
 
 
 class _Run(torch.autograd.Function):
-    """Replay the forward pass; then the backward pass."""
+    """Replay a stage of the backward pass. The node of the first stage, which is made last, replays the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, graph: _Graph, pending: _Pending, *parameters: Tensor) -> Tensor:
-        ctx.graph, ctx.pending = graph, pending
+    def forward(
+        ctx: Any, graph: _Graph, stage: _Stage, pending: _Pending, later: Tensor | None, *parameters: Tensor
+    ) -> Tensor:  # ``later``, of no elements, is of the stage that comes after this one
+        ctx.graph, ctx.stage, ctx.pending, ctx.later = graph, stage, pending, later is not None
+        if stage is not graph.stages[0]:
+            return stage.flat_grad.new_empty(0)
         graph.forward.replay()
         return graph.out.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        graph = ctx.graph
+        graph, stage = ctx.graph, ctx.stage
         if ctx.pending is None:  # what the pass saved is gone
             raise RuntimeError("A replayed pass can be differentiated once. Use Execution(graphs=False) to do it again.")
-        graph.grad_out.copy_(grad)
-        graph.backward.replay()
+        if stage is graph.stages[0]:
+            graph.grad_out.copy_(grad)
+        stage.graph.replay()
         ctx.pending = None
-        copy = graph.flat_grad.clone()  # the next replay overwrites its own
-        parts = iter(copy.split(graph.sizes))
-        return None, None, *(None if shape is None else _shaped(next(parts), shape) for shape in graph.shapes)
+        copy = stage.flat_grad.clone()  # the next replay overwrites its own
+        parts = copy.split([shape.numel() for shape in stage.shapes])
+        later = copy.new_empty(0) if ctx.later else None
+        return None, None, None, later, *map(_shaped, parts, stage.shapes)
 
 
 def _shaped(flat: Tensor, shape: torch.Size) -> Tensor:
