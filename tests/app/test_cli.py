@@ -9,15 +9,25 @@ from tercet.app import cli
 from tercet.app.error_formatting import explain
 
 
-@pytest.mark.parametrize(("given", "used"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_threads_do_not_spin_for_each_other_unless_that_is_asked_for(given, used, monkeypatch):
-    """Set before torch, which reads it when it is loaded; that of the user's shell stays."""
-    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
-    if given is None:
-        monkeypatch.delenv("OMP_WAIT_POLICY")
+@pytest.mark.parametrize(
+    ("name", "given", "used"),
+    [
+        ("OMP_WAIT_POLICY", None, "PASSIVE"),
+        ("OMP_WAIT_POLICY", "ACTIVE", "ACTIVE"),
+        ("THP_MEM_ALLOC_ENABLE", None, "1"),
+        ("THP_MEM_ALLOC_ENABLE", "0", "0"),
+    ],
+)
+def test_what_torch_reads_when_it_is_loaded_is_set_before_unless_the_shell_has_it(name, given, used, monkeypatch):
+    """Threads do not spin for each other; memory comes in huge pages."""
+    for own in ("OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE"):
+        monkeypatch.setenv(own, "")  # put back at the end
+        monkeypatch.delenv(own)
+    if given is not None:
+        monkeypatch.setenv(name, given)
     with pytest.raises(SystemExit):
         cli.main("compare", ["--help"])
-    assert os.environ["OMP_WAIT_POLICY"] == used
+    assert os.environ[name] == used
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])

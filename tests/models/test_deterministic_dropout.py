@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from scipy import stats
 
 from tercet.errors import InputError
+from tercet.models.engine import deterministic_dropout
 from tercet.models.engine.deterministic_dropout import DropoutSeeds, SeededDropout, apply_dropout, replace_dropouts
 from tercet.models.engine.transformers_compat import module_number, number_modules
 
@@ -46,6 +47,17 @@ def test_the_gradient_is_that_of_a_product_with_the_mask():
     g = torch.randn_like(x)
     torch.testing.assert_close(torch.autograd.grad(apply_dropout(x, 0.4, seed), x, g)[0], mask * g)
     assert torch.autograd.gradcheck(lambda x: apply_dropout(x, 0.4, seed), x)
+
+
+@pytest.mark.parametrize("columns", [1, 7, 384])
+def test_what_a_cpu_computes_in_blocks_is_what_it_computes_at_once(columns, monkeypatch):
+    x, seed = torch.randn(3, 5, columns, requires_grad=True), torch.arange(15).view(3, 5)
+    found = []
+    for block in (1, 2 * columns, 1 << 17):
+        monkeypatch.setattr(deterministic_dropout, "BLOCK", block)
+        out = apply_dropout(x, 0.4, seed)
+        found.append((out, *torch.autograd.grad(out.square().sum(), x)))
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
 def test_a_mask_is_a_function_of_seed_and_layer():

@@ -89,6 +89,25 @@ def test_what_is_dropped_by_seed_is_the_same_however_rows_are_kept_apart(name):
     assert not torch.allclose(got, row_by_row(query, key, value, LENGTHS), atol=1e-2)
 
 
+@pytest.mark.parametrize("scale", [None, 0.5])
+@pytest.mark.parametrize("first", [False, True])
+def test_gradients_of_attention_with_dropout_by_seed_are_those_of_autograd(first, scale):
+    """By length they are written out; padded, autograd finds them."""
+    qkv, rows = tokens(LENGTHS, dtype=torch.float64), packed(LENGTHS, first_token_only=first)
+    seed, starts = torch.arange(sum(LENGTHS))[None] + 77, rows.index.start
+    settings = AttentionSettings(0.3, scale, seed=seed[:, starts] if first else seed)
+    queries = [qkv[0][:, :, starts] if first else qkv[0] for _ in range(2)]
+    got, want = (
+        f(query, *qkv[1:], rows, settings) for f, query in zip((attend_by_length, attend_padded), queries, strict=True)
+    )
+    torch.testing.assert_close(got, want)
+    weight = torch.linspace(-1, 1, want.numel(), dtype=torch.float64).view_as(want)
+    slopes = [torch.autograd.grad((out * weight).sum(), qkv) for out in (got, want)]
+    for a, b in zip(*slopes, strict=True):
+        assert b.abs().max() > 0
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_an_encoder_is_the_same_however_its_rows_are_kept_apart(name, pooling, monkeypatch):

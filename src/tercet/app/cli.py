@@ -87,8 +87,10 @@ def run_id() -> str:
 def main(command: str, arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command of ``COMMANDS`` with its overrides; exits with 1 on an error, 130 on Ctrl-C, 143 on SIGTERM."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back to us as they are
-    # Read when torch is loaded. By default the threads of a step spin for each other, many times slower on a busy machine.
+    # Read when torch is loaded. By default the threads of a step spin for each other, many times slower on a busy machine, and
+    # each step asks for its memory anew, page by page (on Linux).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     OmegaConf.register_new_resolver("run_id", run_id, use_cache=True, replace=True)
     given = list(sys.argv[1:] if arguments is None else arguments)
     if command == "train" and "data=text" in given and not any(o.lstrip("+~").split("=")[0] == "experiment" for o in given):

@@ -10,7 +10,9 @@ from tercet.errors import InputError
 from tercet.models.engine import triton_kernels as kernels
 from tercet.models.engine.transformers_compat import module_number, number_modules
 from tercet.rng import BITS, derive_seed
-from tercet.types import Batch, TokenBatch
+from tercet.types import Batch, TokenBatch, runs_on_cpu
+
+BLOCK = 1 << 17  # elements
 
 
 class DropoutSeeds:
@@ -52,28 +54,55 @@ def apply_dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     """Zero a fraction ``p`` of ``x (..., H)`` and scale the rest; ``seed (...)`` determines the mask, None draws from torch."""
     if p >= 1:
         return x * 0
-    quarter = -(-x.shape[-1] // 4)
     if seed is None:
-        bits = torch.empty(*x.shape[:-1], quarter, dtype=torch.long, device=x.device).random_(-(1 << 63), None)
+        keep = _kept(
+            torch.empty(*x.shape[:-1], -(-x.shape[-1] // 4), dtype=torch.long, device=x.device).random_(-(1 << 63), None), p
+        )
+        keep = keep[..., : x.shape[-1]]
     else:
-        bits = derive_seed(seed[..., None], torch.arange(quarter, device=seed.device))
-    threshold = round(p * BITS)
-    keep = bits.view(torch.int16)[..., : x.shape[-1]] >= threshold - BITS // 2
-    return _MaskAndScale.apply(x, keep, BITS / (BITS - threshold))  # type: ignore[no-untyped-call, no-any-return]
+        keep = draw_kept(seed, p, x.shape[-1])
+    return _MaskAndScale.apply(x, keep, p)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def draw_kept(seed: Tensor, p: float, columns: int) -> Tensor:
+    """Which of ``columns`` elements for each seed dropout with rate ``p`` keeps: ``(...)`` to ``(..., columns)``."""
+    numbers = torch.arange(-(-columns // 4), device=seed.device)
+    parts = [_kept(derive_seed(own[:, None], numbers), p)[:, :columns] for own in _blocks(seed.flatten(), columns)]
+    return (torch.cat(parts) if len(parts) > 1 else parts[0]).view(*seed.shape, columns)
+
+
+def kept_scale(p: float) -> float:
+    """The factor of what is kept."""
+    return BITS / (BITS - round(p * BITS))
+
+
+def _kept(bits: Tensor, p: float) -> Tensor:
+    return bits.view(torch.int16) >= round(p * BITS) - BITS // 2
+
+
+def _blocks(x: Tensor, columns: int) -> tuple[Tensor, ...]:
+    """``x`` in parts of so many rows that a CPU's cache holds what is between two operations."""
+    return x.split(max(1, BLOCK // columns)) if runs_on_cpu(x.device) else (x,)
 
 
 class _MaskAndScale(torch.autograd.Function):
-    """``x · keep · scale`` in one pass over memory, in both directions; one byte is saved for each element."""
+    """``x · keep · kept_scale(p)``, in both directions; one byte is saved for each element."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, keep: Tensor, scale: float) -> Any:
+    def forward(ctx: Any, x: Tensor, keep: Tensor, p: float) -> Any:
         ctx.save_for_backward(keep)
-        ctx.scale = scale
-        return torch.ops.aten.native_dropout_backward(x, keep, scale)  # computes the same product
+        ctx.p = p
+        if not runs_on_cpu(x.device):
+            return torch.ops.aten.native_dropout_backward(x, keep, kept_scale(p))  # computes the same product
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        rows = (part.reshape(-1, x.shape[-1]) for part in (out, x, keep.view(torch.uint8)))
+        for to, values, kept in zip(*(_blocks(part, x.shape[-1]) for part in rows), strict=True):
+            to.copy_(kept).mul_(values).mul_(kept_scale(p))
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        return _MaskAndScale.apply(grads[0], ctx.saved_tensors[0], ctx.scale), None, None  # type: ignore[no-untyped-call]
+        return _MaskAndScale.apply(grads[0], ctx.saved_tensors[0], ctx.p), None, None  # type: ignore[no-untyped-call]
 
 
 def replace_dropouts(module: nn.Module) -> DropoutSeeds:
