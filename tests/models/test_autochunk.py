@@ -95,7 +95,7 @@ def test_without_recomputation_it_is_the_cache_of_a_cpu_and_no_limit_on_a_gpu(gp
         do_as_on_a_gpu(monkeypatch)
     assert encoder.execution.chunk_tokens == "auto"
     execution = encoder.execution_for(rows)
-    assert execution.chunk_tokens == (None if gpu else 2048) and execution.can_replay == gpu
+    assert execution.chunk_tokens == (None if gpu else 3072) and execution.can_replay == gpu
 
 
 def test_free_memory_is_known():

@@ -23,7 +23,7 @@ DROPOUTS = ("auto", "torch", "deterministic")
 SHARE = 0.5  # of free memory for a chunk: the loss and the temporaries of the backward pass need room beside it
 STATES = 3  # gradient and AdamW's two moments, each as large as the weights; allocated after the first step
 SAMPLE = 512  # tokens of the forward pass that measures activations
-CACHED = 2048  # tokens; on a CPU a larger chunk does not fit into the cache and is slower
+CACHED = 3072  # tokens; on a CPU a larger chunk does not fit into the cache and is slower
 GROWTH = 1.5  # the heap is trimmed when the process is this many times as large as after the last trim
 
 _trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # a function of glibc
@@ -41,7 +41,7 @@ class Execution:
     processes and any chunks; ``torch`` is torch's own; ``auto`` is deterministic where that costs no more, on a CPU and with
     Triton's kernels on a GPU, if the backbone can pack. ``chunk_tokens``: the most tokens of one chunk of texts, padding
     included; ``chunk_rows``: its most rows, of texts or images; None is no limit. ``chunk_tokens="auto"`` is, under
-    ``recompute``, what fits into free memory, measured on the first batch; else 2,048 on a CPU, which its cache holds, and no
+    ``recompute``, what fits into free memory, measured on the first batch; else 3,072 on a CPU, which its cache holds, and no
     limit on a GPU.
     ``recompute``: save no activations and compute each chunk again in the backward pass, with the same dropout. This is
     GradCache (Gao et al. 2021, arXiv:2101.06983): the same gradient in the memory of one chunk. ``graphs``: on a GPU, replay
