@@ -221,7 +221,8 @@ def fit_predict(x: Tensor, y: Tensor, train: Tensor, penalty: Tensor) -> Tensor:
     """
     columns = 1 if (classes := int(y.max()) + 1) == 2 else classes
     x = x.float() - x.float().mean(0)  # the same problem, centered, in the axes of its covariance, with a column of ones
-    variance, axes = torch.linalg.eigh((x.T @ x).double() / len(x))
+    # numpy's LAPACK: torch's, of MKL 2024.2, does not converge on CPUs with AVX-512 where parts of the matrix are zero.
+    variance, axes = map(torch.from_numpy, np.linalg.eigh((x.T @ x).cpu().double().numpy() / len(x)))
     scale = F.pad(variance.clamp_min(0).to(x), (0, 1), value=1.0)
     curvature = scale * (0.25 if columns == 1 else 0.5)  # an upper bound of the second derivative (Böhning 1992)
     x = F.pad(x @ axes.to(x), (0, 1), value=1.0)

@@ -144,7 +144,8 @@ def keep_readable(collection: Collection, vectors: Sequence[Tensor]) -> tuple[Co
 def project(z: Tensor) -> Tensor:
     """The first two principal components ``(N, 2)``; the sign makes the largest value of each positive."""
     centered = z - z.mean(0)
-    plane: Tensor = centered @ torch.linalg.eigh(centered.T @ centered).eigenvectors[:, -2:].flip(1)
+    axes = np.linalg.eigh((centered.T @ centered).numpy()).eigenvectors  # torch's does not converge on some CPUs (transfer.py)
+    plane: Tensor = centered @ torch.from_numpy(axes[:, -2:]).flip(1)
     if plane.shape[1] < 2:
         plane = torch.nn.functional.pad(plane, (0, 2 - plane.shape[1]))
     sign = plane.gather(0, plane.abs().argmax(0, keepdim=True)).sign()

@@ -152,17 +152,17 @@ class _DroppedByLength(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, groups: list[tuple[int, int]], settings: AttentionSettings
     ) -> Tensor:
         assert settings.seed is not None
-        ctx.groups, ctx.scale = groups, settings.scale or q.shape[-1] ** -0.5
+        ctx.groups, ctx.scale, ctx.shapes = groups, settings.scale or q.shape[-1] ** -0.5, [x.shape for x in (q, k, v)]
         ctx.tokens = [n * length for n, length in groups]
         ctx.queries = ctx.tokens if len(q) == len(k) else [n for n, _ in groups]
         seeds = derive_seed(settings.seed[0][:, None], torch.arange(q.shape[1], device=q.device))[..., None]
-        out, saved = torch.empty_like(q, memory_format=torch.contiguous_format), []
+        out, saved = v.new_empty(len(q), *v.shape[1:]), []
         splits = zip(k.split(ctx.tokens), v.split(ctx.tokens), *(x.split(ctx.queries) for x in (q, seeds, out)), strict=True)
         for (n, length), (*parts, to) in zip(groups, splits, strict=True):
             keys, values, queries, seed = (_by_head(x, n).flatten(0, 1) for x in parts)
             share = torch.bmm(queries, keys.mT).mul_(ctx.scale).softmax(-1)
             factor = draw_kept(seed[..., 0], settings.dropout, length).to(share.dtype).mul_(kept_scale(settings.dropout))
-            _by_head(to, n).copy_(torch.bmm(share * factor, values).view(n, q.shape[1], -1, q.shape[2]))
+            _set_by_head(to, n, torch.bmm(share * factor, values))
             saved += [queries, keys, values, share, factor]
         ctx.save_for_backward(*saved)
         return out
@@ -171,7 +171,7 @@ class _DroppedByLength(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved, sizes = iter(ctx.saved_tensors), (ctx.queries, ctx.tokens, ctx.tokens)
-        found = [grad.new_empty(sum(size), *grad.shape[1:]) for size in sizes]
+        found = [grad.new_empty(shape) for shape in ctx.shapes]
         splits = (x.split(size) for x, size in zip((grad, *found), (ctx.queries, *sizes), strict=True))
         for (n, _), own, *to in zip(ctx.groups, *splits, strict=True):
             own, (queries, keys, values, share, factor) = _by_head(own, n).flatten(0, 1), (next(saved) for _ in range(5))
@@ -179,13 +179,19 @@ class _DroppedByLength(torch.autograd.Function):
             of_scores = of_share.sub_((of_share * share).sum(-1, keepdim=True)).mul_(share).mul_(ctx.scale)
             pairs = (of_scores, keys), (of_scores.mT, queries), ((share * factor).mT, own)
             for part, pair in zip(to, pairs, strict=True):
-                _by_head(part, n).copy_(torch.bmm(*pair).view(n, grad.shape[1], -1, grad.shape[2]))
+                _set_by_head(part, n, torch.bmm(*pair))
         return *found, None, None
 
 
 def _by_head(x: Tensor, n: int) -> Tensor:
     """``(n · L, heads, d)`` as ``(n, heads, L, d)``."""
     return x.view(n, -1, *x.shape[1:]).transpose(1, 2)
+
+
+def _set_by_head(x: Tensor, n: int, values: Tensor) -> None:
+    """Copy ``values (n · heads, L, d)`` into ``(n · L, heads, d)``."""
+    to = _by_head(x, n)
+    to.copy_(values.view(to.shape))
 
 
 def attend_padded(q: Tensor, k: Tensor, v: Tensor, rows: Packing, settings: AttentionSettings) -> Tensor:
