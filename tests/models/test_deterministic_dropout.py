@@ -60,6 +60,14 @@ def test_what_a_cpu_computes_in_blocks_is_what_it_computes_at_once(columns, monk
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
+@pytest.mark.parametrize("p", [0.999999, 1.0])
+@pytest.mark.parametrize("seed", [None, torch.arange(5)])
+def test_a_rate_of_one_leaves_zeros_in_value_and_gradient(p, seed):
+    x = torch.randn(5, 6, requires_grad=True)
+    out = apply_dropout(x, p, seed)
+    assert out.abs().max() == torch.autograd.grad(out.sum(), x)[0].abs().max() == 0
+
+
 def test_a_mask_is_a_function_of_seed_and_layer():
     seeds = DropoutSeeds()
     first, second = SeededDropout(0.5, seeds), SeededDropout(0.5, seeds)

@@ -12,7 +12,7 @@ from tercet.models.engine.transformers_compat import module_number, number_modul
 from tercet.rng import BITS, derive_seed
 from tercet.types import Batch, TokenBatch, runs_on_cpu
 
-BLOCK = 1 << 17  # elements
+BLOCK = 1 << 17  # elements that a CPU computes at a time
 
 
 class DropoutSeeds:
@@ -52,15 +52,12 @@ class SeededDropout(nn.Dropout):
 
 def apply_dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     """Zero a fraction ``p`` of ``x (..., H)`` and scale the rest; ``seed (...)`` determines the mask, None draws from torch."""
-    if p >= 1:
-        return x * 0
+    columns = x.shape[-1]
     if seed is None:
-        keep = _kept(
-            torch.empty(*x.shape[:-1], -(-x.shape[-1] // 4), dtype=torch.long, device=x.device).random_(-(1 << 63), None), p
-        )
-        keep = keep[..., : x.shape[-1]]
+        bits = torch.empty(*x.shape[:-1], -(-columns // 4), dtype=torch.long, device=x.device).random_(-(1 << 63), None)
+        keep = _kept(bits, p)[..., :columns]
     else:
-        keep = draw_kept(seed, p, x.shape[-1])
+        keep = draw_kept(seed, p, columns)
     return _MaskAndScale.apply(x, keep, p)  # type: ignore[no-untyped-call, no-any-return]
 
 
@@ -73,11 +70,12 @@ def draw_kept(seed: Tensor, p: float, columns: int) -> Tensor:
 
 def kept_scale(p: float) -> float:
     """The factor of what is kept."""
-    return BITS / (BITS - round(p * BITS))
+    return BITS / max(1, BITS - round(p * BITS))  # of nothing, where p is 1
 
 
 def _kept(bits: Tensor, p: float) -> Tensor:
-    return bits.view(torch.int16) >= round(p * BITS) - BITS // 2
+    least = round(p * BITS) - BITS // 2  # where p is 1 no number of 16 bits, with which it is compared
+    return bits.view(torch.int16) >= least if least < BITS // 2 else torch.zeros_like(bits.view(torch.int16), dtype=torch.bool)
 
 
 def _blocks(x: Tensor, columns: int) -> tuple[Tensor, ...]:
