@@ -162,7 +162,7 @@ class _DroppedByLength(torch.autograd.Function):
             keys, values, queries, seed = (_by_head(x, n).flatten(0, 1) for x in parts)
             share = torch.bmm(queries, keys.mT).mul_(ctx.scale).softmax(-1)
             factor = draw_kept(seed[..., 0], settings.dropout, length).to(share.dtype).mul_(kept_scale(settings.dropout))
-            _set_by_head(to, n, torch.bmm(share * factor, values))
+            _by_head(to, n).copy_(torch.bmm(share * factor, values).unflatten(0, (n, -1)))
             saved += [queries, keys, values, share, factor]
         ctx.save_for_backward(*saved)
         return out
@@ -179,19 +179,13 @@ class _DroppedByLength(torch.autograd.Function):
             of_scores = of_share.sub_((of_share * share).sum(-1, keepdim=True)).mul_(share).mul_(ctx.scale)
             pairs = (of_scores, keys), (of_scores.mT, queries), ((share * factor).mT, own)
             for part, pair in zip(to, pairs, strict=True):
-                _set_by_head(part, n, torch.bmm(*pair))
+                _by_head(part, n).copy_(torch.bmm(*pair).unflatten(0, (n, -1)))
         return *found, None, None
 
 
 def _by_head(x: Tensor, n: int) -> Tensor:
     """``(n · L, heads, d)`` as ``(n, heads, L, d)``."""
     return x.view(n, -1, *x.shape[1:]).transpose(1, 2)
-
-
-def _set_by_head(x: Tensor, n: int, values: Tensor) -> None:
-    """Copy ``values (n · heads, L, d)`` into ``(n · L, heads, d)``."""
-    to = _by_head(x, n)
-    to.copy_(values.view(to.shape))
 
 
 def attend_padded(q: Tensor, k: Tensor, v: Tensor, rows: Packing, settings: AttentionSettings) -> Tensor:
