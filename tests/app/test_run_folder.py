@@ -19,25 +19,31 @@ from tests.test_paths import names
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Locks that are old after 0.6 seconds."""
+    """Locks that are old after 0.6 seconds, for processes that renew none: on a busy machine one may miss that."""
     monkeypatch.setattr(run_folder, "LEASE_SECONDS", 0.6)
-    monkeypatch.setattr(run_folder, "WAIT_SECONDS", 1.5)
 
 
-def holder(folder, seconds=60.0):
-    """A process that holds the folder for some seconds, or until it is ended."""
+def holder(folder):
+    """A process that holds the folder for a minute, or until SIGUSR1 lets it go on."""
     if not (child := os.fork()):
         code = 99
         try:
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
             with locked(folder):
-                time.sleep(seconds)
+                signal.sigtimedwait([signal.SIGUSR1], 60)
                 code = 0
         finally:
             os._exit(code)
-    ends = time.monotonic() + 10
+    ends = time.monotonic() + 60
     while not ((folder / LOCK).is_file() and "host=" in (folder / LOCK).read_text()) and time.monotonic() < ends:
         time.sleep(0.01)
     return child
+
+
+def stop(child):
+    """Suspend a child, and wait until it is."""
+    os.kill(child, signal.SIGSTOP)
+    assert os.WIFSTOPPED(os.waitpid(child, os.WUNTRACED)[1])
 
 
 def end(child):
@@ -45,7 +51,8 @@ def end(child):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def test_two_runs_at_once_are_refused_and_the_owner_is_named(tmp_path, quick, capsys):
+def test_two_runs_at_once_are_refused_and_the_owner_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run_folder, "WAIT_SECONDS", 1.5)
     child = holder(tmp_path)
     try:
         with pytest.raises(InputError, match=rf"is in use by process {child} on \w+.*use another output_dir"), locked(tmp_path):
@@ -55,12 +62,12 @@ def test_two_runs_at_once_are_refused_and_the_owner_is_named(tmp_path, quick, ca
         end(child)
 
 
-def test_a_run_that_is_ending_is_waited_for(tmp_path, quick, capsys):
-    child = holder(tmp_path, 1.6)
+def test_a_run_that_is_ending_is_waited_for(tmp_path, monkeypatch):
+    child, said = holder(tmp_path), []
+    monkeypatch.setattr(run_folder, "print_status", lambda text: said.append(text) or os.kill(child, signal.SIGUSR1))
     with locked(tmp_path):
-        said = capsys.readouterr().err
-        assert f"in use by process {child}" in said
-    os.waitpid(child, 0)
+        assert len(said) == 1 and f"in use by process {child}" in said[0]
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert not names(tmp_path)
 
 
@@ -85,7 +92,7 @@ def test_the_lock_of_another_machine_is_taken_over_when_it_is_old(tmp_path, quic
 
 def test_a_suspended_run_whose_folder_was_taken_writes_no_more(tmp_path, quick):
     child = holder(tmp_path)
-    os.kill(child, signal.SIGSTOP)
+    stop(child)
     with locked(tmp_path):
         os.kill(child, signal.SIGCONT)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1

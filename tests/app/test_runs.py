@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -12,13 +11,13 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from tercet.app import run_files, run_list
+from tercet.app import run_list
 from tercet.app.commands import runs as runs_command
-from tercet.app.run_files import ERROR, LOCK, find_runs, is_alive, read_curves
+from tercet.app.run_files import ERROR, LEASE_SECONDS, LOCK, find_runs, is_alive, read_curves
 from tercet.app.run_folder import locked
 from tercet.app.run_list import best_runs, differences, find_run, list_runs, remove_run
 from tercet.errors import InputError
-from tests.app.test_run_folder import end, holder
+from tests.app.test_run_folder import end, holder, stop
 from tests.conftest import composed
 from tests.end_to_end.conftest import command  # noqa: F401 - a fixture
 
@@ -77,18 +76,17 @@ def test_the_states_of_runs_that_have_ended(outputs):
     assert found["2"].sweep == outputs / "multirun" / "a" / "s1" and found["2"].seed == 2 and found["stopped-1"].sweep is None
 
 
-def test_a_run_is_running_while_it_holds_its_folder_and_dead_when_it_was_killed(outputs, monkeypatch):
+def test_a_run_is_running_while_it_holds_its_folder_and_dead_when_it_was_killed(outputs):
     folder = outputs / "a" / "stopped-1"
     child = holder(folder)
     try:
         assert states(outputs)["stopped-1"] == "running"
-        os.kill(child, signal.SIGSTOP)
+        stop(child)
         assert is_alive(folder), "until its lock has not been renewed for so long"
-        with monkeypatch.context() as patch:
-            patch.setattr(run_files, "LEASE_SECONDS", 0.01)
-            assert is_alive(folder) is False
-            with pytest.raises(InputError, match="in use by a process that runs"):  # it may go on
-                remove_run(find_run("stopped-1"), outputs)
+        os.utime(folder / LOCK, (time.time() - 2 * LEASE_SECONDS,) * 2)
+        assert is_alive(folder) is False
+        with pytest.raises(InputError, match="in use by a process that runs"):  # it may go on
+            remove_run(find_run("stopped-1"), outputs)
     finally:
         end(child)
     assert states(outputs)["stopped-1"] == "dead" and (folder / "config.yaml").is_file()

@@ -137,23 +137,30 @@ def test_an_export_and_prompts_of_its_own(command, texts, tmp_path):
     assert changed.code == 1 and "Export it anew" in changed.terminal
 
 
-def slow_shards():
-    """Shards of two texts, each of which takes a while, in processes that need no imports."""
+def small_shards():
+    """Shards of two texts, in processes that need no imports."""
+    encoding.START_METHOD = "fork"
+    encoding.ROWS = dict.fromkeys(encoding.ROWS, 2)
+
+
+def few_shards():
+    """As ``small_shards``; once two are written, each process waits to be killed."""
+    small_shards()
     encode_shard = encoding._encode_shard
 
-    def slowly(*arguments):
-        time.sleep(0.3)
-        encode_shard(*arguments)
+    def waits_after_two(encoder, items, path, column):
+        if len(list(path.parent.glob("*.npy"))) >= 2:
+            time.sleep(60)
+        encode_shard(encoder, items, path, column)
 
-    encoding._encode_shard, encoding.START_METHOD = slowly, "fork"
-    encoding.ROWS = dict.fromkeys(encoding.ROWS, 2)
+    encoding._encode_shard = waits_after_two
 
 
 @pytest.mark.skipif(METHOD != "fork", reason="processes are forked")
 def test_a_command_with_processes_that_is_killed_ends_them_and_goes_on(model, texts, tmp_path):
     shards = tmp_path / ".v.parquet.shards"
     words = [f"model={model}", f"data.path={texts}", "num_processes=2"]
-    killed = Forked(tmp_path, "encode", [*words, f"output={tmp_path / 'v.parquet'}"], slow_shards)
+    killed = Forked(tmp_path, "encode", [*words, f"output={tmp_path / 'v.parquet'}"], few_shards)
     killed.wait_for(lambda: len(list(shards.glob("*.npy"))) >= 2)
     workers = descendants(killed.pid)
     os.kill(killed.pid, signal.SIGKILL)
@@ -163,9 +170,9 @@ def test_a_command_with_processes_that_is_killed_ends_them_and_goes_on(model, te
         time.sleep(0.05)
     assert len(workers) == 2 and not alive(workers)
     assert len(list(shards.glob("*.npy"))) < 6 and not (tmp_path / "v.parquet").exists()
-    again = Forked(tmp_path, "encode", [*words, f"output={tmp_path / 'v.parquet'}"], slow_shards)
+    again = Forked(tmp_path, "encode", [*words, f"output={tmp_path / 'v.parquet'}"], small_shards)
     assert again.end() == 0 and "Going on: " in again.said(), again.said()
-    whole = Forked(tmp_path, "encode", [*words, f"output={tmp_path / 'whole.parquet'}"], slow_shards)
+    whole = Forked(tmp_path, "encode", [*words, f"output={tmp_path / 'whole.parquet'}"], small_shards)
     assert whole.end() == 0, whole.said()
     assert (tmp_path / "v.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
     assert not shards.exists()

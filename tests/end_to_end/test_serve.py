@@ -66,7 +66,7 @@ def test_it_serves_until_a_signal_and_answers_what_has_arrived(saved, tmp_path, 
     folder, model = saved
     port = free_port()
     place = f"http://127.0.0.1:{port}"
-    with ended(Forked(tmp_path, "serve", [f"model={folder}", f"port={port}", "latency_ms=3000"])) as started:
+    with ended(Forked(tmp_path, "serve", [f"model={folder}", f"port={port}", "latency_ms=10000"])) as started:
         started.wait_for(lambda: is_ready(place), 120)
         assert f"model is served at {place}/v1" in started.said()
         with ThreadPoolExecutor(4) as pool, httpx.Client(timeout=60) as client:

@@ -105,15 +105,8 @@ def test_a_body_is_bounded_whether_its_length_is_told_or_not(client, place):
     host, port = place.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=20) as raw:
         raw.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
-        answer = b""
-        raw.settimeout(0.02)
-        for _ in range(200):  # a body without an end: the answer comes long before
-            raw.sendall(b"1000\r\n" + b"x" * 4096 + b"\r\n")
-            try:
-                answer = raw.recv(4096)
-                break
-            except TimeoutError:
-                continue
+        raw.sendall((b"1000\r\n" + b"x" * 4096 + b"\r\n") * 5)  # and no end: the answer does not wait for it
+        answer = raw.recv(4096)
     assert answer.startswith(b"HTTP/1.1 413")
 
 
