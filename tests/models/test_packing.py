@@ -93,9 +93,10 @@ def test_what_is_dropped_by_seed_is_the_same_however_rows_are_kept_apart(name):
 @pytest.mark.parametrize("first", [False, True])
 def test_gradients_of_attention_with_dropout_by_seed_are_those_of_autograd(first, scale):
     """By length they are written out; padded, autograd finds them."""
-    qkv, rows = tokens(LENGTHS, dtype=torch.float64), packed(LENGTHS, first_token_only=first)
+    lengths = [*LENGTHS, 17]  # softmax of short rows is written out, too
+    qkv, rows = tokens(lengths, dtype=torch.float64), packed(lengths, first_token_only=first)
     qkv[2] = qkv[2].detach()[..., :5].requires_grad_()  # some models have shorter values
-    seed, starts = torch.arange(sum(LENGTHS))[None] + 77, rows.index.start
+    seed, starts = torch.arange(sum(lengths))[None] + 77, rows.index.start
     settings = AttentionSettings(0.3, scale, seed=seed[:, starts] if first else seed)
     queries = [qkv[0][:, :, starts] if first else qkv[0] for _ in range(2)]
     got, want = (
@@ -107,6 +108,14 @@ def test_gradients_of_attention_with_dropout_by_seed_are_those_of_autograd(first
     for a, b in zip(*slopes, strict=True):
         assert b.abs().max() > 0
         torch.testing.assert_close(a, b)
+
+
+def test_large_scores_do_not_overflow():
+    (query, key, value), rows = tokens(LENGTHS), packed(LENGTHS)
+    settings = AttentionSettings(0.3, 1e4, seed=torch.arange(sum(LENGTHS))[None])
+    got, want = (f(query, key, value, rows, settings) for f in (attend_by_length, attend_padded))
+    torch.testing.assert_close(got, want)
+    assert all(grad.isfinite().all() for grad in torch.autograd.grad(got.sum(), [query, key, value]))
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

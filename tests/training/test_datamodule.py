@@ -14,6 +14,7 @@ from tercet.data.text_transform import TextTransform, content_hash
 from tercet.errors import InputError
 from tercet.losses import InfoNCE
 from tercet.models import load_tokenizer
+from tercet.training import datamodule
 from tercet.training.datamodule import DataModule, RunLength
 from tests.conftest import TEXTS, TOKENIZER, Ids
 from tests.laws.distributed_runs import Listed
@@ -83,9 +84,12 @@ def module(pieces, cache, source=None, max_length=16, **changes):
     return made
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_batch_holds_what_the_rows_say(pieces, tmp_path, workers):
+@pytest.mark.parametrize(("workers", "in_shared_memory"), [(0, False), (2, False), (2, True)])
+def test_a_batch_holds_what_the_rows_say(pieces, tmp_path, monkeypatch, workers, in_shared_memory):
+    if in_shared_memory:
+        monkeypatch.setattr(datamodule, "SHARED_BYTES", 0)
     batch = next(iter(module(pieces, tmp_path, workers=workers).train_dataloader()))
+    assert {x.is_shared() for x in (batch.example_id, batch.content_hash, batch.views[0].ids)} == {in_shared_memory}
     rows = Listed(("a", "b"), label=True).rows()
     assert len(batch) == 4
     for i, uid in enumerate(batch.example_id.tolist()):

@@ -290,7 +290,7 @@ def _trainer(cfg: DictConfig) -> None:
         warnings.warn(
             f"trainer.accumulate_grad_batches={steps} adds up {steps} losses of {size} rows each: a row is contrasted with "
             f"{size} keys, not {steps * size}. For more keys use data.batch_size={steps * size} with "
-            "model.execution.recompute=true model.execution.chunk_tokens=4096, which needs no more memory.",
+            "model.execution.recompute=true model.execution.chunk_tokens=auto, whose chunks fit into memory.",
             stacklevel=2,
         )
     if str(cfg.optimized_metric).startswith("test/"):

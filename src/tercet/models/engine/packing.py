@@ -160,8 +160,9 @@ class _DroppedByLength(torch.autograd.Function):
         splits = zip(k.split(ctx.tokens), v.split(ctx.tokens), *(x.split(ctx.queries) for x in (q, seeds, out)), strict=True)
         for (n, length), (*parts, to) in zip(groups, splits, strict=True):
             keys, values, queries, seed = (_by_head(x, n).flatten(0, 1) for x in parts)
-            share = torch.bmm(queries, keys.mT).mul_(ctx.scale).softmax(-1)
-            factor = draw_kept(seed[..., 0], settings.dropout, length).to(share.dtype).mul_(kept_scale(settings.dropout))
+            share = _softmax(torch.bmm(queries, keys.mT).mul_(ctx.scale))
+            kept = draw_kept(seed[..., 0], settings.dropout, length).view(torch.uint8)
+            factor = kept.to(share.dtype).mul_(kept_scale(settings.dropout))
             _by_head(to, n).copy_(torch.bmm(share * factor, values).unflatten(0, (n, -1)))
             saved += [queries, keys, values, share, factor]
         ctx.save_for_backward(*saved)
@@ -181,6 +182,14 @@ class _DroppedByLength(torch.autograd.Function):
             for part, pair in zip(to, pairs, strict=True):
                 _by_head(part, n).copy_(torch.bmm(*pair).unflatten(0, (n, -1)))
         return *found, None, None
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """Over the last dimension, in place; torch's is slow where that has fewer elements than a vector of the CPU."""
+    if scores.shape[-1] >= 16:
+        return scores.softmax(-1)
+    shares = scores.sub_(scores.amax(-1, keepdim=True)).exp_()
+    return shares.div_(shares.sum(-1, keepdim=True))
 
 
 def _by_head(x: Tensor, n: int) -> Tensor:
