@@ -89,15 +89,18 @@ def test_what_is_dropped_by_seed_is_the_same_however_rows_are_kept_apart(name):
     assert not torch.allclose(got, row_by_row(query, key, value, LENGTHS), atol=1e-2)
 
 
-@pytest.mark.parametrize("scale", [None, 0.5])
+@pytest.mark.parametrize(
+    ("scale", "window", "cut"), [(None, None, False), (0.5, None, True), (None, 4, False), (None, 4, True)]
+)
 @pytest.mark.parametrize("first", [False, True])
-def test_gradients_of_attention_with_dropout_by_seed_are_those_of_autograd(first, scale):
+def test_gradients_of_attention_with_dropout_by_seed_are_those_of_autograd(first, scale, window, cut):
     """By length they are written out; padded, autograd finds them."""
     lengths = [*LENGTHS, 17]  # softmax of short rows is written out, too
-    qkv, rows = tokens(lengths, dtype=torch.float64), packed(lengths, first_token_only=first)
+    attend = torch.arange(sum(lengths)) % 3 != 1 if cut else None
+    qkv, rows = tokens(lengths, dtype=torch.float64), packed(lengths, first_token_only=first, attend=attend)
     qkv[2] = qkv[2].detach()[..., :5].requires_grad_()  # some models have shorter values
     seed, starts = torch.arange(sum(lengths))[None] + 77, rows.index.start
-    settings = AttentionSettings(0.3, scale, seed=seed[:, starts] if first else seed)
+    settings = AttentionSettings(0.3, scale, window, seed[:, starts] if first else seed)
     queries = [qkv[0][:, :, starts] if first else qkv[0] for _ in range(2)]
     got, want = (
         f(query, *qkv[1:], rows, settings) for f, query in zip((attend_by_length, attend_padded), queries, strict=True)
@@ -108,6 +111,21 @@ def test_gradients_of_attention_with_dropout_by_seed_are_those_of_autograd(first
     for a, b in zip(*slopes, strict=True):
         assert b.abs().max() > 0
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+def test_attention_with_dropout_by_seed_computes_in_float32_under_autocast(half):
+    qkv, rows = tokens(LENGTHS), packed(LENGTHS)
+    settings = AttentionSettings(0.3, seed=torch.arange(sum(LENGTHS))[None])
+    rounded = [x.detach().to(half).requires_grad_() for x in qkv]
+    exact = [x.detach().float().requires_grad_() for x in rounded]
+    with torch.autocast("cpu", half):
+        got = attend_by_length(*rounded, rows, settings)
+        slopes = torch.autograd.grad(got, rounded, torch.ones_like(got))
+    want = attend_by_length(*exact, rows, settings)
+    torch.testing.assert_close(got, want.to(half), rtol=0, atol=0)
+    for a, b in zip(slopes, torch.autograd.grad(want, exact, torch.ones_like(want)), strict=True):
+        torch.testing.assert_close(a, b.to(half), rtol=0, atol=0)
 
 
 def test_large_scores_do_not_overflow():

@@ -4,7 +4,7 @@ One attention function, registered with ``transformers``, does this for its mode
 normalization and dropout process real tokens only, and no model is reimplemented.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
 from itertools import groupby
@@ -21,7 +21,7 @@ from tercet.models.engine import transformers_compat as compat
 from tercet.models.engine import triton_kernels as kernels
 from tercet.models.engine.deterministic_dropout import DropoutSeeds, apply_dropout, draw_kept, kept_scale
 from tercet.rng import derive_seed
-from tercet.types import RowIndex, runs_on_cpu, send
+from tercet.types import RowIndex, at_least_float32, runs_on_cpu, send
 
 NAME = "tercet"
 LONG = 128  # tokens; in shorter rows attention is a few percent of a layer's work (its scores: L / 6H of the linear layers')
@@ -122,66 +122,85 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 
 def attend_by_length(q: Tensor, k: Tensor, v: Tensor, rows: Packing, settings: AttentionSettings) -> Tensor:
-    """One dense call, without a mask, for each run of rows of equal length. Fastest on a CPU."""
-    plain = rows.attend is None and settings.window is None and autocast_dtype(q.device) is None
-    if settings.seed is not None and plain:
-        by_token = (x[0].transpose(0, 1) for x in (q, k, v))
-        return _DroppedByLength.apply(*by_token, rows.groups, settings)[None]  # type: ignore[no-untyped-call, no-any-return]
-    tokens = [n * length for n, length in rows.groups]
-    queries = tokens if q.shape[2] == k.shape[2] else [n for n, _ in rows.groups]
-    seeds = [None] * len(tokens) if settings.seed is None else settings.seed[0].split(queries)
-    attends = [None] * len(tokens) if rows.attend is None else rows.attend.split(tokens)
-    splits = q.squeeze(0).split(queries, 1), k.squeeze(0).split(tokens, 1), v.squeeze(0).split(tokens, 1)
+    """One dense call for each run of rows of equal length. Fastest on a CPU."""
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+    if settings.seed is not None:
+        return _DroppedByLength.apply(q, k, v, rows, settings)[None]  # type: ignore[no-untyped-call, no-any-return]
     parts = []
-    for *qkv, s, attend, (n, length) in zip(*splits, seeds, attends, rows.groups, strict=True):
-        q, k, v = (x.unflatten(1, (n, -1)).transpose(0, 1) for x in qkv)
-        mask = _window_mask(q.shape[2], length, settings.window, q.device)
-        if attend is not None:
-            seen = attend.view(n, 1, 1, length)
-            mask = seen if mask is None else mask & seen
-        own = settings._replace(seed=None if s is None else s.unflatten(0, (n, -1)))
-        parts.append(_attend(q, k, v, mask, own).transpose(1, 2).flatten(0, 1))
+    for n, mask, *qkv in _runs(rows, settings.window, q, k, v):
+        q, k, v = (_by_head(x, n) for x in qkv)
+        parts.append(_attend(q, k, v, mask, settings).transpose(1, 2).flatten(0, 1))
     return torch.cat(parts)[None]
 
 
+def _runs(rows: Packing, window: int | None, q: Tensor, k: Tensor, *more: Tensor) -> Iterator[tuple[Any, ...]]:
+    """For each run of rows of equal length: their number, which keys are seen (None: all), and their part of each tensor.
+
+    A tensor has something for each query, as ``q``, or for each token, as ``k``.
+    """
+    tokens = [n * length for n, length in rows.groups]
+    queries = tokens if len(q) == len(k) else [n for n, _ in rows.groups]
+    parts = [x.split(queries if len(x) == len(q) else tokens) for x in (q, k, *more)]
+    attends = [None] * len(tokens) if rows.attend is None else rows.attend.split(tokens)
+    for (n, length), attend, *own in zip(rows.groups, attends, *parts, strict=True):
+        mask = _window_mask(len(own[0]) // n, length, window, q.device)
+        if attend is not None:
+            seen = attend.view(n, 1, 1, length)
+            mask = seen if mask is None else mask & seen
+        yield n, mask, *own
+
+
 class _DroppedByLength(torch.autograd.Function):
-    """``attend_by_length`` of ``(T, heads, d)`` with dropout by seed; left to autograd it takes half as long again."""
+    """``attend_by_length`` of ``(T, heads, d)`` with dropout by seed; left to autograd it takes half as long again.
+
+    It computes in float32 also where autocast asks for half precision, in which a CPU is slow with so small matrices.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, groups: list[tuple[int, int]], settings: AttentionSettings
-    ) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, rows: Packing, settings: AttentionSettings) -> Tensor:
         assert settings.seed is not None
-        ctx.groups, ctx.scale, ctx.shapes = groups, settings.scale or q.shape[-1] ** -0.5, [x.shape for x in (q, k, v)]
-        ctx.tokens = [n * length for n, length in groups]
-        ctx.queries = ctx.tokens if len(q) == len(k) else [n for n, _ in groups]
+        ctx.rows, ctx.settings, ctx.scale = rows, settings, settings.scale or q.shape[-1] ** -0.5
+        ctx.inputs = [(x.shape, x.dtype) for x in (q, k, v)]
         seeds = derive_seed(settings.seed[0][:, None], torch.arange(q.shape[1], device=q.device))[..., None]
         out, saved = v.new_empty(len(q), *v.shape[1:]), []
-        splits = zip(k.split(ctx.tokens), v.split(ctx.tokens), *(x.split(ctx.queries) for x in (q, seeds, out)), strict=True)
-        for (n, length), (*parts, to) in zip(groups, splits, strict=True):
-            keys, values, queries, seed = (_by_head(x, n).flatten(0, 1) for x in parts)
-            share = _softmax(torch.bmm(queries, keys.mT).mul_(ctx.scale))
-            kept = draw_kept(seed[..., 0], settings.dropout, length).view(torch.uint8)
-            factor = kept.to(share.dtype).mul_(kept_scale(settings.dropout))
-            _by_head(to, n).copy_(torch.bmm(share * factor, values).unflatten(0, (n, -1)))
-            saved += [queries, keys, values, share, factor]
+        with torch.autocast(q.device.type, enabled=False):
+            for n, mask, *parts, seed, to in _runs(rows, settings.window, q, k, v, seeds, out):
+                queries, keys, values = (_matrices(x, n) for x in parts)
+                scores = torch.bmm(queries, keys.mT).mul_(ctx.scale)
+                if mask is not None:
+                    scores.unflatten(0, (n, -1)).masked_fill_(~mask, torch.finfo(scores.dtype).min)
+                share = _softmax(scores)
+                kept = draw_kept(_by_head(seed, n).flatten(0, 1)[..., 0], settings.dropout, share.shape[-1])
+                dropped = share * _factor(kept, settings.dropout, share.dtype)
+                _by_head(to, n).copy_(torch.bmm(dropped, values).unflatten(0, (n, -1)))
+                saved += [queries, keys, values, share, kept]
         ctx.save_for_backward(*saved)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved, sizes = iter(ctx.saved_tensors), (ctx.queries, ctx.tokens, ctx.tokens)
-        found = [grad.new_empty(shape) for shape in ctx.shapes]
-        splits = (x.split(size) for x, size in zip((grad, *found), (ctx.queries, *sizes), strict=True))
-        for (n, _), own, *to in zip(ctx.groups, *splits, strict=True):
-            own, (queries, keys, values, share, factor) = _by_head(own, n).flatten(0, 1), (next(saved) for _ in range(5))
-            of_share = torch.bmm(own, values.mT).mul_(factor)
-            of_scores = of_share.sub_((of_share * share).sum(-1, keepdim=True)).mul_(share).mul_(ctx.scale)
-            pairs = (of_scores, keys), (of_scores.mT, queries), ((share * factor).mT, own)
-            for part, pair in zip(to, pairs, strict=True):
-                _by_head(part, n).copy_(torch.bmm(*pair).unflatten(0, (n, -1)))
+        saved = iter(ctx.saved_tensors)
+        found = [grad.new_empty(shape, dtype=dtype) for shape, dtype in ctx.inputs]
+        with torch.autocast(grad.device.type, enabled=False):
+            for n, _, to_q, to_k, own, to_v in _runs(ctx.rows, None, *found[:2], grad, found[2]):
+                own, (queries, keys, values, share, kept) = _matrices(own, n), (next(saved) for _ in range(5))
+                factor = _factor(kept, ctx.settings.dropout, share.dtype)
+                of_share = torch.bmm(own, values.mT).mul_(factor)
+                of_scores = of_share.sub_((of_share * share).sum(-1, keepdim=True)).mul_(share).mul_(ctx.scale)
+                pairs = (of_scores, keys), (of_scores.mT, queries), ((share * factor).mT, own)
+                for to, pair in zip((to_q, to_k, to_v), pairs, strict=True):
+                    _by_head(to, n).copy_(torch.bmm(*pair).unflatten(0, (n, -1)))
         return *found, None, None
+
+
+def _matrices(x: Tensor, n: int) -> Tensor:
+    """``(n · L, heads, d)`` as ``(n · heads, L, d)``, in one copy, in float32 at least."""
+    return at_least_float32(_by_head(x, n)).flatten(0, 1)
+
+
+def _factor(kept: Tensor, p: float, dtype: torch.dtype) -> Tensor:
+    return kept.view(torch.uint8).to(dtype).mul_(kept_scale(p))
 
 
 def _softmax(scores: Tensor) -> Tensor:
