@@ -1,6 +1,5 @@
 """The methods by which mteb, and the evaluators of sentence-transformers, use an encoder as if it were one of theirs."""
 
-import io
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tercet.errors import check_choice, require
+from tercet.images import encode_png
 from tercet.types import Item
 
 if TYPE_CHECKING:
@@ -136,14 +136,8 @@ def read_items(loader: Iterable[dict[str, Any]]) -> list[Item]:
     """The texts, or else the images as files, in the batches of a data loader of mteb."""
     items: list[Item] = []
     for batch in loader:
-        items += batch["text"] if "text" in batch else [_png(image) for image in batch["image"]]
+        items += batch["text"] if "text" in batch else [encode_png(image.convert("RGB")) for image in batch["image"]]
     return items
-
-
-def _png(image: Any) -> bytes:
-    file = io.BytesIO()
-    image.convert("RGB").save(file, "png")
-    return file.getvalue()
 
 
 def _rows(embeddings: Any) -> Tensor:
