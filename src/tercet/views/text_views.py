@@ -102,16 +102,13 @@ class TokenLayout(NamedTuple):
 
 def token_layout(inputs: TokenBatch, info: TokenInfo) -> TokenLayout:
     """Compute the layout of all rows at once."""
-    ids = inputs.ids
-    length = inputs.lengths.to(ids.device)
-    row = torch.repeat_interleave(torch.arange(len(length), device=ids.device), length)
-    offset = torch.arange(len(ids), device=ids.device) - (length.cumsum(0) - length)[row]
+    ids, row, offset = inputs.ids, inputs.index.row, inputs.index.position
     content = ~info.special.to(ids.device)[ids]
-    num_content = _count(content, row, len(length))
+    num_content = _count(content, row, len(inputs))
     before = content.cumsum(0) - content.long() - (num_content.cumsum(0) - num_content)[row]
     # The first content token of a row begins a word even where RoBERTa's vocabulary does not mark it.
     starts = content & (info.word_start.to(ids.device)[ids] | (before == 0))
-    num_words = _count(starts, row, len(length))
+    num_words = _count(starts, row, len(inputs))
     word = starts.cumsum(0) - (num_words.cumsum(0) - num_words)[row] - 1
     return TokenLayout(row, offset, content, word.clamp_min(0), num_content, num_words)
 
