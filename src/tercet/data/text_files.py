@@ -195,6 +195,7 @@ class Groups:
 
     files: TextFiles
     group: str
+    columns: ClassVar[tuple[str, ...]] = ("anchor", "positive")  # two rows of a group
     provides: ClassVar[frozenset[str]] = frozenset({"label", "all_rows"})
 
     def __post_init__(self) -> None:
@@ -204,11 +205,6 @@ class Groups:
         require(len(self.files.columns) == 1, f"`files.columns`=[{names}]: groups pair the rows of one text column. Name one.")
         # Also checks that there is such a column.
         object.__setattr__(self, "files", replace(self.files, label=self.group, held_out_by=self.group))
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Two rows of a group."""
-        return ("anchor", "positive")
 
     def rows(self) -> Dataset:
         """The pairs, by group."""
