@@ -17,7 +17,7 @@ from tercet.app import run_files
 from tercet.app.components import walk
 from tercet.app.run_files import CURVES_FILE, ERROR, LOCK, RESULTS, SETTINGS
 from tercet.errors import InputError, require
-from tercet.paths import cache_folder, read_regular_file, write_text
+from tercet.paths import cache_folder, read_regular_file, remove_empty, write_text
 
 STATES = ("running", "finished", "stopped", "failed", "dead")
 VERSION = 1  # of the cache
@@ -203,11 +203,7 @@ def remove_run(run: Run, root: Path) -> int:
                 path.unlink()
     finally:
         lease.release()
-    for parent in (folder, *folder.parents):
-        if inside not in parent.parents:
-            break
-        with suppress(OSError):  # it holds something
-            parent.rmdir()
+    remove_empty(folder, inside)
     return size
 
 

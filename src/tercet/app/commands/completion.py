@@ -18,7 +18,7 @@ from typing import Any
 from tercet import __version__
 from tercet.app import config_folder
 from tercet.errors import refuse_arguments
-from tercet.paths import write_text
+from tercet.paths import cache_folder, write_text
 
 BASH = r"""# eval "$(tercet completion bash)", or keep it as ~/.local/share/bash-completion/completions/tercet
 _tercet() {
@@ -157,7 +157,7 @@ def _remembered(name: str, make: Any, words: tuple[str, ...]) -> Any:
     files = sorted(path for folder in folders for path in folder.rglob("*.yaml"))
     state = [__version__, name, *words, *(f"{path} {path.stat().st_mtime_ns}" for path in (*files, Path(__file__).parents[1]))]
     digest = hashlib.sha256("\n".join(state).encode(errors="surrogatepass")).hexdigest()[:24]
-    cache = Path(os.environ.get("TERCET_CACHE") or Path.home() / ".cache" / "tercet").expanduser() / "completion"
+    cache = cache_folder() / "completion"
     kept = cache / f"{digest}.json"
     try:
         return json.loads(kept.read_text(encoding="utf-8"))
