@@ -70,14 +70,11 @@ class EvaluatedModel:
 class FunctionModel(EvaluatedModel):
     """An encode function as a model of mteb, with the prompts and the similarity of its encoder, where it has them."""
 
-    def __init__(self, function: Any, name: str, revision: str) -> None:
-        self.function, self.meta = function, model_meta(function, name, revision)
-        self.similarity_fn_name = self.meta.similarity_fn_name.value
+    mteb_model_meta: Any = None  # replaced by that of the function
 
-    @property
-    def mteb_model_meta(self) -> Any:
-        """The description that mteb asks for, a ``ModelMeta``."""
-        return self.meta
+    def __init__(self, function: Any, name: str, revision: str) -> None:
+        self.function, self.mteb_model_meta = function, model_meta(function, name, revision)
+        self.similarity_fn_name = self.mteb_model_meta.similarity_fn_name.value
 
     def encode(self, inputs: Any, *, task_metadata: Any, prompt_type: Any = None, **options: Any) -> Any:
         """The embeddings ``(N, D)`` of the items of a data loader."""

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -326,5 +326,4 @@ def _floats(vectors: Any, unit: bool) -> Floats:
     x = np.ascontiguousarray(vectors, dtype=np.float32)
     if not unit:
         return x
-    length: Callable[..., Any] = np.linalg.norm
-    return x / np.maximum(length(x, axis=1, keepdims=True), np.finfo(np.float32).tiny)  # type: ignore[no-any-return]
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), np.finfo(np.float32).tiny)  # type: ignore[no-any-return]
