@@ -142,8 +142,7 @@ def find_run(name: str, folder: str | Path = "outputs") -> Run:
     if any((Path(name) / file).exists() for file in (SETTINGS, LOCK, ERROR)):
         return _run(Path(name), {"stamps": _stamps(Path(name)), **_read(Path(name))})
     runs = list_runs(folder)
-    by_path = {f"/{run.folder.as_posix()}": run for run in runs}
-    found = [run for path, run in by_path.items() if path.endswith(f"/{name}")]
+    found = [run for run in runs if f"/{run.folder.as_posix()}".endswith(f"/{name}")]
     found = found or [run for run in runs if run.folder.name.startswith(name)]
     require(found, f"{name}: no run of this path or id is there. `tercet runs list` shows those in {folder}.")
     listed = ", ".join(str(run.folder) for run in found[:4]) + (", …" if len(found) > 4 else "")

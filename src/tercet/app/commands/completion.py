@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -159,17 +160,14 @@ def _remembered(name: str, make: Any, words: tuple[str, ...]) -> Any:
     digest = hashlib.sha256("\n".join(state).encode(errors="surrogatepass")).hexdigest()[:24]
     cache = cache_folder() / "completion"
     kept = cache / f"{digest}.json"
-    try:
+    with suppress(OSError, ValueError):  # none, or cut
         return json.loads(kept.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none, or cut
-        made = make(name, words)
-    try:
+    made = make(name, words)
+    with suppress(OSError):  # the next line is completed slowly, too
         cache.mkdir(parents=True, exist_ok=True)
         write_text(kept, json.dumps(made))
         for old in sorted(cache.glob("*.json"), key=lambda path: path.stat().st_mtime)[:-KEPT]:
             old.unlink()
-    except OSError:  # the next line is completed slowly, too
-        return made
     return made
 
 
