@@ -142,8 +142,7 @@ class TextFiles:
         rows = (row for table in self._tables() for row in self._cells(table)[0].to_pylist())
         number, held_out = -1, self.held_out + self.validation_rows
         for number, row in enumerate(rows):
-            validation = "validation" if number < self.held_out + self.validation_rows else "train"
-            side = "test" if number < self.held_out else validation
+            side = "test" if number < self.held_out else "validation" if number < held_out else "train"
             if self.split in ("all", side):
                 yield row
             elif side == "train":
