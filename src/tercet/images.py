@@ -118,9 +118,9 @@ def _to_8_bit(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB") if picture.mode == "LAB" else picture  # Pillow cannot convert LAB to gray
 
 
-def make_thumbnail(data: bytes) -> Image.Image:
+def make_thumbnail(data: bytes, side: int = SIDE) -> Image.Image:
     """A file's content as an upright, square RGB image for display."""
-    return ImageOps.fit(open_image(data).convert("RGB"), (SIDE, SIDE))
+    return ImageOps.fit(open_image(data).convert("RGB"), (side, side))
 
 
 def encode_thumbnail(data: bytes, side: int = 256) -> bytes:
@@ -136,6 +136,13 @@ def encode_thumbnail(data: bytes, side: int = 256) -> bytes:
     picture.info.clear()  # nothing but the pixels goes out: JPEG would keep the comment of the file
     file = io.BytesIO()
     picture.save(file, "jpeg", quality=90)
+    return file.getvalue()
+
+
+def encode_png(picture: Image.Image) -> bytes:
+    """An image as the content of a PNG file."""
+    file = io.BytesIO()
+    picture.save(file, "png")
     return file.getvalue()
 
 

@@ -153,9 +153,8 @@ def without_progress_bars() -> Iterator[None]:
 
 def silence_libraries() -> None:
     """Silence tips of libraries, and their warnings about choices that are made on purpose here."""
-    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric"):
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric", "bm25s"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("bm25s").setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own: each line would stand there twice
     logging.basicConfig(format="%(message)s")  # counts of dropped rows
     texts = (

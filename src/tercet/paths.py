@@ -91,6 +91,14 @@ def is_utf8(name: str) -> bool:
     return name.isascii() or name.encode(errors="replace") == name.encode(errors="surrogatepass")
 
 
+def remove_empty(folder: Path, root: Path) -> None:
+    """Remove the folder if it is empty, and empty ones around it that are below ``root``."""
+    folder = folder.absolute()
+    for path in (folder, *(parent for parent in folder.parents if root in parent.parents)):
+        with suppress(OSError):  # it holds something
+            path.rmdir()
+
+
 def check_new_folder(folder: Path, parameter: str) -> None:
     """Raise ``InputError`` naming ``parameter`` if the folder has content, which would be overwritten."""
     in_use = folder.is_file() or (folder.is_dir() and any(folder.iterdir()))

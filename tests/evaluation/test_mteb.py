@@ -15,9 +15,8 @@ from PIL import Image
 from tercet.app.components import build
 from tercet.errors import InputError
 from tercet.evaluation import MTEB
-from tercet.images import PixelFormat
+from tercet.images import PixelFormat, encode_png
 from tercet.models import CachedEncoder, ImageEncoder, load, random_backbone, save_model
-from tercet.models.interop import _png
 from tests.conftest import MINILM, TEXTS, composed, tiny
 from tests.end_to_end.conftest import command  # noqa: F401 - a fixture
 from tests.models.test_saved_folders import RESNET
@@ -296,7 +295,7 @@ def test_images_of_mteb_are_encoded():
     pixels = np.random.default_rng(0).integers(0, 256, (3, 20, 30, 3), dtype=np.uint8)
     images = [Image.fromarray(each) for each in pixels]
     found = encoder.encode([{"image": images[:2]}, {"image": images[2:]}], task_metadata=mteb.get_task("STSBenchmark").metadata)
-    np.testing.assert_allclose(found, encoder.encode(list(map(_png, images))), atol=1e-6)
+    np.testing.assert_allclose(found, encoder.encode(list(map(encode_png, images))), atol=1e-6)
     assert encoder.mteb_model_meta.modalities == ["image"]
 
 

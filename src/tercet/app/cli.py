@@ -25,7 +25,7 @@ from tercet.app import config_folder as config_folder
 from tercet.app.run_files import ERROR
 from tercet.errors import refuse_arguments, require
 from tercet.messages import printable
-from tercet.paths import RENAME_MANY, is_utf8, write_text
+from tercet.paths import RENAME_MANY, is_utf8, remove_empty, write_text
 
 COMMANDS = {
     "compare": "runs as one table: compare <folders> metric=<name> output=<folder>; models by example: compare a.json b.json",
@@ -61,8 +61,7 @@ def help_by_task() -> str:
     """What ``tercet --help`` prints: the commands by what they are for."""
     lines = ["usage: tercet COMMAND [key=value ...]"]
     for task, names in TASKS.items():
-        known = [f"  {name:11}{COMMANDS[name]}" for name in names if name in COMMANDS]
-        lines += ["", task, *known] if known else []
+        lines += ["", task, *(f"  {name:11}{COMMANDS[name]}" for name in names)]
     return "\n".join([*lines, "", "`tercet COMMAND --help` has the keys of a command, `tercet --version` the version."])
 
 
@@ -165,7 +164,7 @@ def _run_composed(command: str, arguments: Sequence[str]) -> None:
             getattr(importlib.import_module(f"tercet.app.commands.{module}"), function)(cfg, Path.cwd())
         finally:
             if "output" in cfg and cfg.output:
-                remove_empty(Path(cfg.output))
+                remove_empty(Path(cfg.output), Path.cwd())
 
 
 def _watch_output(output: str | None) -> Callable[[], str]:
@@ -219,21 +218,13 @@ def _job(failed: list[str]) -> Callable[[DictConfig], Any]:
                     write_text(output / ERROR, failed[-1] + "\n")
             return float("nan")
         except (KeyboardInterrupt, SystemExit):
-            remove_empty(output)
+            remove_empty(output, Path.cwd())
             sweeps.end_stopped_job()
             raise
         finally:
-            remove_empty(output)
+            remove_empty(output, Path.cwd())  # of a run that has written nothing
 
     return job
-
-
-def remove_empty(path: Path) -> None:
-    """Remove the folder of a run that has written nothing, and empty ones around it up to the working directory."""
-    path = path.absolute()
-    for folder in (path, *(parent for parent in path.parents if Path.cwd() in parent.parents)):
-        with suppress(OSError):  # it holds something
-            folder.rmdir()
 
 
 def report_error(error: Exception, command: str) -> str:

@@ -61,7 +61,8 @@ def explain(error: BaseException, command: str) -> str:
     if isinstance(error, errors.ConfigCompositionException):
         return _mistyped(error, command)
     if isinstance(error, (MissingMandatoryValue, InterpolationToMissingValueError)):
-        key = _missing_key(error)
+        missing = re.search(r"Missing mandatory value: (\S+)", str(error))  # where an interpolation leads to
+        key = missing[1] if missing else error.full_key
         return f"{key} must be given: {key}=..."
     if isinstance(error, InterpolationKeyError) and (found := re.search(r"'model\.(tokenizer|pixels)'", str(error))):
         if found[1] == "tokenizer":
@@ -78,12 +79,6 @@ def explain(error: BaseException, command: str) -> str:
     if where and isinstance(error.__cause__, (TypeError, ValueError)) and not str(error).startswith("tercet."):
         return place + " ".join(str(error.__cause__).split())  # a library's constructor refuses a value
     return place + _library_error(error.__cause__ or error if where else error, command)
-
-
-def _missing_key(error: OmegaConfBaseException) -> str:
-    """The key without a value: that of an interpolation is what it leads to."""
-    found = re.search(r"Missing mandatory value: (\S+)", str(error))
-    return found[1] if found else str(error.full_key)
 
 
 def _library_error(error: BaseException, command: str) -> str:

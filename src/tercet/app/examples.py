@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
@@ -35,14 +35,12 @@ class _HashedEncode:
         return self.encode(items)
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self.encode, name)
-        return self._of(found) if name in ("for_column", "for_task") else found
+        own = getattr(self.encode, name)
+        if name not in ("for_column", "for_task"):
+            return own
 
-    def _of(self, choose: Callable[..., Any]) -> Callable[..., Any]:
-        """A method that chooses the encode function with a prompt, as a method of this one."""
-
-        def chosen(*arguments: Any) -> Any:
-            found = choose(*arguments)
+        def chosen(*arguments: Any) -> Any:  # the encode function with a prompt, which adds its hashes, too
+            found = own(*arguments)
             return self if found is self.encode else _HashedEncode(found, self.seen)
 
         return chosen

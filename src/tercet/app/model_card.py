@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from tercet.app.components import walk
 from tercet.app.record import stage_metrics
-from tercet.app.report import format_number
+from tercet.app.report import format_number, render
 from tercet.app.run_files import Metrics
 from tercet.errors import require
 from tercet.messages import markdown_text, printable
 from tercet.models.encoder import Encoder
 from tercet.models.hub import HUB_ID
-from tercet.models.pretrained import MODULES, read_json, read_module_list
+from tercet.models.pretrained import read_json, read_module_list
 from tercet.paths import locate
 
 CARD = "README.md"
@@ -109,11 +108,8 @@ def _result(name: str, value: float) -> EvalResult:
 
 def opens_in_sentence_transformers(folder: Path) -> bool:
     """Whether ``modules.json`` names modules that sentence-transformers has."""
-    if not (folder / MODULES).is_file():
-        return False
-    return all(
-        module["type"].startswith("sentence_transformers.") for module in read_module_list(str(folder)) or [{"type": ""}]
-    )
+    modules = read_module_list(str(folder))
+    return bool(modules) and all(module["type"].startswith("sentence_transformers.") for module in modules or ())
 
 
 def _reads_images(encoder: Encoder) -> bool:
@@ -138,11 +134,7 @@ def _body(
         "command": printable(_command(settings), lines=False),
         "limits": list(_limits(encoder, settings, after)),
     }  # fmt: skip
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).with_name("templates")), undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, keep_trailing_newline=True,
-    )  # fmt: skip
-    return environment.get_template("model_card.md.j2").render(values)
+    return render("model_card.md.j2", values, autoescape=False)
 
 
 def _properties(encoder: Encoder, folder: Path) -> Iterator[tuple[str, Any]]:
@@ -156,7 +148,7 @@ def _properties(encoder: Encoder, folder: Path) -> Iterator[tuple[str, Any]]:
             for name, text in prompts.texts.items():
                 yield f"prompt {name}{' (default)' if name == prompts.default else ''}", repr(text)
     yield "similarity", encoder.similarity_fn_name
-    config = (read_json(str(folder), "config.json") if (folder / "config.json").is_file() else None) or {}
+    config = read_json(str(folder), "config.json") or {}
     for key, name in (("model_type", "architecture"), ("num_hidden_layers", "layers"), ("dtype", "weights")):
         if config.get(key):
             yield name, config[key]

@@ -2,7 +2,7 @@
 
 import base64
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,34 +43,34 @@ def write_report(output: Path, cfg: DictConfig, metrics: Metrics, shown: Sequenc
     overrides = list(cfg.command or [])
     names = [name for name in after if name in before or not before]
     changes = {name: f"{after[name] - before[name]:+.4f}" for name in names if name in before}
-    _render(
-        "run.html.j2",
-        output / "report.html",
-        title=run_title(cfg),
-        subtitle=f"experiment {cfg.name}, run {output.name}, seed {cfg.seed}",
-        result=run_result(cfg, metrics, before, after),
-        metrics=[(n, format_number(before.get(n)), format_number(after[n]), changes.get(n, "")) for n in names],
-        charts=read_charts(output),
-        figures=_encode_images(sorted(path for path in shown if path.suffix == ".png")),
-        overrides=[override.partition("=")[::2] for override in overrides],
-        speed=[(n.replace("_", " "), format_number(metrics[f"train/{n}"])) for n in SPEED if f"train/{n}" in metrics],
-        revision=(output / "revision.txt").read_text(encoding="utf-8"),
-        command=shlex.join(["tercet", "train", *overrides]),
-        config=OmegaConf.to_yaml(cfg, resolve=True),
-    )
+    values = {
+        "title": run_title(cfg),
+        "subtitle": f"experiment {cfg.name}, run {output.name}, seed {cfg.seed}",
+        "result": run_result(cfg, metrics, before, after),
+        "metrics": [(n, format_number(before.get(n)), format_number(after[n]), changes.get(n, "")) for n in names],
+        "charts": read_charts(output),
+        "figures": _encode_images(sorted(path for path in shown if path.suffix == ".png")),
+        "overrides": [override.partition("=")[::2] for override in overrides],
+        "speed": [(n.replace("_", " "), format_number(metrics[f"train/{n}"])) for n in SPEED if f"train/{n}" in metrics],
+        "revision": (output / "revision.txt").read_text(encoding="utf-8"),
+        "command": shlex.join(["tercet", "train", *overrides]),
+        "config": OmegaConf.to_yaml(cfg, resolve=True),
+    }
+    write_text(output / "report.html", render("run.html.j2", values))
 
 
 def write_comparison_page(folder: Path, title: str, headline: str, tables: str, figure: Path) -> None:
     """Write the page of ``tercet compare``: its headline, its tables as text, and its figure."""
     values = {"title": title, "subtitle": str(folder), "result": Result(headline) if headline else None, "tables": tables}
-    _render("comparison.html.j2", folder / "report.html", **values, figures=_encode_images([figure]))
+    write_text(folder / "report.html", render("comparison.html.j2", values | {"figures": _encode_images([figure])}))
 
 
-def _render(template: str, path: Path, **values: Any) -> None:
+def render(template: str, values: Mapping[str, Any], autoescape: bool = True) -> str:
+    """A template of the folder ``templates``, filled; ``autoescape`` is for HTML."""
     loader = FileSystemLoader(Path(__file__).with_name("templates"))
     lines: Any = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, **lines)
-    write_text(path, environment.get_template(template).render(values))
+    environment = Environment(loader=loader, autoescape=autoescape, undefined=StrictUndefined, **lines)
+    return environment.get_template(template).render(values)
 
 
 def run_title(cfg: DictConfig) -> str:

@@ -17,7 +17,7 @@ from tercet.app import run_files
 from tercet.app.components import walk
 from tercet.app.run_files import CURVES_FILE, ERROR, LOCK, RESULTS, SETTINGS
 from tercet.errors import InputError, require
-from tercet.paths import cache_folder, read_regular_file, write_text
+from tercet.paths import cache_folder, read_regular_file, remove_empty, write_text
 
 STATES = ("running", "finished", "stopped", "failed", "dead")
 VERSION = 1  # of the cache
@@ -142,8 +142,7 @@ def find_run(name: str, folder: str | Path = "outputs") -> Run:
     if any((Path(name) / file).exists() for file in (SETTINGS, LOCK, ERROR)):
         return _run(Path(name), {"stamps": _stamps(Path(name)), **_read(Path(name))})
     runs = list_runs(folder)
-    by_path = {f"/{run.folder.as_posix()}": run for run in runs}
-    found = [run for path, run in by_path.items() if path.endswith(f"/{name}")]
+    found = [run for run in runs if f"/{run.folder.as_posix()}".endswith(f"/{name}")]
     found = found or [run for run in runs if run.folder.name.startswith(name)]
     require(found, f"{name}: no run of this path or id is there. `tercet runs list` shows those in {folder}.")
     listed = ", ".join(str(run.folder) for run in found[:4]) + (", …" if len(found) > 4 else "")
@@ -203,11 +202,7 @@ def remove_run(run: Run, root: Path) -> int:
                 path.unlink()
     finally:
         lease.release()
-    for parent in (folder, *folder.parents):
-        if inside not in parent.parents:
-            break
-        with suppress(OSError):  # it holds something
-            parent.rmdir()
+    remove_empty(folder, inside)
     return size
 
 

@@ -210,14 +210,13 @@ def _inside(data: pa.Array, files: pa.Array, roots: Sequence[str], path: str) ->
 
     Links are followed. Files beside which there is ``data`` are names only.
     """
-    found = [
-        name if name is None or held else locate_inside(name, roots)
-        for name, held in zip(files.to_pylist(), data.is_valid().to_pylist(), strict=True)
-    ]
-    for name, place in zip(files.to_pylist(), found, strict=True):
+    found = []
+    for name, held in zip(files.to_pylist(), data.is_valid().to_pylist(), strict=True):
+        place = name if name is None or held else locate_inside(name, roots)
         advice = "Copy the image there, or name in `path` a folder that holds both."
         fault = f"the image {name!r} is outside of {' and '.join(roots)}"
         require(place is not None or name is None, f"`path`={path}: {fault}. {advice}")
+        found.append(place)
     return pa.array(found, pa.string())
 
 

@@ -90,8 +90,7 @@ def _passages(table: pa.Table, column: str, most: int) -> Iterator[str]:
         return
     table = table.sort_by([("label", "ascending"), ("position", "ascending")])
     passage, before = "", (-1, -1)
-    for text, *place in zip(*(table[name].to_pylist() for name in (column, "label", "position")), strict=True):
-        label, position = place
+    for text, label, position in zip(*(table[name].to_pylist() for name in (column, "label", "position")), strict=True):
         follows = label >= 0 and (label, position - 1) == before
         if passage and not (follows and len(passage) + 1 + len(text) <= most):
             yield passage

@@ -142,8 +142,7 @@ class TextFiles:
         rows = (row for table in self._tables() for row in self._cells(table)[0].to_pylist())
         number, held_out = -1, self.held_out + self.validation_rows
         for number, row in enumerate(rows):
-            validation = "validation" if number < self.held_out + self.validation_rows else "train"
-            side = "test" if number < self.held_out else validation
+            side = "test" if number < self.held_out else "validation" if number < held_out else "train"
             if self.split in ("all", side):
                 yield row
             elif side == "train":
@@ -195,6 +194,7 @@ class Groups:
 
     files: TextFiles
     group: str
+    columns: ClassVar[tuple[str, ...]] = ("anchor", "positive")  # two rows of a group
     provides: ClassVar[frozenset[str]] = frozenset({"label", "all_rows"})
 
     def __post_init__(self) -> None:
@@ -204,11 +204,6 @@ class Groups:
         require(len(self.files.columns) == 1, f"`files.columns`=[{names}]: groups pair the rows of one text column. Name one.")
         # Also checks that there is such a column.
         object.__setattr__(self, "files", replace(self.files, label=self.group, held_out_by=self.group))
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Two rows of a group."""
-        return ("anchor", "positive")
 
     def rows(self) -> Dataset:
         """The pairs, by group."""

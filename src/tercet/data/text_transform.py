@@ -189,17 +189,14 @@ class TokenRows:
 
 def collate(table: pa.Table, example_id: Tensor, num_views: int) -> Batch:
     """Make a batch of rows of token ids."""
+    ids = [table[f"ids_{v}"].combine_chunks() for v in range(num_views)]
     return Batch(
-        views=tuple(_token_batch(table[f"ids_{v}"].combine_chunks()) for v in range(num_views)),
+        views=tuple(TokenBatch(_tensor(rows.flatten()), _tensor(pc.list_value_length(rows))) for rows in ids),
         example_id=example_id,
         label=_tensor(table["label"]),
         position=_tensor(table["position"]),
         content_hash=torch.stack([_tensor(table[f"content_{v}"]) for v in range(num_views)]),
     )
-
-
-def _token_batch(column: pa.Array) -> TokenBatch:
-    return TokenBatch(_tensor(column.flatten()), _tensor(pc.list_value_length(column)))
 
 
 def _tensor(column: Any) -> Tensor:

@@ -4,13 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from matplotlib.figure import Figure
-from PIL import ImageOps
 
 from tercet.evaluation.inputs import Bools, Floats
 from tercet.evaluation.verification import FacePairs, Roc
-from tercet.images import open_image
+from tercet.images import make_thumbnail
 from tercet.messages import printable
 
 ACCENT, GRAY, DARK = "#1b7f79", "#888888", "#333333"
@@ -81,7 +79,8 @@ def plot_errors(pairs: FacePairs, images: Sequence[bytes], distance: Floats, exc
         for axis, row in zip(axes, worst, strict=False):
             both = int(pairs.first[row]), int(pairs.second[row])
             gap = np.full((FACE_SIZE, 4, 3), 255, dtype=np.uint8)
-            axis.imshow(np.concatenate([_face(images[both[0]]), gap, _face(images[both[1]])], axis=1))
+            one, other = (np.asarray(make_thumbnail(images[index], FACE_SIZE)) for index in both)
+            axis.imshow(np.concatenate([one, gap, other], axis=1))
             names = [pairs.faces[index][0].replace("_", " ") for index in (both[:1] if kind else both)]
             names = [name if len(name) <= 22 else f"{name[:21]}…" for name in names]
             axis.set_title(figure_text("\n".join([*names, f"{distance[row]:.2f}"])), fontsize=8, color=DARK)
@@ -104,7 +103,3 @@ def figure_text(text: str) -> str:
     'a \\$x_{\\$'
     """
     return printable(text).replace("$", r"\$")
-
-
-def _face(data: bytes) -> npt.NDArray[np.uint8]:
-    return np.asarray(ImageOps.fit(open_image(data).convert("RGB"), (FACE_SIZE, FACE_SIZE)))

@@ -1,5 +1,6 @@
 """SentEval's folder, ``data/downstream`` as its scripts make it: STS and classification tasks, checked to be complete."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,11 +64,9 @@ class SentEval:
     def transfer(self, task: str) -> list[Row]:
         """The rows of a classification task; of a blank line the sentence is ".", as in SentEval's examples."""
         rows = list(self._labeled(task))
-        counts: dict[str, int] = {}
         for row in rows:
-            counts[row["split"]] = counts.get(row["split"], 0) + 1
             row["sentence1"] = row["sentence1"].strip() or "."
-        self._check(task, counts)
+        self._check(task, Counter(row["split"] for row in rows))
         return rows
 
     def _year(self, task: str, subset: str) -> Iterator[Row]:

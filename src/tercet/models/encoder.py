@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tercet.distributed.gather import gather_rows, rank, world_size
 from tercet.errors import InputError, require
-from tercet.messages import ProgressLines, progress_bar
+from tercet.messages import progress_bar
 from tercet.models.engine.chunking import AutoChunks, Execution
 from tercet.models.engine.packing import layer_stack
 from tercet.models.interop import EvaluatedModel, encode_with_options
@@ -24,8 +24,6 @@ from tercet.models.prompts import Prompts
 from tercet.types import Inputs, Item, TokenBatch, at_least_float32, runs_on_cpu
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
-
     from tercet.models.text import TextEncoder
     from tercet.views import TokenInfo
 
@@ -276,23 +274,22 @@ class CachedEncoder:
         new = sorted(set(items) - self.cache.keys(), key=lambda item: (len(item), item))
         with evaluation_mode(self.encoder):
             if new:
-                self.cache.update(zip(new, self._encode(new), strict=True))
+                with _replaced(self.encoder.prompted(), "prompts", self.prompts):
+                    self.cache.update(zip(new, self._encode(new), strict=True))
             rows = [self.cache[item] for item in items]
             return torch.stack(rows) if rows else torch.zeros(0, self.encoder.dim)
 
     def for_column(self, column: int) -> "CachedEncoder":
         """The encode function for a column of pairs, with the column's prompt; itself where that is the model's own."""
-        own = self.encoder.own_prompts()
-        return self._with(own and own.of_column(column))
+        return self._with(lambda own: own.of_column(column))
 
     def for_task(self, task: Any, prompt_type: Any) -> "CachedEncoder":
         """The encode function with the prompt for a task of mteb and a type of text; itself where that is the model's own."""
-        own = self.encoder.own_prompts()
-        return self._with(own and own.of_task(task, prompt_type))
+        return self._with(lambda own: own.of_task(task, prompt_type))
 
-    def _with(self, prompts: Prompts | None) -> "CachedEncoder":
+    def _with(self, choose: Callable[[Prompts], Prompts]) -> "CachedEncoder":
         own = self.encoder.own_prompts()
-        if own is None or prompts is None or prompts.text == own.text:
+        if own is None or (prompts := choose(own)).text == own.text:
             return self
         return self.others.setdefault(prompts.text, replace(self, prompts=prompts))
 
@@ -302,20 +299,13 @@ class CachedEncoder:
         with evaluation_mode(self.encoder):  # a head may be for training only
             return self.encoder.num_outputs
 
-    def _progress_bar(self, total: int) -> "tqdm[Any] | ProgressLines":
-        return progress_bar(self.progress or "", total, self.encoder.unit, hidden=not self.progress or rank() > 0)
-
     def _encode(self, items: list[Item]) -> Tensor:
-        with _replaced(self.encoder.prompted(), "prompts", self.prompts):
-            return self._encode_with_prompts(items)
-
-    def _encode_with_prompts(self, items: list[Item]) -> Tensor:
-        encoder = self.encoder
+        encoder, hidden = self.encoder, not self.progress or rank() > 0
         first, world = (rank(), world_size()) if self.distributed else (0, 1)
         z = [torch.zeros(0, encoder.dim, device=encoder.device)]  # a process may have no chunk
         copied: list[Tensor] = []
         order: list[list[Tensor]] = [[] for _ in range(world)]  # the rows of each process
-        with self._progress_bar(len(items)) as bar:
+        with progress_bar(self.progress or "", len(items), encoder.unit, hidden=hidden) as bar:
             for number, (start, chunks, load) in enumerate(self._prepared(items)):
                 shares = [chunks[(process - number) % world :: world] for process in range(world)]  # a block may be one chunk
                 for rows in shares[first]:

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from tercet.errors import check_choice, import_extra, require
+from tercet.images import encode_png
 from tercet.models.encoder import Encoder
 from tercet.models.engine.packing import KEY_VALUE
 from tercet.models.exported import OUTPUT, SETTINGS, open_exported
@@ -103,8 +104,7 @@ def measure_parity(encoder: Encoder, exported: Encoder) -> Parity:
 def _images() -> Iterator[bytes]:
     random = np.random.default_rng(0)
     for size in ((32, 32), (48, 30), (20, 64)):
-        Image.fromarray(random.integers(0, 256, (*size, 3), np.uint8)).save(file := io.BytesIO(), "png")
-        yield file.getvalue()
+        yield encode_png(Image.fromarray(random.integers(0, 256, (*size, 3), np.uint8)))
 
 
 def _exportable(encoder: Encoder) -> Any:

@@ -1,6 +1,5 @@
 """The methods by which mteb, and the evaluators of sentence-transformers, use an encoder as if it were one of theirs."""
 
-import io
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tercet.errors import check_choice, require
+from tercet.images import encode_png
 from tercet.types import Item
 
 if TYPE_CHECKING:
@@ -70,14 +70,11 @@ class EvaluatedModel:
 class FunctionModel(EvaluatedModel):
     """An encode function as a model of mteb, with the prompts and the similarity of its encoder, where it has them."""
 
-    def __init__(self, function: Any, name: str, revision: str) -> None:
-        self.function, self.meta = function, model_meta(function, name, revision)
-        self.similarity_fn_name = self.meta.similarity_fn_name.value
+    mteb_model_meta: Any = None  # replaced by that of the function
 
-    @property
-    def mteb_model_meta(self) -> Any:
-        """The description that mteb asks for, a ``ModelMeta``."""
-        return self.meta
+    def __init__(self, function: Any, name: str, revision: str) -> None:
+        self.function, self.mteb_model_meta = function, model_meta(function, name, revision)
+        self.similarity_fn_name = self.mteb_model_meta.similarity_fn_name.value
 
     def encode(self, inputs: Any, *, task_metadata: Any, prompt_type: Any = None, **options: Any) -> Any:
         """The embeddings ``(N, D)`` of the items of a data loader."""
@@ -136,14 +133,8 @@ def read_items(loader: Iterable[dict[str, Any]]) -> list[Item]:
     """The texts, or else the images as files, in the batches of a data loader of mteb."""
     items: list[Item] = []
     for batch in loader:
-        items += batch["text"] if "text" in batch else [_png(image) for image in batch["image"]]
+        items += batch["text"] if "text" in batch else [encode_png(image.convert("RGB")) for image in batch["image"]]
     return items
-
-
-def _png(image: Any) -> bytes:
-    file = io.BytesIO()
-    image.convert("RGB").save(file, "png")
-    return file.getvalue()
 
 
 def _rows(embeddings: Any) -> Tensor:

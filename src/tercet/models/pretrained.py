@@ -100,13 +100,12 @@ def load_pretrained(
         refuse_remote_code(source, folder, f"`{parameter}`={name}")
     if loader is not AutoTokenizer:
         refuse_adapter(source, folder, f"`{parameter}`={name}")
-    if Path(source).is_dir():
-        refuse_outside_files(source, folder, f"`{parameter}`={name}")
     options["trust_remote_code"] = trust_remote_code
     if Path(source).is_dir():
+        refuse_outside_files(source, folder, f"`{parameter}`={name}")
         source = str(Path(source) / folder)
     elif folder:
-        options = {"subfolder": folder, **options}
+        options["subfolder"] = folder
     level = transformers_logging.get_verbosity()
     # The loader's table of unexpected and missing weights (a pooler, an LM head) would mislead: that is decided here.
     transformers_logging.set_verbosity_error()

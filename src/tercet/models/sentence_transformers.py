@@ -68,9 +68,11 @@ def write_modules(encoder: "TextEncoder", folder: Path, dtype: torch.dtype) -> N
     write_json(folder / MODULES, modules)
     # Of a name that is missing, sentence-transformers takes none for queries and documents, and not the default prompt.
     names = {name: encoder.prompts.of_column(i).text for i, name in enumerate(NAMES)} if encoder.prompts.texts else {}
+    last = (encoder.head.settings().get("layers") or [{}])[-1]
     write_json(folder / MODEL_SETTINGS, {
         "prompts": {**encoder.prompts.texts, **names}, "default_prompt_name": encoder.prompts.default,
-        "similarity_fn_name": encoder.similarity_fn_name, "truncate_dim": _truncated(encoder),
+        "similarity_fn_name": encoder.similarity_fn_name,
+        "truncate_dim": last["dim"] if last.get("type") == "Truncate" else None,
     })  # fmt: skip
 
 
@@ -78,11 +80,6 @@ def refuse_to_open(folder: Path, encoder: Any) -> None:
     """Make sentence-transformers refuse the folder, by a module that it does not know: it would give other embeddings."""
     kind = f"tercet.models.{type(encoder).__name__}"
     write_json(folder / MODULES, [{"idx": 0, "name": "0", "path": "", "type": kind}])
-
-
-def _truncated(encoder: "TextEncoder") -> int | None:
-    layers = encoder.head.settings().get("layers") or [{}]
-    return layers[-1]["dim"] if layers[-1].get("type") == "Truncate" else None
 
 
 def _modules(encoder: "TextEncoder") -> Iterator[_Module]:

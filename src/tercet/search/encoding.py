@@ -352,12 +352,11 @@ def _read_item(item: Any) -> Any:
 
 def _can_prepare(encoder: Encoder, item: Any, name: str) -> bool:
     """Whether an image, called ``name``, can be decoded; any other fault of an item is raised."""
-    if encoder.kind != "image" or isinstance(item, str):
-        encoder.prepare([item])
-        return True
     try:
         encoder.prepare([item])
     except InputError as error:
+        if encoder.kind != "image" or isinstance(item, str):
+            raise
         warn_once(f"An image cannot be used and is left out: {name}: {error}")
         return False
     return True

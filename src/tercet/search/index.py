@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -118,12 +118,10 @@ class Index:
     ) -> "Index":  # fmt: skip
         """Index what ``open_vectors`` has read; a file without texts needs those that were encoded, which are compared."""
         info = vectors.info
-        advice = "Give the texts that were encoded, or encode to .parquet, which keeps them"
-        require(
-            texts is not None or vectors.texts is not None, f"`texts` must be given: the file of vectors has none. {advice}."
-        )
         chosen = texts if texts is not None else vectors.texts
-        assert chosen is not None
+        if chosen is None:
+            advice = "Give the texts that were encoded, or encode to .parquet, which keeps them"
+            raise InputError(f"`texts` must be given: the file of vectors has none. {advice}.")
         if texts is not None and info.data and not info.left_out and len(texts) == len(vectors):
             same = hash_items(texts)[1] == info.data
             require(same, "`texts`: not those that the vectors were made of, or in another order. Give the same data.")
@@ -328,5 +326,4 @@ def _floats(vectors: Any, unit: bool) -> Floats:
     x = np.ascontiguousarray(vectors, dtype=np.float32)
     if not unit:
         return x
-    length: Callable[..., Any] = np.linalg.norm
-    return x / np.maximum(length(x, axis=1, keepdims=True), np.finfo(np.float32).tiny)  # type: ignore[no-any-return]
+    return x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), np.finfo(np.float32).tiny)  # type: ignore[no-any-return]

@@ -1,6 +1,5 @@
 """The signature of a model: its vectors of some probes, which tell it from others, also where it was moved or exported."""
 
-import io
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -9,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from tercet.errors import InputError, require
+from tercet.images import encode_png
 from tercet.models import CachedEncoder, Encoder
 from tercet.models.prompts import Prompts
 from tercet.types import Item
@@ -30,12 +30,8 @@ def _pictures() -> tuple[bytes, ...]:
     """Images of the probes: gradients and noise."""
     x, y = np.meshgrid(np.arange(96), np.arange(96))
     noise = np.random.default_rng(0).integers(0, 256, (96, 96))
-    out = []
-    for array in (x * 2, (x + y) % 96 * 2, noise):
-        file = io.BytesIO()
-        Image.fromarray(array.astype(np.uint8)).convert("RGB").save(file, "PNG")
-        out.append(file.getvalue())
-    return tuple(out)
+    arrays = (x * 2, (x + y) % 96 * 2, noise)
+    return tuple(encode_png(Image.fromarray(array.astype(np.uint8)).convert("RGB")) for array in arrays)
 
 
 def is_same(a: Any, b: Any) -> bool:

@@ -146,8 +146,7 @@ def project(z: Tensor) -> Tensor:
     centered = z - z.mean(0)
     axes = np.linalg.eigh((centered.T @ centered).numpy()).eigenvectors  # torch's does not converge on some CPUs (transfer.py)
     plane: Tensor = centered @ torch.from_numpy(axes[:, -2:]).flip(1)
-    if plane.shape[1] < 2:
-        plane = torch.nn.functional.pad(plane, (0, 2 - plane.shape[1]))
+    plane = torch.nn.functional.pad(plane, (0, 2 - plane.shape[1]))  # of vectors of one column
     sign = plane.gather(0, plane.abs().argmax(0, keepdim=True)).sign()
     plane *= torch.where(sign == 0, 1.0, sign)
     return plane
@@ -245,7 +244,7 @@ class Explorer:
             return []
         codes = torch.tensor([self.label_names.index(name) if name else -1 for name in labels])
         found = []
-        for row in named[np.unique(np.linspace(0, len(named) - 1, min(len(named), SAMPLE)).round().astype(int))].tolist():
+        for row in named[spread(len(named), SAMPLE)].tolist():
             scores = z @ z[row]
             scores[row] = -torch.inf
             same = (codes == codes[row]).logical_and(scores > -torch.inf)

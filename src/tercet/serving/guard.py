@@ -81,7 +81,9 @@ class Guard:
         except RequestError as error:
             await error_response(error)(scope, receive, note_and_send)
         finally:
-            self.metrics.observe_request(_route(scope), status, time.monotonic() - start)
+            # The route's path as it was declared; "other" for what there is not: names of clients make no new metrics.
+            route = str(getattr(scope.get("route"), "path", "other"))
+            self.metrics.observe_request(route, status, time.monotonic() - start)
 
     def _check(self, headers: Headers, path: str) -> None:
         host = headers.get("host", "").rsplit(":", 1)[0] if not headers.get("host", "").endswith("]") else headers["host"]
@@ -123,8 +125,3 @@ def _replay(body: bytes, receive: Receive) -> Receive:
         return {"type": "http.request", "body": body, "more_body": False}
 
     return receive_body
-
-
-def _route(scope: MutableMapping[str, Any]) -> str:
-    """The route's path as it was declared; "other" for what there is not: names of clients make no new metrics."""
-    return str(getattr(scope.get("route"), "path", "other"))

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -39,8 +39,7 @@ class Limits:
     seconds: int = 60
 
     def __post_init__(self) -> None:
-        for name in (field.name for field in fields(self)):
-            value = getattr(self, name)
+        for name, value in vars(self).items():
             require(type(value) is int and value >= 1, f"`{name}`={value}: a whole number of 1 or more is needed.")
         require(self.texts <= self.queue, f"`texts`={self.texts}: more than `queue`={self.queue} can hold.")
 

@@ -102,16 +102,13 @@ class TokenLayout(NamedTuple):
 
 def token_layout(inputs: TokenBatch, info: TokenInfo) -> TokenLayout:
     """Compute the layout of all rows at once."""
-    ids = inputs.ids
-    length = inputs.lengths.to(ids.device)
-    row = torch.repeat_interleave(torch.arange(len(length), device=ids.device), length)
-    offset = torch.arange(len(ids), device=ids.device) - (length.cumsum(0) - length)[row]
+    ids, row, offset = inputs.ids, inputs.index.row, inputs.index.position
     content = ~info.special.to(ids.device)[ids]
-    num_content = _count(content, row, len(length))
+    num_content = _count(content, row, len(inputs))
     before = content.cumsum(0) - content.long() - (num_content.cumsum(0) - num_content)[row]
     # The first content token of a row begins a word even where RoBERTa's vocabulary does not mark it.
     starts = content & (info.word_start.to(ids.device)[ids] | (before == 0))
-    num_words = _count(starts, row, len(length))
+    num_words = _count(starts, row, len(inputs))
     word = starts.cumsum(0) - (num_words.cumsum(0) - num_words)[row] - 1
     return TokenLayout(row, offset, content, word.clamp_min(0), num_content, num_words)
 
@@ -208,7 +205,7 @@ class Repetition(RowView):
     def _edit(self, inputs: TokenBatch, at: TokenLayout, seed: Tensor, info: TokenInfo) -> TokenBatch:
         most = (self.rate * at.num_content).long().clamp_min(2)
         count = (uniform(seed, 0) * (most + 1)).long()
-        room = (info.max_length - inputs.lengths.to(count.device)).clamp_min(0)
+        room = (info.max_length - inputs.index.length).clamp_min(0)
         count = torch.minimum(torch.minimum(count, room), at.num_content)
         draw = uniform(seed[at.row], at.offset + 1).masked_fill(~at.content, 2.0)  # special tokens come last
         twice = torch.zeros_like(at.row)
@@ -271,7 +268,7 @@ class TokenCutoff(RowView):
 
     def _edit(self, inputs: TokenBatch, at: TokenLayout, seed: Tensor, info: TokenInfo) -> TokenBatch:
         if self.variant == "shen":
-            length = inputs.lengths.to(at.row.device, non_blocking=True)[:, None]
+            length = inputs.index.length[:, None]
             number = torch.arange(int(self.rate * int(inputs.lengths.max())), device=at.row.device)
             index = (uniform(seed[:, None], number) * length).long() + (length.cumsum(0) - length)
             drawn = (number < (self.rate * length).long()).long()
@@ -296,7 +293,7 @@ class SpanCutoff(RowView):
 
     def _edit(self, inputs: TokenBatch, at: TokenLayout, seed: Tensor, info: TokenInfo) -> TokenBatch:
         if self.variant == "shen":
-            length = inputs.lengths.to(at.row.device, non_blocking=True)
+            length = inputs.index.length
             span = (self.rate * length).long()
             first = (uniform(seed, 0) * (length - span)).long()
             return _cut(inputs, (at.offset >= first[at.row]) & (at.offset < (first + span)[at.row]), "attend")

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from tercet.app.components import build
 from tercet.evaluation.alignment_uniformity import alignment, uniformity
-from tercet.training.callbacks.embeddings import EmbeddedSample, draw_embeddings, is_readable
+from tercet.training.callbacks.embeddings import EmbeddedSample, draw_embeddings, read_item
 from tests.conftest import composed, tiny
 
 
@@ -96,5 +96,6 @@ def test_the_worst_triplets_are_those_of_a_search():
 
 def test_images_that_cannot_be_used_are_left_out():
     encoder = build(composed("model=resnet_small", "model.pixels.size=16").model)
-    assert not is_readable(encoder, b"image")
-    assert is_readable(encoder, "a text") and is_readable(build(composed(*tiny()).model), b"whatever")
+    cells = [{"bytes": content, "path": None} for content in (b"image", b"whatever", None)]
+    assert read_item(encoder, cells[0]) is read_item(encoder, cells[2]) is None
+    assert read_item(encoder, "a text") == "a text" and read_item(build(composed(*tiny()).model), cells[1]) == b"whatever"

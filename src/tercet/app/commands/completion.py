@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 from tercet import __version__
 from tercet.app import config_folder
 from tercet.errors import refuse_arguments
-from tercet.paths import write_text
+from tercet.paths import cache_folder, write_text
 
 BASH = r"""# eval "$(tercet completion bash)", or keep it as ~/.local/share/bash-completion/completions/tercet
 _tercet() {
@@ -157,19 +158,16 @@ def _remembered(name: str, make: Any, words: tuple[str, ...]) -> Any:
     files = sorted(path for folder in folders for path in folder.rglob("*.yaml"))
     state = [__version__, name, *words, *(f"{path} {path.stat().st_mtime_ns}" for path in (*files, Path(__file__).parents[1]))]
     digest = hashlib.sha256("\n".join(state).encode(errors="surrogatepass")).hexdigest()[:24]
-    cache = Path(os.environ.get("TERCET_CACHE") or Path.home() / ".cache" / "tercet").expanduser() / "completion"
+    cache = cache_folder() / "completion"
     kept = cache / f"{digest}.json"
-    try:
+    with suppress(OSError, ValueError):  # none, or cut
         return json.loads(kept.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none, or cut
-        made = make(name, words)
-    try:
+    made = make(name, words)
+    with suppress(OSError):  # the next line is completed slowly, too
         cache.mkdir(parents=True, exist_ok=True)
         write_text(kept, json.dumps(made))
         for old in sorted(cache.glob("*.json"), key=lambda path: path.stat().st_mtime)[:-KEPT]:
             old.unlink()
-    except OSError:  # the next line is completed slowly, too
-        return made
     return made
 
 

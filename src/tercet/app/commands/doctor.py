@@ -22,6 +22,7 @@ from tercet import __version__
 from tercet.app import config_folder
 from tercet.errors import refuse_arguments
 from tercet.messages import printable
+from tercet.paths import cache_folder
 
 OK, NOTE, MISSING = "ok", "note", "missing"  # only what is missing keeps training from starting
 LEAST_DISK = 1e9  # bytes: the quickstart's run folder, its checkpoints included
@@ -68,7 +69,7 @@ def run_checks(online: bool = False) -> Iterator[Check]:
     yield from packages
     yield from check_extras()
     yield check_disk("outputs", Path.cwd() / "outputs", "Start in a folder on another disk, or set output_dir.")
-    yield check_disk("cache of tokens", token_cache(), "Set TERCET_CACHE to a folder on another disk.")
+    yield check_disk("cache of tokens", cache_folder(), "Set TERCET_CACHE to a folder on another disk.")
     yield check_data()
     yield check_hub(online)
     if all(check.status != MISSING for check in packages):
@@ -186,11 +187,6 @@ def check_disk(name: str, folder: Path, advice: str) -> Check:
     if not os.access(place, os.W_OK | os.X_OK) or not place.is_dir():
         return Check(name, MISSING, f"{folder} cannot be written", advice)
     return Check(name, *((MISSING, value, f"{_size(LEAST_DISK)} are needed. {advice}") if free < LEAST_DISK else (OK, value)))
-
-
-def token_cache() -> Path:
-    """Where tokens of texts are kept, as ``tercet.data.TextTransform`` chooses it."""
-    return Path(os.environ.get("TERCET_CACHE") or Path.home() / ".cache" / "tercet").expanduser()
 
 
 def data_files() -> list[str]:

@@ -72,7 +72,7 @@ class StopJobs(Callback):
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         """In the process of a job: say that it runs, and stop it when the sweep is killed."""
         global _lock, _sweep
-        if _is_joblib_worker():
+        if multiprocessing.current_process().name.startswith("LokyProcess"):  # joblib's
             from tercet.distributed.processes import end_with_parent
 
             _lock = os.open(os.environ[RUNNING_JOBS], os.O_RDONLY) if _lock is None else _lock
@@ -99,10 +99,6 @@ def end_stopped_job() -> None:
         while os.getppid() == _sweep and time.monotonic() < end:
             time.sleep(0.1)
         os._exit(signals.TERMINATED)
-
-
-def _is_joblib_worker() -> bool:
-    return multiprocessing.current_process().name.startswith("LokyProcess")
 
 
 def _stop_jobs(number: int, frame: FrameType | None) -> NoReturn:

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, open_dict
 
 from tercet.app.hydra_compat import process_state, run_worker_job
 from tercet.app.sweeps import SAVE_SECONDS
-from tercet.errors import InputError, require
+from tercet.errors import import_extra, require
 from tercet.paths import write_text
 
 STORE_BYTES = 80 * 2**20  # a job is a configuration, its result a number; Ray's minimum is 75 MiB
@@ -40,11 +40,7 @@ class RayLauncher(Launcher):
         """Take the configuration and import Ray, before anything is written (Hydra calls it)."""
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        try:
-            import ray
-        except ModuleNotFoundError as error:
-            raise InputError(f"{error.name} is not installed: pip install 'tercet[ray]'.") from error
-        self.ray: Any = ray
+        self.ray: Any = import_extra("ray", "ray")
         self.context: Any = hydra_context
         self.task, self.cfg = task_function, config
 

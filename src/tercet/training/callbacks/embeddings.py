@@ -186,8 +186,8 @@ class EmbeddingFigures(pl.Callback):
         table = source.rows()
         table = table.shuffle(seed=0).select(range(min(self.rows, len(table))))
         cells = [list(table[name]) for name in list(source.columns)[:2]]
-        items = [[cell if isinstance(cell, str) else _read_image(cell) for cell in column] for column in cells]
-        kept = [i for i, row in enumerate(zip(*items, strict=True)) if all(is_readable(encoder, item) for item in row)]
+        items = [[read_item(encoder, cell) for cell in column] for column in cells]
+        kept = [i for i, row in enumerate(zip(*items, strict=True)) if None not in row]
         self.items = [[column[i] for i in kept] for column in items]
         labeled = "label" in table.column_names
         self.label = torch.as_tensor(table["label"])[kept] if labeled else torch.full((len(kept),), -1)
@@ -204,20 +204,14 @@ class EmbeddingFigures(pl.Callback):
             publish_table(trainer, "triplets", ("to positive", "to negative", "anchor", "positive", "negative"), hard)
 
 
-def _read_image(cell: Any) -> bytes | None:
+def read_item(encoder: Encoder, cell: Any) -> Item | None:
+    """The text of a cell, or the bytes of its image; None for an image that cannot be read, or that the encoder cannot open."""
+    if isinstance(cell, str):
+        return cell
     try:
-        return read_image_cell(cell)
+        image = read_image_cell(cell)
+        if isinstance(encoder, ImageEncoder):
+            encoder.pixels.open(image)
     except (UnreadableImage, OSError):
         return None
-
-
-def is_readable(encoder: Encoder, item: Item | None) -> bool:
-    """Whether there is an item that the encoder can open; only images can be unreadable."""
-    if item is None:
-        return False
-    try:
-        if isinstance(encoder, ImageEncoder) and not isinstance(item, str):
-            encoder.pixels.open(item)
-    except UnreadableImage:
-        return False
-    return True
+    return image

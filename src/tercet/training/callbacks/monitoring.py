@@ -161,7 +161,9 @@ class Progress(TQDMProgressBar):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *batch: Any) -> None:
         """Update the bar, or print a line if it is due."""
         if logs_now(trainer):
-            self.shown = self._logged(trainer)
+            wanted = (("loss", "train/loss", ".3f"), ("sentences/s", "train/sentences_per_second", ".0f"))
+            logged = trainer.callback_metrics
+            self.shown = {name: format(float(logged[key]), digits) for name, key, digits in wanted if key in logged}
         super().on_train_batch_end(trainer, pl_module, *batch)
         if self.lines is not None:
             timer = time_limit(trainer)
@@ -179,11 +181,6 @@ class Progress(TQDMProgressBar):
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         """The values beside the bar: those of the last step that logged any, because reading them waits for the device."""
         return self.shown
-
-    def _logged(self, trainer: pl.Trainer) -> dict[str, Any]:
-        shown = (("loss", "train/loss", ".3f"), ("sentences/s", "train/sentences_per_second", ".0f"))
-        logged = trainer.callback_metrics
-        return {name: format(float(logged[key]), digits) for name, key, digits in shown if key in logged}
 
 
 class Throughput(pl.Callback):
