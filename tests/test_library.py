@@ -48,7 +48,8 @@ def test_the_short_examples_run(start):
 
 @pytest.mark.slow
 def test_the_loop_runs_in_two_processes(tmp_path):
-    (tmp_path / "train.py").write_text(block("for step in").replace("for step in", block("init_process") + "for step in"))
+    loop = block("for step in").replace("for step in", block("init_process") + "for step in")
+    (tmp_path / "train.py").write_text(loop + block("_exit"))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "train.py"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout.count("loss ")) == (0, 2), done.stderr

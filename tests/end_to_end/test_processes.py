@@ -158,3 +158,28 @@ def test_every_process_goes_on_with_its_own_draws(folder):
     one, other = (read_checkpoint(folder / name / "checkpoints" / "last.ckpt")["state_dict"] for name in ("whole", "parts"))
     for name, value in one.items():
         torch.testing.assert_close(other[name], value, rtol=0, atol=0, msg=name)
+
+
+EXITS = """
+import atexit, os, sys, torch
+from tercet.distributed.processes import exit_at_once
+
+class Watch:
+    def __del__(self):
+        print("finalized")
+
+torch.watch = Watch()  # lives as long as the interpreter
+atexit.register(print, "handler")
+if os.environ.get("INITIALIZED"):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+with exit_at_once():
+    raise SystemExit(3)
+"""
+
+
+@pytest.mark.parametrize(("initialized", "said"), [("", "handler\nfinalized\n"), ("1", "handler\n")])
+def test_a_process_with_a_group_exits_before_the_interpreter_is_finalized(initialized, said, tmp_path):
+    """Threads of gloo would abort it in one of ten exits on a busy machine."""
+    command = [sys.executable, "-c", EXITS, str(tmp_path / "store")]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "INITIALIZED": initialized})
+    assert (done.returncode, done.stdout) == (3, said), done.stderr

@@ -223,9 +223,7 @@ def check_settings(cfg: DictConfig) -> None:
         if is_part and not (isinstance(value, dict) and isinstance(value.get("_target_"), str)) and "${" not in str(value):
             raise InputError(f"{key}={_shown(value)}: a component is needed, a group of keys with a _target_.")
         if is_part and key not in CALLED and isinstance(value, dict) and value.get("_partial_"):
-            raise InputError(
-                f"{key}._partial_={_shown(value['_partial_'])}: the component itself is needed here. Leave it out."
-            )
+            raise InputError(f"{key}._partial_={_shown(value['_partial_'])}: the component itself is needed. Leave it out.")
     for key, (least, largest, others) in LIMITS.items():
         value = values.get(key)
         if isinstance(value, int | float) and not (least <= value <= largest or (value == -1 and "-1" in others)):

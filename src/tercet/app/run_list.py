@@ -193,9 +193,8 @@ def remove_run(run: Run, root: Path) -> int:
         raise InputError(in_use) from None
     try:
         size = folder_size(folder) - (folder / LOCK).stat().st_size
-        for path in sorted(
-            folder.iterdir(), key=lambda path: path.name == SETTINGS
-        ):  # which say what is left, if it is cut off
+        # The settings are the last: they say what is left, if this is cut off.
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == SETTINGS):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             elif path.name != LOCK:

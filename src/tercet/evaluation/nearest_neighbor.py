@@ -108,9 +108,7 @@ class NearestNeighbor:
         index = {item: i for i, item in enumerate(pool.items)}
         own = torch.tensor([index.get(item, -1) for item in items.items], dtype=torch.long)
         if both := int((own >= 0).sum()):
-            warn_once(
-                f"{suite}: {both} of {len(items.label)} items are in the reference too, where they do not find themselves."
-            )
+            warn_once(f"{suite}: {both} of {len(items.label)} items are in the reference, too, and do not find themselves.")
         return match_labels(items.label, items.names, pool, suite), own, pool
 
 

@@ -184,10 +184,8 @@ def _texts(given: str | Sequence[str], limits: Limits, param: str) -> list[str]:
     texts = [given] if isinstance(given, str) else list(given)
     _check_count(texts, limits, param)
     _require(all(texts), f"`{param}`: an empty text has no embedding.", param)
-    longest = max(map(len, texts))
-    _require(
-        longest <= limits.characters, f"`{param}`: a text of {longest} characters; {limits.characters} are allowed.", param
-    )
+    most = max(map(len, texts))
+    _require(most <= limits.characters, f"`{param}`: a text of {most} characters; {limits.characters} are allowed.", param)
     _require(all(map(is_utf8, texts)), f"`{param}`: a text holds half of a surrogate pair.", param)
     return texts
 

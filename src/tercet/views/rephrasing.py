@@ -74,9 +74,8 @@ class Synonyms(RowView):
                 repeats += [1] * len(old) if old == new else [len(new), *[0] * (len(old) - 1)]
                 ids += new
         device = inputs.ids.device
-        return replace(
-            repeat_tokens(inputs, torch.tensor(repeats, device=device), at.row), ids=torch.tensor(ids, device=device)
-        )
+        repeated = repeat_tokens(inputs, torch.tensor(repeats, device=device), at.row)
+        return replace(repeated, ids=torch.tensor(ids, device=device))
 
     def _replace(self, token: tuple[Any, ...], word: Tokens, table: dict[Tokens, list[Tokens]]) -> Tokens:
         *_, chance, which = token
@@ -95,9 +94,7 @@ class Synonyms(RowView):
                 found[key] = list(dict.fromkeys([*found.get(key, []), *filter(None, values)]))
         require(known, f"`path`={self.path}: no word of it is a word of the tokenizer.")
         if several := len(self.lines) - len(known):
-            warn_once(
-                f"{self.path}: {several} of {len(self.lines)} words are several or unknown to the tokenizer: never found."
-            )
+            warn_once(f"{self.path}: {several} of {len(self.lines)} words are several or unknown to the tokenizer: not found.")
         return found
 
     def _tokens(self, info: TokenInfo, text: str) -> Tokens:

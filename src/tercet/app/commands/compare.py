@@ -266,10 +266,9 @@ def write_comparison(comparison: Comparison, metrics: Sequence[str], folder: Pat
         own = ["seed", "folder"] if comparison.has_seeds else []
         writer.writerow(map(csv_cell, [*comparison.axes, *own, *names]))
         for setting, runs in comparison.runs.items():
-            rows = (
-                [*setting, *[one.seed, str(one.folder)][: len(own)], *(one.metrics.get(n, "") for n in names)] for one in runs
-            )
-            writer.writerows(map(csv_cell, row) for row in rows)
+            for one in runs:
+                cells = [*setting, *[one.seed, str(one.folder)][: len(own)], *(one.metrics.get(n, "") for n in names)]
+                writer.writerow(map(csv_cell, cells))
     with atomic_write(folder / "comparison.png") as partial:
         draw_comparison(comparison, metrics).savefig(partial, dpi=150)
     title = f"{sum(map(len, comparison.runs.values()))} {'runs' if comparison.has_seeds else 'results'} compared"

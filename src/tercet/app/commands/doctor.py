@@ -200,9 +200,7 @@ def check_data() -> Check:
     root, files = os.environ.get("TERCET_DATA"), data_files()
     advice = "docs/lab/README.md says what the files are and where they come from."
     if not root:
-        return Check(
-            "TERCET_DATA", NOTE, "not set: the quickstart and your own data need no more, other experiments do", advice
-        )
+        return Check("TERCET_DATA", NOTE, "not set: the quickstart and your own data need no more, others do", advice)
     absent = [name for name in files if not (Path(root) / name).is_file()]
     value = f"{root}: {len(files) - len(absent)} of {len(files)} files"
     return (

@@ -77,9 +77,8 @@ def describe_index(index: Any) -> str:
     """One line on an index: kind, size and measured recall."""
     settings = index.settings
     how = f"{settings.kind}, {settings.precision}, {len(index)} x {index.dim}, {index.similarity}"
-    measured = (
-        "all compared" if (settings.kind, settings.precision) == ("exact", "float32") else "measured against exact search"
-    )
+    is_exact = (settings.kind, settings.precision) == ("exact", "float32")
+    measured = "all compared" if is_exact else "measured against exact search"
     return f"{how}; recall@10 {index.recall:.4f} ({measured})"
 
 

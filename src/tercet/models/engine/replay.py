@@ -98,17 +98,8 @@ class Replay:
     def __call__(self, function: Embed, module: nn.Module, rows: TokenBatch, *settings: Any) -> Tensor:
         """``function(rows)`` where ``can_run`` says so; ``settings`` are what else decides on its operations."""
         tokens, longest = rounded_tokens(len(rows.ids)), kernels.block_size(longest_row(rows))
-        precision = autocast_dtype(rows.ids.device)
-        key = (
-            tokens,
-            longest,
-            len(rows),
-            *rows.state.set_fields(),
-            precision,
-            *settings,
-            *(part.training for part in self.modules),
-            *(part.p for part in self.dropouts),
-        )
+        modes = (*(part.training for part in self.modules), *(part.p for part in self.dropouts))
+        key = (tokens, longest, len(rows), *rows.state.set_fields(), autocast_dtype(rows.ids.device), *settings, *modes)
         graph = self.graphs.get(key)
         if graph is None and len(self.graphs) == MOST_GRAPHS:
             warn_once(f"More than {MOST_GRAPHS} sizes of batches: others run without CUDA graphs.")
