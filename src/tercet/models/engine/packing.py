@@ -21,7 +21,7 @@ from tercet.models.engine import transformers_compat as compat
 from tercet.models.engine import triton_kernels as kernels
 from tercet.models.engine.deterministic_dropout import DropoutSeeds, apply_dropout, draw_kept, kept_scale
 from tercet.rng import derive_seed
-from tercet.types import RowIndex, at_least_float32, runs_on_cpu, send
+from tercet.types import RowIndex, runs_on_cpu, send
 
 NAME = "tercet"
 LONG = 128  # tokens; in shorter rows attention is a few percent of a layer's work (its scores: L / 6H of the linear layers')
@@ -196,7 +196,7 @@ class _DroppedByLength(torch.autograd.Function):
 
 def _matrices(x: Tensor, n: int) -> Tensor:
     """``(n · L, heads, d)`` as ``(n · heads, L, d)``, in one copy, in float32 at least."""
-    return at_least_float32(_by_head(x, n)).flatten(0, 1)
+    return _by_head(x, n).to(torch.promote_types(x.dtype, torch.float32), memory_format=torch.contiguous_format).flatten(0, 1)
 
 
 def _factor(kept: Tensor, p: float, dtype: torch.dtype) -> Tensor:
