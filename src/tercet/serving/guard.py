@@ -35,15 +35,14 @@ def error_response(error: Exception) -> Response:
     if isinstance(error, QueueFullError):
         headers["Retry-After"] = str(error.retry_after)
         error = RequestError(429, str(error), code="rate_limit_exceeded")
-    status, param, code = (
-        (error.status, error.param, error.code) if isinstance(error, RequestError) else (500, None, "internal_error")
-    )
-    if status == 401:
+    if not isinstance(error, RequestError):
+        error = RequestError(500, "The server has failed; its log says why.", code="internal_error")
+    if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
-    message = str(error) if isinstance(error, RequestError) else "The server has failed; its log says why."
     kinds = {401: "authentication_error", 429: "rate_limit_error"}
-    kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": code}}, status, headers)
+    kind = kinds.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
+    body = {"message": str(error), "type": kind, "param": error.param, "code": error.code}
+    return JSONResponse({"error": body}, error.status, headers)
 
 
 class Guard:

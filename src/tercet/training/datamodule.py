@@ -171,5 +171,6 @@ def _start_worker(number: int) -> None:
 
 
 def _reduce(x: Tensor) -> Any:
-    """How a worker sends a tensor: a small one by its values, which costs the first process a sixth of the time."""
-    return reduce_tensor(x) if x.nbytes > SHARED_BYTES else (torch.from_numpy, (x.numpy(),))
+    """How a worker sends a tensor: few integers by their values, which costs the first process a third of the time."""
+    by_value = x.nbytes <= SHARED_BYTES and not x.is_floating_point()  # numpy has no bfloat16
+    return (torch.from_numpy, (x.numpy(),)) if by_value else reduce_tensor(x)
