@@ -161,18 +161,19 @@ def test_every_process_goes_on_with_its_own_draws(folder):
 
 
 EXITS = """
-import atexit, os, sys, torch
-from tercet.distributed.processes import exit_at_once
+import atexit, os, sys
+from tercet.app.signals import exit_at_once
 
 class Watch:
     def __del__(self):
         print("finalized")
 
-torch.watch = Watch()  # lives as long as the interpreter
-atexit.register(print, "handler")
-if os.environ.get("INITIALIZED"):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
 with exit_at_once():
+    import torch
+    torch.watch = Watch()  # lives as long as the interpreter
+    atexit.register(print, "handler")
+    if os.environ.get("INITIALIZED"):
+        torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
     raise SystemExit(3)
 """
 

@@ -146,7 +146,7 @@ def test_a_query_does_not_find_itself_in_the_reference(caplog):
     rows = [("a 1 0", 0), ("b 1 0.1", 1), ("c 0 1", 1), ("d 1 0.2", 0)]
     with caplog.at_level(logging.WARNING, "tercet"):
         assert measure(rows, reference=rows, name="both") == measure(rows)
-    assert "4 of 4 items are in the reference too" in caplog.text
+    assert "4 of 4 items are in the reference, too" in caplog.text
 
 
 def test_those_who_are_no_queries_are_counted_and_stay_as_distractors(caplog):

@@ -23,7 +23,6 @@ from omegaconf import DictConfig, OmegaConf
 from tercet.app import components, error_formatting, hydra_compat, signals, sweeps
 from tercet.app import config_folder as config_folder
 from tercet.app.run_files import ERROR
-from tercet.distributed.processes import exit_at_once
 from tercet.errors import refuse_arguments, require
 from tercet.messages import printable
 from tercet.paths import RENAME_MANY, is_utf8, remove_empty, write_text
@@ -102,7 +101,7 @@ def main(command: str, arguments: Sequence[str] | None = None) -> NoReturn:
             "finished jobs and checkpoints are kept. The same command with the same hydra.sweep.dir and resume=true continues"
         )
         signals.describe_stop(lambda: f"; {kept}.")
-    with signals.stop_on_signals(), exit_at_once():
+    with signals.stop_on_signals(), signals.exit_at_once():
         try:
             _check_letters(given)
             if command == "train":

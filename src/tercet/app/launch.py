@@ -20,7 +20,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from tercet.app import components, signals
 from tercet.app.run_files import ERROR
 from tercet.app.run_folder import write_failure
-from tercet.distributed.processes import block_signals, end_with_parent, exit_at_once, start_processes
+from tercet.distributed.processes import block_signals, end_with_parent, start_processes
 from tercet.errors import InputError, require
 from tercet.messages import print_status
 
@@ -160,7 +160,7 @@ def _run_rank(
         for library in ("GLOO", "NCCL"):
             os.environ.setdefault(f"{library}_SOCKET_IFNAME", "lo")
     components.start_record(OmegaConf.create(raw))
-    with exit_at_once():
+    with signals.exit_at_once():
         try:
             with signals.stop_on_signals():
                 value = worker(config, output)

@@ -1,5 +1,6 @@
-"""SIGTERM, Ctrl-C and SLURM's warning end a command in good order. Imports here are light."""
+"""SIGTERM, Ctrl-C, SLURM's warning and the end of a command, in good order. Imports here are light."""
 
+import atexit
 import os
 import signal
 import subprocess
@@ -76,6 +77,31 @@ def exit_stopped(code: int, command: str) -> NoReturn:
             kept = _describe() if _describe else kept
         print(f"\nstopped{kept}", file=sys.stderr)
     raise SystemExit(code)
+
+
+@contextmanager
+def exit_at_once() -> Iterator[None]:
+    """Where the block exits one of several processes, let that end after its exit handlers, before Python is finalized.
+
+    Threads of gloo that drop their last reference to a tensor during that abort the process (pytorch/pytorch issue 190489).
+    """
+    codes: list[int] = []
+
+    def end() -> None:
+        if codes:
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError, ValueError):  # nobody reads it any more
+                    stream.flush()
+            os._exit(codes[0])
+
+    atexit.register(end)  # runs after the handlers of all that is loaded from here on
+    try:
+        yield
+    except SystemExit as error:
+        torch = sys.modules.get("torch")
+        if torch and torch.distributed.is_available() and torch.distributed.is_initialized():
+            codes.append(error.code if isinstance(error.code, int) else int(error.code is not None))
+        raise
 
 
 def is_first() -> bool:

@@ -1,6 +1,5 @@
 """Child processes: they do not get the signals that stop a run, which are for the first process, and end with their parent."""
 
-import atexit
 import ctypes
 import multiprocessing
 import os
@@ -8,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.process import BaseProcess
 
@@ -44,30 +43,6 @@ def end_with_parent(number: int = signal.SIGKILL) -> None:
         parent = multiprocessing.parent_process()
         if parent and parent.pid != os.getppid():  # it has ended already
             os.kill(os.getpid(), number)
-
-
-@contextmanager
-def exit_at_once() -> Iterator[None]:
-    """Where the block exits one of several processes, end that after its exit handlers, before the interpreter is finalized.
-
-    Threads of gloo that drop their last reference to a tensor during that abort the process (pytorch/pytorch issue 190489).
-    """
-    try:
-        yield
-    except SystemExit as error:
-        torch = sys.modules.get("torch")
-        if torch and torch.distributed.is_available() and torch.distributed.is_initialized():
-            atexit.register(_exit_at_once, error.code)
-        raise
-
-
-def _exit_at_once(code: object) -> None:
-    atexit.unregister(_exit_at_once)
-    atexit._run_exitfuncs()  # the others
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # nobody reads it any more
-            stream.flush()
-    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def start_worker(number: int) -> None:
