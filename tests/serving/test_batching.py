@@ -41,7 +41,7 @@ def test_a_text_waits_no_longer_than_the_latency():
     batcher = Batcher(lambda rows: rows, latency=0.05)
     start = time.monotonic()
     batcher.submit([1]).result(60)
-    assert time.monotonic() - start >= 0.04
+    assert 0.04 <= time.monotonic() - start < 2
     batcher.close()
 
 

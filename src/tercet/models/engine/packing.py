@@ -183,14 +183,14 @@ class _DroppedByLength(torch.autograd.Function):
         saved = iter(ctx.saved_tensors)
         found = [grad.new_empty(shape, dtype=dtype) for shape, dtype in ctx.inputs]
         with torch.autocast(grad.device.type, enabled=False):
-            for n, _, to_q, to_k, own, to_v in _runs(ctx.rows, None, *found[:2], grad, found[2]):
+            for n, _, *to, own in _runs(ctx.rows, None, *found, grad):
                 own, (queries, keys, values, share, kept) = _matrices(own, n), (next(saved) for _ in range(5))
                 factor = _factor(kept, ctx.settings.dropout, share.dtype)
                 of_share = torch.bmm(own, values.mT).mul_(factor)
                 of_scores = of_share.sub_((of_share * share).sum(-1, keepdim=True)).mul_(share).mul_(ctx.scale)
                 pairs = (of_scores, keys), (of_scores.mT, queries), ((share * factor).mT, own)
-                for to, pair in zip((to_q, to_k, to_v), pairs, strict=True):
-                    _by_head(to, n).copy_(torch.bmm(*pair).unflatten(0, (n, -1)))
+                for part, pair in zip(to, pairs, strict=True):
+                    _by_head(part, n).copy_(torch.bmm(*pair).unflatten(0, (n, -1)))
         return *found, None, None
 
 
