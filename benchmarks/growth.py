@@ -74,7 +74,7 @@ def step(n: int) -> Work:
 
     def work() -> None:
         optimizer.zero_grad(set_to_none=True)
-        anchors = objective.embed(objective.views(batch))
+        anchors = objective.embed(objective.prepare(batch))
         terms = objective.loss(anchors, anchors)
         (terms.loss_sum / terms.normalizer).backward()
         torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)

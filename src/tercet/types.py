@@ -51,9 +51,12 @@ class RowIndex:
     position: Tensor  # (T,), in the row
 
     @staticmethod
-    def of(lengths: Tensor, device: torch.device) -> "RowIndex":
-        """The index of rows of ``lengths (N,)``, sent in one copy."""
-        return RowIndex(lengths, int(lengths.max()) if len(lengths) else 0, *send(RowIndex.parts(lengths), device))
+    def of(lengths: Tensor, device: torch.device, layout: Tensor | None = None) -> "RowIndex":
+        """The index of rows of ``lengths (N,)``; ``layout`` holds its ``parts`` already, perhaps with tokens of no row."""
+        n, tokens = len(lengths), int(lengths.sum())
+        (layout,) = send([torch.cat(RowIndex.parts(lengths))], device) if layout is None else (layout,)
+        start, length, row, position = layout.split([n, n, *[len(layout) // 2 - n] * 2])
+        return RowIndex(lengths, int(lengths.max()) if n else 0, start, length, row[:tokens], position[:tokens])
 
     @staticmethod
     def parts(lengths: Tensor, tokens: int | None = None) -> list[Tensor]:
@@ -87,6 +90,16 @@ class RowIndex:
         return torch.arange(self.longest, device=self.length.device) < self.length[:, None]
 
 
+def rounded_tokens(tokens: int) -> int:
+    """The number of tokens that a CUDA graph has for so many: up to an eighth more, or a multiple of 256.
+
+    >>> [rounded_tokens(n) for n in (1, 1000, 1800, 14000)]
+    [256, 1024, 2048, 14336]
+    """
+    step = max(256, 1 << max(0, (tokens - 1).bit_length() - 4))
+    return -(-tokens // step) * step
+
+
 @dataclass
 class TokenBatch:
     """N rows of token ids, concatenated without padding: ``ids (T,)`` and ``lengths (N,)``.
@@ -101,10 +114,19 @@ class TokenBatch:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a loader's worker sends: not the index, whose tensors are parts of the layout."""
+        return {name: x for name, x in vars(self).items() if name != "index"}
+
+    @cached_property
+    def layout(self) -> Tensor:
+        """The parts of the index in one tensor, with as many tokens as a CUDA graph has, on the device of the ids."""
+        return send([torch.cat(RowIndex.parts(self.lengths, rounded_tokens(len(self.ids))))], self.ids.device)[0]
+
     @cached_property
     def index(self) -> RowIndex:
         """Where the tokens are."""
-        return RowIndex.of(self.lengths, self.ids.device)
+        return RowIndex.of(self.lengths, self.ids.device, self.layout)
 
     def to(self, device: torch.device | str) -> "TokenBatch":
         """Copy ids and state to ``device``."""
@@ -114,16 +136,30 @@ class TokenBatch:
         """Other ids and state of rows of the same lengths, which share the index."""
         rows = TokenBatch(ids, self.lengths, state)
         rows.index = self.index
+        if "layout" in vars(self):
+            rows.layout = self.layout
         return rows
 
     def tensors(self) -> list[Tensor]:
-        """The ids, and the fields of the state that are set."""
-        return [self.ids, *self.state.set_fields().values()]
+        """The ids, the layout, and the fields of the state that are set."""
+        return [self.ids, self.layout, *self.state.set_fields().values()]
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> "TokenBatch":
         """The same rows with other ``tensors()``."""
-        ids, *state = tensors
-        return TokenBatch(ids, self.lengths, TokenState(**dict(zip(self.state.set_fields(), state, strict=True))))
+        ids, layout, *state = tensors
+        rows = TokenBatch(ids, self.lengths, TokenState(**dict(zip(self.state.set_fields(), state, strict=True))))
+        rows.layout = layout
+        return rows
+
+    def split(self, parts: int) -> tuple["TokenBatch", ...]:
+        """Split into parts of equally many rows, in the same memory."""
+        if parts == 1:
+            return (self,)
+        lengths = self.lengths.view(parts, len(self) // parts)
+        tokens = lengths.sum(1).tolist()
+        ids, state = self.ids.split(tokens), {name: x.split(tokens) for name, x in self.state.set_fields().items()}
+        states = (TokenState(**{name: x[i] for name, x in state.items()}) for i in range(parts))
+        return tuple(map(TokenBatch, ids, lengths, states))
 
     def rows(self) -> tuple[Tensor, ...]:
         """Split into N tensors of ids, each ``(length,)``."""
@@ -210,6 +246,10 @@ class Images:
         """Images with other ``tensors()``."""
         return Images(*tensors)
 
+    def split(self, parts: int) -> tuple["Images", ...]:
+        """Split into parts of equally many images, in the same memory."""
+        return tuple(map(Images, self.pixels.unflatten(0, (parts, len(self) // parts))))
+
     @staticmethod
     def concat(parts: "Sequence[Images]") -> "Images":
         """Concatenate the images of all parts."""
@@ -223,14 +263,15 @@ EncodeFunction = Callable[[Sequence[Item]], Tensor | NDArray[Any]]  # to (N, D),
 
 def concat_inputs(parts: Sequence[Inputs]) -> Inputs:
     """Concatenate the rows of all parts, which are of one kind."""
-    return type(parts[0]).concat(cast(Any, parts))
+    return parts[0] if len(parts) == 1 else type(parts[0]).concat(cast(Any, parts))
 
 
 class BatchIndices(NamedTuple):
-    """What a batch sampler yields: row indices, and a seed for augmentation."""
+    """What a batch sampler yields: row indices, and a seed for augmentation; the loader adds the optimizer's step."""
 
     rows: list[int]
     seed: int
+    step: int = 0
 
 
 @dataclass
@@ -254,15 +295,30 @@ class Batch:
         """``example_id``, on the CPU also where the rest has been copied to a device."""
         return self.example_id if self.example_id_on_cpu is None else self.example_id_on_cpu
 
+    @cached_property
+    def inputs(self) -> Inputs:
+        """The V N rows of all views, one view after the other."""
+        return concat_inputs(self.views)
+
+    def with_inputs(self, inputs: Inputs, **changes: Any) -> "Batch":
+        """The batch with other ``inputs``, of which the views are parts, and with other fields."""
+        batch = replace(self, views=inputs.split(len(self.views)), **changes)
+        batch.inputs = inputs
+        return batch
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a loader's worker sends: the inputs, and only the number of the views, which are parts of them."""
+        return vars(self) | {"inputs": self.inputs, "views": len(self.views)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, views=state["inputs"].split(state["views"]))
+
     def to(self, device: torch.device | str) -> "Batch":
         """Copy to ``device``, all tensors of one type at once."""
-        names, inputs = ("example_id", "label", "position", "content_hash"), [view.tensors() for view in self.views]
-        moved = send([*(getattr(self, name) for name in names), *(x for view in inputs for x in view)], torch.device(device))
-        rest, views = iter(moved[len(names) :]), []
-        for view, tensors in zip(self.views, inputs, strict=True):
-            views.append(view.with_tensors([next(rest) for _ in tensors]))
-        fields: dict[str, Any] = dict(zip(names, moved, strict=False))
-        return replace(self, views=tuple(views), example_id_on_cpu=self.readable_id, **fields)
+        names = ("example_id", "label", "position", "content_hash")
+        moved = send([*(getattr(self, name) for name in names), *self.inputs.tensors()], torch.device(device))
+        inputs, own = self.inputs.with_tensors(moved[len(names) :]), dict(zip(names, moved, strict=False))
+        return self.with_inputs(inputs, example_id_on_cpu=self.readable_id, **own)
 
     def select_columns(self, *which: int) -> "Batch":
         """A batch with the given columns as views; a column may be given twice."""

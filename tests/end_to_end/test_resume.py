@@ -35,6 +35,7 @@ STREAM = ["data.streaming=true", "data.held_out=4", "trainer.max_steps=50"]  # t
         ("mlm", 10, []),
         ("classification", 10, LABELED),
         ("simcse_unsup", 10, ["sampler=no_duplicates"]),
+        ("simcse_unsup", 10, ["data.workers=2", "view=mixed"]),  # workers make the views, from the number of the step
         pytest.param("simcse_unsup", 3, STREAM, marks=SLOW),
         ("simcse_unsup", 8, STREAM),
         pytest.param("simcse_unsup", 15, STREAM, marks=SLOW),

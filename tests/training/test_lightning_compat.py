@@ -83,7 +83,7 @@ def test_a_validation_after_the_checkpoint_is_run(tmp_path):
 def test_the_batch_progress_counts_and_is_saved_where_it_was():
     module = Module(stop_step=3)
     trainer = fit(module)
-    assert compat.num_processed_batches(trainer) == 3 and compat.num_processed_batches(None) == 0
+    assert compat.progress_of_epoch(trainer) == (3, 3, 1) and compat.progress_of_epoch(None) == (0, 0, 1)
     checkpoint = {"loops": {"fit_loop": trainer.fit_loop.state_dict()}}
     compat.forget_pending_batches(checkpoint, 1)
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]

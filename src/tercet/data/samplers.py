@@ -128,10 +128,13 @@ class NoDuplicatesBatchSampler(SeededBatchSampler):
 
 
 class ResumableSampler(Sampler[BatchIndices]):
-    """The rest of an epoch of ``sampler``, for a run that is resumed in its middle after ``done()`` batches."""
+    """The rest of an epoch of ``sampler``, for a run that is resumed in its middle, with the steps that batches are for.
 
-    def __init__(self, sampler: Sampler[BatchIndices], done: Callable[[], int]) -> None:
-        self.sampler, self.done = sampler, done
+    ``progress()`` gives the number of batches that the epoch has had, the step that begins, and how many batches a step has.
+    """
+
+    def __init__(self, sampler: Sampler[BatchIndices], progress: Callable[[], tuple[int, int, int]]) -> None:
+        self.sampler, self.progress = sampler, progress
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch that the next iteration draws; Lightning calls this."""
@@ -141,7 +144,10 @@ class ResumableSampler(Sampler[BatchIndices]):
         return len(self.sampler)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[BatchIndices]:
-        yield from islice(self.sampler, self.done() % len(self), None)
+        processed, step, accumulated = self.progress()
+        first = processed % len(self)
+        for number, batch in enumerate(islice(self.sampler, first, None), first):
+            yield batch._replace(step=step + number // accumulated - first // accumulated)
 
 
 Ints = npt.NDArray[np.int64]

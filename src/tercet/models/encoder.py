@@ -128,9 +128,9 @@ class Encoder(EvaluatedModel, nn.Module):
         """The device of the weights."""
         return next(self.parameters()).device
 
-    def draws_from_seeds(self, longest: int) -> bool:
-        """Whether dropout draws from seeds that come with the tokens, in rows of so many tokens."""
-        return next((part.draws_from_seeds(longest) for part in self.text_parts()), False)
+    def longest_seeded(self) -> float:
+        """Dropout draws from seeds that come with the tokens in rows of so many tokens at most; 0 where it never does."""
+        return next((part.longest_seeded() for part in self.text_parts()), 0)
 
     def describe_execution(self) -> str:
         """One line on how rows are run; empty if there is no choice."""

@@ -1,6 +1,7 @@
 """Text encoders: backbone, pooling and head; two of them side by side."""
 
 import inspect
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -131,18 +132,20 @@ class TextEncoder(PoolingMixin, Encoder):
         lower = {"lower_case": True} if lowercases(self.tokenizer) else {}  # its class does not keep that in a folder
         return {"kind": self.kind, **super().settings(), "max_length": self.max_length, **prompts, **similarity, **lower}
 
-    def draws_from_seeds(self, longest: int) -> bool:
-        """Whether dropout draws from seeds in rows of so many tokens: if chosen, and by default where torch's costs as much."""
-        cheap = self.device.type == "cpu" or kernels.available(self.device, longest, self.runner.head_size)
-        chosen = {"deterministic": True, "auto": cheap, "torch": False}[self.execution.dropout]
-        return chosen and self.runner.dropout_seeds is not None
+    def longest_seeded(self) -> float:
+        """The longest rows in which dropout draws from seeds: all if chosen, and by default where torch's costs as much."""
+        if self.runner.dropout_seeds is None or self.execution.dropout == "torch":
+            return 0
+        if self.execution.dropout == "deterministic" or self.device.type == "cpu":
+            return math.inf
+        return kernels.longest_available(self.device, self.runner.head_size)
 
     def describe_execution(self) -> str:
         """The layout and the dropout in use."""
-        seeded = self.draws_from_seeds(1)
-        dropout = "by (seed, step, row)" if seeded else "torch's"
-        if seeded and not self.draws_from_seeds(self.max_length):
-            dropout += f", torch's in batches with rows of more than {kernels.LONGEST} tokens"
+        longest = self.longest_seeded()
+        dropout = "by (seed, step, row)" if longest else "torch's"
+        if 0 < longest < self.max_length:
+            dropout += f", torch's in batches with rows of more than {longest} tokens"
         reason = {"sorted": self.runner.cannot_pack, "equal_length": self.runner.cannot_pad}.get(self.execution.layout)
         how = "run by equal length" if self.execution.layout == "equal_length" else self.execution.layout
         return f"rows are {how}{f' ({reason})' if reason else ''}, dropout is {dropout}"

@@ -1,7 +1,8 @@
 """The training step that the contrastive objectives share, and its cross-batch memory."""
 
+import inspect
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -31,7 +32,7 @@ from tercet.training.optimizers import (
     follow_schedule,
     make_scheduler,
 )
-from tercet.types import Batch, Embeddings, LossOutput, TokenBatch, concat_inputs, send
+from tercet.types import Batch, Embeddings, LossOutput, TokenBatch, send
 
 UNIFORMITY_ROWS = 1024  # they have a million pairs
 
@@ -110,6 +111,29 @@ def _concat(first: Embeddings, second: Embeddings) -> Embeddings:
     return Embeddings(**{name: torch.cat(both, 1 if name == "z" else -1) for name, both in rows.items()})
 
 
+@dataclass(frozen=True)
+class BatchPlan:
+    """Makes a batch ready for a step: its ``views``, the seeds of dropout, and where the tokens are.
+
+    Batches whose rows have at most ``longest_seeded`` tokens get seeds.
+    """
+
+    views: Callable[[Batch, int], Batch]
+    seed: int
+    longest_seeded: float
+
+    def __call__(self, batch: Batch, step: int) -> Batch:
+        """The batch for the optimizer's step ``step``."""
+        batch = replace(self.views(batch, step), is_prepared=True)
+        if isinstance(batch.inputs, TokenBatch) and batch.inputs.index.longest <= self.longest_seeded:
+            return with_dropout_seeds(batch, self.seed, step)
+        return batch
+
+
+def _unchanged(batch: Batch, step: int) -> Batch:
+    return batch
+
+
 class ObjectiveHooks(EvaluationHooks):
     """What every objective declares, and hooks of a LightningModule with an ``encoder``, ``optimizer`` and ``scheduler``.
 
@@ -122,6 +146,9 @@ class ObjectiveHooks(EvaluationHooks):
     positives: ClassVar[str] = "example"
     makes_views: ClassVar[bool] = False
     cached_encoder: CachedEncoder  # set by callbacks that evaluate
+    # The views that the objective trains on, of a batch and the number of the step.
+    views: Callable[[Batch, int], Batch] = staticmethod(_unchanged)
+    prepared: Batch  # of this step, with its views
     stage = "test"
     seed = 0
     gradient_norm: Tensor | None = None  # of this step, before clipping
@@ -162,24 +189,23 @@ class ObjectiveHooks(EvaluationHooks):
         for config in self.trainer.lr_scheduler_configs:
             follow_schedule(config.scheduler)
 
-    def views(self, batch: Batch) -> Batch:
-        """The views that this objective trains on."""
-        return batch
-
     @property
     def views_on_device(self) -> bool:
         """Whether the views have to be made on the device; others are made on the CPU, while the device works."""
         return False
 
+    def plan(self: Any) -> BatchPlan:
+        """What makes a batch ready for its step."""
+        return BatchPlan(self.views, self.seed, self.encoder.longest_seeded())
+
+    def plan_of_workers(self: Any) -> BatchPlan | None:
+        """The plan, if the loader's workers can use it: they have no device, and not the objective, which a method needs."""
+        return None if self.views_on_device or inspect.ismethod(self.views) else self.plan()
+
     def prepare(self: Any, batch: Batch) -> Batch:
-        """The batch with this step's views, and the seeds of dropout where the encoder draws from seeds."""
-        if batch.is_prepared:
-            return batch
-        batch = self.views(batch)
-        longest = max((view.index.longest for view in batch.views if isinstance(view, TokenBatch)), default=1)
-        seeded = self.encoder.draws_from_seeds(longest)
-        batch = with_dropout_seeds(batch, self.seed, self.global_step) if seeded else batch
-        return replace(batch, is_prepared=True)
+        """The batch, ready for this step: here and now, unless a worker has made it so."""
+        self.prepared = batch if batch.is_prepared else self.plan()(batch, self.global_step)
+        return self.prepared
 
     def log_training(self: Any, logged: dict[str, Tensor], batch: Batch) -> None:
         """Log the step's metrics as ``train/<name>``, in steps whose values are written."""
@@ -210,8 +236,9 @@ class ObjectiveHooks(EvaluationHooks):
 class Contrastive(ObjectiveHooks, pl.LightningModule):
     """Embed the batch, gather the keys, sum the loss over this process's anchors, divide by the global normalizer.
 
-    A subclass declares ``columns``, ``positives``, ``makes_views`` and ``needs``. It may override ``views``, which selects or
-    makes the views, and ``embed``. ``optimizer`` takes the module; ``scheduler`` takes the optimizer and the number of steps.
+    A subclass declares ``columns``, ``positives``, ``makes_views`` and ``needs``. It may override ``views``, a function that
+    selects or makes the views, and ``embed``. ``optimizer`` takes the module, ``scheduler`` the optimizer and the number of
+    steps.
     """
 
     default_loss: ClassVar[Callable[[], nn.Module]] = InfoNCE
@@ -237,7 +264,7 @@ class Contrastive(ObjectiveHooks, pl.LightningModule):
 
     def embed(self, batch: Batch) -> Embeddings:
         """All views in one forward pass: ``z (V, N, D)``."""
-        z = self.encoder(concat_inputs(batch.views)).unflatten(0, (len(batch.views), len(batch)))
+        z = self.encoder(batch.inputs).unflatten(0, (len(batch.views), len(batch)))
         return Embeddings(z, batch.example_id, batch.label, batch.position, batch.content_hash)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -250,7 +277,7 @@ class Contrastive(ObjectiveHooks, pl.LightningModule):
         value, logged = reduce_loss(LossOutput(output.loss_sum, output.normalizer, stats))
         logged |= _geometry(anchors.z[0], keys.z[0]) if logs else {}
         if self.mlm is not None:
-            masked, entropy = reduce_loss(self.mlm(concat_inputs(batch.views)))
+            masked, entropy = reduce_loss(self.mlm(batch.inputs))
             value = value + self.mlm_weight * masked
             logged["mlm_loss"] = entropy["loss"]
         self.num_unreadable += batch.num_unreadable

@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import reduce_tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from tercet.data.samplers import RandomBatchSampler, ResumableSampler
 from tercet.data.text_transform import StreamingBatches, TextTransform
@@ -20,10 +20,11 @@ from tercet.training.lightning_compat import (
     EvaluationHooks,
     epoch_and_batches,
     injects_distributed_sampler,
-    num_processed_batches,
+    progress_of_epoch,
 )  # fmt: skip
 from tercet.types import Batch, BatchDataset, BatchIndices, Source
 
+Plan = Callable[[Batch, int], Batch]  # makes a batch ready for a step
 SHARED_BYTES = 1 << 18  # a tensor of a worker that has more comes in shared memory, which the first process opens and maps
 
 
@@ -59,6 +60,22 @@ class RunLength:
         return self.at_most if rows is None else max(1, min(self.at_most, math.ceil(self.epochs * (rows // batch_size))))
 
 
+class PlannedRows(Dataset[Batch]):
+    """Rows whose batches workers make ready for their step, where ``find_plan()`` gives what they do that with."""
+
+    def __init__(self, rows: BatchDataset, find_plan: Callable[[], Plan | None]) -> None:
+        self.rows, self.find_plan = rows, find_plan
+        self.plan: Plan | None = None
+
+    def __getitem__(self, indices: BatchIndices) -> Batch:
+        batch = self.rows[indices]
+        return self.plan(batch, indices.step) if self.plan else batch
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is sent to a worker."""
+        return {"rows": self.rows, "plan": self.plan}
+
+
 class LazyLoader(DataLoader[Batch]):
     """A loader whose workers start when the first batch is asked for, and do not get the signals that stop a run.
 
@@ -66,7 +83,10 @@ class LazyLoader(DataLoader[Batch]):
     fetch ahead at once, would be given the rows of another epoch. At a signal the step is completed, with their batches.
     """
 
+    dataset: PlannedRows
+
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        self.dataset.plan = self.dataset.find_plan() if self.num_workers else None
         with block_signals():
             batches = super().__iter__()
         yield from batches
@@ -134,11 +154,15 @@ class DataModule(EvaluationHooks, pl.LightningDataModule):
             settings = self.batch_size, self.seed, self.shuffle_buffer
             return DataLoader(StreamingBatches(self.source, self.transform, *settings, self._start_of_epoch), batch_size=None)
         assert self.sampler is not None
-        dataset: Any = self.dataset
-        sampler = ResumableSampler(self.sampler, lambda: num_processed_batches(self.trainer))
+        sampler = ResumableSampler(self.sampler, lambda: progress_of_epoch(self.trainer))
         generator = torch.Generator()  # for the workers' seeds; torch's own generator is training's
         started: dict[str, Any] = {"num_workers": self.workers, "worker_init_fn": _start_worker, "generator": generator}
-        return LazyLoader(dataset, batch_size=None, sampler=sampler, **started)
+        return LazyLoader(PlannedRows(self.dataset, self._find_plan), batch_size=None, sampler=sampler, **started)
+
+    def _find_plan(self) -> Plan | None:
+        module: Any = self.trainer.lightning_module if self.trainer else None
+        plan: Plan | None = module.plan_of_workers() if hasattr(module, "plan_of_workers") else None
+        return plan
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Let the objective make its views on the CPU, while the device works, unless they belong on the device."""

@@ -43,10 +43,12 @@ class EvaluationHooks:
     test_step, test_dataloader = validation_step, val_dataloader
 
 
-def num_processed_batches(trainer: pl.Trainer | None) -> int:
-    """The number of batches of the current epoch that training has processed; 0 outside a fit."""
-    loop = getattr(trainer, "fit_loop", None)
-    return int(loop.epoch_loop.batch_progress.current.processed) if loop else 0
+def progress_of_epoch(trainer: pl.Trainer | None) -> tuple[int, int, int]:
+    """The number of batches that the epoch has had, that of the run's steps, and of batches a step; outside a fit 0, 0, 1."""
+    if trainer is None:
+        return 0, 0, 1
+    processed = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+    return processed, trainer.global_step, trainer.accumulate_grad_batches
 
 
 def epoch_and_batches(trainer: pl.Trainer | None) -> tuple[int, int]:
@@ -54,7 +56,7 @@ def epoch_and_batches(trainer: pl.Trainer | None) -> tuple[int, int]:
     progress: Any = trainer.fit_loop.epoch_progress.current if trainer else None
     if progress is None or progress.processed > progress.completed:
         return (progress.processed if progress else 0), 0
-    return progress.completed, num_processed_batches(trainer)
+    return progress.completed, progress_of_epoch(trainer)[0]
 
 
 def time_limit(trainer: pl.Trainer) -> Timer | None:

@@ -1,7 +1,7 @@
 """The objectives: SimCSE, FaceNet, Quick-Thoughts, masked language modeling, and classification."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pytorch_lightning as pl
@@ -19,10 +19,24 @@ from tercet.training.contrastive import Contrastive, Memory, ObjectiveHooks
 from tercet.training.lightning_compat import FSDP2Strategy
 from tercet.training.masked_lm import MaskedLM
 from tercet.training.optimizers import MakeOptimizer, MakeScheduler, adamw, make_scheduler
-from tercet.types import Batch, Embeddings, LossOutput, Source, TokenBatch, at_least_float32, concat_inputs
-from tercet.views import Views
+from tercet.types import Batch, Embeddings, LossOutput, Source, TokenBatch, at_least_float32
+from tercet.views import TokenInfo, Views
 
 HELD_OUT_TOKENS = 16384  # of one forward pass
+
+
+@dataclass(frozen=True)
+class _Twice:
+    """The first column twice, edited by ``view``."""
+
+    view: Views
+    info: TokenInfo | None
+
+    def __call__(self, batch: Batch, step: int) -> Batch:
+        two, (text, *_) = batch.select_columns(0, 0), batch.views
+        if self.view.identical or self.info is None or not isinstance(text, TokenBatch):
+            return two
+        return replace(two, views=self.view(text, batch.example_id, step, self.info))
 
 
 class SimCSEUnsup(Contrastive):
@@ -43,28 +57,19 @@ class SimCSEUnsup(Contrastive):
         view: Views | None = None,
     ) -> None:  # fmt: skip
         super().__init__(encoder, loss, optimizer, scheduler, mlm, memory)
-        self.view = Views((), (), 0) if view is None else view
+        self.view, info = view or Views(), encoder.token_info()
+        self.views = _Twice(self.view, info)
         if self.view.identical:
             return
-        if (info := encoder.token_info()) is None:
-            raise InputError("These views edit texts, but the model reads images. Leave out `view`.")
-        self.token_info = info
+        require(info is not None, "These views edit texts, but the model reads images. Leave out `view`.")
         inputs, ids = encoder.prepare(["One text.", "And another one."]), torch.arange(2)
         with torch.no_grad():  # a backbone or tokenizer that the views cannot be used with raises its error now
-            self.embed(self.views(Batch((inputs,), ids, ids, ids, ids[None])))
+            self.embed(self.views(Batch((inputs,), ids, ids, ids, ids[None]), 0))
 
     @property
     def views_on_device(self) -> bool:
         """Whether an edit runs a model."""
         return self.view.on_device
-
-    def views(self, batch: Batch) -> Batch:
-        """The first column twice, edited by ``view``."""
-        two = batch.select_columns(0, 0)
-        text = batch.views[0]
-        if self.view.identical or not isinstance(text, TokenBatch):
-            return two
-        return replace(two, views=self.view(text, batch.example_id, self.global_step, self.token_info))
 
 
 class SimCSESup(Contrastive):
@@ -111,7 +116,7 @@ class QuickThoughts(Contrastive):
 
     def embed(self, batch: Batch) -> Embeddings:
         """``z (2, N, D)``: f and g; the same vectors twice where the encoder has one output."""
-        z = at_least_float32(self.encoder(batch.views[0])).unflatten(-1, (self.encoder.num_outputs, -1))
+        z = at_least_float32(self.encoder(batch.inputs)).unflatten(-1, (self.encoder.num_outputs, -1))
         z = z.movedim(1, 0).expand(2, -1, -1)
         return Embeddings(z, batch.example_id, batch.label, batch.position, batch.content_hash.expand(2, -1))
 
@@ -143,7 +148,7 @@ class Pretraining(ObjectiveHooks, pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross entropy of the chosen tokens, averaged over those of the global batch."""
-        value, logged = reduce_loss(self.mlm(concat_inputs(self.prepare(batch).views)))
+        value, logged = reduce_loss(self.mlm(self.prepare(batch).inputs))
         logged["perplexity"] = logged["loss"].exp()
         self.log_training(logged, batch)
         return self.mlm_weight * value
@@ -221,7 +226,7 @@ class Classification(ObjectiveHooks, pl.LightningModule):
         """Cross entropy, averaged over the labeled items of the global batch."""
         assert self.classifier is not None
         batch = self.prepare(batch)
-        z, label = self.encoder(concat_inputs(batch.views)), batch.label.repeat(len(batch.views))
+        z, label = self.encoder(batch.inputs), batch.label.repeat(len(batch.views))
         with torch.autocast(z.device.type, enabled=False):  # half precision loses small differences of logits
             logits = self.classifier(z.to(self.classifier.weight.dtype)).float() / self.temperature
         target = torch.where(label >= 0, torch.searchsorted(self.classes, label), -100)  # cross entropy leaves -100 out

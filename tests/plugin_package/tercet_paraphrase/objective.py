@@ -17,6 +17,7 @@ class LabeledParaphrase(Contrastive):
         """Several rows of one label in a batch."""
         return frozenset({"same_label"})
 
-    def views(self, batch: Batch) -> Batch:
+    @staticmethod
+    def views(batch: Batch, step: int) -> Batch:
         """Both columns."""
         return batch.select_columns(0, 1)

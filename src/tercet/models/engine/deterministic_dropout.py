@@ -119,9 +119,8 @@ def replace_dropouts(module: nn.Module) -> DropoutSeeds:
 
 def with_dropout_seeds(batch: Batch, seed: int, step: int) -> Batch:
     """The batch with a seed for each token of its texts: a function of (``seed``, ``step``, example, view, position)."""
-    row = derive_seed(derive_seed(torch.full_like(batch.example_id, seed), step), batch.example_id)
-    views = list(cast(tuple[TokenBatch, ...], batch.views))  # images have no such dropout
-    for number, view in enumerate(views):
-        tokens = derive_seed(derive_seed(row, number).index_select(0, view.index.row), view.index.position)
-        views[number] = replace(view, state=replace(view.state, dropout_seed=tokens))
-    return replace(batch, views=tuple(views))
+    example = derive_seed(derive_seed(torch.full_like(batch.example_id, seed), step), batch.example_id)
+    row = derive_seed(example, torch.arange(len(batch.views), device=example.device)[:, None]).flatten()
+    inputs = cast(TokenBatch, batch.inputs)  # images have no such dropout
+    tokens = derive_seed(row.index_select(0, inputs.index.row), inputs.index.position)
+    return batch.with_inputs(inputs.same_rows(inputs.ids, replace(inputs.state, dropout_seed=tokens)))

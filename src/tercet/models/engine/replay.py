@@ -21,22 +21,12 @@ from tercet.distributed.gather import world_size
 from tercet.messages import warn_once
 from tercet.models.engine import triton_kernels as kernels
 from tercet.models.engine.packing import autocast_dtype
-from tercet.types import RowIndex, TokenBatch, TokenState, runs_on_cpu
+from tercet.types import RowIndex, TokenBatch, TokenState, rounded_tokens, runs_on_cpu
 
 Embed = Callable[[TokenBatch], Tensor]  # n rows to (n, ...)
 MOST_GRAPHS = 24  # capturing one takes as long as some ten steps
 WARMUP = 2  # passes before a capture, in which libraries allocate what they keep
 STAGES = 4  # of a backward pass among several processes: DDP reduces the gradients of one while the next one runs
-
-
-def rounded_tokens(tokens: int) -> int:
-    """The number of tokens that a graph has for so many: up to an eighth more, or a multiple of 256.
-
-    >>> [rounded_tokens(n) for n in (1, 1000, 1800, 14000)]
-    [256, 1024, 2048, 14336]
-    """
-    step = max(256, 1 << max(0, (tokens - 1).bit_length() - 4))
-    return -(-tokens // step) * step
 
 
 def longest_row(rows: TokenBatch) -> int:
@@ -226,8 +216,7 @@ class _Graph:
 
     def load(self, rows: TokenBatch) -> None:
         """Copy a batch into the graph; tokens beyond it keep old ids, which are valid and belong to no row."""
-        index = torch.cat(RowIndex.parts(rows.lengths, self.tokens)).pin_memory()
-        self.index.copy_(index, non_blocking=True)
+        self.index.copy_(rows.layout)
         n, own = len(rows.ids), self.state.set_fields()
         pairs = [(self.ids, rows.ids), *((own[name], x) for name, x in rows.state.set_fields().items())]
         for to, x in pairs:

@@ -31,6 +31,11 @@ def available(device: torch.device, longest: int = 1, d: int = 1) -> bool:
     return longest <= LONGEST and d <= WIDEST and block <= _largest_block(device)
 
 
+def longest_available(device: torch.device, d: int) -> int:
+    """The longest row that attention of heads of this size runs on here; 0 where it does not run."""
+    return next((n for n in reversed(WARPS) if available(device, n, d)), 0)
+
+
 @cache
 def _largest_block(device: torch.device) -> int:
     """How many elements a block of keys may have; 0 where no kernel runs."""

@@ -19,7 +19,7 @@ from tercet.distributed.gather import rank, world_size
 from tercet.errors import InputError, require
 from tercet.messages import ProgressLines, log_errors, warn_once
 from tercet.training.lightning_compat import logs_now, skip_on_device, time_limit
-from tercet.types import Batch, TokenBatch, concat_inputs, runs_on_cpu
+from tercet.types import Batch, TokenBatch, runs_on_cpu
 
 
 class SkipNonFinite(pl.Callback):
@@ -211,11 +211,9 @@ class Throughput(pl.Callback):
         """Count the inputs of the step, and log its cost in steps whose values are written."""
         now = time.perf_counter()
         seconds, self.start = now - self.start, now
-        batch = batch if batch.is_prepared or not hasattr(pl_module, "views") else pl_module.views(batch)
-        texts = [view for view in batch.views if isinstance(view, TokenBatch)]
-        lengths = torch.cat([view.lengths for view in texts]) if texts else torch.zeros(0, dtype=torch.long)
-        counts = {"sentences": len(lengths), "tokens": int(lengths.sum())}
-        counts = counts if texts else {"images": len(batch) * len(batch.views)}
+        inputs = getattr(pl_module, "prepared", batch).inputs
+        texts = inputs if isinstance(inputs, TokenBatch) else None
+        counts = {"sentences": len(texts), "tokens": int(texts.lengths.sum())} if texts else {"images": len(inputs)}
         for name, count in counts.items() if seconds > 0 else ():
             rate = world_size() * count / seconds
             self.rates[name] = self.smoothing * self.rates.get(name, rate) + (1 - self.smoothing) * rate
@@ -224,7 +222,7 @@ class Throughput(pl.Callback):
         cost = {f"{name}_per_second": rate for name, rate in self.rates.items()}
         cost |= {"waiting": self.waited / seconds} if seconds > 0 else {}
         if texts:
-            computed = pl_module.encoder.execution_for(concat_inputs(texts)).computed_tokens(lengths)
+            computed = pl_module.encoder.execution_for(texts).computed_tokens(texts.lengths)
             cost["padding"] = 1 - counts["tokens"] / max(computed, 1)
         pl_module.log_dict({f"train/{name}": x for name, x in {**cost, "memory_gb": peak_memory_gb()}.items()}, batch_size=1)
 
