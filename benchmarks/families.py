@@ -29,6 +29,7 @@ from transformers import logging as transformers_logging
 from tercet.errors import InputError
 from tercet.models import Execution, TextEncoder, random_backbone
 from tercet.models.engine.chunking import LAYOUTS
+from tercet.rng import derive_seed
 from tercet.training.masked_lm import MaskedLM
 
 TEXTS = ["a b", "abc de f gh", "x", "one two three four five six", "q w e r t y u i", "hello there"]
@@ -164,10 +165,9 @@ def check_masked_lm(encoder: TextEncoder, rows: list[dict[str, Tensor]]) -> floa
     missing, unexpected = own.load_state_dict({**weights, **head.lm.state_dict()}, strict=False)
     assert not unexpected and all("pooler" in name for name in missing), (missing, unexpected)
     inputs = encoder.prepare([*TEXTS, LONG])
-    torch.manual_seed(1)
+    inputs.state.dropout_seed = derive_seed(torch.zeros_like(inputs.ids), torch.arange(len(inputs.ids)))
     got = head.eval()(inputs)
-    torch.manual_seed(1)
-    corrupted, targets = head.corrupt(inputs.ids)
+    corrupted, targets = head.corrupt(inputs.ids, inputs.state.dropout_seed)
     total = torch.zeros(())
     for ids, target, row in zip(*(x.split(inputs.lengths.tolist()) for x in (corrupted, targets)), rows, strict=True):
         logits = own(**{**row, "input_ids": ids[None]}).logits[0]

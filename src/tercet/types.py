@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tercet.row_index import RowIndex, rounded_tokens
+
 RATE_SCALE = 1 << 24  # a cutoff rate is stored as an integer in units of 1 / RATE_SCALE
 
 
@@ -36,70 +38,6 @@ class TokenState:
         return TokenState(**{name: function(x) for name, x in self.set_fields().items()})
 
 
-@dataclass(frozen=True)
-class RowIndex:
-    """Where the T tokens of N rows are, on the device of the tokens: made once for a pass, not in each layer.
-
-    Tokens after the last row belong to none: their ``row`` is N and their ``position`` 0.
-    """
-
-    lengths: Tensor  # (N,), on the CPU
-    longest: int  # L
-    start: Tensor  # (N,), the first token of each row
-    length: Tensor  # (N,)
-    row: Tensor  # (T,)
-    position: Tensor  # (T,), in the row
-
-    @staticmethod
-    def of(lengths: Tensor, device: torch.device, layout: Tensor | None = None) -> "RowIndex":
-        """The index of rows of ``lengths (N,)``; ``layout`` holds its ``parts`` already, perhaps with tokens of no row."""
-        n, tokens = len(lengths), int(lengths.sum())
-        (layout,) = send([torch.cat(RowIndex.parts(lengths))], device) if layout is None else (layout,)
-        start, length, row, position = layout.split([n, n, *[len(layout) // 2 - n] * 2])
-        return RowIndex(lengths, int(lengths.max()) if n else 0, start, length, row[:tokens], position[:tokens])
-
-    @staticmethod
-    def parts(lengths: Tensor, tokens: int | None = None) -> list[Tensor]:
-        """``start``, ``length``, ``row`` and ``position`` on the CPU; T is ``tokens``, by default that of the rows."""
-        n, start = len(lengths), lengths.cumsum(0) - lengths
-        row = torch.repeat_interleave(torch.arange(n), lengths)
-        position = torch.arange(len(row)) - start[row]
-        if tokens is not None and tokens > len(row):
-            row = torch.cat([row, row.new_full((tokens - len(row),), n)])
-            position = torch.cat([position, position.new_zeros(tokens - len(position))])
-        return [start, lengths, row, position]
-
-    @cached_property
-    def in_padded(self) -> Tensor:
-        """``(T,)``, the index of each token in the flattened ``(N, L)``; N L for those of no row."""
-        return self.row * self.longest + self.position
-
-    def pad(self, flat: Tensor, fill: int = 0) -> Tensor:
-        """``(T, ...)`` to ``(N, L, ...)``, padded on the right with ``fill``."""
-        size = len(self.start) * self.longest
-        out = flat.new_full((size + 1, *flat.shape[1:]), fill).index_copy(0, self.in_padded, flat)
-        return out[:size].view(len(self.start), -1, *flat.shape[1:])
-
-    def unpad(self, padded: Tensor) -> Tensor:
-        """The inverse of ``pad`` where all tokens belong to a row: ``(N, L, ...)`` to ``(T, ...)``."""
-        return padded.flatten(0, 1).index_select(0, self.in_padded)
-
-    @cached_property
-    def mask(self) -> Tensor:
-        """``(N, L)``, true where there is a token."""
-        return torch.arange(self.longest, device=self.length.device) < self.length[:, None]
-
-
-def rounded_tokens(tokens: int) -> int:
-    """The number of tokens that a CUDA graph has for so many: up to an eighth more, or a multiple of 256.
-
-    >>> [rounded_tokens(n) for n in (1, 1000, 1800, 14000)]
-    [256, 1024, 2048, 14336]
-    """
-    step = max(256, 1 << max(0, (tokens - 1).bit_length() - 4))
-    return -(-tokens // step) * step
-
-
 @dataclass
 class TokenBatch:
     """N rows of token ids, concatenated without padding: ``ids (T,)`` and ``lengths (N,)``.
@@ -121,12 +59,12 @@ class TokenBatch:
     @cached_property
     def layout(self) -> Tensor:
         """The parts of the index in one tensor, with as many tokens as a CUDA graph has, on the device of the ids."""
-        return send([torch.cat(RowIndex.parts(self.lengths, rounded_tokens(len(self.ids))))], self.ids.device)[0]
+        return send([RowIndex.layout(self.lengths, rounded_tokens(len(self.ids)))], self.ids.device)[0]
 
     @cached_property
     def index(self) -> RowIndex:
         """Where the tokens are."""
-        return RowIndex.of(self.lengths, self.ids.device, self.layout)
+        return RowIndex.of(self.lengths, self.layout, len(self.ids))
 
     def to(self, device: torch.device | str) -> "TokenBatch":
         """Copy ids and state to ``device``."""
@@ -261,11 +199,6 @@ Item = str | bytes  # what is encoded outside training: a text, or the content o
 EncodeFunction = Callable[[Sequence[Item]], Tensor | NDArray[Any]]  # to (N, D), in order: all that an evaluator sees of a model
 
 
-def concat_inputs(parts: Sequence[Inputs]) -> Inputs:
-    """Concatenate the rows of all parts, which are of one kind."""
-    return parts[0] if len(parts) == 1 else type(parts[0]).concat(cast(Any, parts))
-
-
 class BatchIndices(NamedTuple):
     """What a batch sampler yields: row indices, and a seed for augmentation; the loader adds the optimizer's step."""
 
@@ -298,7 +231,8 @@ class Batch:
     @cached_property
     def inputs(self) -> Inputs:
         """The V N rows of all views, one view after the other."""
-        return concat_inputs(self.views)
+        first, *others = self.views
+        return type(first).concat(cast(Any, self.views)) if others else first
 
     def with_inputs(self, inputs: Inputs, **changes: Any) -> "Batch":
         """The batch with other ``inputs``, of which the views are parts, and with other fields."""

@@ -13,7 +13,7 @@ from tercet.models import ImageEncoder, random_backbone
 from tercet.models.engine.backbone_runner import _drawn_columns
 from tercet.models.pooling import POOLINGS, WORD_ONLY_POOLINGS, LayeredHead
 from tercet.training import MaskedLM
-from tercet.types import RATE_SCALE, concat_inputs
+from tercet.types import RATE_SCALE
 from tests.conftest import NEEDED, TEXTS, choices, composed, tiny
 from tests.laws.test_encoding import batch_of, encoder_of
 
@@ -84,7 +84,7 @@ def test_losses_and_statistics_of_half_embeddings_are_those_of_float32(name, spr
         module = build(cfg.objective)
         batch = batch_of(module, module.columns[1])
         batch = replace(batch, label=batch.position // 4)  # also neighbors in a document
-        rows = len(concat_inputs(module.prepare(batch).views))
+        rows = len(module.prepare(batch).inputs)
         for step in (0, 100):  # the first fills the memory
             now = replace(batch, example_id=batch.example_id + step, content_hash=batch.content_hash + step)
             z = (torch.randn(1, module.encoder.dim) + spread * torch.randn(rows, module.encoder.dim)).bfloat16()

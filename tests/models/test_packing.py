@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from tercet.app.components import build
 from tercet.models.engine import packing
 from tercet.models.engine.packing import AttentionSettings, Packing, attend_by_length, attend_nested, attend_padded
-from tercet.types import RowIndex
+from tercet.types import TokenBatch
 from tests.conftest import TEXTS, composed, tiny
 
 LENGTHS = [5, 5, 2, 9, 1, 9]
@@ -38,7 +38,8 @@ def row_by_row(query, key, value, lengths, window=None, attend=None):
 
 
 def packed(lengths, device="cpu", **options):
-    return Packing(RowIndex.of(torch.tensor(lengths, dtype=torch.long), torch.device(device)), **options)
+    rows = TokenBatch(torch.zeros(sum(lengths), device=device), torch.tensor(lengths, dtype=torch.long))
+    return Packing(rows.index, **options)
 
 
 @pytest.mark.parametrize("device", ["cpu", GPU])

@@ -2,6 +2,7 @@
 
 import pickle
 import sys
+from collections import Counter
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import replace
@@ -13,18 +14,19 @@ import pytorch_lightning as pl
 import torch
 
 from tercet.app.components import build
+from tercet.errors import InputError
 from tercet.models import Head, TextEncoder
 from tercet.models.engine import replay
 from tercet.models.engine import triton_kernels as kernels
 from tercet.models.engine.deterministic_dropout import with_dropout_seeds
 from tercet.models.engine.packing import AttentionSettings, Packing, attend_short
-from tercet.models.engine.replay import rounded_tokens
+from tercet.row_index import RowIndex, rounded_tokens
 from tercet.training.callbacks import LastCheckpoint, RNGState
-from tercet.types import Batch, RowIndex, TokenBatch, TokenState, concat_inputs
+from tercet.types import Batch, TokenBatch, TokenState
 from tests.conftest import TEXTS, composed, tiny
 from tests.laws.device_operations import do_as_on_a_gpu
 from tests.laws.distributed_runs import config, data
-from tests.laws.recorded_graphs import replay_on_a_cpu
+from tests.laws.recorded_graphs import RecordedGraph, replay_on_a_cpu
 
 POOLINGS = ["cls", "mean", "max", "last"]
 
@@ -37,7 +39,7 @@ def made(pooling="cls", *more):
 def seeded(encoder, texts, step=0):
     ids = torch.arange(len(texts))
     rows = encoder.prepare(texts)
-    return concat_inputs(with_dropout_seeds(Batch((rows, rows), ids, ids, ids, torch.stack([ids, ids])), 1, step).views)
+    return with_dropout_seeds(Batch((rows, rows), ids, ids, ids, torch.stack([ids, ids])), 1, step).inputs
 
 
 def row_by_row(q, k, v, starts, lengths, longest, scale, p, seed, attend, number, window, first_only):
@@ -64,7 +66,7 @@ def test_tokens_of_no_row_change_neither_values_nor_gradients(pooling, monkeypat
     monkeypatch.setattr(kernels, "short_attention", row_by_row)
     tokens = rounded_tokens(len(rows.ids) + 1)
     more = TokenBatch(rows.ids.repeat(4)[:tokens], rows.lengths, TokenState())
-    more.index = RowIndex(rows.lengths, 32, *RowIndex.parts(rows.lengths, tokens))
+    more.index = replace(RowIndex.of(rows.lengths, RowIndex.layout(rows.lengths, tokens), tokens), longest=32)
     got = encoder(more)
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     for a, b in zip(torch.autograd.grad((got * weight).sum(), weights, allow_unused=True), slopes, strict=True):
@@ -78,7 +80,7 @@ def test_models_that_mix_types_under_autocast_are_cast_as_for_torchs_attention(m
     seen = []
     monkeypatch.setattr(kernels, "short_attention", lambda q, k, v, *_: seen.append((q.dtype, k.dtype, v.dtype)) or q)
     q, k = torch.randn(2, 1, 2, 5, 16).unbind()
-    rows = Packing(RowIndex.of(torch.tensor([3, 2]), torch.device("cpu")))
+    rows = Packing(TokenBatch(torch.zeros(5), torch.tensor([3, 2])).index)
     with torch.autocast("cpu", torch.bfloat16):
         attend_short(q, k, q.bfloat16(), rows, AttentionSettings())
     attend_short(q, k, q, rows, AttentionSettings())
@@ -178,6 +180,83 @@ def test_gradients_of_replayed_passes_add_up(device):
     got = torch.cat([p.grad.flatten() for p in encoder.parameters() if p.grad is not None])
     assert (got - total).norm() <= 1e-5 * total.norm()
     assert not torch.equal(*outputs), "the second replay overwrote what the first returned"
+
+
+def of_chunks(encoder, *rows, graphs=True):
+    """The embeddings and gradients of recomputed chunks, of several passes before one backward pass."""
+    encoder.execution = replace(encoder.execution, chunk_tokens=48, recompute=True, graphs=graphs)
+    encoder.zero_grad(set_to_none=True)
+    counts = Counter()
+    hooks = [p.register_post_accumulate_grad_hook(lambda p: counts.update([p])) for p in encoder.parameters()]
+    outputs = [encoder(part) for part in rows]
+    sum((z * torch.linspace(-1, 1, z.numel(), device=z.device).view_as(z)).sum() for z in outputs).backward()
+    assert set(counts.values()) == {1}, "a gradient is reduced more than once"
+    for hook in hooks:
+        hook.remove()
+    grads = [p.grad.flatten() for p in encoder.parameters() if p.grad is not None]
+    return torch.cat([z.detach() for z in outputs]), torch.cat(grads)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_replayed_chunks_are_the_recomputed_ones(pooling, processes, device, monkeypatch):
+    """Chunks of one shape share a graph, whose memory the next one overwrites; so do two passes before a backward pass."""
+    monkeypatch.setattr(replay, "world_size", lambda: processes)
+    encoder = made(pooling, "model.backbone.dropout=0.2").to(device)
+    rows = [seeded(encoder, texts, step).to(device) for step, texts in enumerate((TEXTS, [*TEXTS[3:9], "one"]))]
+    z, grad = of_chunks(encoder, *rows, graphs=False)
+    chunks = sum(len(encoder.execution.chunks(part.lengths)) for part in rows)
+    for _ in range(2):
+        before = RecordedGraph.replays
+        got, slope = of_chunks(encoder, *rows)
+        torch.testing.assert_close(got, z, rtol=1e-5, atol=1e-5)
+        assert (slope - grad).norm() <= 1e-5 * grad.norm()
+        (stages,) = {len(graph.stages) for graph in encoder.replay.graphs.values()}
+        assert device == "cuda" or RecordedGraph.replays - before == chunks * (2 + stages)
+    assert 1 < len(encoder.replay.graphs) < chunks
+
+
+def test_chunks_without_seeds_are_not_replayed(device):
+    """Their dropout would not draw the same numbers again."""
+    encoder = made("cls", "model.execution.dropout=torch").to(device)
+    of_chunks(encoder, encoder.prepare(TEXTS).to(device))
+    assert not encoder.replay.graphs
+    of_chunks(encoder, seeded(encoder, TEXTS).to(device))
+    assert encoder.replay.graphs
+
+
+def test_a_pass_that_is_not_recomputed_waits_for_those_that_are(device):
+    encoder = made().to(device)
+    rows = seeded(encoder, TEXTS).to(device)
+    want, grad = passes(encoder, rows, False)
+    plain = encoder.execution
+    encoder.execution = replace(plain, chunk_tokens=48, recompute=True, graphs=True)
+    first = encoder(rows)
+    pending, replays = encoder.replay.pending, RecordedGraph.replays
+    encoder.execution = replace(plain, graphs=True)
+    assert torch.allclose(encoder(rows), want, atol=1e-5)
+    assert encoder.replay.pending is pending and RecordedGraph.replays == replays
+    encoder.zero_grad(set_to_none=True)
+    (first * torch.linspace(-1, 1, first.numel(), device=device).view_as(first)).sum().backward()
+    slope = torch.cat([p.grad.flatten() for p in encoder.parameters() if p.grad is not None])
+    assert (slope - grad).norm() <= 1e-5 * grad.norm() and encoder.replay.pending() is None
+
+
+def test_a_chunk_whose_capture_fails_ends_the_pass_where_another_is_to_be_replayed(monkeypatch):
+    replay_on_a_cpu(monkeypatch)
+    encoder = made()
+    rows, capture, captures = seeded(encoder, TEXTS), torch.cuda.graph, []
+
+    def fail(graph, **options):
+        captures.append(graph)
+        if len(captures) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return capture(graph, **options)
+
+    monkeypatch.setattr(torch.cuda, "graph", fail)
+    with pytest.raises(InputError, match="recompute"):
+        of_chunks(encoder, rows)
+    assert not encoder.replay.graphs
 
 
 def test_replayed_dropout_of_torch_differs_each_time_and_follows_its_seed(device):

@@ -13,7 +13,7 @@ from tercet.models.engine.deterministic_dropout import apply_dropout
 from tercet.models.engine.packing import AttentionSettings, Packing, attend_by_length
 from tercet.models.engine.triton_kernels import available, seeded_dropout, short_attention
 from tercet.rng import derive_seed
-from tercet.types import RowIndex
+from tercet.types import TokenBatch
 
 needs_triton = pytest.mark.skipif(not available(torch.device("cpu")), reason="needs Triton, and TRITON_INTERPRET=1")
 DEVICES = pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def reference(q, k, v, lengths, first_only, window=None, p=0.0, seed=None, atten
     """Each row alone, in torch; 0 for what belongs to no row."""
     real, places = sum(lengths), torch.tensor([n > 0 for n in lengths], device=q.device, dtype=torch.bool)
     keep = places if first_only else slice(real)
-    index = RowIndex.of(torch.tensor([n for n in lengths if n]), q.device)
+    index = TokenBatch(q.new_zeros(sum(lengths)), torch.tensor([n for n in lengths if n])).index
     rows = Packing(index, attend=None if attend is None else attend[:real])
     seed = seed if seed is None or number is None else derive_seed(seed, number)
     settings = AttentionSettings(p, scale, window, None if seed is None else seed[keep][None])

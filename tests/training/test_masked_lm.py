@@ -1,5 +1,6 @@
 """The masked-LM auxiliary."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,9 +9,11 @@ import torch
 from tercet.app.components import build
 from tercet.errors import InputError
 from tercet.models import Execution, load, load_backbone, load_tokenizer
+from tercet.rng import derive_seed
+from tercet.row_index import RowIndex
 from tercet.training import MaskedLM, masked_lm
 from tercet.training.masked_lm import capacity
-from tercet.types import Batch, RowIndex, TokenBatch, TokenState
+from tercet.types import Batch, TokenBatch, TokenState
 from tests.conftest import MINILM, TEXTS, composed, tiny
 from tests.laws.device_operations import DeviceOperations, HostWaitsError
 from tests.laws.recorded_graphs import replay_on_a_cpu
@@ -53,12 +56,12 @@ def test_special_tokens_are_never_asked(head, encoder):
     assert torch.equal(corrupted[special], inputs.ids[special])
 
 
-def test_the_loss_is_the_one_of_transformers(head, encoder, monkeypatch):
+def test_the_loss_is_the_one_of_transformers(head, encoder):
     head.eval()
     encoder.eval()
     inputs = encoder.prepare(TEXTS)
-    corrupted, targets = head.corrupt(inputs.ids)
-    monkeypatch.setattr(head, "corrupt", lambda *_: (corrupted, targets))
+    inputs.state.dropout_seed = derive_seed(torch.zeros_like(inputs.ids), torch.arange(len(inputs.ids)))
+    corrupted, targets = head.corrupt(inputs.ids, inputs.state.dropout_seed)
     pad = torch.nn.utils.rnn.pad_sequence
     lengths = inputs.lengths.tolist()
     ids = pad(corrupted.split(lengths), batch_first=True)
@@ -268,12 +271,12 @@ def test_tokens_that_belong_to_no_row_change_nothing(head, encoder, monkeypatch)
     monkeypatch.setattr(masked_lm, "runs_on_cpu", lambda device: False)
     head.eval()
     inputs = of_length(9, 20, 4)
-    plain = head._rows(head._paired(inputs))
+    plain = head._rows(inputs)
     old = of_length(15)
     state = TokenState(dropout_seed=torch.cat([inputs.state.dropout_seed, old.state.dropout_seed]))
     longer = TokenBatch(torch.cat([inputs.ids, old.ids]), inputs.lengths, state)
-    longer.index = RowIndex(inputs.lengths, 32, *RowIndex.parts(inputs.lengths, 48))
-    torch.testing.assert_close(head._rows(head._paired(longer)), plain)
+    longer.index = replace(RowIndex.of(inputs.lengths, RowIndex.layout(inputs.lengths, 48), 48), longest=32)
+    torch.testing.assert_close(head._rows(longer), plain)
     assert plain[:, 1].sum() > 0
 
 
@@ -286,6 +289,24 @@ def test_a_compiled_backbone_is_not_replayed(encoder, monkeypatch):
         encoder.runner.compiled = compiled
         head(text).loss_sum.backward()
         assert bool(head.replay.graphs) == (not compiled)
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 48])
+def test_a_recomputed_loss_is_replayed(encoder, chunk_tokens, monkeypatch):
+    replay_on_a_cpu(monkeypatch)
+    head, text = MaskedLM(weight=1.0, whole_words=True).build(encoder), encoder.prepare(TEXTS)
+    text.state.dropout_seed = derive_seed(torch.zeros_like(text.ids), torch.arange(len(text.ids)))
+    found = []
+    for graphs in (False, True, True):
+        head.execution = Execution("packed", "deterministic", chunk_tokens, None, True, graphs)
+        head.zero_grad()
+        terms = head(text)
+        terms.loss_sum.backward()
+        found.append([terms.loss_sum.detach(), terms.normalizer, *(p.grad.clone() for p in head.parameters())])
+        assert bool(head.replay.graphs) == graphs
+    for plain, *replayed in zip(*found, strict=True):
+        for other in replayed:
+            torch.testing.assert_close(other, plain, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.gpu

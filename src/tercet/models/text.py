@@ -4,6 +4,7 @@ import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -117,9 +118,9 @@ class TextEncoder(PoolingMixin, Encoder):
         def embed(rows: TokenBatch) -> Tensor:
             return self.pool(*self.runner(rows, *options))
 
-        if execution.can_replay and not self.runner.compiled and self.replay.can_run(self, inputs, self.runner.head_size):
-            return self.replay(embed, self, inputs, self.pooling, self.normalize, self.unpooled)
-        return execution.run(embed, inputs)
+        settings = (self.pooling, self.normalize, self.unpooled)
+        replay = partial(self.replay, embed, self, self.runner.head_size, settings, execution.recompute)
+        return execution.run(embed, inputs, replay if execution.can_replay and not self.runner.compiled else None)
 
     def prepare(self, items: Sequence[Item]) -> TokenBatch:
         """Token ids with special tokens and the prompt, cut at ``max_length``."""

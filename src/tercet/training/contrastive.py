@@ -204,8 +204,9 @@ class ObjectiveHooks(EvaluationHooks):
 
     def prepare(self: Any, batch: Batch) -> Batch:
         """The batch, ready for this step: here and now, unless a worker has made it so."""
-        self.prepared = batch if batch.is_prepared else self.plan()(batch, self.global_step)
-        return self.prepared
+        ready: Batch = batch if batch.is_prepared else self.plan()(batch, self.global_step)
+        self.prepared = ready
+        return ready
 
     def log_training(self: Any, logged: dict[str, Tensor], batch: Batch) -> None:
         """Log the step's metrics as ``train/<name>``, in steps whose values are written."""

@@ -47,8 +47,8 @@ def progress_of_epoch(trainer: pl.Trainer | None) -> tuple[int, int, int]:
     """The number of batches that the epoch has had, that of the run's steps, and of batches a step; outside a fit 0, 0, 1."""
     if trainer is None:
         return 0, 0, 1
-    processed = trainer.fit_loop.epoch_loop.batch_progress.current.processed
-    return processed, trainer.global_step, trainer.accumulate_grad_batches
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return progress.processed, trainer.global_step, trainer.accumulate_grad_batches
 
 
 def epoch_and_batches(trainer: pl.Trainer | None) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -125,27 +126,21 @@ class MaskedLMHead(nn.Module):
 
         They are drawn from the seeds of deterministic dropout where ``inputs`` have these, else from torch's generator.
         """
-        execution, (trained,) = self.execution.fastest(inputs.ids.device), self._trained
-        seeded = inputs.state.dropout_seed is not None  # a replay draws the same numbers again
-        replayed = execution.can_replay and seeded and not self._run_backbone.compiled
-        if replayed and self.replay.can_run(trained, inputs, self._run_backbone.head_size):
-            sums = self.replay(lambda rows: self._rows(self._paired(rows)), trained, inputs)
-        else:
-            paired = self._paired(inputs)
-            sums = self.auto_chunks.resolve(execution, self, self._rows, paired).run(self._rows, paired)
+        execution, (trained,), runner = self.execution.fastest(inputs.ids.device), self._trained, self._run_backbone
+        execution = self.auto_chunks.resolve(execution, self, self._rows, inputs)
+        # A replay draws the same numbers again only from seeds.
+        replays = execution.can_replay and inputs.state.dropout_seed is not None and not runner.compiled
+        replay = partial(self.replay, self._rows, trained, runner.head_size, (), execution.recompute)
+        sums = execution.run(self._rows, inputs, replay if replays else None)
         return LossOutput(sums[:, 0].sum(), sums[:, 1].detach().sum())
 
-    def _paired(self, inputs: TokenBatch) -> TokenBatch:
-        """Corrupted ids and targets as the two columns of one row of tokens, ``ids (T, 2)``: chunking keeps them together."""
-        seed = inputs.state.dropout_seed
+    def _rows(self, rows: TokenBatch) -> Tensor:
+        """``n`` rows to ``(n, 2)``: each row's summed cross entropy and number of targets."""
+        seed = rows.state.dropout_seed
+        ids, targets = self.corrupt(rows.ids, seed)
         state = TokenState(dropout_seed=None if seed is None else derive_seed(seed, MLM_PASS))
-        return inputs.same_rows(torch.stack(self.corrupt(inputs.ids, seed), 1), state)
-
-    def _rows(self, paired: TokenBatch) -> Tensor:
-        """``n`` rows of ``ids (T, 2)`` to ``(n, 2)``: each row's summed cross entropy and number of targets."""
-        ids, targets = paired.ids.unbind(-1)
-        output, _ = self._run_backbone(paired.same_rows(ids, paired.state), self.execution.layout == "packed")
-        hidden, targets = output.last_hidden_state, paired.index.pad(targets, IGNORED)
+        output, _ = self._run_backbone(rows.same_rows(ids, state), self.execution.layout == "packed")
+        hidden, targets = output.last_hidden_state, rows.index.pad(targets, IGNORED)
         assert hidden is not None
         sums = self.token_losses(hidden.flatten(0, 1), targets.flatten(), len(ids))
         return sums.view(*targets.shape, 2).sum(1)

@@ -17,6 +17,7 @@ from tercet.messages import warn_once
 from tercet.types import TokenBatch, runs_on_cpu, send
 
 Embed = Callable[[TokenBatch], Tensor]  # n rows to (n, ...)
+Replayed = Callable[[TokenBatch], Tensor | None]  # the same, by a CUDA graph; None where that cannot be
 LAYOUTS = ("auto", "packed", "sorted", "padded", "equal_length")
 DROPOUTS = ("auto", "torch", "deterministic")
 
@@ -45,7 +46,8 @@ class Execution:
     limit on a GPU.
     ``recompute``: save no activations and compute each chunk again in the backward pass, with the same dropout. This is
     GradCache (Gao et al. 2021, arXiv:2101.06983): the same gradient in the memory of one chunk. ``graphs``: on a GPU, replay
-    the passes of packed rows of at most 128 tokens as CUDA graphs, which the host need not launch kernel by kernel.
+    the passes of packed rows of at most 128 tokens as CUDA graphs, which the host need not launch kernel by kernel; of chunks
+    only where they are recomputed with dropout by seed.
 
     >>> execution = Execution(layout="sorted", chunk_tokens=8)
     >>> [chunk.tolist() for chunk in execution.chunks(torch.tensor([2, 7, 3, 4]))]
@@ -83,8 +85,8 @@ class Execution:
 
     @property
     def can_replay(self) -> bool:
-        """Whether a pass may be replayed as a CUDA graph: of packed rows, all at once, not recomputed."""
-        return self.graphs and self.in_one_pass and self.layout == "packed" and not self.recompute
+        """Whether passes may be replayed as CUDA graphs: of packed rows, all at once or recomputed."""
+        return self.graphs and self.layout == "packed" and (self.in_one_pass or self.recompute)
 
     def chunks(self, lengths: Tensor) -> list[Tensor]:
         """``lengths (N,)`` to tensors of row indices, each row in one; a row above the limit is a chunk of its own."""
@@ -108,15 +110,15 @@ class Execution:
             return int(lengths.sum())
         return sum(len(rows) * int(lengths[rows].max()) for rows in self.chunks(lengths) if len(rows))
 
-    def run(self, function: Embed, rows: TokenBatch) -> Tensor:
-        """Apply ``n rows -> (n, ...)`` to all rows, in their order."""
+    def run(self, function: Embed, rows: TokenBatch, replay: Replayed | None = None) -> Tensor:
+        """Apply ``n rows -> (n, ...)`` to all rows, in their order; ``replay`` does so where it can, and else gives None."""
         if self.layout == "packed" and self.in_one_pass and not runs_on_cpu(rows.ids.device):
-            return self.run_parts(function, [rows])  # only a CPU is faster with adjacent rows of equal length
+            return self.run_parts(function, [rows], replay)  # only a CPU is faster with adjacent rows of equal length
         chunks = self.chunks(rows.lengths)
-        done = self.run_parts(function, (rows.select(chunk) for chunk in chunks))
+        done = self.run_parts(function, (rows.select(chunk) for chunk in chunks), replay)
         return done.index_select(0, *send([torch.argsort(torch.cat(chunks))], done.device))
 
-    def run_parts(self, function: Callable[[Any], Tensor], parts: Iterable[Any]) -> Tensor:
+    def run_parts(self, function: Callable[[Any], Tensor], parts: Iterable[Any], replay: Replayed | None = None) -> Tensor:
         """Apply ``function`` to each part and concatenate the results."""
         parts, graded = list(parts), torch.is_grad_enabled()
         recompute = self.recompute and graded
@@ -127,7 +129,13 @@ class Execution:
             with _separate_casts() if graded and len(parts) > 1 else nullcontext():
                 return function(part)
 
-        return torch.cat([checkpoint(call, part, use_reentrant=False) if recompute else call(part) for part in parts])
+        def run(part: Any) -> Tensor:
+            if replay and (replayed := replay(part)) is not None:
+                return replayed
+            return checkpoint(call, part, use_reentrant=False) if recompute else call(part)
+
+        done = [run(part) for part in parts]
+        return done[0] if len(done) == 1 else torch.cat(done)
 
 
 @contextmanager

@@ -21,7 +21,8 @@ from tercet.models.engine import transformers_compat as compat
 from tercet.models.engine import triton_kernels as kernels
 from tercet.models.engine.deterministic_dropout import DropoutSeeds, apply_dropout, draw_kept, kept_scale
 from tercet.rng import derive_seed
-from tercet.types import RowIndex, runs_on_cpu, send
+from tercet.row_index import RowIndex
+from tercet.types import TokenBatch, runs_on_cpu, send
 
 NAME = "tercet"
 LONG = 128  # tokens; in shorter rows attention is a few percent of a layer's work (its scores: L / 6H of the linear layers')
@@ -251,7 +252,7 @@ def _jagged(tokens: Tensor, lengths: Tensor) -> Tensor:
 @cache
 def _nested_attention_works(device: torch.device, dtype: torch.dtype, d: int) -> bool:
     """Whether nested attention equals padded attention here, in value and gradient, and applies dropout: checked by a run."""
-    rows = Packing(RowIndex.of(torch.tensor([40, 9]), device))
+    rows = Packing(TokenBatch(torch.zeros(49, device=device), torch.tensor([40, 9])).index)
     with torch.enable_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
         q, k, v = (torch.randn(1, 2, 49, d, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
         try:

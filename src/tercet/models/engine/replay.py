@@ -7,7 +7,7 @@ is captured when it is first met.
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,7 +21,8 @@ from tercet.distributed.gather import world_size
 from tercet.messages import warn_once
 from tercet.models.engine import triton_kernels as kernels
 from tercet.models.engine.packing import autocast_dtype
-from tercet.types import RowIndex, TokenBatch, TokenState, rounded_tokens, runs_on_cpu
+from tercet.row_index import RowIndex, rounded_tokens
+from tercet.types import TokenBatch, TokenState, runs_on_cpu
 
 Embed = Callable[[TokenBatch], Tensor]  # n rows to (n, ...)
 MOST_GRAPHS = 24  # capturing one takes as long as some ten steps
@@ -37,8 +38,8 @@ def longest_row(rows: TokenBatch) -> int:
 class Replay:
     """Replays a function of n rows of texts, ``(n, ...)``, with its gradient for the trained weights of one module.
 
-    Not for recomputed chunks. A pass whose backward pass is to come keeps the memory of all graphs: until then others run
-    without.
+    A pass whose backward pass is to come keeps the memory of all graphs: until then others run without. Only recomputed passes
+    keep none: their backward pass replays the forward pass first.
     """
 
     def __init__(self) -> None:
@@ -56,12 +57,13 @@ class Replay:
         self.impossible = False  # weights are sharded, or a capture has failed
         self.pending: weakref.ref[_Pending] | None = None
 
-    def can_run(self, module: nn.Module, rows: TokenBatch, head_size: int) -> bool:
+    def can_run(self, module: nn.Module, rows: TokenBatch, head_size: int, recompute: bool = False) -> bool:
         """Whether this pass can be replayed: in training on a GPU, and no other pass is still pending.
 
-        Rows have to be short, and weights whole (not sharded) and in float32.
+        Rows have to be short, and weights whole (not sharded) and in float32. If it is to ``recompute``, dropout has to be by
+        seed, so that it draws the same numbers again.
         """
-        if self.impossible or runs_on_cpu(rows.ids.device) or not torch.is_grad_enabled():
+        if self.impossible or runs_on_cpu(rows.ids.device) or not torch.is_grad_enabled() or not len(rows):
             return False
         replaced = list(module.children()) != self.parts
         if replaced or any(getattr(owner, name, None) is not p for owner, name, p in self.places):
@@ -79,14 +81,21 @@ class Replay:
             self.trained = {name: p for name, p in self.weights if p.requires_grad}
             self.weights_fit = bool(self.trained) and all(p.dtype == torch.float32 for _, p in self.weights)
         short = kernels.available(rows.ids.device, longest_row(rows), head_size)
-        return self.weights_fit and short and (self.pending is None or self.pending() is None)
+        pending = self.pending() if self.pending else None
+        free = pending is None or (recompute and pending.rows is not None)
+        return self.weights_fit and short and free and (not recompute or rows.state.dropout_seed is not None)
 
     def __reduce__(self) -> Any:
         """A copy, also of a model that is copied or pickled, begins without graphs."""
         return Replay, ()
 
-    def __call__(self, function: Embed, module: nn.Module, rows: TokenBatch, *settings: Any) -> Tensor:
-        """``function(rows)`` where ``can_run`` says so; ``settings`` are what else decides on its operations."""
+    def __call__(
+        self, function: Embed, module: nn.Module, head_size: int, settings: tuple[Any, ...], recompute: bool, rows: TokenBatch
+    ) -> Tensor | None:
+        """``function(rows)``, or None where it cannot be replayed; ``settings`` are what else decides on its operations."""
+        if not self.can_run(module, rows, head_size, recompute):
+            return None
+        n, rows = len(rows), _with_more_rows(rows) if recompute else rows
         tokens, longest = rounded_tokens(len(rows.ids)), kernels.block_size(longest_row(rows))
         modes = (*(part.training for part in self.modules), *(part.p for part in self.dropouts))
         key = (tokens, longest, len(rows), *rows.state.set_fields(), autocast_dtype(rows.ids.device), *settings, *modes)
@@ -96,11 +105,12 @@ class Replay:
         elif graph is None:
             graph = self._capture(key, function, module, rows)
         if graph is None:
-            return function(rows)
+            return None
         graph.load(rows)
-        pending = _Pending()
+        pending = _Pending(rows if recompute else None)
         self.pending = weakref.ref(pending)
-        return graph.run(pending, self.trained)
+        out = graph.run(pending, self.trained)
+        return out if len(out) == n else out[:n]
 
     def _capture(self, key: tuple[Any, ...], function: Embed, module: nn.Module, rows: TokenBatch) -> "_Graph | None":
         """A new graph, whose number of tokens and longest row begin its key; None where there can be none."""
@@ -109,6 +119,8 @@ class Replay:
         try:
             graphs[key] = _Graph(function, module, self.trained, rows, key[0], key[1], shared)
         except (_CannotCaptureError, torch.OutOfMemoryError) as error:
+            if self.pending and self.pending():
+                raise  # another chunk is still to be replayed, by a graph that is unsafe now
             self.impossible = True
             torch.cuda.current_stream(rows.ids.device).wait_stream(shared.stream)  # which reads what is freed now
             reason = str(error).splitlines()[0].rstrip(".")
@@ -118,8 +130,23 @@ class Replay:
         return graphs[key]
 
 
+@dataclass(eq=False)
 class _Pending:
-    """Lives as long as a pass can still be differentiated."""
+    """Lives as long as a pass can still be differentiated; with the ``rows`` that this takes if it is recomputed."""
+
+    rows: TokenBatch | None
+
+
+def _with_more_rows(rows: TokenBatch) -> TokenBatch:
+    """Up to an eighth more rows, of one token each: chunks have many numbers of rows, and each takes a graph."""
+    step = max(8, 1 << max(0, (len(rows) - 1).bit_length() - 4))
+    more = -len(rows) % step
+
+    def first(x: Tensor) -> Tensor:
+        return x[:1].expand(more, *x.shape[1:])
+
+    one = TokenBatch(first(rows.ids), torch.ones(more, dtype=torch.long), rows.state.map(first))
+    return TokenBatch.concat([rows, one]) if more else rows
 
 
 class _Shared(NamedTuple):
@@ -168,10 +195,10 @@ class _Graph:
     ) -> None:  # fmt: skip
         device, n = rows.ids.device, len(rows)
         self.tokens = tokens
-        self.ids = rows.ids.new_zeros(tokens)
+        self.ids = rows.ids.new_zeros(tokens, *rows.ids.shape[1:])
         self.state = rows.state.map(lambda x: x.new_zeros(tokens, *x.shape[1:]))
         self.index = torch.zeros(2 * n + 2 * tokens, dtype=torch.long, device=device)
-        self.rows = RowIndex(rows.lengths, longest, *self.index.split([n, n, tokens, tokens]))
+        self.rows = replace(RowIndex.of(rows.lengths, self.index, tokens), longest=longest)
         self.load(rows)
         # Other names of the weights: nodes of autograd that the caller's graph still holds belong to another stream.
         weights = {name: p.detach().requires_grad_() for name, p in trained.items()}
@@ -311,6 +338,9 @@ class _Run(torch.autograd.Function):
         if ctx.pending is None:  # what the pass saved is gone
             raise RuntimeError("A replayed pass can be differentiated once. Use Execution(graphs=False) to do it again.")
         if stage is graph.stages[0]:
+            if (rows := ctx.pending.rows) is not None:
+                graph.load(rows)
+                graph.forward.replay()
             graph.grad_out.copy_(grad)
         stage.graph.replay()
         ctx.pending = None
