@@ -41,6 +41,18 @@ def test_a_chunk_keeps_no_more_than_there_is_room_for(layout, room, monkeypatch)
     assert max(kept) > 0.5 * chunking.SHARE * room, "more would have fitted"
 
 
+def test_a_chunk_is_half_as_large_where_graphs_keep_its_memory(monkeypatch):
+    """Others run without a graph beside it."""
+    do_as_on_a_gpu(monkeypatch)
+    sizes = []
+    for graphs in (True, False):
+        encoder = encoder_of(*AUTO, f"model.execution.graphs={graphs}")
+        weights = sum(p.numel() * p.element_size() for p in encoder.parameters())
+        monkeypatch.setattr(chunking, "free_memory", lambda device, used=chunking.STATES * weights: used + 600_000)
+        sizes.append(encoder.execution_for(encoder.prepare(TEXTS)).chunk_tokens)
+    assert abs(2 * sizes[0] - sizes[1]) <= 1
+
+
 def test_it_changes_no_gradient_and_no_draw(monkeypatch):
     found = []
     for overrides in ([], AUTO):

@@ -171,7 +171,8 @@ class AutoChunks:
             sample = rows.select(order[: max(1, int((rows.lengths[order].cumsum(0) <= SAMPLE).sum()))])
             activations = saved_activation_bytes(module, embed, sample)
             weights = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
-            room = SHARE * max(0, free_memory(device) - STATES * weights)
+            share = SHARE / 2 if execution.can_replay and not runs_on_cpu(device) else SHARE  # graphs keep what a chunk needs
+            room = share * max(0, free_memory(device) - STATES * weights)
             most = int(room / max(1.0, activations / len(sample.ids)))
             self.tokens = max(int(rows.lengths.max()), min(most, CACHED) if device.type == "cpu" else most)
             warn_once(f"chunk_tokens=auto is {self.tokens:,} here.")
