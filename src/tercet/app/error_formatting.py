@@ -7,14 +7,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from hydra import errors
-from omegaconf.errors import (
-    ConfigAttributeError,
-    ConfigKeyError,
-    InterpolationKeyError,
-    InterpolationToMissingValueError,
-    MissingMandatoryValue,
-    OmegaConfBaseException,
-)
+from omegaconf import errors as config_errors
 
 from tercet.app import components, hydra_compat
 from tercet.errors import InputError
@@ -60,19 +53,19 @@ def explain(error: BaseException, command: str) -> str:
         return f"{key}={value}: a list is written in brackets, as {key}=[{value}]. With -m a run is made for each value."
     if isinstance(error, errors.ConfigCompositionException):
         return _mistyped(error, command)
-    if isinstance(error, (MissingMandatoryValue, InterpolationToMissingValueError)):
+    if isinstance(error, (config_errors.MissingMandatoryValue, config_errors.InterpolationToMissingValueError)):
         missing = re.search(r"Missing mandatory value: (\S+)", str(error))  # where an interpolation leads to
         key = missing[1] if missing else error.full_key
         return f"{key} must be given: {key}=..."
-    if isinstance(error, InterpolationKeyError) and (found := re.search(r"'model\.(tokenizer|pixels)'", str(error))):
+    if isinstance(error, config_errors.InterpolationKeyError) and (found := re.search(r"'model\.(tokenizer|pixels)'", text)):
         if found[1] == "tokenizer":
             return "data holds text, but model reads images. Use model=minilm, or data=images."
         return "data holds images, but model reads text. Use model=resnet_small, or data=text."
-    if isinstance(error, (ConfigAttributeError, ConfigKeyError)) and error.full_key:
+    if isinstance(error, (config_errors.ConfigAttributeError, config_errors.ConfigKeyError)) and error.full_key:
         return f"{error.full_key} is needed, but the configuration lacks it: leave out the override that removes it."
     where = re.search(r"full_key: (\S+)", str(error)) if isinstance(error, errors.InstantiationException) else None
     place = f"{hydra_compat.source_key(components.raw_config(), where[1])}: " if where else ""
-    if isinstance(error, (errors.HydraException, OmegaConfBaseException)) and not where:
+    if isinstance(error, (errors.HydraException, config_errors.OmegaConfBaseException)) and not where:
         return text
     if override := hydra_compat.failed_override(error):
         return f"{override}: it cannot be applied ({text}). An item of a list is changed by giving the whole list."
