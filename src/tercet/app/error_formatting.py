@@ -3,7 +3,6 @@
 import difflib
 import re
 import traceback
-from collections.abc import Sequence
 from types import FrameType
 
 from hydra import errors
@@ -38,7 +37,9 @@ def explain(error: BaseException, command: str) -> str:
     for i, cause in enumerate(chain):
         if isinstance(cause, InputError):
             owners = _owners(chain[: i + 1])
-            text = cause.rename(parameter_keys(cause, owners))
+            # Of each parameter the key in the first component that has it.
+            keys = {p: [components.settable_key(owner, p) for owner in owners] for p in cause.parameters()}
+            text = cause.rename({p: key for p, found in keys.items() if (key := next(filter(None, found), None))})
             names_key = cause.parameters() or not owners or "=" in text.split(":")[0] or text.startswith(owners[0])
             return text if names_key else f"{hydra_compat.source_key(components.raw_config(), owners[0])}: {text}"
     text = " ".join(str(error).split())
@@ -97,12 +98,6 @@ def _chain(error: BaseException | None) -> list[BaseException]:
         seen.append(error)
         error = error.__cause__ or error.__context__
     return seen
-
-
-def parameter_keys(error: InputError, owners: Sequence[str]) -> dict[str, str]:
-    """The configuration key of each parameter that the error names: of the first of the components at ``owners`` with it."""
-    found = {p: [components.settable_key(owner, p) for owner in owners] for p in error.parameters()}
-    return {parameter: key for parameter, keys in found.items() if (key := next(filter(None, keys), None))}
 
 
 def _owners(chain: list[BaseException]) -> list[str]:

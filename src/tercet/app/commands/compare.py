@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
 from tercet.app import examples, record, report, run_files
+from tercet.app.examples import compare_examples, examples_beside, open_examples, read_examples
 from tercet.app.run_files import is_smaller_better
 from tercet.errors import require
 from tercet.evaluation.direction import SMALLER_IS_BETTER
@@ -66,7 +67,7 @@ class Run:
     @property
     def examples(self) -> Path:
         """The file with its values by example."""
-        return examples.examples_beside(self.folder) if self.seed is None else self.folder / examples.EXAMPLES
+        return examples_beside(self.folder) if self.seed is None else self.folder / examples.EXAMPLES
 
 
 class Lead(NamedTuple):
@@ -135,7 +136,7 @@ class Comparison:
         signs = dict(zip(pairs, holm([found.sign_p for found in pairs.values()]), strict=True))
         files = tuple(tuple(run.examples for run in self.runs[setting]) for setting in ranked)
         is_test, name = metric.startswith("test/"), metric.removeprefix("test/")
-        over_examples = examples.compare_examples(files, name) if is_test else {}
+        over_examples = compare_examples(files, name) if is_test else {}
         best, *others = ranked
         leads = {}
         for i, other in enumerate(others, start=1):
@@ -182,11 +183,11 @@ def read_evaluations(paths: Sequence[Path]) -> list[Run]:
     for path in paths:
         require(path.is_file(), f"runs={path}: there is no such file. `tercet evaluate` writes it, with output={path}.")
         metrics = {printable(name, lines=False): x for name, x in run_files.read_metrics(path.parent, path.name).items()}
-        beside = examples.examples_beside(path)
+        beside = examples_beside(path)
         missing = f"runs={path}: {beside.name}, its values by example, is not beside it"
         advice = "Run `tercet evaluate` anew, with an `evaluation` that gives such values: clustering, as one, gives none"
         require(beside.is_file(), f"{missing}. {advice}.")
-        with examples.open_examples(beside) as content:
+        with open_examples(beside) as content:
             smaller = map(str, content[examples.SMALLER]) if examples.SMALLER in content else ()
             runs.append(Run(path, None, metrics, {}, "", None, SMALLER_IS_BETTER.union(smaller)))
     return runs
@@ -300,7 +301,7 @@ def describe_best(comparison: Comparison, metric: str) -> str:
     second, lead = comparison.label(others[0][0]), comparison.leads(metric)[others[0][0]]
     if not comparison.has_seeds:
         ahead = "ahead of" if lead.is_sure_of_examples else "not surely ahead of"
-        count = len(examples.read_examples(comparison.runs[first][0].examples, metric.removeprefix("test/"))[0])
+        count = len(read_examples(comparison.runs[first][0].examples, metric.removeprefix("test/"))[0])
         found = f"{lead.difference:+.4f} over {count} test examples, p {format_p(lead.examples_p)}"
         pairs = f" corrected for {math.comb(len(ranked), 2)} pairs of results" if len(ranked) > 2 else ""
         return f"{sentence}, {ahead} {second} by {found}{pairs}. That is about other test examples, not other training runs."
