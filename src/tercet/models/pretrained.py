@@ -75,9 +75,7 @@ def _refuse_missing_path(name: str, path: Path, parameter: str) -> None:
     raise InputError(f"`{parameter}`={name}: there is no such run or folder; {there}{more}.")
 
 
-def load_pretrained(
-    loader: Any, name: str, parameter: str = "name", trust_remote_code: bool = False, **options: Any
-) -> Any:  # fmt: skip
+def load_pretrained(loader: Any, name: str, parameter: str = "name", trust_remote_code: bool = False, **options: Any) -> Any:
     """``loader.from_pretrained`` of a folder, package or hub id; ``InputError`` naming ``parameter`` if that fails.
 
     A model that comes with Python code is refused, unless ``trust_remote_code`` lets transformers run it.
@@ -219,8 +217,9 @@ def transformer_settings(source: str) -> dict[str, Any]:
 def add_lowercase(tokenizer: Any) -> None:
     """Make the tokenizer lowercase texts first, as ``do_lower_case`` of sentence-transformers does."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    fault = "this tokenizer is not of the tokenizers library, which lowercases"
-    require(backend is not None, f"do_lower_case: {fault}. Lowercase the texts.")
+    if backend is None:
+        fault = "this tokenizer is not of the tokenizers library, which lowercases"
+        raise InputError(f"do_lower_case: {fault}. Lowercase the texts.")
     if not lowercases(tokenizer):
         backend.normalizer = Sequence([Lowercase(), *([backend.normalizer] if backend.normalizer else [])])
 
