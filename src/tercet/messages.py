@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -97,7 +97,7 @@ def print_status(line: str) -> None:
         print(printable(line), file=sys.stderr, flush=True)
 
 
-class ProgressLines:
+class ProgressLines(AbstractContextManager["ProgressLines"]):
     """Progress where the output is no terminal: one line every few ``seconds`` in place of a bar.
 
     ``total`` may be infinite; ``done`` of it were made before, by a run that is resumed.
@@ -120,9 +120,6 @@ class ProgressLines:
             if known and self.n > self.first:
                 line += f", {(now - self.start) / (self.n - self.first) * (self.total - self.n) / 60:.1f} min left"
             print_status(line + beside)
-
-    def __enter__(self) -> "ProgressLines":
-        return self
 
     def __exit__(self, *_: object) -> None:
         """Nothing is left to close."""

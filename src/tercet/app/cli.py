@@ -97,10 +97,8 @@ def main(command: str, arguments: Sequence[str] | None = None) -> NoReturn:
     failed: list[str] = []
     signals.describe_stop(None)
     if command == "train" and {"-m", "--multirun"} & {*given}:
-        kept = (
-            "finished jobs and checkpoints are kept. The same command with the same hydra.sweep.dir and resume=true continues"
-        )
-        signals.describe_stop(lambda: f"; {kept}.")
+        go_on = "The same command with the same hydra.sweep.dir and resume=true continues."
+        signals.describe_stop(lambda: f"; finished jobs and checkpoints are kept. {go_on}")
     with signals.stop_on_signals(), signals.exit_at_once():
         try:
             _check_letters(given)
@@ -140,9 +138,8 @@ def _run_composed(command: str, arguments: Sequence[str]) -> None:
     parser.add_argument("--cfg", choices=["job"], help="print the configuration instead of running")
     parser.add_argument("--config-dir", help="a folder with more choices of the configuration groups")
     for switch, text in SWITCHES.get(command, {}).items():  # --dry-run is dry_run=true
-        parser.add_argument(
-            switch, action="append_const", dest="switches", const=f"{switch[2:].replace('-', '_')}=true", help=text
-        )
+        override = f"{switch[2:].replace('-', '_')}=true"
+        parser.add_argument(switch, action="append_const", dest="switches", const=override, help=text)
     parser.error = refuse_arguments  # type: ignore[method-assign]
     options = parser.parse_intermixed_args(list(arguments))
     words = _without_key(options.overrides, command) if command in POSITIONAL else []

@@ -255,9 +255,8 @@ def check_values(cfg: DictConfig, raw: DictConfig) -> None:
         for name in () if open_ended else node.keys() - parameters.keys() - SPECIAL.keys():
             # The name itself, also where it holds an interpolation: removing what it refers to would not help.
             key, accepted = _join(source_key(raw, place), name), ", ".join(parameters)
-            raise InputError(
-                f"{key}={node[name]}: {target.__name__} does not take it; it takes {accepted}. Leave it out with '~{key}'."
-            )
+            fault = f"{target.__name__} does not take it; it takes {accepted}"
+            raise InputError(f"{key}={node[name]}: {fault}. Leave it out with '~{key}'.")
         for name, annotation in _hints(target).items():
             for inner, hint, value in _plain_parts(_join(place, name), annotation, node[name]) if name in node else ():
                 if isinstance(value, (*SCALARS, list, dict)) and not takes(hint, value):
@@ -269,8 +268,7 @@ def _plain_parts(key: str, hint: Any, value: Any) -> Iterator[tuple[str, Any, An
     if not find_targets(value):
         yield key, hint, value
     elif "_target_" not in value:
-        names = range(len(value)) if isinstance(value, list) else value
-        for name in names:
+        for name in range(len(value)) if isinstance(value, list) else value:
             yield from _plain_parts(_join(key, str(name)), _inside(hint, isinstance(value, list)), value[name])
 
 

@@ -16,7 +16,7 @@ from tercet.app.launch import num_devices, num_processes, set_precision, started
 from tercet.app.record import ARTIFACTS
 from tercet.app.run_files import is_smaller_better, metric_kind
 from tercet.distributed.sharding import layers_to_shard
-from tercet.errors import InputError, require
+from tercet.errors import InputError, check_choice, require
 from tercet.evaluation.direction import SMALLER_IS_BETTER
 from tercet.messages import warn_once
 from tercet.models.engine.transformers_compat import pretrained_source
@@ -188,10 +188,9 @@ def _loss(cfg: DictConfig, objective: Any, data: Any) -> None:
     if getattr(loss, "needs_hard_negatives", False) and (getattr(objective, "makes_views", False) or len(data.columns) < 3):
         weight = OmegaConf.select(node, "hard_negative_weight")
         setting = f"loss.hard_negative_weight={weight}" if weight else f"{name} needs hard negatives"
-        raise InputError(
-            f"{setting}, but there are no hard negatives: {objective.__name__} on data={data.name} has the columns "
-            f"{', '.join(data.columns)}. Use data with a third column{', or loss.hard_negative_weight=0' if weight else ''}."
-        )
+        has = f"{objective.__name__} on data={data.name} has the columns {', '.join(data.columns)}"
+        advice = f"Use data with a third column{', or loss.hard_negative_weight=0' if weight else ''}."
+        raise InputError(f"{setting}, but there are no hard negatives: {has}. {advice}")
 
 
 def _evaluators(cfg: DictConfig) -> None:
@@ -231,10 +230,9 @@ def _devices(cfg: DictConfig) -> None:
         return
     several = num_processes(cfg)
     if (started := started_by_launcher()) and int(os.environ.get("WORLD_SIZE", several)) != several:
-        raise InputError(
-            f"{os.environ['WORLD_SIZE']} processes were started, but trainer.strategy={cfg.trainer.strategy} "
-            f"trainer.devices={devices} uses {several}. Use trainer=ddp or ddp_cpu with as many trainer.devices."
-        )
+        uses = f"trainer.strategy={cfg.trainer.strategy} trainer.devices={devices} uses {several}"
+        advice = "Use trainer=ddp or ddp_cpu with as many trainer.devices."
+        raise InputError(f"{os.environ['WORLD_SIZE']} processes were started, but {uses}. {advice}")
     if not started and several == 1 and num_devices(cfg) > 1:
         raise InputError(f"trainer.devices={devices} needs a strategy: trainer=ddp, or trainer=ddp_cpu.")
     if accelerator in ("gpu", "cuda", "auto") and 0 < there < several:
@@ -287,12 +285,10 @@ def _trainer(cfg: DictConfig) -> None:
     advice = f"It counts the whole batch: use data.batch_size={2 * count} or more, or fewer trainer.devices."
     require(size >= 2 * count, f"data.batch_size={size} rows over {count} processes leaves some with fewer than 2. {advice}")
     if (steps := cfg.trainer.accumulate_grad_batches) > 1:
-        warnings.warn(
-            f"trainer.accumulate_grad_batches={steps} adds up {steps} losses of {size} rows each: a row is contrasted with "
-            f"{size} keys, not {steps * size}. For more keys use data.batch_size={steps * size} with "
-            "model.execution.recompute=true model.execution.chunk_tokens=auto, whose chunks fit into memory.",
-            stacklevel=2,
-        )
+        what = f"adds up {steps} losses of {size} rows each: a row is contrasted with {size} keys, not {steps * size}"
+        chunks = "model.execution.recompute=true model.execution.chunk_tokens=auto, whose chunks fit into memory"
+        advice = f"For more keys use data.batch_size={steps * size} with {chunks}."
+        warnings.warn(f"trainer.accumulate_grad_batches={steps} {what}. {advice}", stacklevel=2)
     if str(cfg.optimized_metric).startswith("test/"):
         why = "settings that are chosen by a test look better than they are on other data"
         warn_once(f"optimized_metric={cfg.optimized_metric}: {why}. Choose by validation, as val/sts/stsb/spearman.")
@@ -305,8 +301,7 @@ def _trainer(cfg: DictConfig) -> None:
     require(measured or not cfg.monitor, f"monitor={cfg.monitor}: a metric that the validation measures is needed, {example}")
     early = cfg.callback.early_stopping
     require(cfg.monitor or not early, f"callback=early_stopping needs a metric to watch: set monitor, {example}")
-    known = f"save_dtype={cfg.save_dtype}: choose one of {', '.join(DTYPES)}."
-    require(cfg.save_dtype in DTYPES, known)
+    check_choice("save_dtype", cfg.save_dtype, DTYPES)
     accelerator = cfg.trainer.accelerator
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not torch.cuda.is_available())
     if on_cpu and "16" in str(cfg.trainer.precision) and not torch.cpu.get_capabilities().get("avx512_bf16"):

@@ -3,18 +3,10 @@
 import difflib
 import re
 import traceback
-from collections.abc import Sequence
 from types import FrameType
 
 from hydra import errors
-from omegaconf.errors import (
-    ConfigAttributeError,
-    ConfigKeyError,
-    InterpolationKeyError,
-    InterpolationToMissingValueError,
-    MissingMandatoryValue,
-    OmegaConfBaseException,
-)
+from omegaconf import errors as config_errors
 
 from tercet.app import components, hydra_compat
 from tercet.errors import InputError
@@ -45,7 +37,9 @@ def explain(error: BaseException, command: str) -> str:
     for i, cause in enumerate(chain):
         if isinstance(cause, InputError):
             owners = _owners(chain[: i + 1])
-            text = cause.rename(parameter_keys(cause, owners))
+            # Of each parameter the key in the first component that has it.
+            keys = {p: [components.settable_key(owner, p) for owner in owners] for p in cause.parameters()}
+            text = cause.rename({p: key for p, found in keys.items() if (key := next(filter(None, found), None))})
             names_key = cause.parameters() or not owners or "=" in text.split(":")[0] or text.startswith(owners[0])
             return text if names_key else f"{hydra_compat.source_key(components.raw_config(), owners[0])}: {text}"
     text = " ".join(str(error).split())
@@ -60,19 +54,19 @@ def explain(error: BaseException, command: str) -> str:
         return f"{key}={value}: a list is written in brackets, as {key}=[{value}]. With -m a run is made for each value."
     if isinstance(error, errors.ConfigCompositionException):
         return _mistyped(error, command)
-    if isinstance(error, (MissingMandatoryValue, InterpolationToMissingValueError)):
+    if isinstance(error, (config_errors.MissingMandatoryValue, config_errors.InterpolationToMissingValueError)):
         missing = re.search(r"Missing mandatory value: (\S+)", str(error))  # where an interpolation leads to
         key = missing[1] if missing else error.full_key
         return f"{key} must be given: {key}=..."
-    if isinstance(error, InterpolationKeyError) and (found := re.search(r"'model\.(tokenizer|pixels)'", str(error))):
+    if isinstance(error, config_errors.InterpolationKeyError) and (found := re.search(r"'model\.(tokenizer|pixels)'", text)):
         if found[1] == "tokenizer":
             return "data holds text, but model reads images. Use model=minilm, or data=images."
         return "data holds images, but model reads text. Use model=resnet_small, or data=text."
-    if isinstance(error, (ConfigAttributeError, ConfigKeyError)) and error.full_key:
+    if isinstance(error, (config_errors.ConfigAttributeError, config_errors.ConfigKeyError)) and error.full_key:
         return f"{error.full_key} is needed, but the configuration lacks it: leave out the override that removes it."
     where = re.search(r"full_key: (\S+)", str(error)) if isinstance(error, errors.InstantiationException) else None
     place = f"{hydra_compat.source_key(components.raw_config(), where[1])}: " if where else ""
-    if isinstance(error, (errors.HydraException, OmegaConfBaseException)) and not where:
+    if isinstance(error, (errors.HydraException, config_errors.OmegaConfBaseException)) and not where:
         return text
     if override := hydra_compat.failed_override(error):
         return f"{override}: it cannot be applied ({text}). An item of a list is changed by giving the whole list."
@@ -104,12 +98,6 @@ def _chain(error: BaseException | None) -> list[BaseException]:
         seen.append(error)
         error = error.__cause__ or error.__context__
     return seen
-
-
-def parameter_keys(error: InputError, owners: Sequence[str]) -> dict[str, str]:
-    """The configuration key of each parameter that the error names: of the first of the components at ``owners`` with it."""
-    found = {p: [components.settable_key(owner, p) for owner in owners] for p in error.parameters()}
-    return {parameter: key for parameter, keys in found.items() if (key := next(filter(None, keys), None))}
 
 
 def _owners(chain: list[BaseException]) -> list[str]:

@@ -60,7 +60,9 @@ def _differences(key: str, name: str, node: Any) -> Iterator[tuple[str, str]]:
         return
     if said is None or "pooling" not in said:
         return
-    after = [] if said["head"].get("train_only") else _layers(said["head"])
+    head = said["head"]
+    simple = [{"type": head["kind"], "dim": head.get("dim")}] if head.get("kind", "none") != "none" else []
+    after = [] if head.get("train_only") else list(head.get("layers", simple))
     dense = [layer for layer in after if layer["type"] not in ("Normalize", "Truncate")]
     from_folder = node.head.kind == "folder"
     if dense and not from_folder:
@@ -90,12 +92,6 @@ def _check_layers(key: str, name: str, node: Any, layers: list[str], reason: str
     what = f"{key}.backbone.name={name}: its folder has layers after pooling ({', '.join(layers)}), which"
     require(_is_typed(f"{key}.head"), f"{what} this run would leave out.{reason} {ways}.")
     warn_once(f"{what} are left out, as {key}.head.kind={node.head.kind} says.{reason}")
-
-
-def _layers(head: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The layers of a head's settings, one with a ``type`` each."""
-    simple = [{"type": head["kind"], "dim": head.get("dim")}] if head.get("kind", "none") != "none" else []
-    return list(head["layers"]) if "layers" in head else simple
 
 
 def _describe(layer: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ from functools import partial
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from hydra import compose, initialize_config_dir, version
@@ -31,8 +31,7 @@ MAX_DEPTH = 32  # of values in values, in a configuration that is read as plain 
 
 def typed_overrides() -> list[str]:
     """The overrides of the command as they were typed: reading them one by one would resolve a `${...}` in them."""
-    typed: Any = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
-    return list(typed)
+    return cast(list[str], OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False))
 
 
 def full_key(node: Any) -> str:

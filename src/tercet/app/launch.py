@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -34,11 +34,6 @@ LOOPBACK = "127.0.0.1"
 def started_by_launcher() -> bool:
     """Whether torchrun or srun started this process as one of several."""
     return "LOCAL_RANK" in os.environ or ("SLURM_LOCALID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1)
-
-
-def is_first_on_node() -> bool:
-    """Whether this is the first process on its node."""
-    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) == 0
 
 
 def num_processes(cfg: DictConfig) -> int:
@@ -90,10 +85,8 @@ def launch_processes(worker: Worker, cfg: DictConfig, output: Path) -> float | N
     context: Any = multiprocessing.get_context(START_METHOD)
     results = context.SimpleQueue()
     configs = [OmegaConf.to_container(config) for config in (cfg, components.raw_config())]
-    processes = [
-        context.Process(target=_run_rank, args=(rank, count, port, worker, *configs, str(output), results))
-        for rank in range(count)
-    ]
+    shared = (count, port, worker, *configs, str(output), results)
+    processes = [context.Process(target=_run_rank, args=(rank, *shared)) for rank in range(count)]
     try:
         start_processes(processes)
         codes = _wait(processes)
@@ -102,8 +95,7 @@ def launch_processes(worker: Worker, cfg: DictConfig, output: Path) -> float | N
         del store
     if codes:
         _raise_failure(codes, count, output)
-    value: float | None = results.get()
-    return value
+    return cast(float | None, results.get())
 
 
 def _wait(processes: Sequence[BaseProcess]) -> dict[int, int]:

@@ -122,6 +122,8 @@ def _body(
     before, after = (stage_metrics(metrics, stage) for stage in ("before", "test"))
     images = not encoder.text_parts() and _reads_images(encoder)
     start = (_base_models(settings) or [""])[0]
+    pairs = (str(override).partition("=") for override in settings.get("command") or ())
+    typed = [key + equals + _last_part(value) for key, equals, value in pairs]
     values = {
         "title": markdown_text(title), "kind": "An image encoder" if images else "A text encoder", "dim": encoder.dim,
         "num_outputs": encoder.num_outputs, "start": start and f"[{start}](https://huggingface.co/{start})", "place": PLACE,
@@ -131,7 +133,7 @@ def _body(
         "has_before": bool(before.keys() & after.keys()),
         "seed_note": "One training run: runs with other seeds differ." if settings else "",
         "training": [(name, markdown_text(str(value))) for name, value in _training(settings, metrics, facts)],
-        "command": printable(_command(settings), lines=False),
+        "command": printable(shlex.join(["tercet", "train", *typed]), lines=False),  # without folders of the machine
         "limits": list(_limits(encoder, settings, after)),
     }  # fmt: skip
     return render("model_card.md.j2", values, autoescape=False)
@@ -176,12 +178,6 @@ def _training(settings: Mapping[str, Any], metrics: Metrics, facts: Mapping[str,
 def _last_part(text: str) -> str:
     """The text with the last part alone of each absolute path, whose folders say something of a machine."""
     return re.sub(r"(^|[\[,'\"= ])[/~][^,\]'\"]*/(?=[^/])", r"\1", text)
-
-
-def _command(settings: Mapping[str, Any]) -> str:
-    """What was typed, without folders of the machine."""
-    pairs = (str(override).partition("=") for override in settings.get("command") or ())
-    return shlex.join(["tercet", "train", *(key + equals + _last_part(value) for key, equals, value in pairs)])
 
 
 def _limits(encoder: Encoder, settings: Mapping[str, Any], tests: Metrics) -> Iterator[str]:

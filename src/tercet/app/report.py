@@ -14,7 +14,7 @@ from tercet.app.run_files import Metrics, is_smaller_better, main_metric, read_c
 from tercet.evaluation.significance import prediction_interval
 from tercet.paths import write_text
 
-CURVES = (  # columns of metrics.csv, or how they begin
+CURVES = (  # columns of metrics.csv, or how they begin; each that has two values or more is a chart
     "train/loss", "train/accuracy", "train/alignment", "train/uniformity", "train/active", "train/gradient_norm", "val/", "lr",
 )  # fmt: skip
 SPEED = ("sentences_per_second", "tokens_per_second", "images_per_second", "padding", "waiting", "memory_gb", "skipped")
@@ -42,13 +42,14 @@ def write_report(output: Path, cfg: DictConfig, metrics: Metrics, shown: Sequenc
     before, after = (stage_metrics(metrics, stage) for stage in ("before", "test"))
     overrides = list(cfg.command or [])
     names = [name for name in after if name in before or not before]
+    curves = sorted(read_curves(output).items())
     changes = {name: f"{after[name] - before[name]:+.4f}" for name in names if name in before}
     values = {
         "title": run_title(cfg),
         "subtitle": f"experiment {cfg.name}, run {output.name}, seed {cfg.seed}",
         "result": run_result(cfg, metrics, before, after),
         "metrics": [(n, format_number(before.get(n)), format_number(after[n]), changes.get(n, "")) for n in names],
-        "charts": read_charts(output),
+        "charts": [make_chart(name, points) for name, points in curves if name.startswith(CURVES) and len(points) > 1],
         "figures": _encode_images(sorted(path for path in shown if path.suffix == ".png")),
         "overrides": [override.partition("=")[::2] for override in overrides],
         "speed": [(n.replace("_", " "), format_number(metrics[f"train/{n}"])) for n in SPEED if f"train/{n}" in metrics],
@@ -116,12 +117,6 @@ def run_result(cfg: DictConfig, metrics: Metrics, before: Metrics, after: Metric
 
 def _encode_images(paths: Sequence[Path]) -> dict[str, str]:
     return {path.stem: base64.b64encode(path.read_bytes()).decode() for path in paths}
-
-
-def read_charts(run: Path) -> list[Chart]:
-    """A chart for each column of the run's ``metrics.csv`` that ``CURVES`` lists and that has two values or more."""
-    found = sorted(read_curves(run).items())
-    return [make_chart(name, points) for name, points in found if name.startswith(CURVES) and len(points) > 1]
 
 
 def make_chart(name: str, points: Sequence[tuple[float, float]]) -> Chart:

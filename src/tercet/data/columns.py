@@ -214,9 +214,8 @@ def split_rows(
 def _smallest_hashes(by: pa.ChunkedArray, held_out: int, parameter: str, path: str) -> Any:
     """Whether each row of ``by (N,)`` is held out, ``(N,)``; ``parameter`` is the one that asks for so many rows."""
     here, count, limit = f"`path`={path} has", len(by), min(held_out, max(2, len(by) // 5))
-    require(
-        count >= 4, f"{here} {count} rows: one sentence teaches nothing, and `{parameter}`={held_out} needs 4 rows or more."
-    )
+    need = f"{count} rows: one sentence teaches nothing, and `{parameter}`={held_out} needs 4 rows or more"
+    require(count >= 4, f"{here} {need}.")
     require(held_out >= 2, f"`{parameter}`={held_out}: 0 (none), or 2 rows or more.")
     texts = (text for chunk in by.cast(pa.string()).fill_null("").chunks for text in chunk.to_numpy(zero_copy_only=False))
     normalized = (" ".join(text.lower().split()).encode() for text in texts)

@@ -103,9 +103,8 @@ def _read_cells(file: Path, name: str, delimiter: str) -> Iterator[list[str]]:
                 raise InputError(f"{name}: line {start} has {len(cells)} cells, the header {len(header)}. {advice}")
             if delimiter != "\t" and (loose := next(filter(NOT_QUOTED.fullmatch, cells), None)):
                 fault = f"the cell {loose[:40]!r} begins with a space and a quote, which is not closed"
-                raise InputError(
-                    f"{name}: line {start}: {fault}. A quote counts right after the separator only: remove the space."
-                )
+                advice = "A quote counts right after the separator only: remove the space."
+                raise InputError(f"{name}: line {start}: {fault}. {advice}")
             if cells:
                 yield cells
             start = rows.line_num + 1
@@ -141,8 +140,7 @@ def _open_json(file: Path, name: str, columns: Sequence[str], texts: Sequence[st
     def chunk(block: list[tuple[int, dict[str, Any]]]) -> Chunk:
         cells = {column: [row.get(column) for _, row in block] for column in columns}
         odd = [(text, np.array([not isinstance(value, str | None) for value in cells[text]])) for text in texts]
-        for text in texts:
-            cells[text] = [value if isinstance(value, str) else None for value in cells[text]]
+        cells |= {text: [value if isinstance(value, str) else None for value in cells[text]] for text in texts}
         numbers = [number for number, _ in block]
         table = {column: _json_column(values, numbers, f"{name}: {unit}", column) for column, values in cells.items()}
         return Chunk(name, unit, numbers, pa.table(table), odd)

@@ -45,7 +45,9 @@ class Passages:
 
     def rows(self) -> Dataset:
         """One text a row, source by source."""
-        unwanted = _keys(self.exclude)
+        tables = [(source.columns, _table(source)) for source in self.exclude.values() if source]
+        keys = [pc.unique(_key(table[column])) for columns, table in tables for column in columns]
+        unwanted = pa.concat_arrays(keys) if keys else pa.array([], pa.string())
         texts, left_out = list[str](), 0
         for source in filter(None, self.sources.values()):
             table = _table(source)
@@ -60,9 +62,7 @@ class Passages:
 
     def fingerprint(self) -> str:
         """Hash the fingerprints of the sources and the length."""
-        parts = [
-            ",".join(source.fingerprint() for source in sources.values() if source) for sources in (self.sources, self.exclude)
-        ]
+        parts = (",".join(each.fingerprint() for each in some.values() if each) for some in (self.sources, self.exclude))
         return text_fingerprint("passages-1", *parts, str(self.max_characters))
 
 
@@ -74,13 +74,6 @@ def _key(column: Any) -> Any:
 def _table(source: Source) -> pa.Table:
     """The rows of a source; of a data set that is a selection of others those alone."""
     return source.rows().flatten_indices().data.table
-
-
-def _keys(sources: Mapping[str, Source | None]) -> Any:
-    """The keys of all texts of ``sources``."""
-    tables = [(source.columns, _table(source)) for source in sources.values() if source]
-    keys = [pc.unique(_key(table[column])) for columns, table in tables for column in columns]
-    return pa.concat_arrays(keys) if keys else pa.array([], pa.string())
 
 
 def _passages(table: pa.Table, column: str, most: int) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """SentEval's folder, ``data/downstream`` as its scripts make it: STS and classification tasks, checked to be complete."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +95,7 @@ class SentEval:
                 for where, cells in self._cells(f"MRPC/msr_paraphrase_{split}.txt", 5, 1):
                     yield {"split": split, "sentence1": cells[3], "sentence2": cells[4], "label": cells[0], "where": where}
 
-    def _cells(
-        self, name: str, least: int, skipped: int = 0, encoding: str = "utf-8-sig"
-    ) -> Iterator[tuple[str, Sequence[str]]]:
+    def _cells(self, name: str, least: int, skipped: int = 0, encoding: str = "utf-8-sig") -> Iterator[tuple[str, list[str]]]:
         """The place and the cells of each line, ``least`` or more; quotes are characters like others."""
         for number, line in enumerate(self._lines(name, encoding)[skipped:], start=skipped + 1):
             cells, where = line.split("\t"), f"`path`={self.path}, {name}, line {number}"

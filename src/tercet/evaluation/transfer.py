@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -136,10 +136,11 @@ class Transfer:
         fitted = train[:, None] & ~held
         if (train[:, None] & held).any():  # else they are rows of their own, and all training rows are fitted already
             fitted = torch.cat([fitted, train[:, None]], 1)
-        classes = _fit_penalties(x, y, fitted.flatten(0, 1)).unflatten(0, fitted.shape[:2])  # (J, K or K + 1, penalties, N)
+        sets, penalty = fitted.flatten(0, 1), torch.tensor(PENALTIES, device=x.device)  # each set with every penalty
+        classes = fit_predict(x, y, sets.repeat_interleave(len(penalty), 0), penalty.repeat(len(sets)))
+        classes = classes.unflatten(0, (*fitted.shape[:2], len(penalty)))  # (J, K or K + 1, penalties, N)
         best = _accuracy(classes[:, : held.shape[1]], y, held[:, :, None]).mean(1).argmax(1)
-        guess: Tensor = classes[torch.arange(len(test)), -1, best.cpu()]
-        return guess
+        return cast(Tensor, classes[torch.arange(len(test)), -1, best.cpu()])
 
     def _splits(self, data: LabeledSentences, where: str) -> tuple[Tensor, Tensor, Tensor]:
         """The test rows ``(J, N)``, their training rows ``(J, N)``, and the rows that choose a penalty ``(J, K, N)``."""
@@ -199,13 +200,6 @@ def stratified_folds(label: Tensor, folds: int, seed: int, where: str) -> Tensor
     fold = torch.empty_like(label)
     fold[order] = torch.arange(len(label)) % folds
     return fold
-
-
-def _fit_penalties(x: Tensor, y: Tensor, train: Tensor) -> Tensor:
-    """``(J, penalties, N)`` classes, of J sets of training rows ``(J, N)``, each with every penalty."""
-    penalty = torch.tensor(PENALTIES, device=x.device)
-    classes = fit_predict(x, y, train.repeat_interleave(len(penalty), 0), penalty.repeat(len(train)))
-    return classes.view(len(train), len(penalty), -1)
 
 
 def _accuracy(guess: Tensor, y: Tensor, rows: Tensor) -> Tensor:

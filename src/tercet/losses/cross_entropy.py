@@ -5,7 +5,7 @@ once; where other blocks of keys are needed first, the tiles are made again in t
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -28,9 +28,7 @@ class Masks(NamedTuple):
 MaskFunction = Callable[[slice, Tensor], Masks]  # of a slice of anchors and their logits (R, M), which it may edit in place
 
 
-def cross_entropy(
-    x: Tensor, y: Tensor, masks: MaskFunction, smoothing: float = 0.0, wanted: int = 0
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def cross_entropy(x: Tensor, y: Tensor, masks: MaskFunction, smoothing: float = 0.0, wanted: int = 0) -> tuple[Tensor, Tensor]:
     """The sum over the anchors ``x (n, D)`` that have a positive among the keys ``y (M, D)``; logits are dot products.
 
     The second result ``(1 + wanted, 2)`` counts the anchors whose best key is a positive, and those that have one; then the
@@ -47,8 +45,7 @@ def block_statistics(x: Tensor, y: Tensor, masks: MaskFunction, smoothing: float
     The log of the sum of exp of all logits; the sum and the number of the positives' logits; the sum (only under
     ``smoothing``) and the number of all logits that are not left out; the largest logit, and 1 where it is a positive's.
     """
-    statistics: Tensor = _BlockStatistics.apply(x, y, masks, smoothing)  # type: ignore[no-untyped-call]
-    return statistics
+    return cast(Tensor, _BlockStatistics.apply(x, y, masks, smoothing))  # type: ignore[no-untyped-call]
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -99,14 +96,10 @@ class _BlockStatistics(torch.autograd.Function):
             mask, logits, best, at = _scores(x[rows], y, masks, rows)
             allowed = ~mask.left_out
             total = _sum_where(allowed, logits) if smoothing else torch.zeros_like(best)
-            columns = (
-                logits.logsumexp(1, keepdim=True),
-                _sum_where(mask.positive, logits),
-                _count(mask.positive, x.dtype),
-                total,
-            )
+            positives = (_sum_where(mask.positive, logits), _count(mask.positive, x.dtype))
             hit = _is_among(at, mask.positive, len(y))
-            statistics[rows] = torch.cat([*columns, _count(allowed, x.dtype), best, hit], 1)
+            columns = (logits.logsumexp(1, keepdim=True), *positives, total, _count(allowed, x.dtype), best, hit)
+            statistics[rows] = torch.cat(columns, 1)
         return statistics
 
     @staticmethod

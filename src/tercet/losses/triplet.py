@@ -95,8 +95,7 @@ class TripletLoss(nn.Module):
         with torch.autocast(z.z.device.type, enabled=False):  # half precision halves the distance of near rows
             x = _flatten_views(z, min(2, len(z.z)))
             y = x if labels is z and len(z.z) <= 2 else _flatten_views(labels, len(labels.z))
-            out: tuple[Tensor, Tensor] = _TripletSum.apply(x.z, y.z, x, y, self)  # type: ignore[no-untyped-call]
-        loss_sum, sums = out
+            loss_sum, sums = _TripletSum.apply(x.z, y.z, x, y, self)  # type: ignore[no-untyped-call]
         mined, stats = sums[1], sums[2:].view(3, 2)
         count = {"active": stats[0, 0], "pairs": mined, "sum": torch.zeros_like(mined)}[self.divide_by]
         return LossOutput(loss_sum, count, dict(zip(STATISTICS, stats, strict=True)))
@@ -199,19 +198,16 @@ def _tiles(anchors: _FlatRows, keys: _FlatRows, loss: TripletLoss) -> Iterator[t
     if not len(anchors.z) or not len(keys.z):
         return
     start, end = (torch.searchsorted(keys.group, anchors.group, right=right)[:, None] for right in (False, True))
-    longest = _most_positives(start, end, len(keys.z), loss)
-    most = CPU_THREAD_TILE * torch.get_num_threads() if runs_on_cpu(start.device) else GPU_TILE
-    size = loss.tile or max(1, most // len(keys.z))
+    on_cpu, num_keys = runs_on_cpu(start.device), len(keys.z)
+    windows = loss.form == "softplus" and loss.mining not in ONE_NEGATIVE
+    costs = len(start) * num_keys * (num_keys if windows else 1)
+    # K: how many positives a row has at most, as far as that is known without waiting for the device.
+    longest = max(1, int((end - start).max())) if on_cpu or costs > UNREAD else num_keys
+    most = CPU_THREAD_TILE * torch.get_num_threads() if on_cpu else GPU_TILE
+    size = loss.tile or max(1, most // num_keys)
     for first in range(0, len(anchors.z), size):
         rows = slice(first, first + size)
         yield rows, _make_tile(anchors.at(rows), keys, start[rows], end[rows], longest)
-
-
-def _most_positives(start: Tensor, end: Tensor, num_keys: int, loss: TripletLoss) -> int:
-    """K: how many positives a row has at most, as far as that is known without waiting for the device."""
-    windows = loss.form == "softplus" and loss.mining not in ONE_NEGATIVE
-    costs = len(start) * num_keys * (num_keys if windows else 1)
-    return max(1, int((end - start).max())) if runs_on_cpu(start.device) or costs > UNREAD else num_keys
 
 
 def _make_tile(anchors: _FlatRows, keys: _FlatRows, start: Tensor, end: Tensor, longest: int) -> Tile:

@@ -12,17 +12,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tercet.errors import InputError, import_extra, require
 from tercet.images import PixelFormat
+from tercet.models import pretrained
 from tercet.models.encoder import Encoder
 from tercet.models.engine.chunking import Execution
 from tercet.models.image import ImageEncoder, ImageInputs
-from tercet.models.pretrained import (
-    OUTSIDE,
-    add_lowercase,
-    drop_foreign_templates,
-    load_pretrained,
-    read_json,
-    refuse_remote_code,
-)
 from tercet.models.prompts import Prompts
 from tercet.models.text import tokenize
 from tercet.types import Item
@@ -40,11 +33,8 @@ def is_exported(folder: Path) -> bool:
 
 def open_exported(folder: Path, trust_remote_code: bool = False) -> "ExportedEncoder":
     """The exported encoder of a folder, of texts or images; one by torch.export only with ``trust_remote_code``."""
-    saved = read_json(str(folder), SETTINGS) or {
-        "format": "onnx",
-        "file": "model.onnx",
-        **read_json(str(folder), ONNX_SETTINGS),
-    }
+    saved = pretrained.read_json(str(folder), SETTINGS)
+    saved = saved or {"format": "onnx", "file": "model.onnx", **pretrained.read_json(str(folder), ONNX_SETTINGS)}
     kind = ExportedImageEncoder if saved.get("kind") == ImageEncoder.kind else ExportedEncoder
     return kind(folder, saved, trust_remote_code)
 
@@ -65,11 +55,11 @@ class ExportedEncoder(Encoder):
 
     def _read_inputs(self, folder: Path) -> None:
         self.max_length, self.prompts = int(self.saved["max_length"]), Prompts(**self.saved.get("prompts", {}))
-        refuse_remote_code(str(folder), "", f"`path_or_id`={folder}", has_switch=False)
-        self.tokenizer: PreTrainedTokenizerBase = load_pretrained(AutoTokenizer, str(folder), "path_or_id")
-        drop_foreign_templates(self.tokenizer)
+        pretrained.refuse_remote_code(str(folder), "", f"`path_or_id`={folder}", has_switch=False)
+        self.tokenizer: PreTrainedTokenizerBase = pretrained.load_pretrained(AutoTokenizer, str(folder), "path_or_id")
+        pretrained.drop_foreign_templates(self.tokenizer)
         if self.saved.get("lower_case"):
-            add_lowercase(self.tokenizer)
+            pretrained.add_lowercase(self.tokenizer)
 
     def prompted(self) -> Sequence[Any]:
         """Itself, unless the pooling that was exported leaves out the tokens of its prompt."""
@@ -115,7 +105,7 @@ class ExportedImageEncoder(ImageInputs, ExportedEncoder):
 
 def _open(folder: Path, kind: str, name: str, trust_remote_code: bool) -> Run:
     """The function from inputs to embeddings in a file of the folder."""
-    require(not re.search(OUTSIDE, name), f"{folder / SETTINGS}: the file {name!r} is outside of the folder.")
+    require(not re.search(pretrained.OUTSIDE, name), f"{folder / SETTINGS}: the file {name!r} is outside of the folder.")
     opened = {"onnx": _open_onnx, "openvino": _open_openvino, "torch_export": _open_torch}.get(kind)
     if opened is None:
         raise InputError(f"{folder / SETTINGS}: its format is {kind}, which this version of tercet does not know.")

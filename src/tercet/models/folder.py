@@ -18,30 +18,13 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from tercet.errors import InputError, check_choice, refuse_damaged, require
 from tercet.images import PixelFormat
 from tercet.messages import warn_once
+from tercet.models import pretrained
 from tercet.models.encoder import Encoder
 from tercet.models.engine.transformers_compat import find_file, pretrained_source
 from tercet.models.exported import is_exported, open_exported
 from tercet.models.image import ImageEncoder
 from tercet.models.pooling import Head, make_head
-from tercet.models.pretrained import (
-    BATCH_STATISTICS,
-    CONFIG,
-    MODULES,
-    PREPROCESSOR,
-    TOKENIZER_CONFIG,
-    UNUSED,
-    add_lowercase,
-    backbone_class,
-    drop_foreign_templates,
-    load_whole_model,
-    parse_pixel_format,
-    read_json,
-    read_tokenizer,
-    refuse_outside_files,
-    refuse_remote_code,
-    resolve_source,
-    write_json,
-)
+from tercet.models.pretrained import CONFIG, MODULES, PREPROCESSOR, TOKENIZER_CONFIG, read_json, resolve_source, write_json
 from tercet.models.prompts import Prompts
 from tercet.models.sentence_transformers import read_modules, refuse_to_open, write_modules
 from tercet.models.text import DualEncoder, TextEncoder
@@ -137,10 +120,11 @@ def load_folder(path_or_id: str, pooling: str | None = None, trust_remote_code: 
         settings, note = {**settings, "pooling": pooling}, "as chosen"
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if settings.get("norm") == "group":
-        options |= {"config": _config(read_json(source, CONFIG)), "unused": f"{UNUSED}|{BATCH_STATISTICS}"}
-    backbone = load_whole_model(path_or_id, "path_or_id", **options)
+        unused = f"{pretrained.UNUSED}|{pretrained.BATCH_STATISTICS}"
+        options |= {"config": _config(read_json(source, CONFIG)), "unused": unused}
+    backbone = pretrained.load_whole_model(path_or_id, "path_or_id", **options)
     is_text = settings.get("kind", TextEncoder.kind) == TextEncoder.kind
-    tokenizer = read_tokenizer(path_or_id, "path_or_id", trust_remote_code) if is_text else None
+    tokenizer = pretrained.read_tokenizer(path_or_id, "path_or_id", trust_remote_code) if is_text else None
     encoder = build_encoder(backbone, tokenizer, settings)
     if encoder.head.layer is not None:
         load_weights(encoder.head, _head_weights(source, settings), f"`path_or_id`={path_or_id}, the head")
@@ -198,7 +182,7 @@ def build_encoder(
     if tokenizer is None:
         return ImageEncoder(backbone, PixelFormat(**settings["pixels"]), norm=settings["norm"], **shared)
     if settings.get("lower_case"):
-        add_lowercase(tokenizer)
+        pretrained.add_lowercase(tokenizer)
     encoder = TextEncoder(backbone, tokenizer, max_length=settings["max_length"], **shared)
     encoder.prompts, encoder.similarity_fn_name = Prompts(**settings.get("prompts", {})), settings.get("similarity", "cosine")
     if encoder.similarity_fn_name != "cosine":
@@ -212,7 +196,7 @@ def _default_settings(source: str) -> dict[str, Any]:
     shared: dict[str, Any] = {"pooling": "mean", "head": {}, "normalize": False}
     found = read_json(source, PREPROCESSOR)
     if found and "image_mean" in found and "vocab_size" not in (read_json(source, "config.json") or {}):
-        return {**shared, "kind": ImageEncoder.kind, "norm": "keep", "pixels": vars(parse_pixel_format(found))}
+        return {**shared, "kind": ImageEncoder.kind, "norm": "keep", "pixels": vars(pretrained.parse_pixel_format(found))}
     return {**shared, "max_length": None}
 
 
@@ -296,12 +280,12 @@ def encoder_from_spec(spec: dict[str, Any], what: str = "the checkpoint") -> Enc
     with tempfile.TemporaryDirectory() as folder:
         for name, text in {**spec["tokenizer"], CONFIG: spec["config"]}.items():
             (Path(folder) / name).write_text(text, encoding="utf-8")
-        refuse_remote_code(folder, "", what, has_switch=False)
+        pretrained.refuse_remote_code(folder, "", what, has_switch=False)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        backbone = backbone_class(config).from_config(config, dtype=torch.float32, trust_remote_code=False)
-        refuse_outside_files(folder, "", what)
+        backbone = pretrained.backbone_class(config).from_config(config, dtype=torch.float32, trust_remote_code=False)
+        pretrained.refuse_outside_files(folder, "", what)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False) if spec["tokenizer"] else None
-    drop_foreign_templates(tokenizer)
+    pretrained.drop_foreign_templates(tokenizer)
     return build_encoder(backbone, tokenizer, spec)
 
 

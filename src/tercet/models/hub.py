@@ -12,7 +12,6 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, Reposit
 from tercet.errors import InputError, refuse_damaged, require
 from tercet.messages import printable
 from tercet.models.weights import read_weights
-from tercet.paths import PARTIAL
 
 SENT = (".safetensors", ".onnx", ".json", ".txt", ".md", ".jinja", ".model")  # what a model folder has, and holds no code
 PICKLES = (".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pt2", ".pth")
@@ -46,10 +45,8 @@ def check_reachable(name: str, parameter: str) -> None:
             if type(error).__name__ not in ("ConnectError", "ConnectTimeout", "ConnectionError"):
                 return
             fault = f"no such folder here, and the hub at {endpoint} cannot be reached ({error})"
-            advice = (
-                f"Set `{parameter}` to a model's folder, or connect to the network; a proxy or mirror: HTTPS_PROXY, HF_ENDPOINT"
-            )
-            raise InputError(f"`{parameter}`={name}: {fault}. {advice}.") from error
+            advice = "connect to the network; a proxy or mirror: HTTPS_PROXY, HF_ENDPOINT"
+            raise InputError(f"`{parameter}`={name}: {fault}. Set `{parameter}` to a model's folder, or {advice}.") from error
     _reached.add(name)
 
 
@@ -61,7 +58,7 @@ def model_files(folder: Path) -> dict[str, int]:
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if any(part.startswith(".") for part in name.split("/")) or path.name.startswith(PARTIAL):
+        if any(part.startswith(".") for part in name.split("/")):  # unfinished files, too
             continue
         require(not path.is_symlink(), f"`folder`={folder}: {name} is a link, which is not sent. Copy the file here.")
         if path.is_dir():
@@ -125,12 +122,10 @@ def _answers_explained(repo: str, endpoint: str) -> Iterator[None]:
         reason = printable(" ".join(str(answer or chain[-1]).split()), lines=False)[:300]
         kept = "Nothing in the repository has changed; the same command tries again."
         if answer is None:
-            what = f"the Hub at {endpoint} could not be reached, or broke off"
-            if isinstance(error, ValueError):  # as of a name that its client does not take
-                what = "the Hub does not take it"
+            broken = f"the Hub at {endpoint} could not be reached, or broke off"
+            what = "the Hub does not take it" if isinstance(error, ValueError) else broken  # as a name that its client refuses
             raise InputError(f"`repo`={repo}: {what} ({type(chain[-1]).__name__}: {reason}). {kept}") from error
         status = answer.response.status_code
-        known = ANSWERS.get(
-            status, "the Hub has a failure of its own. Try again later" if status >= 500 else "the Hub refuses it"
-        )
+        other = "the Hub has a failure of its own. Try again later" if status >= 500 else "the Hub refuses it"
+        known = ANSWERS.get(status, other)
         raise InputError(f"`repo`={repo}: {re.sub('[.]$', '', known)} ({status}: {reason}). {kept}") from error

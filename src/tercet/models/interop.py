@@ -1,7 +1,7 @@
 """The methods by which mteb, and the evaluators of sentence-transformers, use an encoder as if it were one of theirs."""
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -58,8 +58,7 @@ class EvaluatedModel:
     @property
     def model_card_data(self) -> ModelCardData:
         """What evaluators of sentence-transformers report to."""
-        card: ModelCardData = self.__dict__.setdefault("_card", ModelCardData())
-        return card
+        return cast(ModelCardData, self.__dict__.setdefault("_card", ModelCardData()))
 
     @property
     def mteb_model_meta(self: Any) -> Any:

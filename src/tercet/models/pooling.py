@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -72,10 +72,8 @@ class Head(nn.Module):
         super().__init__()
         check_choice("kind", kind, ("none", "linear", "mlp", "two_linear", "two_mlp", "folder"))
         unused = f"`kind`={kind} has neither dim ({dim}) nor train_only ({train_only})"
-        plain = dim is None and not train_only
-        require(
-            kind not in ("none", "folder") or plain, f"{unused}. Use `kind`=linear or mlp, or `dim`=null `train_only`=false."
-        )
+        plain = kind not in ("none", "folder") or (dim is None and not train_only)
+        require(plain, f"{unused}. Use `kind`=linear or mlp, or `dim`=null `train_only`=false.")
         require(dim is None or dim >= 1, f"`dim`={dim}: a whole number above 0, or null for the backbone's width.")
         self.kind, self.dim, self.train_only = kind, dim, train_only
         self.tanh, self.two = kind.endswith("mlp"), kind.startswith("two_")
@@ -109,8 +107,7 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(N, H) -> (N, D)``; ``(N, H)`` where the head is not active."""
-        out: Tensor = self.layer(x) if self.layer is not None and self.active() else x
-        return out
+        return cast(Tensor, self.layer(x)) if self.layer is not None and self.active() else x
 
 
 class LayeredHead(Head):

@@ -9,18 +9,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import transformers
 from tokenizers.normalizers import Lowercase, Sequence
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_TEXT_ENCODING_MAPPING,
-    AutoConfig,
-    AutoModel,
-    AutoModelForTextEncoding,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers import logging as transformers_logging
 
 from tercet.errors import InputError, require
@@ -71,11 +62,8 @@ def resolve_source(name: str, parameter: str = "name") -> str:
 def _refuse_missing_path(name: str, path: Path, parameter: str) -> None:
     """Raise ``InputError`` for what can only be a path, and is not there: the hub is not asked for it."""
     first, slash, _ = name.partition("/")
-    if (
-        not (first in ("", ".", "..", "~", "outputs") and slash)
-        and name.count("/") < 2
-        and not (slash and Path(first).is_dir())
-    ):
+    is_folder = first in ("", ".", "..", "~", "outputs") or Path(first).is_dir()
+    if not (slash and is_folder) and name.count("/") < 2:
         return
     parent = next((folder for folder in path.parents if folder.is_dir()), Path())
     inside = sorted(entry.name for entry in parent.iterdir() if entry.is_dir() and not entry.name.startswith("."))
@@ -87,9 +75,7 @@ def _refuse_missing_path(name: str, path: Path, parameter: str) -> None:
     raise InputError(f"`{parameter}`={name}: there is no such run or folder; {there}{more}.")
 
 
-def load_pretrained(
-    loader: Any, name: str, parameter: str = "name", trust_remote_code: bool = False, **options: Any
-) -> Any:  # fmt: skip
+def load_pretrained(loader: Any, name: str, parameter: str = "name", trust_remote_code: bool = False, **options: Any) -> Any:
     """``loader.from_pretrained`` of a folder, package or hub id; ``InputError`` naming ``parameter`` if that fails.
 
     A model that comes with Python code is refused, unless ``trust_remote_code`` lets transformers run it.
@@ -128,13 +114,11 @@ def refuse_remote_code(source: str, folder: str, what: str, has_switch: bool = T
     Where transformers has a model of the same type it takes that one silently, which may give other embeddings. Without
     ``has_switch`` nothing runs the code: of checkpoints and exported models.
     """
+    ways = "Read that code first; `trust_remote_code`=true runs it. Or delete" if has_switch else "Nothing runs it. Delete"
     for file in (CONFIG, TOKENIZER_CONFIG):
-        can_run = (
-            "Read that code first; `trust_remote_code`=true runs it. Or delete" if has_switch else "Nothing runs it. Delete"
-        )
-        advice = f"{can_run} these keys, if transformers has the model."
+        has_code = _names_code(read_json(source, str(Path(folder) / file)))
         fault = f"its {file} names Python code that comes with it or from the hub (auto_map, or a kernel of attention)"
-        require(not _names_code(read_json(source, str(Path(folder) / file))), f"{what}: {fault}, which is not run. {advice}")
+        require(not has_code, f"{what}: {fault}, which is not run. {ways} these keys, if transformers has the model.")
 
 
 def refuse_adapter(source: str, folder: str, what: str) -> None:
@@ -183,7 +167,7 @@ def load_mended(loader: Any, name: str, parameter: str = "name", **options: Any)
 
 
 def load_whole_model(
-    name: str, parameter: str = "name", unused: str = UNUSED, config: PreTrainedConfig | None = None,
+    name: str, parameter: str = "name", unused: str = UNUSED, config: transformers.PreTrainedConfig | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:  # fmt: skip
     """The backbone in float32 with all of its weights; ``InputError`` names those that are not found, or hold no numbers.
@@ -217,9 +201,8 @@ def read_module_list(source: str) -> list[dict[str, str]] | None:
     for module in modules if modules and isinstance(modules, list) else [None]:
         if not (isinstance(module, dict) and isinstance(module.get("type"), str) and isinstance(module.get("path"), str)):
             raise InputError(f"{file}: a list of modules with their type and path is needed.")
-        require(
-            not re.search(OUTSIDE, module["path"]), f"{file}: the path {module['path']!r} of a module leads out of the folder."
-        )
+        outside = re.search(OUTSIDE, module["path"])
+        require(not outside, f"{file}: the path {module['path']!r} of a module leads out of the folder.")
     return cast(list[dict[str, str]], modules)
 
 
@@ -235,9 +218,8 @@ def add_lowercase(tokenizer: Any) -> None:
     """Make the tokenizer lowercase texts first, as ``do_lower_case`` of sentence-transformers does."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise InputError(
-            "do_lower_case: this tokenizer is not of the tokenizers library, which lowercases. Lowercase the texts."
-        )
+        fault = "this tokenizer is not of the tokenizers library, which lowercases"
+        raise InputError(f"do_lower_case: {fault}. Lowercase the texts.")
     if not lowercases(tokenizer):
         backend.normalizer = Sequence([Lowercase(), *([backend.normalizer] if backend.normalizer else [])])
 
@@ -279,7 +261,8 @@ def _set_dropout(config: Any, dropout: float | None) -> None:
 
 def backbone_class(config: Any) -> Any:
     """``AutoModel``, or the class for encoding texts: of T5 and its relatives the encoder alone."""
-    return AutoModelForTextEncoding if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING else AutoModel
+    encodes_texts = type(config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING
+    return transformers.AutoModelForTextEncoding if encodes_texts else transformers.AutoModel
 
 
 def load_backbone(name: str, dropout: float | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -312,7 +295,8 @@ def random_backbone(config: Mapping[str, Any], dropout: float | None = None) -> 
     except InputError:
         raise
     except Exception as error:  # configurations and models raise errors of many types
-        known = "cannot make a backbone of it from these settings" if model_type in CONFIG_MAPPING else "knows no such model"
+        is_known = model_type in transformers.CONFIG_MAPPING
+        known = "cannot make a backbone of it from these settings" if is_known else "knows no such model"
         reason = f"transformers {known} ({type(error).__name__}: {first_line(error)[:160]})"
         raise InputError(f"`config.model_type`={model_type}: {reason}. Change `config`, or use another type.") from error
     return cast(PreTrainedModel, model)

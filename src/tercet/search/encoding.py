@@ -26,21 +26,11 @@ from tercet.images import UnreadableImage, read_image_cell
 from tercet.messages import print_status, progress_bar, warn_once
 from tercet.models import CachedEncoder, Encoder, load
 from tercet.paths import atomic_write, check_new_folder, check_writable, read_json_file, remove_partials, write_text
+from tercet.search import vectors
 from tercet.search.index import KINDS, Index
 from tercet.search.index import SETTINGS as INDEX_SETTINGS
 from tercet.search.signature import is_same, make_signature
-from tercet.search.vectors import (
-    PRECISIONS,
-    Array,
-    VectorInfo,
-    calibrate,
-    check_suffix,
-    hash_items,
-    open_vectors,
-    read_info,
-    write_array,
-    write_vectors,
-)
+from tercet.search.vectors import PRECISIONS, Array, VectorInfo, hash_items, open_vectors
 from tercet.types import runs_on_cpu
 
 SETTINGS = "settings.json"  # of the folder of shards
@@ -94,7 +84,7 @@ def encode_to(
     (2, 384)
     """
     target = Path(path)
-    check_suffix(target, "path")
+    vectors.check_suffix(target, "path")
     check_writable(target.parent, "path")
     check_choice("precision", precision, tuple(PRECISIONS))
     check_choice("side", side, SIDES)
@@ -112,10 +102,10 @@ def encode_to(
         encoder.similarity_fn_name, own[0] if own else "", make_signature(encoder), data,
     )  # fmt: skip
     if target.exists():
-        done = read_info(target)
+        done = vectors.read_info(target)
         require(done is not None and _fits(done, info), f"`path`={target} holds other vectors already. Name a new file.")
         assert done is not None
-        shutil.rmtree(_shard_folder(target), ignore_errors=True)
+        shutil.rmtree(_beside(target, "shards"), ignore_errors=True)
         print_status(f"{target} is complete already.")
         return done
     kind = "image" if encoder.kind == "image" else "cpu" if runs_on_cpu(encoder.device) else "gpu"
@@ -128,7 +118,7 @@ def encode_to(
             del encoder
             _encode_in_processes(job, opened, _devices(device, num_processes), progress, unit)
         info = _merge(job, info, target)
-    shutil.rmtree(_shard_folder(target), ignore_errors=True)
+    shutil.rmtree(_beside(target, "shards"), ignore_errors=True)
     return info
 
 
@@ -150,7 +140,7 @@ def encode_index(
     if (target / INDEX_SETTINGS).is_file():
         return _complete_index(model, items, target, (kind, precision), str(options.get("device", "cpu")))
     check_new_folder(target, "folder")
-    work = _work_folder(target)
+    work = _beside(target, "vectors")
     work.mkdir(exist_ok=True)
     info = encode_to(model, items, work / VECTORS, **options)
     left_out = set(info.left_out)
@@ -170,7 +160,7 @@ def _complete_index(model: Any, items: Iterable[Any], target: Path, wanted: tupl
     fits = same and is_same(settings.signature, make_signature(encoder))
     require(fits, f"`folder`={target} holds another index already. Name a new folder.")
     print_status(f"{target} is complete already.")
-    shutil.rmtree(_work_folder(target), ignore_errors=True)
+    shutil.rmtree(_beside(target, "vectors"), ignore_errors=True)
     return index
 
 
@@ -188,20 +178,17 @@ def _devices(device: str, num_processes: int) -> list[str]:
     return [f"cuda:{i % count}" if count > 1 else device for i in range(num_processes)]
 
 
-def _work_folder(target: Path) -> Path:
-    return target.with_name(f".{target.name}.vectors")
-
-
-def _shard_folder(target: Path) -> Path:
-    return target.with_name(f".{target.name}.shards")
+def _beside(target: Path, kind: str) -> Path:
+    """The folder beside ``target`` that holds its ``shards``, or the ``vectors`` of an index, until it is complete."""
+    return target.with_name(f".{target.name}.{kind}")
 
 
 def count_encoded(path: str | Path) -> tuple[int, int]:
     """How many items, of how many, ``encode_to`` or ``encode_index`` has kept for a ``path`` that is not complete."""
-    vectors = _work_folder(Path(path)) / VECTORS
-    if vectors.is_file() and (done := read_info(vectors)):
+    made = _beside(Path(path), "vectors") / VECTORS
+    if made.is_file() and (done := vectors.read_info(made)):
         return done.count, done.count
-    folder = _shard_folder(vectors if vectors.parent.is_dir() else Path(path))
+    folder = _beside(made if made.parent.is_dir() else Path(path), "shards")
     saved: Any = read_json_file(folder / SETTINGS) if (folder / SETTINGS).is_file() else {"rows": 0, "info": {"count": 0}}
     return min(len(list(folder.glob("[0-9]*.npy"))) * saved["rows"], saved["info"]["count"]), saved["info"]["count"]
 
@@ -213,7 +200,7 @@ def _fits(found: VectorInfo, wanted: VectorInfo, keys: Sequence[str] = ("precisi
 @contextmanager
 def _shards(target: Path, info: VectorInfo, rows: int) -> Iterator[tuple[Path, int]]:
     """The folder of shards, begun or found, and the rows of each; the errors of a disk say what to do."""
-    folder = _shard_folder(target)
+    folder = _beside(target, "shards")
     try:
         folder.mkdir(exist_ok=True)
         lock = FileLock(folder / ".lock")
@@ -228,9 +215,8 @@ def _shards(target: Path, info: VectorInfo, rows: int) -> Iterator[tuple[Path, i
             rows, found = saved["rows"], VectorInfo(**saved["info"])
             other = "of another model, other data or another prompt"
             advice = f"Name another file, or remove that folder and start anew: rm -r {folder}"
-            require(
-                _fits(found, info, ("dimension", "prompt", "data")), f"`path`={target}: {folder} has vectors {other}. {advice}"
-            )
+            fits = _fits(found, info, ("dimension", "prompt", "data"))
+            require(fits, f"`path`={target}: {folder} has vectors {other}. {advice}")
         else:
             write_text(folder / SETTINGS, json.dumps({"rows": rows, "info": asdict(info)}))
         yield folder, rows
@@ -316,7 +302,7 @@ def _encode_shard(encoder: Encoder, items: list[Any], path: Path, column: int) -
     """Write the vectors of a shard, whole or not at all."""
     out = encode_readable(encoder, items, column)
     with atomic_write(path) as partial:
-        write_array(partial, out.dtype, out.shape, [out])
+        vectors.write_array(partial, out.dtype, out.shape, [out])
 
 
 def encode_readable(encoder: Encoder, items: Sequence[Any], column: int = 0) -> Array:
@@ -363,9 +349,7 @@ def _can_prepare(encoder: Encoder, item: Any, name: str) -> bool:
 
 
 def _describe(item: Any) -> str:
-    return (
-        repr(item[:80]) if isinstance(item, str) else item.get("path") or "an image" if isinstance(item, dict) else "an image"
-    )
+    return repr(item[:80]) if isinstance(item, str) else _text(item) or "an image"
 
 
 def _merge(job: Job, info: VectorInfo, target: Path) -> VectorInfo:
@@ -376,9 +360,9 @@ def _merge(job: Job, info: VectorInfo, target: Path) -> VectorInfo:
     require(len(left_out) < job.count, "`items`: none of the images can be read.")
     if left_out:
         print_status(f"{len(left_out)} of {job.count} images cannot be used and are left out.")
-    calibration = calibrate(z for z, _, _ in _blocks(job)) if info.precision == "int8" else []
+    calibration = vectors.calibrate(z for z, _, _ in _blocks(job)) if info.precision == "int8" else []
     info = replace(info, count=job.count - len(left_out), calibration=calibration, left_out=left_out)
-    write_vectors(target, info, _blocks(job))
+    vectors.write_vectors(target, info, _blocks(job))
     return info
 
 

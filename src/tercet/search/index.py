@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -167,9 +167,8 @@ class Index:
         x = np.asarray(queries, dtype=np.float32)
         require(x.ndim == 2, f"`queries` have the shape {x.shape}: (Q, {self.dim}) is needed.")
         fault = f"`queries` have {x.shape[1]} columns, the vectors of the index {self.dim}"
-        require(
-            x.shape[1] == self.dim, f"{fault}. Use the model that the index was built with{self.model and f': {self.model}'}."
-        )
+        advice = f"Use the model that the index was built with{self.model and f': {self.model}'}."
+        require(x.shape[1] == self.dim, f"{fault}. {advice}")
         require(np.isfinite(x).all(), "`queries` hold NaN or infinite values.")
         k = min(k, len(self))
         candidates = {"int8": 4, "binary": 2 * self.settings.effort}.get(self.settings.precision, 1)
@@ -205,8 +204,7 @@ class Index:
         return self._cells("id", rows)
 
     def _cells(self, column: str, rows: Any) -> list[Any]:
-        found: list[Any] = self.rows[column].take(pa.array(np.asarray(rows, dtype=np.int64).ravel())).to_pylist()
-        return found
+        return cast(list[Any], self.rows[column].take(pa.array(np.asarray(rows, dtype=np.int64).ravel())).to_pylist())
 
     def save(self, folder: str | Path) -> None:
         """Write the folder of the index, which must be new or empty: whole, or not at all."""
@@ -285,8 +283,7 @@ def _without_own(rows: Ints, own: Ints) -> Ints:
     """``(Q, k)`` to ``(Q, k - 1)``: without the own row of each, or without the last one where that is not there."""
     keep = rows != own[:, None]
     keep[keep.all(1), -1] = False
-    others: Ints = rows[keep].reshape(len(rows), -1)
-    return others
+    return cast(Ints, rows[keep].reshape(len(rows), -1))
 
 
 def _empty(faiss: Any, settings: IndexSettings) -> Any:

@@ -54,9 +54,8 @@ class BM25:
         made = cls.__new__(cls)
         with refuse_damaged(str(folder), "cannot be read", "Build it anew."):
             made.engine, made.count = bm25s.BM25.load(str(folder)), count
-            require(
-                made.engine.scores["num_docs"] == count, f"{folder} is of {made.engine.scores['num_docs']} texts, not {count}."
-            )
+            found = made.engine.scores["num_docs"]
+            require(found == count, f"{folder} is of {found} texts, not {count}.")
         return made
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -61,8 +61,7 @@ def quantize(x: Array, info: VectorInfo) -> Array:
         return np.packbits(x > 0, axis=1)
     if info.precision == "int8":
         least, step = np.asarray(info.calibration, dtype=np.float32)
-        codes: Array = np.clip(np.rint((x - least) / step) - 128, -128, 127).astype(np.int8)
-        return codes
+        return cast(Array, np.clip(np.rint((x - least) / step) - 128, -128, 127).astype(np.int8))
     kind = np.float16 if info.precision == "float16" else np.float32
     largest = float(np.finfo(kind).max)
     require(np.abs(x).max(initial=0) <= largest, f"`precision`={info.precision} holds no value above {largest}. Use float32.")

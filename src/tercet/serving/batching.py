@@ -154,6 +154,5 @@ class Batcher(Generic[Row, Result]):
                 self._requests.remove(request)
                 self._count(request.taken - len(request.rows))
         if not request.future.done():
-            request.future.set_exception(
-                error if isinstance(error, InputError) else RuntimeError(f"encoding failed: {error!r}")
-            )
+            known = isinstance(error, InputError)
+            request.future.set_exception(error if known else RuntimeError(f"encoding failed: {error!r}"))

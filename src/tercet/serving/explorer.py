@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -70,8 +70,7 @@ def spread(count: int, limit: int) -> list[int]:
     >>> spread(7, 3)
     [0, 3, 6]
     """
-    rows: list[int] = np.unique(np.linspace(0, count - 1, min(count, limit)).round().astype(int)).tolist()
-    return rows
+    return cast(list[int], np.unique(np.linspace(0, count - 1, min(count, limit)).round().astype(int)).tolist())
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 SHARED = "PROMETHEUS_MULTIPROC_DIR"  # prometheus-client keeps the numbers of all workers in files of this folder
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+TEXTS = (1, 2, 4, 8, 16, 32, 64, 96, 128)
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
 
@@ -18,9 +19,7 @@ class Metrics:
         self.requests = Counter("tercet_requests", "Answered requests", ["route", "status"], registry=own)
         self.seconds = Histogram("tercet_request_seconds", "Seconds of a request", ["route"], buckets=SECONDS, registry=own)
         self.tokens = Counter("tercet_tokens", "Tokens of texts sent to /v1/embeddings", registry=own)
-        self.texts = Histogram(
-            "tercet_batch_texts", "Texts of a batch", buckets=(1, 2, 4, 8, 16, 32, 64, 96, 128), registry=own
-        )
+        self.texts = Histogram("tercet_batch_texts", "Texts of a batch", buckets=TEXTS, registry=own)
         self.encoding = Histogram("tercet_batch_seconds", "Seconds of encoding a batch", buckets=SECONDS, registry=own)
         self.queued = Gauge("tercet_queued_texts", "Texts that wait", multiprocess_mode="livesum", registry=own)
 

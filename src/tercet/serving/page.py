@@ -144,14 +144,12 @@ async def neighbors(body: NeighborsRequest, request: Request) -> Response:
 
 async def changed(request: Request) -> Response:
     """Rows whose neighbors differ most between the models."""
-    explorer = _explorer(request)
-    return JSONResponse(await asyncio.to_thread(lambda: explorer.changed))
+    return JSONResponse(await asyncio.to_thread(lambda: _explorer(request).changed))
 
 
 async def mistakes(request: Request) -> Response:
     """What each model gets most wrong."""
-    explorer = _explorer(request)
-    return JSONResponse(await asyncio.to_thread(lambda: explorer.mistakes))
+    return JSONResponse(await asyncio.to_thread(lambda: _explorer(request).mistakes))
 
 
 async def list_all(request: Request) -> Response:

@@ -8,7 +8,7 @@ import base64
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -87,11 +87,8 @@ async def embeddings(body: EmbeddingsRequest, request: Request) -> Response:
         raise RequestError(400, f"`dimensions`={wanted}: this model has {may}.", "dimensions")
     rows = await service.embed(_rows(body.input, service))
     vectors = [shorten(row.vector, wanted) for row in rows]
-    as_text = body.encoding_format == "base64"
-    data = [
-        {"object": "embedding", "index": i, "embedding": _base64(vector) if as_text else vector.tolist()}
-        for i, vector in enumerate(vectors)
-    ]
+    encoded = [_base64(vector) if body.encoding_format == "base64" else vector.tolist() for vector in vectors]
+    data = [{"object": "embedding", "index": i, "embedding": embedding} for i, embedding in enumerate(encoded)]
     tokens = sum(row.tokens for row in rows)
     request.app.state.metrics.tokens.inc(tokens)
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
@@ -153,8 +150,7 @@ def _check_name(request: Request, name: str) -> None:
 
 
 def _service(request: Request) -> Service:
-    service: Service = request.app.state.service
-    return service
+    return cast(Service, request.app.state.service)
 
 
 def _model(request: Request) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -83,8 +83,7 @@ def make_scheduler(optimizer: Optimizer, steps: int, shape: str = "linear", warm
     check_choice("shape", shape, ("linear", "cosine", "constant"))
     require(0 <= warmup < 1, f"`warmup`={warmup}: the share of all steps, from 0 to below 1.")
     name = "constant_with_warmup" if shape == "constant" else shape
-    scheduler: LRScheduler = get_scheduler(name, optimizer, round(warmup * steps), steps)
-    return scheduler
+    return cast(LRScheduler, get_scheduler(name, optimizer, round(warmup * steps), steps))
 
 
 def end_with_time(scheduler: LRScheduler, steps: int | None, elapsed: Callable[[], float]) -> None:

@@ -18,17 +18,8 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
-from tercet.app import record, report, run_files
-from tercet.app.examples import (
-    EXAMPLES,
-    SMALLER,
-    check_examples,
-    compare_examples,
-    examples_beside,
-    open_examples,
-    read_examples,
-    shared_metrics,
-)  # fmt: skip
+from tercet.app import examples, record, report, run_files
+from tercet.app.examples import compare_examples, examples_beside, open_examples, read_examples
 from tercet.app.run_files import is_smaller_better
 from tercet.errors import require
 from tercet.evaluation.direction import SMALLER_IS_BETTER
@@ -76,7 +67,7 @@ class Run:
     @property
     def examples(self) -> Path:
         """The file with its values by example."""
-        return examples_beside(self.folder) if self.seed is None else self.folder / EXAMPLES
+        return examples_beside(self.folder) if self.seed is None else self.folder / examples.EXAMPLES
 
 
 class Lead(NamedTuple):
@@ -144,14 +135,15 @@ class Comparison:
         adjusted = dict(zip(pairs, holm([found.p for found in pairs.values()]), strict=True))
         signs = dict(zip(pairs, holm([found.sign_p for found in pairs.values()]), strict=True))
         files = tuple(tuple(run.examples for run in self.runs[setting]) for setting in ranked)
-        examples = compare_examples(files, metric.removeprefix("test/")) if metric.startswith("test/") else {}
+        is_test, name = metric.startswith("test/"), metric.removeprefix("test/")
+        over_examples = compare_examples(files, name) if is_test else {}
         best, *others = ranked
         leads = {}
         for i, other in enumerate(others, start=1):
             pair = best, other
             first, second = (statistics.fmean(ranked[setting].values()) for setting in pair)
             over_seeds = pairs.get(pair), adjusted.get(pair), signs.get(pair)
-            leads[other] = Lead(first - second, *over_seeds, examples.get((0, i)))
+            leads[other] = Lead(first - second, *over_seeds, over_examples.get((0, i)))
         return leads
 
     def label(self, setting: Setting, short: bool = False) -> str:
@@ -169,20 +161,18 @@ def run(cfg: DictConfig, output: Path) -> None:
     comparison = group_results(read_evaluations(paths)) if files else group_runs(read_runs(paths))
     runs = [one for group in comparison.runs.values() for one in group]
     results = {one.folder: one.metrics for one in runs}
-    names = shared_metrics(results) if files else sorted({name for one in runs for name in one.metrics})
+    names = examples.shared_metrics(results) if files else sorted({name for one in runs for name in one.metrics})
     alone = bool(files) or run_files.is_run(paths[0])  # not a folder of runs
     target = Path(cfg.output or (paths[0].parent / "comparison" if alone else paths[0]))
-    require(
-        not run_files.is_run(target),
-        f"output={target} is the folder of a run, whose report.html would be replaced. Name another.",
-    )
+    in_use = f"output={target} is the folder of a run, whose report.html would be replaced. Name another."
+    require(not run_files.is_run(target), in_use)
     check_writable(target, "output")
     known = ", ".join(name for name in names if name.startswith("test/"))
     fault = "has no values by example in all of these results" if files else "is in none of the runs"
     require(not cfg.metric or cfg.metric in names, f"metric={cfg.metric} {fault}. There are: {known}.")
     chosen = [cfg.metric] if cfg.metric else [name for name in comparison.metrics() if name in names]
     for name in chosen if files else ():
-        check_examples(results, name)
+        examples.check_examples(results, name)
     write_comparison(comparison, chosen, target)
 
 
@@ -198,7 +188,7 @@ def read_evaluations(paths: Sequence[Path]) -> list[Run]:
         advice = "Run `tercet evaluate` anew, with an `evaluation` that gives such values: clustering, as one, gives none"
         require(beside.is_file(), f"{missing}. {advice}.")
         with open_examples(beside) as content:
-            smaller = map(str, content[SMALLER]) if SMALLER in content else ()
+            smaller = map(str, content[examples.SMALLER]) if examples.SMALLER in content else ()
             runs.append(Run(path, None, metrics, {}, "", None, SMALLER_IS_BETTER.union(smaller)))
     return runs
 

@@ -42,9 +42,8 @@ class Check:
 
 def main(arguments: Sequence[str]) -> int:
     """Print all checks; 0 if `tercet train` can start, else 1."""
-    parser = argparse.ArgumentParser(
-        prog="tercet doctor", allow_abbrev=False, description="Whether training can start here, and what is missing."
-    )
+    about = "Whether training can start here, and what is missing."
+    parser = argparse.ArgumentParser(prog="tercet doctor", allow_abbrev=False, description=about)
     parser.error = refuse_arguments  # type: ignore[method-assign]
     parser.add_argument("--json", action="store_true", help="one JSON object: ok, and a list of checks")
     parser.add_argument("--online", action="store_true", help="also ask whether the hub can be reached")
@@ -203,9 +202,7 @@ def check_data() -> Check:
         return Check("TERCET_DATA", NOTE, "not set: the quickstart and your own data need no more, others do", advice)
     absent = [name for name in files if not (Path(root) / name).is_file()]
     value = f"{root}: {len(files) - len(absent)} of {len(files)} files"
-    return (
-        Check("TERCET_DATA", NOTE, f"{value}; not {', '.join(absent)}", advice) if absent else Check("TERCET_DATA", OK, value)
-    )
+    return Check("TERCET_DATA", *((NOTE, f"{value}; not {', '.join(absent)}", advice) if absent else (OK, value)))
 
 
 def check_hub(online: bool) -> Check:

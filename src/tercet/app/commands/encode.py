@@ -47,7 +47,8 @@ def run(cfg: DictConfig, output: Path) -> None:
     model: Any = OmegaConf.to_container(cfg.model)
     raw: Any = OmegaConf.to_container(components.raw_config())
     options: dict[str, Any] = {key: cfg[key] for key in ("num_processes", "device", "side", "precision")}
-    options["name"] = absolute_name(cfg.model.path)
+    found = locate(cfg.model.path)  # its name has to be good in any folder: an absolute path, or a hub id or package as it is
+    options["name"] = os.path.abspath(found) if found.exists() else cfg.model.path
     signals.describe_stop(lambda: _describe_stop(target))
     try:
         if is_file:
@@ -65,12 +66,6 @@ def run(cfg: DictConfig, output: Path) -> None:
 def _describe_stop(target: Path) -> str:
     done, count = count_encoded(target)
     return f"; {done} of {count} are encoded and kept: the same command continues" if done else "; nothing is kept yet"
-
-
-def absolute_name(name: str) -> str:
-    """A model's name that is good in any folder: an absolute path, or a hub id or package as it is."""
-    found = locate(name)
-    return os.path.abspath(found) if found.exists() else name
 
 
 def describe_index(index: Any) -> str:

@@ -4,6 +4,7 @@ import difflib
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -111,8 +112,7 @@ def _make_choice(name: str, pooling: str | None, seed: int) -> Encoder:
     if "data" in raw_config():
         cfg.data = raw_config().data
     torch.manual_seed(seed)
-    encoder: Encoder = build(cfg.model)
-    return encoder
+    return cast(Encoder, build(cfg.model))
 
 
 def initialize_from(encoder: Encoder, name: str) -> str:
@@ -124,11 +124,9 @@ def initialize_from(encoder: Encoder, name: str) -> str:
     if note:
         print_status(note)
     words: list[dict[str, int]] = [getattr(getattr(part, "tokenizer", None), "get_vocab", dict)() for part in (encoder, other)]
-    require(
-        words[0] == words[1],
-        f"init_from={name}: it reads other tokens ({len(words[1])}) than this model ({len(words[0])}), so that rows would "
-        "be exchanged. Use its model.tokenizer.name; a vocabulary that is counted must be counted in the same data.",
-    )
+    others = f"it reads other tokens ({len(words[1])}) than this model ({len(words[0])}), so that rows would be exchanged"
+    advice = "Use its model.tokenizer.name; a vocabulary that is counted must be counted in the same data."
+    require(words[0] == words[1], f"init_from={name}: {others}. {advice}")
     mine, theirs = encoder.state_dict(), other.state_dict()
     here, there = ({key: tuple(weight.shape) for key, weight in state.items()} for state in (mine, theirs))
     reshaped = sorted(key for key in {**here, **there} if here.get(key) != there.get(key))

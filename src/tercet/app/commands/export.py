@@ -27,10 +27,9 @@ def run(cfg: DictConfig, output: Path) -> None:
         parity = export_model(encoder, target, cfg.format, cfg.precision, cfg.tolerance)
     file = target / FILES[cfg.format][cfg.precision]
     megabytes = sum(part.stat().st_size for part in file.parent.iterdir()) / 1e6
-    differ = (
-        f"differ from the model's by {parity.difference:.2g} times their length at most, cosine {parity.cosine:.5f} at least"
-    )
-    print_status(f"{cfg.format}, {cfg.precision}, {megabytes:.0f} MB. Vectors of {parity.samples} samples {differ}.")
+    most = f"{parity.difference:.2g} times their length at most, cosine {parity.cosine:.5f} at least"
+    differ = f"Vectors of {parity.samples} samples differ from the model's by {most}"
+    print_status(f"{cfg.format}, {cfg.precision}, {megabytes:.0f} MB. {differ}.")
     trust = " model.trust_remote_code=true" if cfg.format == "torch_export" else ""
     print_status(f"Written to {target}; `tercet evaluate model={target}{trust}` measures it.")
 

@@ -131,18 +131,14 @@ def _prune(cfg: DictConfig) -> None:
     if not cfg.yes:
         print(f"{len(chosen):,} runs, {sum(sizes.values()):,} bytes. Nothing was deleted: --yes deletes them.")
         return
-    freed = [_delete(one, Path(cfg.folder)) for one in chosen]
-    kept = [text for text in freed if isinstance(text, str)]
-    print(f"{len(chosen) - len(kept):,} runs deleted, {sum(x for x in freed if isinstance(x, int)):,} bytes freed.")
+    freed, kept = 0, list[str]()
+    for one in chosen:
+        try:
+            freed += remove_run(one, Path(cfg.folder))
+        except (InputError, OSError) as error:  # noqa: PERF203
+            kept.append(str(error))
+    print(f"{len(chosen) - len(kept):,} runs deleted, {freed:,} bytes freed.")
     require(not kept, " ".join(kept))
-
-
-def _delete(one: Run, root: Path) -> int | str:
-    """The bytes that were freed, or why the run is kept."""
-    try:
-        return remove_run(one, root)
-    except (InputError, OSError) as error:
-        return str(error)
 
 
 ACTIONS: dict[str, tuple[Callable[..., None], int, str]] = {

@@ -73,12 +73,11 @@ def run(cfg: DictConfig, output: Path) -> None:
 def serving_settings(cfg: DictConfig, limits: Limits) -> Settings:
     """The configuration as plain values."""
     require(isinstance(cfg.model.path, str), f"model={cfg.model.path}: serve takes one model.")
-    names = model_names(cfg.model.path)
+    model, names = cfg.model, model_names(cfg.model.path)
     name, local = cfg.served_name or names[0], cfg.host in LOCAL
     options = {"limits": limits, "latency_ms": cfg.latency_ms, "key": cfg.key, "name": name, "local": local}
     options["other_names"] = names
     threads = max(1, torch.get_num_threads() // cfg.workers)
-    model = cfg.model
     return Settings(model.path, model.pooling, model.trust_remote_code, cfg.device, cfg.index, threads, options)
 
 
@@ -95,9 +94,8 @@ def listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        raise InputError(
-            f"host={host}, port={port}: {error.strerror or error}. Give another port, or an address of this machine."
-        ) from error
+        advice = "Give another port, or an address of this machine."
+        raise InputError(f"host={host}, port={port}: {error.strerror or error}. {advice}") from error
 
 
 def address(host: str, listener: socket.socket) -> str:

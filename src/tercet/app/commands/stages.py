@@ -154,14 +154,8 @@ def draw_stages(columns: Columns, settings: DictConfig, deviations: Columns | No
         axes = figure.add_subplot(1, len(shown), place)
         values = [column[name] for column in columns.values()]
         sds = [column[name] for column in deviations.values()] if deviations else [0.0] * len(values)
-        axes.errorbar(
-            [figure_text(stage) for stage in columns],
-            values,
-            yerr=sds if any(sds) else None,
-            color=color,
-            marker="o",
-            capsize=3,
-        )
+        stages = [figure_text(stage) for stage in columns]
+        axes.errorbar(stages, values, yerr=sds if any(sds) else None, color=color, marker="o", capsize=3)
         for x, (y, sd) in enumerate(zip(values, sds, strict=True)):
             low = y < max(values[max(0, x - 1) : x + 2])  # the line comes down to it: write below
             end, offset, side = (x, y - sd if low else y + sd), (0, -7 if low else 7), "top" if low else "bottom"

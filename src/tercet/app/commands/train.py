@@ -1,9 +1,10 @@
 """The command ``train``: build and check the components, evaluate, train, evaluate again, record."""
 
+import os
 import shlex
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -131,7 +132,7 @@ def train(cfg: DictConfig, output: Path, data: DataModule) -> float | None:
     plugins = [*(build(cfg.trainer.plugins) or []), AtomicCheckpointIO(cfg.keep_last)]
     options = {"logger": loggers, "callbacks": callbacks, "plugins": plugins, **launch.strategy_options(cfg)}
     trainer: pl.Trainer = build(cfg.trainer, default_root_dir=str(output), **options)
-    if launch.is_first_on_node():
+    if int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) == 0:  # the first process on its node
         data.prepare_data()
     try:
         notes = record.write_start(cfg, output, data, loggers)
@@ -238,8 +239,7 @@ def last_checkpoints(output: Path) -> list[Path]:
 
 def plain_settings(cfg: DictConfig) -> dict[str, Any]:
     """The settings as plain values, for a checkpoint."""
-    settings: Any = OmegaConf.to_container(cfg, resolve=True)
-    return dict(settings)
+    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
 
 
 def changes_results(key: str) -> bool:

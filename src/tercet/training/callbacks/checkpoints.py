@@ -12,7 +12,7 @@ import time
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import pytorch_lightning as pl
 import torch
@@ -221,11 +221,10 @@ class RNGState(pl.Callback):
 
     def _read_own(self) -> dict[str, Tensor]:
         try:
-            own: dict[str, Tensor] = torch.load(self.file, map_location="cpu", weights_only=True)
+            return cast(dict[str, Tensor], torch.load(self.file, map_location="cpu", weights_only=True))
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             warn_once(f"{self.file} cannot be read ({type(error).__name__}).")
             return {}
-        return own
 
 
 class GracefulStop(pl.Callback):

@@ -1,7 +1,7 @@
 """Figures and tables of the embeddings of held-out rows, during training."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -80,8 +80,7 @@ class EmbeddedSample:
     def plane(self) -> Tensor:
         """``(N, 2)``: the first two principal components of the rows."""
         centered = self.z[0] - self.z[0].mean(0)
-        components: Tensor = centered @ torch.linalg.svd(centered, full_matrices=False).Vh[:2].T
-        return components
+        return cast(Tensor, centered @ torch.linalg.svd(centered, full_matrices=False).Vh[:2].T)
 
 
 def draw_embeddings(sample: EmbeddedSample, history: list[tuple[str, float, float]], umap: bool) -> Figure:
@@ -175,10 +174,8 @@ class EmbeddingFigures(pl.Callback):
             publish_figure(trainer, "embeddings", draw_embeddings(sample, self.history, self.umap))
             self._publish_tables(trainer, sample)
             if when == "test":
-                names = [
-                    printable(item[:100], lines=False) if isinstance(item, str) else str(i)
-                    for i, item in enumerate(self.items[0])
-                ]
+                items = enumerate(self.items[0])
+                names = [printable(x[:100], lines=False) if isinstance(x, str) else str(i) for i, x in items]
                 log_to_all(trainer, EMBEDDINGS, z[0], names)
 
     def _load_items(self, source: Source, encoder: Encoder) -> None:

@@ -73,10 +73,10 @@ class Evaluation(pl.Callback):
 
         0, as not known, of metrics that are better when smaller: distances and losses have no such bounds.
         """
+        if mode == "min" or not self.validation_rows:
+            return 0.0
         m = self.start or 0.0
-        return (
-            0.0 if mode == "min" else math.sqrt(max(0.0, m * (1 - m)) / self.validation_rows) if self.validation_rows else 0.0
-        )
+        return math.sqrt(max(0.0, m * (1 - m)) / self.validation_rows)
 
     def keeps_start(self, best: float, mode: str = "max") -> bool:
         """Whether ``best``, of the best checkpoint, is less than a standard error better than the metric before training.

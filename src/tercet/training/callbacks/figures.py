@@ -115,8 +115,7 @@ class BeforeAfter(pl.Callback):
         self.scores[str(pl_module.stage)] = x @ y.T
         if len(self.scores) == 2 and trainer.is_global_zero:
             publish_figure(trainer, "before_after", draw_before_after(*self.scores.values()))
-            path = Path(trainer.default_root_dir) / "neighbors.md"
-            with _whole_file(path) as partial:
+            with _whole_file(Path(trainer.default_root_dir) / "neighbors.md") as partial:
                 partial.write_text(self.neighbors(), encoding="utf-8")
 
     @cached_property
