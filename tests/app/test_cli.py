@@ -14,13 +14,15 @@ from tercet.app.error_formatting import explain
     [
         ("OMP_WAIT_POLICY", None, "PASSIVE"),
         ("OMP_WAIT_POLICY", "ACTIVE", "ACTIVE"),
+        ("GOMP_SPINCOUNT", None, "2000"),
+        ("GOMP_SPINCOUNT", "7", "7"),
         ("THP_MEM_ALLOC_ENABLE", None, "1"),
         ("THP_MEM_ALLOC_ENABLE", "0", "0"),
     ],
 )
 def test_what_torch_reads_when_it_is_loaded_is_set_before_unless_the_shell_has_it(name, given, used, monkeypatch):
-    """Threads do not spin for each other; memory comes in huge pages."""
-    for own in ("OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE"):
+    """Threads spin for each other for a moment only; memory comes in huge pages."""
+    for own in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE"):
         monkeypatch.setenv(own, "")  # put back at the end
         monkeypatch.delenv(own)
     if given is not None:
@@ -28,6 +30,7 @@ def test_what_torch_reads_when_it_is_loaded_is_set_before_unless_the_shell_has_i
     with pytest.raises(SystemExit):
         cli.main("compare", ["--help"])
     assert os.environ[name] == used
+    assert ("GOMP_SPINCOUNT" in os.environ) == (given != "ACTIVE"), "it would take precedence of the policy"
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
