@@ -87,7 +87,7 @@ def main(command: str, arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command of ``COMMANDS`` with its overrides; exits with 1 on an error, 130 on Ctrl-C, 143 on SIGTERM."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come back to us as they are
     # Read when torch is loaded. By default the threads of a step spin for each other, many times slower on a busy machine, and
-    # each step asks for its memory anew, page by page (on Linux). GNU's threads spin for a moment: it takes longer to wake them.
+    # each step asks for its memory anew, page by page (on Linux). They spin for a moment still, since waking one takes longer.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
