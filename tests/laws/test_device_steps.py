@@ -18,10 +18,9 @@ from tercet.models.engine import triton_kernels as kernels
 from tercet.models.engine.chunking import Execution
 from tercet.models.engine.deterministic_dropout import apply_dropout
 from tercet.rng import derive_seed
-from tercet.row_index import RowIndex
 from tercet.training.callbacks import RNGState
 from tercet.training.datamodule import DataModule
-from tercet.types import TokenBatch
+from tercet.types import RowIndex, TokenBatch
 from tests.conftest import TEXTS, choices, composed, tiny
 from tests.laws.device_operations import DeviceOperations, do_as_on_a_gpu
 from tests.laws.distributed_runs import Listed, config, tokenizer

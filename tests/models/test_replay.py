@@ -20,9 +20,8 @@ from tercet.models.engine import replay
 from tercet.models.engine import triton_kernels as kernels
 from tercet.models.engine.deterministic_dropout import with_dropout_seeds
 from tercet.models.engine.packing import AttentionSettings, Packing, attend_short
-from tercet.row_index import RowIndex, rounded_tokens
 from tercet.training.callbacks import LastCheckpoint, RNGState
-from tercet.types import Batch, TokenBatch, TokenState
+from tercet.types import Batch, RowIndex, TokenBatch, TokenState, rounded_tokens
 from tests.conftest import TEXTS, composed, tiny
 from tests.laws.device_operations import do_as_on_a_gpu
 from tests.laws.distributed_runs import config, data

@@ -10,10 +10,9 @@ from tercet.app.components import build
 from tercet.errors import InputError
 from tercet.models import Execution, load, load_backbone, load_tokenizer
 from tercet.rng import derive_seed
-from tercet.row_index import RowIndex
 from tercet.training import MaskedLM, masked_lm
 from tercet.training.masked_lm import capacity
-from tercet.types import Batch, TokenBatch, TokenState
+from tercet.types import Batch, RowIndex, TokenBatch, TokenState
 from tests.conftest import MINILM, TEXTS, composed, tiny
 from tests.laws.device_operations import DeviceOperations, HostWaitsError
 from tests.laws.recorded_graphs import replay_on_a_cpu

@@ -21,8 +21,7 @@ from tercet.models.engine import transformers_compat as compat
 from tercet.models.engine import triton_kernels as kernels
 from tercet.models.engine.deterministic_dropout import DropoutSeeds, apply_dropout, draw_kept, kept_scale
 from tercet.rng import derive_seed
-from tercet.row_index import RowIndex
-from tercet.types import TokenBatch, runs_on_cpu, send
+from tercet.types import RowIndex, TokenBatch, runs_on_cpu, send
 
 NAME = "tercet"
 LONG = 128  # tokens; in shorter rows attention is a few percent of a layer's work (its scores: L / 6H of the linear layers')
@@ -229,7 +228,7 @@ def attend_padded(q: Tensor, k: Tensor, v: Tensor, rows: Packing, settings: Atte
     if settings.seed is not None:
         settings = settings._replace(seed=pad(settings.seed[0]))
     out = _attend(q, k, v, mask, settings).transpose(1, 2)
-    return (out[:, 0] if first_only else index.unpad(out))[None]
+    return (out[:, 0] if first_only else out.flatten(0, 1).index_select(0, index.in_padded))[None]
 
 
 def attend_nested(q: Tensor, k: Tensor, v: Tensor, rows: Packing, settings: AttentionSettings) -> Tensor:

@@ -21,8 +21,7 @@ from tercet.distributed.gather import world_size
 from tercet.messages import warn_once
 from tercet.models.engine import triton_kernels as kernels
 from tercet.models.engine.packing import autocast_dtype
-from tercet.row_index import RowIndex, rounded_tokens
-from tercet.types import TokenBatch, TokenState, runs_on_cpu
+from tercet.types import RowIndex, TokenBatch, TokenState, rounded_tokens, runs_on_cpu
 
 Embed = Callable[[TokenBatch], Tensor]  # n rows to (n, ...)
 MOST_GRAPHS = 24  # capturing one takes as long as some ten steps
@@ -195,7 +194,7 @@ class _Graph:
     ) -> None:  # fmt: skip
         device, n = rows.ids.device, len(rows)
         self.tokens = tokens
-        self.ids = rows.ids.new_zeros(tokens, *rows.ids.shape[1:])
+        self.ids = rows.ids.new_zeros(tokens)
         self.state = rows.state.map(lambda x: x.new_zeros(tokens, *x.shape[1:]))
         self.index = torch.zeros(2 * n + 2 * tokens, dtype=torch.long, device=device)
         self.rows = replace(RowIndex.of(rows.lengths, self.index, tokens), longest=longest)
