@@ -90,6 +90,20 @@ def test_what_is_dropped_by_seed_is_the_same_however_rows_are_kept_apart(name):
     assert not torch.allclose(got, row_by_row(query, key, value, LENGTHS), atol=1e-2)
 
 
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("length", [7, 20])
+def test_tokens_that_see_none_give_no_gradient_to_their_scores(length, window):
+    """All of them are one constant, also for single tokens in whose window all are cut."""
+    qkv, seed = tokens([length]), torch.arange(length)[None]
+    for attend in (torch.zeros(length).bool(), torch.arange(length) == 0):
+        rows, settings = packed([length], attend=attend), AttentionSettings(0.3, None, window, seed)
+        got, want = (f(*qkv, rows, settings) for f in (attend_by_length, attend_padded))
+        torch.testing.assert_close(got, want)
+        weight = torch.linspace(-1, 1, want.numel()).view_as(want)
+        for a, b in zip(*(torch.autograd.grad((out * weight).sum(), qkv) for out in (got, want)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("scale", "window", "cut"), [(None, None, False), (0.5, None, True), (None, 4, False), (None, 4, True)]
 )

@@ -183,11 +183,13 @@ class _DroppedByLength(torch.autograd.Function):
         saved = iter(ctx.saved_tensors)
         found = [grad.new_empty(shape, dtype=dtype) for shape, dtype in ctx.inputs]
         with torch.autocast(grad.device.type, enabled=False):
-            for n, _, *to, own in _runs(ctx.rows, None, *found, grad):
+            for n, mask, *to, own in _runs(ctx.rows, ctx.settings.window, *found, grad):
                 own, (queries, keys, values, share, kept) = _matrices(own, n), (next(saved) for _ in range(5))
                 factor = _factor(kept, ctx.settings.dropout, share.dtype)
                 of_share = torch.bmm(own, values.mT).mul_(factor)
                 of_scores = of_share.sub_((of_share * share).sum(-1, keepdim=True)).mul_(share).mul_(ctx.scale)
+                if mask is not None:  # of a token that sees none all scores are constants
+                    of_scores.unflatten(0, (n, -1)).masked_fill_(~mask, 0)
                 pairs = (of_scores, keys), (of_scores.mT, queries), ((share * factor).mT, own)
                 for part, pair in zip(to, pairs, strict=True):
                     _by_head(part, n).copy_(torch.bmm(*pair).unflatten(0, (n, -1)))
