@@ -120,8 +120,7 @@ async def search(body: SearchRequest, request: Request) -> Response:
     service = _service(request)
     if service.index is None:
         raise RequestError(404, "This server has no index.", code="no_index")
-    results = await service.search(_texts(body.query, service.limits, "query"), body.k)
-    return JSONResponse({"results": results})
+    return JSONResponse({"results": await service.search(_texts(body.query, service.limits, "query"), body.k)})
 
 
 async def live() -> Response:
