@@ -56,8 +56,7 @@ class Books:
             kind = resolve(self.path).format.kind
         except InputError as error:
             raise InputError(f"{error.message} Of these raw books are .txt files only.") from error
-        advice = "Raw books are .txt files; read tables with TextFiles."
-        require(kind == "txt", f"`path`={self.path} holds {kind}. {advice}")
+        require(kind == "txt", f"`path`={self.path} holds {kind}. Raw books are .txt files; read tables with TextFiles.")
 
     def rows(self) -> Dataset:
         """The split's sentences, document by document."""

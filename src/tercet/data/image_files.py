@@ -95,8 +95,7 @@ class ImageFiles:
         reason = f"`where`={self.where} keeps no row of" if self.where else "There is no image in"
         require(len(table), f"{reason} `path`={self.path}.")
         assert self.image is not None
-        roots = _roots(self.path)
-        cells, features = {"image": _image_cells(table[self.image], self.path, self.image, roots)}, {"image": CELL}
+        cells, features = {"image": _image_cells(table[self.image], self.path, self.image)}, {"image": CELL}
         if self.label is not None:
             cells["label"], names = cols.label_ids(table[self.label], self.path, self.label)
             features["label"] = ClassLabel(names=names) if names else Value("int64")
@@ -236,9 +235,9 @@ def _decoding_fault(cell: Any) -> str:
     return ""
 
 
-def _image_cells(column: pa.ChunkedArray, path: str, name: str, roots: Sequence[str]) -> pa.ChunkedArray:
+def _image_cells(column: pa.ChunkedArray, path: str, name: str) -> pa.ChunkedArray:
     """Bytes, file names or structs as structs; chunk by chunk, since an array of bytes ends at 2 GB."""
-    kind = column.type
+    kind, roots = column.type, _roots(path)
     is_image = pa.types.is_string(kind) or _is_bytes(kind) or _is_struct(kind)
     require(is_image, f"`image`={name}: `path`={path} holds {kind} there; images are bytes or file names.")
     if _is_struct(kind):

@@ -175,8 +175,7 @@ class ImageRows:
                 continue
             readable.append(row)
             hashes.append(content_hash(data))
-        shape = (len(arrays), pixels.channels, pixels.size, pixels.size)
-        stack = np.array(arrays, dtype=np.uint8).reshape(shape)
+        stack = np.array(arrays, dtype=np.uint8).reshape(-1, pixels.channels, pixels.size, pixels.size)
         ids = torch.tensor(readable, dtype=torch.long)
         return Batch(
             views=(Images(torch.from_numpy(stack)),),
