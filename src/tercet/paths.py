@@ -81,8 +81,7 @@ def visible_files(folder: Path) -> list[Path]:
         for part in (*reversed(file.parents), file):
             what = "file" if part is file else "folder"
             fault = f"the name of the {what} {os.fsencode(part)!r} is not UTF-8"
-            advice = f"Rename it {RENAME_MANY}."
-            require(is_utf8(part.name), f"`path`={folder}: {fault}. {advice}")
+            require(is_utf8(part.name), f"`path`={folder}: {fault}. Rename it {RENAME_MANY}.")
     return sorted(found)
 
 

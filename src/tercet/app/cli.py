@@ -125,8 +125,7 @@ def main(command: str, arguments: Sequence[str] | None = None) -> NoReturn:
 def _check_letters(arguments: Sequence[str]) -> None:
     """Raise ``InputError`` for an argument that is not UTF-8, or typed in a folder whose name is not: no file can record it."""
     for text in (*arguments, str(Path.cwd())):
-        advice = f"Rename the file or folder {RENAME_MANY}."
-        require(is_utf8(text), f"{os.fsencode(text)!r} is not UTF-8. {advice}")
+        require(is_utf8(text), f"{os.fsencode(text)!r} is not UTF-8. Rename the file or folder {RENAME_MANY}.")
 
 
 def _run_composed(command: str, arguments: Sequence[str]) -> None:

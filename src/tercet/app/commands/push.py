@@ -27,7 +27,7 @@ def run(cfg: DictConfig, output: Path) -> None:
     require(folder.is_dir(), f"{unfinished or f'model={name}: there is no such folder.'} {advice}")
     try:
         sizes = model_files(folder)
-        card = _card(cfg, path, folder, name).replace(PLACE, cfg.repo)
+        card = _card(cfg, path, folder).replace(PLACE, cfg.repo)
         sizes[CARD] = len(card.encode())
         width = max(map(len, sizes))
         for file, size in sorted(sizes.items()):
@@ -44,7 +44,7 @@ def run(cfg: DictConfig, output: Path) -> None:
     print_status(f"{total} sent to {where}: {address}")
 
 
-def _card(cfg: DictConfig, path: Path, folder: Path, name: str) -> str:
+def _card(cfg: DictConfig, path: Path, folder: Path) -> str:
     """The card of the folder with what ``cfg.card`` gives; a new one where there is none. The model has been opened."""
     encoder, _ = load_with_note(str(folder))  # what cannot be opened here is not sent
     given: Any = {key: value for key, value in OmegaConf.to_container(cfg.card, resolve=True).items() if value}  # type: ignore[union-attr]
