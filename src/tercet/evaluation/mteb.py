@@ -63,8 +63,7 @@ class MTEB:
     def __call__(self, encode: EncodeFunction) -> dict[str, float]:
         """Run the tasks, and average them if there are several: ``mteb/mean/main_score``."""
         library = import_module("mteb")
-        write = self.results is not None and rank() == 0
-        cache = library.ResultCache(self.results) if write else None
+        cache = library.ResultCache(self.results) if self.results is not None and rank() == 0 else None
         with _random_state_kept():
             tasks = self._tasks(library)
             scores = {_metric(task): float(found.get_score()) for task, found in self._run(encode, tasks, cache=cache)}

@@ -201,8 +201,7 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 async def _invalid(request: Request, error: Any) -> Response:
     """An answer to a body of another shape; nothing of the body is repeated in it."""
-    found = error.errors()[0]
-    param = next((str(name) for name in found["loc"][1:2] if name in NEEDED), None)
+    param = next((str(name) for name in error.errors()[0]["loc"][1:2] if name in NEEDED), None)
     wrong = f"`{param}`: {NEEDED[param]} is needed." if param else "The body has to be a JSON object, sent as application/json."
     return error_response(RequestError(400, wrong, param))
 
