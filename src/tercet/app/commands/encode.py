@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from tercet.app import components, signals
 from tercet.app.commands.evaluate import open_member
 from tercet.errors import InputError, require
-from tercet.messages import print_status, silence_libraries
+from tercet.messages import print_status
 from tercet.models import Encoder
 from tercet.paths import locate
 from tercet.search import encode_index, encode_to
@@ -37,7 +37,6 @@ class SourceItems:
 
 def run(cfg: DictConfig, output: Path) -> None:
     """Write the file or the folder ``output``."""
-    silence_libraries()
     target = Path(cfg.output)
     is_file = target.suffix in SUFFIXES
     known = "a .npy or .parquet file, or a folder"

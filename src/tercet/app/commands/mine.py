@@ -19,7 +19,7 @@ from tercet.app.commands.evaluate import open_model
 from tercet.app.components import build, check_values
 from tercet.errors import require
 from tercet.evaluation.search import FalseNegativeFilter, hard_negatives
-from tercet.messages import print_status, silence_libraries
+from tercet.messages import print_status
 from tercet.models import CachedEncoder, Encoder
 from tercet.paths import atomic_write, check_writable
 from tercet.types import Source
@@ -44,7 +44,6 @@ class MiningPairs:
 
 def run(cfg: DictConfig, output: Path) -> None:
     """Embed, search, write ``anchor``, ``positive``, ``negative`` and the two cosines."""
-    silence_libraries()
     target = Path(cfg.output)
     require(target.suffix in KINDS, f"output={target}: a file that ends in {', '.join(KINDS)} is needed.")
     require(cfg.negatives > 0 and cfg.skip >= 0, f"negatives={cfg.negatives}, skip={cfg.skip}: 1 or more, and 0 or more.")

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from tercet.app import run_files, run_folder
 from tercet.app.model_card import CARD, PLACE, check_given, make_card
 from tercet.errors import InputError, refuse_damaged, require
-from tercet.messages import markdown_text, print_status, silence_libraries
+from tercet.messages import markdown_text, print_status
 from tercet.models.folder import load_with_note
 from tercet.models.hub import model_files, push_folder
 from tercet.paths import locate
@@ -18,7 +18,6 @@ from tercet.paths import locate
 
 def run(cfg: DictConfig, output: Path) -> None:
     """Show the files, and send them unless ``cfg.dry_run``."""
-    silence_libraries()
     name = str(cfg.model.path)
     path = locate(name)
     folder = path / "model" if run_files.is_run(path) else path
