@@ -18,6 +18,7 @@ from tercet.messages import warn_once
 RENAME_MANY = "(for many: convmv -r -f latin1 -t utf8 --notest)"  # names that are not UTF-8
 PARTIAL = ".partial-"  # how the names of unfinished files begin
 SMALL = 1 << 24  # bytes of a settings file, at most
+_real_folder = lru_cache(maxsize=4096)(os.path.realpath)  # images lie in few folders
 
 
 def locate(path: str) -> Path:
@@ -44,9 +45,6 @@ def locate_inside(name: str, roots: Sequence[str]) -> str | None:
     if last in ("", ".", "..") or os.path.islink(real):
         real = os.path.realpath(real)
     return f"{folder}/{last}" if any(real.startswith(f"{root.rstrip('/')}/") for root in roots) else None
-
-
-_real_folder = lru_cache(maxsize=4096)(os.path.realpath)  # images lie in few folders
 
 
 def visible_files(folder: Path) -> list[Path]:

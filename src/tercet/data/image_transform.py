@@ -21,6 +21,8 @@ from tercet.types import Batch, BatchIndices, Images, Source
 QUALITY = (10, 90)  # of JPEG: the range of FaceNet's table 5
 ERASED = (0.02, 0.2)  # of the area; up to 0.4 in Zhong et al. 2020 (arXiv:1708.04896)
 ASPECT = 3 / 4
+UNREADABLE = (UnreadableImage, OSError)  # the content, or a file that is gone
+PROBES = 16  # rows that are decoded before training
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,6 @@ def _erase(picture: Image.Image, rng: np.random.Generator, values: int) -> Image
     out = picture.copy()
     out.paste(Image.fromarray(rng.integers(0, values, shape, dtype=np.uint8)), (left, top))
     return out
-
-
-UNREADABLE = (UnreadableImage, OSError)  # the content, or a file that is gone
-PROBES = 16  # rows that are decoded before training
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,8 @@ from tercet.errors import InputError, require
 from tercet.messages import warn_once
 from tercet.types import BatchDataset, BatchIndices
 
+Ints = npt.NDArray[np.int64]
+
 
 def rank_slice(size: int) -> slice:
     """This process's part of a global batch of ``size`` rows; the sizes of the parts differ by at most one."""
@@ -145,9 +147,6 @@ class ResumableSampler(Sampler[BatchIndices]):
         first = processed % len(self)
         for number, batch in enumerate(islice(self.sampler, first, None), first):
             yield batch._replace(step=step + number // accumulated - first // accumulated)
-
-
-Ints = npt.NDArray[np.int64]
 
 
 class PKBatchSampler(SeededBatchSampler):
