@@ -32,8 +32,7 @@ def parse_settings(content: bytes | str, what: str) -> dict[str, Any]:
     try:
         found = yaml.load(content, PlainLoader)
     except (yaml.YAMLError, ValueError, TypeError) as error:  # of constructors: no number, no key
-        reason = " ".join(str(error).split())
-        raise InputError(f"{what} cannot be read as the settings of a run ({reason}).") from error
+        raise InputError(f"{what} cannot be read as the settings of a run ({' '.join(str(error).split())}).") from error
     require(isinstance(found, dict), f"{what} is not the settings of a run: keys with values are needed.")
     return dict(found)
 

@@ -129,8 +129,7 @@ def requirements(extra: str = "") -> list[Any]:
 
     distribution = _distribution("tercet")
     found = [Requirement(line) for line in (distribution.requires or [] if distribution else [])]
-    chosen: list[Any] = [needed for needed in found if _applies(needed, extra)]
-    return [needed for needed in chosen if not _applies(needed, "")] if extra else chosen
+    return [needed for needed in found if _applies(needed, extra) and not (extra and _applies(needed, ""))]
 
 
 def _applies(requirement: Any, extra: str) -> bool:

@@ -58,8 +58,7 @@ def run(cfg: DictConfig, output: Path) -> None:
             index = encode_index(partial(_open, model, raw), items, target, cfg.kind, **options)
             print_status(f"{describe_index(index)}. `tercet search index={target} query=...` asks it.")
     except InputError as error:
-        keys = {"path": "`output`", "folder": "`output`", "items": "`data.path`"}
-        raise InputError(error.rename(keys)) from error
+        raise InputError(error.rename({"path": "`output`", "folder": "`output`", "items": "`data.path`"})) from error
 
 
 def _describe_stop(target: Path) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 from tercet.app.commands.evaluate import open_model
 from tercet.app.components import build, check_values
 from tercet.errors import require
+from tercet.evaluation.inputs import Ints
 from tercet.evaluation.search import FalseNegativeFilter, hard_negatives
 from tercet.messages import print_status
 from tercet.models import CachedEncoder, Encoder
@@ -104,9 +105,7 @@ def pairs_of_columns(first: list[str], second: list[str], encoder: Encoder) -> M
     return MiningPairs(first, second, keys, lambda rows, at: ~torch.isin(anchor[rows, None] * len(keys) + at, known), 1)
 
 
-def pairs_of_labels(
-    texts: list[str], label: "np.ndarray[tuple[int], np.dtype[np.int64]]", seed: int, encoder: Encoder
-) -> MiningPairs:
+def pairs_of_labels(texts: list[str], label: Ints, seed: int, encoder: Encoder) -> MiningPairs:
     """Pair each labeled text with a random one of its label; negatives have another label, or none."""
     rng, anchors, positives = np.random.default_rng(seed), [], []
     number = number_inputs(texts, encoder)
