@@ -213,10 +213,9 @@ def _read_run(folder: Path) -> Run:
     whole = typed and type(seed) is int and isinstance(optimized, str | None)
     require(whole, f"{folder / 'config.yaml'}: command (a list of texts), seed (a whole number) or optimized_metric is amiss.")
     overrides = dict(printable(part, lines=False).partition("=")[::2] for part in given)
-    command = shlex.join(["tercet", "train", *given])
+    command = printable(shlex.join(["tercet", "train", *given]), lines=False)
     metrics = {printable(name, lines=False): value for name, value in run_files.read_metrics(folder).items()}
-    smaller = run_files.smaller_is_better(cfg)
-    return Run(folder, seed, metrics, overrides, printable(command, lines=False), optimized, smaller)
+    return Run(folder, seed, metrics, overrides, command, optimized, run_files.smaller_is_better(cfg))
 
 
 def group_runs(runs: Sequence[Run]) -> Comparison:
