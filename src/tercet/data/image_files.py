@@ -121,8 +121,7 @@ class ImageFolder(NamedTuple):
 
     def schema(self) -> pa.Schema:
         """The columns."""
-        split = {"split": pa.string()} if self.splits else {}
-        return pa.schema({"image": CELL_TYPE, "label": pa.string()} | split)
+        return pa.schema({"image": CELL_TYPE, "label": pa.string()} | ({"split": pa.string()} if self.splits else {}))
 
     def chunks(self, texts: Sequence[str], others: Sequence[str]) -> Iterator[Chunk]:
         """All images, and the names of the folders they are in."""

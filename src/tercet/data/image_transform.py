@@ -113,8 +113,7 @@ class ImageTransform:
 
     def load(self, source: Source) -> "ImageRows":
         """The source's rows; raises ``InputError`` if none of a few of them can be decoded."""
-        names = ", ".join(source.columns)
-        require(len(source.columns) == 1, f"Images are read from one column, but the data has {names}.")
+        require(len(source.columns) == 1, f"Images are read from one column, but the data has {', '.join(source.columns)}.")
         rows = ImageRows(source.rows(), source.columns[0], self)
         rows.check()
         return rows

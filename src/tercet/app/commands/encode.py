@@ -71,8 +71,7 @@ def describe_index(index: Any) -> str:
     settings = index.settings
     how = f"{settings.kind}, {settings.precision}, {len(index)} x {index.dim}, {index.similarity}"
     is_exact = (settings.kind, settings.precision) == ("exact", "float32")
-    measured = "all compared" if is_exact else "measured against exact search"
-    return f"{how}; recall@10 {index.recall:.4f} ({measured})"
+    return f"{how}; recall@10 {index.recall:.4f} ({'all compared' if is_exact else 'measured against exact search'})"
 
 
 def build_source(cfg: DictConfig) -> Any:
