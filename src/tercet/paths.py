@@ -18,6 +18,7 @@ from tercet.messages import warn_once
 RENAME_MANY = "(for many: convmv -r -f latin1 -t utf8 --notest)"  # names that are not UTF-8
 PARTIAL = ".partial-"  # how the names of unfinished files begin
 SMALL = 1 << 24  # bytes of a settings file, at most
+_real_folder = lru_cache(maxsize=4096)(os.path.realpath)  # images lie in few folders
 
 
 def locate(path: str) -> Path:
@@ -44,9 +45,6 @@ def locate_inside(name: str, roots: Sequence[str]) -> str | None:
     if last in ("", ".", "..") or os.path.islink(real):
         real = os.path.realpath(real)
     return f"{folder}/{last}" if any(real.startswith(f"{root.rstrip('/')}/") for root in roots) else None
-
-
-_real_folder = lru_cache(maxsize=4096)(os.path.realpath)  # images lie in few folders
 
 
 def visible_files(folder: Path) -> list[Path]:
@@ -81,8 +79,7 @@ def visible_files(folder: Path) -> list[Path]:
         for part in (*reversed(file.parents), file):
             what = "file" if part is file else "folder"
             fault = f"the name of the {what} {os.fsencode(part)!r} is not UTF-8"
-            advice = f"Rename it {RENAME_MANY}."
-            require(is_utf8(part.name), f"`path`={folder}: {fault}. {advice}")
+            require(is_utf8(part.name), f"`path`={folder}: {fault}. Rename it {RENAME_MANY}.")
     return sorted(found)
 
 

@@ -306,9 +306,8 @@ class Batch:
 
     def select_columns(self, *which: int) -> "Batch":
         """A batch with the given columns as views; a column may be given twice."""
-        return replace(
-            self, views=tuple(self.views[v] for v in which), content_hash=torch.stack([self.content_hash[v] for v in which])
-        )
+        content_hash = torch.stack([self.content_hash[v] for v in which])
+        return replace(self, views=tuple(self.views[v] for v in which), content_hash=content_hash)
 
 
 @dataclass(frozen=True)

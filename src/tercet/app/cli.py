@@ -24,7 +24,7 @@ from tercet.app import components, error_formatting, hydra_compat, signals, swee
 from tercet.app import config_folder as config_folder
 from tercet.app.run_files import ERROR
 from tercet.errors import refuse_arguments, require
-from tercet.messages import printable
+from tercet.messages import printable, silence_libraries
 from tercet.paths import RENAME_MANY, is_utf8, remove_empty, write_text
 
 COMMANDS = {
@@ -125,8 +125,7 @@ def main(command: str, arguments: Sequence[str] | None = None) -> NoReturn:
 def _check_letters(arguments: Sequence[str]) -> None:
     """Raise ``InputError`` for an argument that is not UTF-8, or typed in a folder whose name is not: no file can record it."""
     for text in (*arguments, str(Path.cwd())):
-        advice = f"Rename the file or folder {RENAME_MANY}."
-        require(is_utf8(text), f"{os.fsencode(text)!r} is not UTF-8. {advice}")
+        require(is_utf8(text), f"{os.fsencode(text)!r} is not UTF-8. Rename the file or folder {RENAME_MANY}.")
 
 
 def _run_composed(command: str, arguments: Sequence[str]) -> None:
@@ -158,9 +157,11 @@ def _run_composed(command: str, arguments: Sequence[str]) -> None:
         components.check_settings(cfg)
         if command in WRITING:
             signals.describe_stop(_watch_output(cfg.output))
-        module, function = ("export", "expand") if command == "expand" else (command, "run")
+        name, function = ("export", "expand") if command == "expand" else (command, "run")
         try:
-            getattr(importlib.import_module(f"tercet.app.commands.{module}"), function)(cfg, Path.cwd())
+            module = importlib.import_module(f"tercet.app.commands.{name}")
+            silence_libraries()  # after they are imported: they set the levels of their loggers then
+            getattr(module, function)(cfg, Path.cwd())
         finally:
             if "output" in cfg and cfg.output:
                 remove_empty(Path(cfg.output), Path.cwd())

@@ -212,8 +212,7 @@ def check_settings(cfg: DictConfig) -> None:
             require(abs(value) < 1 << 63, f"{key}={value}: a whole number of 64 bits is needed.")
     for key, hint in SETTINGS.items():
         value = values.get(key)
-        is_given = key in values and value != "???" and "${" not in str(value)
-        if is_given and not takes(hint, value):
+        if key in values and value != "???" and "${" not in str(value) and not takes(hint, value):
             raise _wrong_type(key, hint, value)
     for key, value in values.items():
         group, _, name = key.rpartition(".")

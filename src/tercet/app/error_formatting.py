@@ -22,8 +22,6 @@ ELSEWHERE = {  # what other programs call a key
     # version 0.1
     "threads": "num_threads", "start_from": "init_from", "schedule": "scheduler", "keep": "keep_last", "batches": "sampler",
 }  # fmt: skip
-
-
 EXTRAS = {  # of pyproject.toml, by words of the error of what imports them without us
     "tensorboard": "tensorboard", "optuna": "sweeps", "joblib": "sweeps", "submitit": "sweeps", "ray": "ray",
 }  # fmt: skip

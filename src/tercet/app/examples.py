@@ -113,8 +113,7 @@ def compare_examples(settings: tuple[tuple[Path, ...], ...], metric: str) -> dic
     found: dict[tuple[int, int], float] = {}
     for size in {len(means[i]) for i, _ in pairs}:
         same = [(i, j) for i, j in pairs if len(means[i]) == size]
-        tests = randomization_tests(np.stack([means[i] - means[j] for i, j in same]))
-        found |= dict(zip(same, tests, strict=True))
+        found |= dict(zip(same, randomization_tests(np.stack([means[i] - means[j] for i, j in same])), strict=True))
     return dict(zip(found, holm([*found.values()]), strict=True))
 
 

@@ -90,6 +90,5 @@ def set_run_length(config: DictConfig, data: DataModule) -> None:
         advice = "run_length sets that; trainer.max_steps, trainer.max_epochs or trainer.max_time another length."
         print_status(f"{trainer.max_steps} steps of {data.batch_size} rows{passes}: {advice}")
     if config.monitor and trainer.val_check_interval is None and trainer.max_steps > 0:
-        batches = trainer.max_steps * trainer.accumulate_grad_batches
-        trainer.val_check_interval = max(1, batches // length.validations)
+        trainer.val_check_interval = max(1, trainer.max_steps * trainer.accumulate_grad_batches // length.validations)
         trainer.check_val_every_n_epoch = None

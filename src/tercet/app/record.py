@@ -173,8 +173,7 @@ def write_settings(output: Path, cfg: DictConfig) -> str:
 
 def write_metrics(output: Path, values: Metrics, name: str = "metrics.json", run: str | None = None) -> None:
     """Write the metrics, and the identity of the ``run`` that they are of."""
-    content = {**values, **({"run": run} if run else {})}
-    write_text(output / name, json.dumps(content, indent=2, sort_keys=True) + "\n")
+    write_text(output / name, json.dumps({**values, **({"run": run} if run else {})}, indent=2, sort_keys=True) + "\n")
 
 
 def first_difference(settings: Mapping[str, Any], cfg: DictConfig, counts: Callable[[str], bool]) -> str | None:

@@ -32,8 +32,7 @@ def parse_settings(content: bytes | str, what: str) -> dict[str, Any]:
     try:
         found = yaml.load(content, PlainLoader)
     except (yaml.YAMLError, ValueError, TypeError) as error:  # of constructors: no number, no key
-        reason = " ".join(str(error).split())
-        raise InputError(f"{what} cannot be read as the settings of a run ({reason}).") from error
+        raise InputError(f"{what} cannot be read as the settings of a run ({' '.join(str(error).split())}).") from error
     require(isinstance(found, dict), f"{what} is not the settings of a run: keys with values are needed.")
     return dict(found)
 
@@ -82,8 +81,7 @@ def is_finished(run: Path) -> bool:
     """Whether the folder has metrics, and they are of the run in its ``config.yaml``, not of one before it."""
     if not all((run / name).is_file() for name in (SETTINGS, RESULTS)):
         return False
-    settings = read_regular_file(run / SETTINGS, SETTINGS_SIZE).decode(errors="replace")
-    return is_of_same_run(settings, read_results(run))
+    return is_of_same_run(read_regular_file(run / SETTINGS, SETTINGS_SIZE).decode(errors="replace"), read_results(run))
 
 
 def is_of_same_run(settings: str, results: Mapping[str, Any]) -> bool:

@@ -56,8 +56,7 @@ class Books:
             kind = resolve(self.path).format.kind
         except InputError as error:
             raise InputError(f"{error.message} Of these raw books are .txt files only.") from error
-        advice = "Raw books are .txt files; read tables with TextFiles."
-        require(kind == "txt", f"`path`={self.path} holds {kind}. {advice}")
+        require(kind == "txt", f"`path`={self.path} holds {kind}. Raw books are .txt files; read tables with TextFiles.")
 
     def rows(self) -> Dataset:
         """The split's sentences, document by document."""
@@ -89,9 +88,8 @@ def _read(data: DataPath, fingerprint: str, language: str, max_characters: int) 
         texts += [s for _, s in short]
         names.append(file.relative_to(root).as_posix())
     require(names, f"`path`={data.path}: no file holds a sentence. Is it the right folder?")
-    counts = f"{len(names)} documents, {len(texts)} sentences"
     left_out = f"; left out: {empty} files without a sentence, {too_long} sentences longer than {max_characters} characters"
-    warn_once(f"{data.path}: {counts}{left_out if empty or too_long else ''}.")
+    warn_once(f"{data.path}: {len(names)} documents, {len(texts)} sentences{left_out if empty or too_long else ''}.")
     return pa.table({"text": texts, "label": pa.array(label, pa.int64()), "position": position}), names
 
 

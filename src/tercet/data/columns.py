@@ -40,8 +40,7 @@ class Chunk(NamedTuple):
 
 def as_dataset(table: pa.Table, fingerprint: str, features: Mapping[str, Any] | None = None) -> Dataset:
     """A table in memory as a ``datasets.Dataset``."""
-    info = DatasetInfo(features=Features(features)) if features else None
-    return Dataset(table, info=info, fingerprint=fingerprint)
+    return Dataset(table, DatasetInfo(features=Features(features)) if features else None, fingerprint=fingerprint)
 
 
 def text_columns(
@@ -149,13 +148,9 @@ def where_mask(table: pa.Table, where: Mapping[str, Sequence[Any]], path: str) -
 
 def plain_schema(schema: pa.Schema) -> pa.Schema:
     """The schema without dictionaries, all strings as ``string``, all bytes but large ones as ``binary``."""
+    plain = {pa.large_string(): pa.string(), pa.string_view(): pa.string(), pa.binary_view(): pa.binary()}
     types = (kind.value_type if pa.types.is_dictionary(kind) else kind for kind in schema.types)
-    plain = [pa.string() if _is_text(kind) else pa.binary() if pa.types.is_binary_view(kind) else kind for kind in types]
-    return pa.schema(zip(schema.names, plain, strict=True))
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+    return pa.schema(zip(schema.names, (plain.get(kind, kind) for kind in types), strict=True))
 
 
 def files_fingerprint(kind: str, files: Sequence[Path], whole: bool = True) -> str:

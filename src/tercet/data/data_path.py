@@ -128,8 +128,7 @@ def _download(path: str) -> Path:
 def open_hub(path: str, streaming: bool) -> Any:
     """Load the data set ``owner/name[:config[:split]]``; the split is ``train`` by default."""
     name, config, split = (*path.split(":"), "", "")[:3]
-    options = {"split": split or "train", "streaming": streaming}
-    return _load(path, name, lambda: datasets.load_dataset(name, config or None, **options))
+    return _load(path, name, lambda: datasets.load_dataset(name, config or None, split=split or "train", streaming=streaming))
 
 
 def _load(path: str, name: str, load: Callable[[], Any]) -> Any:

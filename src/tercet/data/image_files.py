@@ -95,8 +95,7 @@ class ImageFiles:
         reason = f"`where`={self.where} keeps no row of" if self.where else "There is no image in"
         require(len(table), f"{reason} `path`={self.path}.")
         assert self.image is not None
-        roots = _roots(self.path)
-        cells, features = {"image": _image_cells(table[self.image], self.path, self.image, roots)}, {"image": CELL}
+        cells, features = {"image": _image_cells(table[self.image], self.path, self.image)}, {"image": CELL}
         if self.label is not None:
             cells["label"], names = cols.label_ids(table[self.label], self.path, self.label)
             features["label"] = ClassLabel(names=names) if names else Value("int64")
@@ -122,8 +121,7 @@ class ImageFolder(NamedTuple):
 
     def schema(self) -> pa.Schema:
         """The columns."""
-        split = {"split": pa.string()} if self.splits else {}
-        return pa.schema({"image": CELL_TYPE, "label": pa.string()} | split)
+        return pa.schema({"image": CELL_TYPE, "label": pa.string()} | ({"split": pa.string()} if self.splits else {}))
 
     def chunks(self, texts: Sequence[str], others: Sequence[str]) -> Iterator[Chunk]:
         """All images, and the names of the folders they are in."""
@@ -236,9 +234,9 @@ def _decoding_fault(cell: Any) -> str:
     return ""
 
 
-def _image_cells(column: pa.ChunkedArray, path: str, name: str, roots: Sequence[str]) -> pa.ChunkedArray:
+def _image_cells(column: pa.ChunkedArray, path: str, name: str) -> pa.ChunkedArray:
     """Bytes, file names or structs as structs; chunk by chunk, since an array of bytes ends at 2 GB."""
-    kind = column.type
+    kind, roots = column.type, _roots(path)
     is_image = pa.types.is_string(kind) or _is_bytes(kind) or _is_struct(kind)
     require(is_image, f"`image`={name}: `path`={path} holds {kind} there; images are bytes or file names.")
     if _is_struct(kind):

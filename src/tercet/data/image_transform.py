@@ -21,6 +21,8 @@ from tercet.types import Batch, BatchIndices, Images, Source
 QUALITY = (10, 90)  # of JPEG: the range of FaceNet's table 5
 ERASED = (0.02, 0.2)  # of the area; up to 0.4 in Zhong et al. 2020 (arXiv:1708.04896)
 ASPECT = 3 / 4
+UNREADABLE = (UnreadableImage, OSError)  # the content, or a file that is gone
+PROBES = 16  # rows that are decoded before training
 
 
 @dataclass(frozen=True)
@@ -97,10 +99,6 @@ def _erase(picture: Image.Image, rng: np.random.Generator, values: int) -> Image
     return out
 
 
-UNREADABLE = (UnreadableImage, OSError)  # the content, or a file that is gone
-PROBES = 16  # rows that are decoded before training
-
-
 @dataclass(frozen=True)
 class ImageTransform:
     """Decodes images in the format ``pixels`` each time they are drawn, and changes them by ``augment``, if given.
@@ -115,8 +113,7 @@ class ImageTransform:
 
     def load(self, source: Source) -> "ImageRows":
         """The source's rows; raises ``InputError`` if none of a few of them can be decoded."""
-        names = ", ".join(source.columns)
-        require(len(source.columns) == 1, f"Images are read from one column, but the data has {names}.")
+        require(len(source.columns) == 1, f"Images are read from one column, but the data has {', '.join(source.columns)}.")
         rows = ImageRows(source.rows(), source.columns[0], self)
         rows.check()
         return rows
@@ -175,8 +172,7 @@ class ImageRows:
                 continue
             readable.append(row)
             hashes.append(content_hash(data))
-        shape = (len(arrays), pixels.channels, pixels.size, pixels.size)
-        stack = np.array(arrays, dtype=np.uint8).reshape(shape)
+        stack = np.array(arrays, dtype=np.uint8).reshape(-1, pixels.channels, pixels.size, pixels.size)
         ids = torch.tensor(readable, dtype=torch.long)
         return Batch(
             views=(Images(torch.from_numpy(stack)),),

@@ -15,6 +15,8 @@ from tercet.errors import InputError, require
 from tercet.messages import warn_once
 from tercet.types import BatchDataset, BatchIndices
 
+Ints = npt.NDArray[np.int64]
+
 
 def rank_slice(size: int) -> slice:
     """This process's part of a global batch of ``size`` rows; the sizes of the parts differ by at most one."""
@@ -65,8 +67,7 @@ class RandomBatchSampler(SeededBatchSampler):
         return self.size // self.batch_size
 
     def __iter__(self) -> Iterator[BatchIndices]:
-        generator = torch.Generator().manual_seed(combine_seeds(self.seed, self.epoch))
-        order = torch.randperm(self.size, generator=generator)
+        order = torch.randperm(self.size, generator=torch.Generator().manual_seed(combine_seeds(self.seed, self.epoch)))
         for number in range(len(self)):
             yield self._share(order[number * self.batch_size : (number + 1) * self.batch_size], number)
 
@@ -120,10 +121,8 @@ class NoDuplicatesBatchSampler(SeededBatchSampler):
                 elif row not in batch:
                     waiting[row] = None
             else:
-                short = (
-                    f"a batch has {len(batch)} rows, not `batch_size`={self.batch_size}: each other row shares a text with one"
-                )
-                warn_once(f"NoDuplicatesBatchSampler: {short}.")
+                short = f"a batch has {len(batch)} rows, not `batch_size`={self.batch_size}"
+                warn_once(f"NoDuplicatesBatchSampler: {short}: each other row shares a text with one.")
             yield list(batch)
 
 
@@ -148,9 +147,6 @@ class ResumableSampler(Sampler[BatchIndices]):
         first = processed % len(self)
         for number, batch in enumerate(islice(self.sampler, first, None), first):
             yield batch._replace(step=step + number // accumulated - first // accumulated)
-
-
-Ints = npt.NDArray[np.int64]
 
 
 class PKBatchSampler(SeededBatchSampler):
@@ -196,15 +192,12 @@ class PKBatchSampler(SeededBatchSampler):
             wrong = " needs labels that occur twice or more, but every one of the training rows has a label of its own, or none"
         elif len(self.rows_by_label) == 1 and len(self.unpaired_rows) == 0:
             wrong = ": all training rows have the same label, so that there are no negatives"
-        advice = (
-            "Name the column of labels in the source's label, or use RandomBatchSampler with an objective that needs no labels"
-        )
-        require(not wrong, f"PKBatchSampler{wrong}. {advice}.")
+        advice = "use RandomBatchSampler with an objective that needs no labels"
+        require(not wrong, f"PKBatchSampler{wrong}. Name the column of labels in the source's label, or {advice}.")
         sizes = [len(rows) for rows in self.rows_by_label.values()]
         most = sum(min(k, rows) for rows in sizes)
-        got = f"{len(sizes)} labels with {k} rows at most give {most} rows" + f", and {size - room} are distractors" * (
-            room < size
-        )
+        others = f", and {size - room} are distractors" if room < size else ""
+        got = f"{len(sizes)} labels with {k} rows at most give {most} rows{others}"
         advice = f"Use `batch_size`={most + size - room}, or a larger `per_label` (now {k})"
         require(most >= room, f"`batch_size`={size}: {got}. {advice}.")
         if max(sizes) < k:

@@ -37,15 +37,13 @@ def plot_gold(points: Mapping[str, tuple[Floats, Floats]]) -> Figure:
     """Plot, for each task, the cosine over the gold score, and its mean at each whole score."""
     columns = min(4, len(points))
     rows = -(-len(points) // columns)
-    figure = Figure(figsize=(3.2 * columns, 3 * rows), layout="constrained")
-    for place, (task, (gold, cosine)) in enumerate(points.items(), 1):
-        axis = figure.add_subplot(rows, columns, place)
+    figure, axes = make_axes(3.2 * columns, 3 * rows, rows, columns, len(points))
+    for axis, (task, (gold, cosine)) in zip(axes, points.items(), strict=True):
         axis.plot(gold, cosine, ".", color=GRAY, ms=2, alpha=0.35)
         rounded = np.round(gold)
         steps = np.unique(rounded)
         axis.plot(steps, [cosine[rounded == step].mean() for step in steps], "-o", color=ACCENT, ms=4)
         axis.set(title=figure_text(f"{task}, {len(gold):,} pairs"), xlabel="gold score", ylabel="cosine", ylim=(-0.3, 1.05))
-        axis.spines[["top", "right"]].set_visible(False)
     return figure
 
 
@@ -87,10 +85,12 @@ def plot_errors(pairs: FacePairs, images: Sequence[bytes], distance: Floats, exc
     return figure
 
 
-def make_axes(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Any]]:
-    """A figure and its axes, row by row, made without pyplot: no window, and no global state."""
+def make_axes(
+    width: float, height: float, rows: int = 1, columns: int = 1, count: int | None = None
+) -> tuple[Figure, list[Any]]:
+    """A figure and its axes, row by row, the first ``count`` if given, made without pyplot: no window, and no global state."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    axes = [figure.add_subplot(rows, columns, i + 1) for i in range(rows * columns if count is None else count)]
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes

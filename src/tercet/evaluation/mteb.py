@@ -22,7 +22,6 @@ from tercet.evaluation.sts import spearman_parts
 from tercet.paths import check_writable, locate
 from tercet.types import EncodeFunction
 
-MISSING = "mteb is not installed: pip install 'tercet[mteb]'."
 SIMILARITIES = {"cosine_spearman": "cosine_scores", "spearman": "similarity_scores"}  # main score of STS -> what mteb keeps
 RANKED = {"ndcg": "ndcg_cut", "map": "map_cut", "recall": "recall", "precision": "P", "hit_rate": "success"}  # in pytrec_eval
 ROUNDED = 1e-5  # mteb rounds scores of retrieval to five digits
@@ -51,7 +50,7 @@ class MTEB:
     smaller_is_better: ClassVar[frozenset[str]] = frozenset()
 
     def __post_init__(self) -> None:
-        require(find_spec("mteb"), MISSING)
+        require(find_spec("mteb"), "mteb is not installed: pip install 'tercet[mteb]'.")
         listed = self.tasks and not isinstance(self.tasks, str)
         require(listed, f"`tasks`={self.tasks}: a list of names is needed, as [STSBenchmark].")
         advice = "Give one with a copy of each task's data set, or leave it out."
@@ -63,8 +62,7 @@ class MTEB:
     def __call__(self, encode: EncodeFunction) -> dict[str, float]:
         """Run the tasks, and average them if there are several: ``mteb/mean/main_score``."""
         library = import_module("mteb")
-        write = self.results is not None and rank() == 0
-        cache = library.ResultCache(self.results) if write else None
+        cache = library.ResultCache(self.results) if self.results is not None and rank() == 0 else None
         with _random_state_kept():
             tasks = self._tasks(library)
             scores = {_metric(task): float(found.get_score()) for task, found in self._run(encode, tasks, cache=cache)}

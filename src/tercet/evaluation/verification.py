@@ -308,8 +308,7 @@ def _read_images(file: Path, path: str | Path, wanted: set[Face]) -> dict[Face, 
     found: dict[Face, bytes] = {}
     with refuse_damaged(f"`path`={path}"):
         inputs.check_columns(pq.read_schema(file).names, path, "path", FACE_COLUMNS, FACES_ACCEPTED)
-        people = [("identity", "in", {name for name, _ in wanted})]
-        table = pq.read_table(file, columns=list(FACE_COLUMNS), filters=people)
+        table = pq.read_table(file, columns=list(FACE_COLUMNS), filters=[("identity", "in", {name for name, _ in wanted})])
         table.validate(full=True)
         rows = zip(*(table[column].to_pylist() for column in FACE_COLUMNS), strict=True)
     for name, number, cell in rows:

@@ -60,8 +60,7 @@ class ContextLoss(nn.Module):
         if isinstance(z, Embeddings) and isinstance(documents, Embeddings):
             with torch.autocast(z.z.device.type, enabled=False):
                 anchors = replace(z, z=prepare_for_similarity(z.z, self.similarity))
-                same = z is documents
-                keys = anchors if same else replace(documents, z=prepare_for_similarity(documents.z, self.similarity))
+                keys = anchors if z is documents else replace(documents, z=prepare_for_similarity(documents.z, self.similarity))
                 masks, x = partial(self._masks, anchors, keys), anchors.z[0] / self.temperature
                 loss_sum, counts = cross_entropy(x, keys.z[-1], masks, wanted=2)
                 return LossOutput(loss_sum, counts[0, 1], dict(zip(ACCURACIES, counts, strict=True)))

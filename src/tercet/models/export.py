@@ -134,8 +134,7 @@ def _write(part: Any, target: Path, format: str, precision: str) -> None:
     half = format == "torch_export" and precision == "float16"
     inputs, module = _example(part), (_PixelEncoder if part.tokenizer is None else _PaddedEncoder)(part, half)
     dynamic = torch.export.Dim.DYNAMIC
-    free = {0: dynamic} if part.tokenizer is None else {0: dynamic, 1: dynamic}
-    shapes = dict.fromkeys(inputs, free)
+    shapes = dict.fromkeys(inputs, {0: dynamic} if part.tokenizer is None else {0: dynamic, 1: dynamic})
     if format == "torch_export":
         torch.export.save(torch.export.export(module, tuple(inputs.values()), dynamic_shapes=shapes), target)
         return

@@ -15,7 +15,6 @@ from tercet.models.weights import read_weights
 
 SENT = (".safetensors", ".onnx", ".json", ".txt", ".md", ".jinja", ".model")  # what a model folder has, and holds no code
 PICKLES = (".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pt2", ".pth")
-BRANCH = "main"
 _reached: set[str] = set()  # models whose files are kept here, or that were asked for over a connection
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 ANSWERS = {
@@ -87,8 +86,7 @@ def push_folder(
     """
     folder, texts = Path(folder), dict(replaced or {})
     require(HUB_ID.fullmatch(repo), f"`repo`={repo}: a user or organization and a name are needed, as user/my-model.")
-    names = model_files(folder)
-    operations: list[Any] = [CommitOperationAdd(name, folder / name) for name in names if name not in texts]
+    operations: list[Any] = [CommitOperationAdd(name, folder / name) for name in model_files(folder) if name not in texts]
     operations += [CommitOperationAdd(name, text.encode()) for name, text in texts.items()]
     require(get_token(), "the Hub needs a token: `hf auth login` asks for one, or set HF_TOKEN.")
     api, is_there = HfApi(endpoint=endpoint), False
@@ -99,7 +97,7 @@ def push_folder(
             require(is_private or not private, f"{public}, or use another name.")
         if not is_there:
             api.create_repo(repo, private=private)
-        if revision not in (None, BRANCH):
+        if revision not in (None, "main"):
             api.create_branch(repo, branch=str(revision), exist_ok=True)
         done = api.create_commit(repo, operations, commit_message="Model of Tercet", revision=revision)
     return str(done.commit_url)

@@ -25,8 +25,7 @@ def _max(hidden: Tensor, mask: Tensor) -> Tensor:
 
 def _weighted_mean(hidden: Tensor, mask: Tensor) -> Tensor:
     """The mean with the weights 1, 2, 3, ... for the positions (SGPT: Muennighoff 2022, arXiv:2202.08904, section 4.1)."""
-    weight = mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)
-    return _mean(hidden, weight.float())
+    return _mean(hidden, (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).float())
 
 
 def _mean_with_layer(layer: int) -> Pooling:

@@ -52,8 +52,7 @@ def write_modules(encoder: "TextEncoder", folder: Path, dtype: torch.dtype) -> N
         return
     if encoder.pooling in NEEDS_ALL_LAYERS:
         write_json(folder / "config.json", {**read_json(str(folder), "config.json"), "output_hidden_states": True})
-    settings = encoder.settings()
-    lower = settings.get("lower_case", False)
+    lower = encoder.settings().get("lower_case", False)
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": encoder.max_length, "do_lower_case": lower})
     modules = []
     for i, (kind, config, weights) in enumerate(_modules(encoder)):
@@ -78,8 +77,7 @@ def write_modules(encoder: "TextEncoder", folder: Path, dtype: torch.dtype) -> N
 
 def refuse_to_open(folder: Path, encoder: Any) -> None:
     """Make sentence-transformers refuse the folder, by a module that it does not know: it would give other embeddings."""
-    kind = f"tercet.models.{type(encoder).__name__}"
-    write_json(folder / MODULES, [{"idx": 0, "name": "0", "path": "", "type": kind}])
+    write_json(folder / MODULES, [{"idx": 0, "name": "0", "path": "", "type": f"tercet.models.{type(encoder).__name__}"}])
 
 
 def _modules(encoder: "TextEncoder") -> Iterator[_Module]:

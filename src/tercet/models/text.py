@@ -106,9 +106,8 @@ class TextEncoder(PoolingMixin, Encoder):
         least = f"`max_length`={max_length}: a whole number above {special}, which is how many special tokens a text has."
         require(max_length is None or (type(max_length) is int and max_length > special), least)
         if max_length is not None and max_length > limit:
-            warn_once(
-                f"Texts are cut at {limit} tokens, not {max_length}: {type(self.backbone).__name__} has no more positions."
-            )
+            name = type(self.backbone).__name__
+            warn_once(f"Texts are cut at {limit} tokens, not {max_length}: {name} has no more positions.")
         self.max_length = int(min(max_length or self.tokenizer.model_max_length, limit))
 
     def run(self, inputs: TokenBatch, execution: Execution) -> Tensor:
@@ -181,9 +180,8 @@ class DualEncoder(Encoder):
             same_tokens, kind = part.tokenizer.get_vocab() == tokenizer.get_vocab(), part.head.kind
             require(same_tokens, f"`{name}.tokenizer` is not `tokenizer`: both encoders read the same tokens.")
             require(part.num_outputs == 1, f"`{name}.head.kind`={kind}: each encoder has one output. Use linear, mlp or none.")
-            require(
-                not any(part.prompts.texts.values()), f"`{name}.prompt`: two encoders take no prompts. Put them into the data."
-            )
+            prompted = any(part.prompts.texts.values())
+            require(not prompted, f"`{name}.prompt`: two encoders take no prompts. Put them into the data.")
         require(f.dim == g.dim, f"`f` has {f.dim} columns, `g` {g.dim}: their product needs equally many.")
         super().__init__(f.execution)
         # One copy of equal pretrained word vectors, as in the authors' code: they are large and are not trained.

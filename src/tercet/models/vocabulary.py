@@ -150,7 +150,6 @@ def _with_words(part: TextEncoder, words: list[str], table: Tensor) -> TextEncod
         fixed[ids] = backbone.embeddings.fixed.weight.detach().cpu()[rows]
         weights["embeddings.fixed.weight"] = fixed
     new.load_state_dict(weights)
-    head = Head(**part.head.settings())
-    made = TextEncoder(new, tokenizer, part.pooling, head, part.normalize, part.max_length)
+    made = TextEncoder(new, tokenizer, part.pooling, Head(**part.head.settings()), part.normalize, part.max_length)
     made.head.load_state_dict(part.head.state_dict())
     return made

@@ -371,8 +371,7 @@ def _blocks(job: Job) -> Iterator[tuple[Array, list[int], list[str]]]:
     for number, items in job.shards():
         z = np.load(job.path(number))
         keep = np.flatnonzero(~np.isnan(z[:, 0])).tolist()
-        texts = [_text(items[row]) for row in keep]
-        yield z[keep], [number * job.rows + row for row in keep], texts
+        yield z[keep], [number * job.rows + row for row in keep], [_text(items[row]) for row in keep]
 
 
 def _text(item: Any) -> str:

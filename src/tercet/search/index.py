@@ -172,8 +172,7 @@ class Index:
         require(np.isfinite(x).all(), "`queries` hold NaN or infinite values.")
         k = min(k, len(self))
         candidates = {"int8": 4, "binary": 2 * self.settings.effort}.get(self.settings.precision, 1)
-        depth = min(len(self), candidates * k)
-        scores, rows = self.faiss.search(self._codes(x), depth)
+        scores, rows = self.faiss.search(self._codes(x), min(len(self), candidates * k))
         if self.vectors is not None:
             return self._rescore(_floats(x, self.similarity == "cosine"), rows, k)
         if self.similarity == "euclidean":

@@ -22,9 +22,8 @@ class BM25:
     """
 
     def __init__(self, texts: Sequence[str]) -> None:
-        bm25s = import_extra("bm25s", "search")
+        self.engine = import_extra("bm25s", "search").BM25()
         require(len(texts), "`texts` are empty: there is nothing to search.")
-        self.engine = bm25s.BM25()
         words = _words(texts, vocabulary=True)
         require(any(words.ids), "`texts` hold no words, only signs: search by vectors alone.")
         self.engine.index(words, show_progress=False)
@@ -61,9 +60,8 @@ class BM25:
 
 def _words(texts: Sequence[str], vocabulary: bool = False) -> Any:
     """The words of each text, in lower case: a list of lists, or for ``vocabulary`` as numbers with the vocabulary."""
-    bm25s = import_extra("bm25s", "search")
     options = {"token_pattern": r"(?u)\b\w+\b", "stopwords": None, "show_progress": False}  # words of one letter count, too
-    return bm25s.tokenize(list(texts), return_ids=vocabulary, **options)
+    return import_extra("bm25s", "search").tokenize(list(texts), return_ids=vocabulary, **options)
 
 
 def reciprocal_rank_fusion(rankings: Sequence[Ints], k: int) -> tuple[Floats, Ints]:

@@ -185,8 +185,7 @@ def read_info(path: Path) -> VectorInfo | None:
             values = json.loads(metadata[KEY]) if KEY in metadata else None
         if values is None:
             return None
-        version = values["version"]
-        require(version <= VERSION, f"`vectors`={path} was written by a later version of tercet. Upgrade tercet.")
+        require(values["version"] <= VERSION, f"`vectors`={path} was written by a later version of tercet. Upgrade tercet.")
         info = VectorInfo(**values)
         check_choice("precision", info.precision, tuple(PRECISIONS))
     return info

@@ -230,11 +230,12 @@ class Explorer:
                 rank = int((scores > true).sum()) + 1
                 found.append((rank, anchor, own, int(pairs[best, 1]), true, float(scores[best])))
         found.sort(key=lambda row: (-row[0], row[1]))
-        return [
-            {"rank": rank, "query": self.item(anchor), "right": {**self.item(own), "score": true},
-             "wrong": {**self.item(best), "score": score}}
-            for rank, anchor, own, best, true, score in found[:SHOWN]
-        ]  # fmt: skip
+        return [self._mistake(rank, anchor, own, best, true, score) for rank, anchor, own, best, true, score in found[:SHOWN]]
+
+    def _mistake(self, rank: int | None, query: int, right: int, wrong: int, true: float, score: float) -> dict[str, Any]:
+        """What the page shows of a query, the row that is right with its score ``true``, and one that was found before it."""
+        both = {"right": {**self.item(right), "score": true}, "wrong": {**self.item(wrong), "score": score}}
+        return {"rank": rank, "query": self.item(query), **both}
 
     def _wrong_labels(self, z: Tensor) -> list[dict[str, Any]]:
         labels = np.array(self.collection.labels, dtype=object)
@@ -251,8 +252,5 @@ class Explorer:
             if same.any() and float(gap := wrong.max() - scores.masked_fill(~same, -torch.inf).max()) > 0:
                 found.append((float(gap), row, int(scores.masked_fill(~same, -torch.inf).argmax()), int(wrong.argmax())))
         found.sort(reverse=True)
-        return [
-            {"rank": None, "query": self.item(row), "right": {**self.item(right), "score": float(z[right] @ z[row])},
-             "wrong": {**self.item(best), "score": float(z[best] @ z[row])}}
-            for _, row, right, best in found[:SHOWN]
-        ]  # fmt: skip
+        rows = ((row, right, best, *(float(z[i] @ z[row]) for i in (right, best))) for _, row, right, best in found[:SHOWN])
+        return [self._mistake(None, *each) for each in rows]

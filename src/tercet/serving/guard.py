@@ -89,10 +89,9 @@ class Guard:
         if self.hosts is not None and host not in self.hosts:
             raise RequestError(403, "This server answers requests to localhost only.", code="host_not_allowed")
         is_open = path in OPEN or (path.startswith(FILES) and not path.startswith(DATA))
-        if self.key is not None and not is_open:
-            given = headers.get("authorization", "").encode("latin-1")
-            if not hmac.compare_digest(given, self.key):
-                raise RequestError(401, "Give the server's key as `Authorization: Bearer KEY`.", code="invalid_api_key")
+        given = headers.get("authorization", "").encode("latin-1")
+        if self.key is not None and not is_open and not hmac.compare_digest(given, self.key):
+            raise RequestError(401, "Give the server's key as `Authorization: Bearer KEY`.", code="invalid_api_key")
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes | None:
         """The body; None if the client goes before it is here."""

@@ -85,14 +85,12 @@ async def info(request: Request) -> Response:
     explorer = request.app.state.explorer
     seen: dict[str, Any] = {"models": [], "count": 0, "labels": [], "kind": None, "runs": request.app.state.runs is not None}
     if explorer is not None:
-        pairs = len(explorer.collection.pairs) > 0
-        names = [view.name for view in explorer.views]
-        seen |= {"models": names, "count": len(explorer.collection.texts), "labels": explorer.label_names}
-        seen["part"] = explorer.collection.part
-        seen["kind"] = "pairs" if pairs else "labels"
+        shown = explorer.collection
+        seen |= {"models": [view.name for view in explorer.views], "count": len(shown.texts), "labels": explorer.label_names}
+        seen |= {"part": shown.part, "kind": "pairs" if len(shown.pairs) else "labels"}
         seen["search"] = all(view.service for view in explorer.views)
         # The time of start is put into the addresses of images, which browsers keep: another server may have other rows.
-        seen["images"] = explorer.collection.read_cell and str(request.app.state.created)
+        seen["images"] = shown.read_cell and str(request.app.state.created)
     return JSONResponse(seen)
 
 

@@ -5,6 +5,19 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field, StrictInt
 
 Ids = list[StrictInt]
+NEEDED = {  # what a parameter takes, in words
+    "input": "a text, a list of texts, a list of token ids, or a list of such lists",
+    "model": "the name of the model",
+    "encoding_format": "float or base64",
+    "dimensions": "a whole number of 1 or more",
+    **dict.fromkeys(("query", "first", "second"), "a text or a list of texts"),
+    "k": "a whole number from 1 to 1000",
+    "text": "a text",
+    "row": "the number of a row",
+    "rows": "numbers of rows, with commas between them,",
+    "number": "the number of a model",
+    "run": "the name of a run",
+}
 
 
 class EmbeddingsRequest(BaseModel):
@@ -28,20 +41,3 @@ class SimilarityRequest(BaseModel):
 
     first: str | list[str]
     second: str | list[str]
-
-
-NEEDED = {  # what a parameter takes, in words
-    "input": "a text, a list of texts, a list of token ids, or a list of such lists",
-    "model": "the name of the model",
-    "encoding_format": "float or base64",
-    "dimensions": "a whole number of 1 or more",
-    "query": "a text or a list of texts",
-    "k": "a whole number from 1 to 1000",
-    "first": "a text or a list of texts",
-    "second": "a text or a list of texts",
-    "text": "a text",
-    "row": "the number of a row",
-    "rows": "numbers of rows, with commas between them,",
-    "number": "the number of a model",
-    "run": "the name of a run",
-}

@@ -120,8 +120,7 @@ async def search(body: SearchRequest, request: Request) -> Response:
     service = _service(request)
     if service.index is None:
         raise RequestError(404, "This server has no index.", code="no_index")
-    results = await service.search(_texts(body.query, service.limits, "query"), body.k)
-    return JSONResponse({"results": results})
+    return JSONResponse({"results": await service.search(_texts(body.query, service.limits, "query"), body.k)})
 
 
 async def live() -> Response:
@@ -202,8 +201,7 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 async def _invalid(request: Request, error: Any) -> Response:
     """An answer to a body of another shape; nothing of the body is repeated in it."""
-    found = error.errors()[0]
-    param = next((str(name) for name in found["loc"][1:2] if name in NEEDED), None)
+    param = next((str(name) for name in error.errors()[0]["loc"][1:2] if name in NEEDED), None)
     wrong = f"`{param}`: {NEEDED[param]} is needed." if param else "The body has to be a JSON object, sent as application/json."
     return error_response(RequestError(400, wrong, param))
 

@@ -69,8 +69,7 @@ class Service:
     ) -> None:  # fmt: skip
         tokenizer = getattr(model, "tokenizer", None)
         require(tokenizer is not None, "`model`: a model of texts is needed; this one reads images.")
-        within = 0 <= latency_ms <= 10_000
-        require(within, f"`latency_ms`={latency_ms}: milliseconds from 0 to 10000 are needed.")
+        require(0 <= latency_ms <= 10_000, f"`latency_ms`={latency_ms}: milliseconds from 0 to 10000 are needed.")
         self.model, self.index, self.limits = model, index, limits or Limits()
         part: Any = next(iter(model.text_parts()), model)
         self.max_length, self.vocabulary = int(part.max_length), len(tokenizer)  # type: ignore[arg-type]
@@ -95,8 +94,7 @@ class Service:
 
     async def search(self, queries: Sequence[str], k: int) -> list[list[dict[str, Any]]]:
         """For each query the ``k`` nearest rows of the index: their row, score and text."""
-        vectors = await self.vectors(queries, QUERY)
-        scores, rows = await asyncio.to_thread(self.index.search, vectors, k)
+        scores, rows = await asyncio.to_thread(self.index.search, await self.vectors(queries, QUERY), k)
         return [self.hits(*found) for found in zip(scores, rows, strict=True)]
 
     def hits(self, scores: Sequence[float], rows: Sequence[int]) -> list[dict[str, Any]]:
@@ -112,7 +110,10 @@ class Service:
             groups.setdefault((isinstance(row.text, str), row.column), []).append(i)
         for (is_text, column), at in groups.items():
             texts: list[Any] = [rows[i].text for i in at]
-            vectors, tokens = self._texts(texts, column) if is_text else self._token_ids(texts)
+            if is_text:
+                vectors, tokens = self._texts(texts, column)
+            else:
+                vectors, tokens = self._run(TokenBatch.from_lists(texts)), [len(row) for row in texts]
             for i, vector, count in zip(at, vectors, tokens, strict=True):
                 results[i] = Embedded(vector, count)
         return results  # type: ignore[return-value]
@@ -124,9 +125,6 @@ class Service:
         unique = {text: i for i, text in enumerate(dict.fromkeys(texts))}  # equal texts are encoded once
         inputs, at = self.model.prepare(list(unique)), [unique[text] for text in texts]
         return self._run(inputs)[at], inputs.lengths[at].tolist()
-
-    def _token_ids(self, rows: list[tuple[int, ...]]) -> tuple[Vector, list[int]]:
-        return self._run(TokenBatch.from_lists(rows)), [len(row) for row in rows]
 
     @torch.no_grad()
     def _run(self, inputs: TokenBatch) -> Vector:

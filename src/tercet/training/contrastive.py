@@ -21,17 +21,10 @@ from tercet.messages import print_status
 from tercet.models import CachedEncoder, Encoder
 from tercet.models.engine.deterministic_dropout import with_dropout_seeds
 from tercet.models.folder import KEY, encoder_spec
+from tercet.training import optimizers
 from tercet.training.lightning_compat import EvaluationHooks, FSDP2Strategy, begin_next_epoch, elapsed_share, logs_now
 from tercet.training.masked_lm import MaskedLM
-from tercet.training.optimizers import (
-    TIMED_STEPS,
-    MakeOptimizer,
-    MakeScheduler,
-    adamw,
-    end_with_time,
-    follow_schedule,
-    make_scheduler,
-)
+from tercet.training.optimizers import MakeOptimizer, MakeScheduler, adamw, make_scheduler
 from tercet.types import Batch, Embeddings, LossOutput, TokenBatch, send
 
 UNIFORMITY_ROWS = 1024  # they have a million pairs
@@ -173,9 +166,9 @@ class ObjectiveHooks(EvaluationHooks):
         total = int(steps) if 1 <= steps < float("inf") else None  # a stream has no length
         advice = "Set `trainer.max_steps`, or `trainer.max_time` to train for a given time."
         require(total or elapsed, f"The number of steps is not known, which the schedule needs. {advice}")
-        schedule = self.scheduler(optimizer, total or TIMED_STEPS)
+        schedule = self.scheduler(optimizer, total or optimizers.TIMED_STEPS)
         if elapsed is not None:
-            end_with_time(schedule, total, elapsed)
+            optimizers.end_with_time(schedule, total, elapsed)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "train/lr"}}
 
     def configure_model(self: Any) -> None:
@@ -187,7 +180,7 @@ class ObjectiveHooks(EvaluationHooks):
         """Where a run is resumed: after a whole epoch the next one, with the rates of the schedule, which may be longer."""
         begin_next_epoch(self.trainer)
         for config in self.trainer.lr_scheduler_configs:
-            follow_schedule(config.scheduler)
+            optimizers.follow_schedule(config.scheduler)
 
     @property
     def views_on_device(self) -> bool:

@@ -16,12 +16,7 @@ from tercet.data.samplers import RandomBatchSampler, ResumableSampler
 from tercet.data.text_transform import StreamingBatches, TextTransform
 from tercet.distributed.processes import block_signals, start_worker
 from tercet.errors import InputError, require
-from tercet.training.lightning_compat import (
-    EvaluationHooks,
-    epoch_and_batches,
-    injects_distributed_sampler,
-    progress_of_epoch,
-)  # fmt: skip
+from tercet.training.lightning_compat import EvaluationHooks, epoch_and_batches, injects_distributed_sampler, progress_of_epoch
 from tercet.types import Batch, BatchDataset, BatchIndices, Source
 
 Plan = Callable[[Batch, int], Batch]  # makes a batch ready for a step

@@ -131,8 +131,7 @@ def forget_pending_batches(checkpoint: dict[str, Any], pending: int) -> None:
     if progress["current"]["ready"] > progress["current"]["processed"]:
         progress["is_last_batch"] = False  # that of the one which was begun
     for counts in (progress["total"], progress["current"]):
-        names = counts if pending else ("ready", "started")
-        counts.update(dict.fromkeys(names, counts["processed"] - pending))
+        counts.update(dict.fromkeys(counts if pending else ("ready", "started"), counts["processed"] - pending))
 
 
 def keep_signal_handlers(trainer: pl.Trainer) -> None:

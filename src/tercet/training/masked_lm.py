@@ -81,9 +81,8 @@ class MaskedLMHead(nn.Module):
         lm = pretrained_head(source) if source else AutoModelForMaskedLM.from_config(backbone.config, trust_remote_code=False)
         setattr(lm, lm.base_model_prefix, backbone)
         lm.tie_weights()
-        setattr(
-            lm, lm.base_model_prefix, HiddenStates(encoder.runner.output_type)
-        )  # the head alone, for the chosen tokens only
+        # The head alone, for the chosen tokens only.
+        setattr(lm, lm.base_model_prefix, HiddenStates(encoder.runner.output_type))
         try:
             lm.eval()(inputs_embeds=torch.zeros(1, 1, encoder.hidden))
         except Exception as error:  # models raise errors of many types

@@ -205,8 +205,7 @@ class Classification(ObjectiveHooks, pl.LightningModule):
         """Find the labels of the training rows."""
         rows: Any = getattr(getattr(self.trainer, "datamodule", None), "dataset", None)
         if self.classifier is None and stage == "fit":
-            advice = "`num_classes`=null, but the labels are not known before training. Give their number."
-            require(rows is not None, advice)
+            require(rows is not None, "`num_classes`=null, but the labels are not known before training. Give their number.")
             labels = rows.label.unique()
             self._build(labels[labels >= 0])
 

@@ -108,6 +108,5 @@ def follow_schedule(scheduler: LRScheduler) -> None:
     Those in a checkpoint are of the schedule that it was saved with, 0 at its last step; a resumed run may have more steps.
     """
     if isinstance(scheduler, LambdaLR):  # in others a rate follows from the one before
-        rates = zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-        for group, lr, factor in rates:
+        for group, lr, factor in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
             group["lr"] = lr * factor(scheduler.last_epoch)

@@ -17,8 +17,6 @@ from tercet.types import TokenBatch
 from tercet.views.text_views import RowView, TokenInfo, TokenLayout, repeat_tokens
 
 MLM_ROWS = 32  # of one forward pass of a masked language model, whose logits are as wide as the vocabulary
-
-
 Tokens = tuple[int, ...]
 
 

@@ -16,8 +16,6 @@ from tercet.types import RATE_SCALE, TokenBatch
 __all__ = ["Crop", "Deletion", "FeatureCutoff", "Masking", "Repetition", "Shuffle", "SpanCutoff", "TokenCutoff",
            "TokenInfo", "View", "Views"]  # fmt: skip
 
-VARIANTS = ("input", "shen")
-
 
 class TokenInfo(NamedTuple):
     """What edits need to know about a vocabulary of V tokens.
@@ -146,7 +144,7 @@ class RowView(ABC):
     def __post_init__(self) -> None:
         rate, accepted = getattr(self, "rate", 0), "a rate from 0 to below 1; a rate of 1 would leave nothing"
         require(0 <= rate < 1, f"{type(self).__name__} with `rate`={rate}: {accepted}.")
-        check_choice("variant", getattr(self, "variant", "input"), VARIANTS)
+        check_choice("variant", getattr(self, "variant", "input"), ("input", "shen"))
 
     def __call__(self, inputs: TokenBatch, seed: Tensor, info: TokenInfo) -> TokenBatch:
         """The edited rows."""
@@ -301,8 +299,7 @@ class SpanCutoff(RowView):
         span = torch.minimum((self.rate * size).round().long(), (size - 1).clamp_min(0))
         start = (uniform(seed, 0) * (size - span + 1)).long()
         number = at.content.long().cumsum(0) - 1 - (size.cumsum(0) - size)[at.row]
-        inside = (number >= start[at.row]) & (number < (start + span)[at.row])
-        return _cut(inputs, at.content & inside)
+        return _cut(inputs, at.content & (number >= start[at.row]) & (number < (start + span)[at.row]))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from tercet.app.components import build, check_values
 from tercet.app.run_files import read_curves
 from tercet.app.run_list import Run, differences, list_runs
 from tercet.errors import InputError, check_choice, require
-from tercet.messages import print_status, silence_libraries, without_progress_bars
+from tercet.messages import print_status, without_progress_bars
 from tercet.serving import create_app, require_serving
 from tercet.serving.explorer import Collection, Explorer, View, encode_collection, keep_readable, make_view, spread
 from tercet.serving.service import Service
@@ -70,7 +70,6 @@ def _words(value: Any) -> str | None:
 def run(cfg: DictConfig, output: Path) -> None:
     """Embed the texts or images by each model, and serve until SIGTERM or Ctrl-C."""
     require_serving()
-    silence_libraries()
     require(cfg.workers == 1, f"workers={cfg.workers}: the page is served by one process.")
     require(cfg.points >= 10, f"points={cfg.points}: 10 or more are needed.")
     check_choice("projection", cfg.projection, ("pca", "tsne"))

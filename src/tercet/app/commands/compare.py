@@ -23,7 +23,7 @@ from tercet.app.examples import compare_examples, examples_beside, open_examples
 from tercet.app.run_files import is_smaller_better
 from tercet.errors import require
 from tercet.evaluation.direction import SMALLER_IS_BETTER
-from tercet.evaluation.figures import figure_text
+from tercet.evaluation.figures import figure_text, make_axes
 from tercet.evaluation.significance import PairedDifference, holm, paired_difference
 from tercet.messages import csv_cell, format_mean_sd, print_status, printable, sample_sd
 from tercet.paths import atomic_write, check_writable, write_text
@@ -213,10 +213,9 @@ def _read_run(folder: Path) -> Run:
     whole = typed and type(seed) is int and isinstance(optimized, str | None)
     require(whole, f"{folder / 'config.yaml'}: command (a list of texts), seed (a whole number) or optimized_metric is amiss.")
     overrides = dict(printable(part, lines=False).partition("=")[::2] for part in given)
-    command = shlex.join(["tercet", "train", *given])
+    command = printable(shlex.join(["tercet", "train", *given]), lines=False)
     metrics = {printable(name, lines=False): value for name, value in run_files.read_metrics(folder).items()}
-    smaller = run_files.smaller_is_better(cfg)
-    return Run(folder, seed, metrics, overrides, printable(command, lines=False), optimized, smaller)
+    return Run(folder, seed, metrics, overrides, command, optimized, run_files.smaller_is_better(cfg))
 
 
 def group_runs(runs: Sequence[Run]) -> Comparison:
@@ -369,9 +368,8 @@ def draw_comparison(comparison: Comparison, metrics: Sequence[str]) -> Figure:
     """A panel for each of the first four metrics: a point for each run, and the mean and sd of each setting."""
     shown = metrics[:4]
     columns, rows = min(2, max(1, len(shown))), -(-len(shown) // 2) or 1
-    figure = Figure(figsize=(6.5 * columns, rows * (1.2 + 0.4 * len(comparison.runs))), layout="constrained")
-    for index, metric in enumerate(shown, 1):
-        axes = figure.add_subplot(rows, columns, index)
+    figure, panels = make_axes(6.5 * columns, rows * (1.2 + 0.4 * len(comparison.runs)), rows, columns, len(shown))
+    for axes, metric in zip(panels, shown, strict=True):
         ranked = list(comparison.rank(metric).items())[::-1]
         for y, (_, by_seed) in enumerate(ranked):
             values, color = list(by_seed.values()), "#1b7f79" if y == len(ranked) - 1 else "#888888"
@@ -380,5 +378,4 @@ def draw_comparison(comparison: Comparison, metrics: Sequence[str]) -> Figure:
             axes.errorbar(mean, y - 0.18, xerr=sd, fmt="|", color=color, capsize=3, ms=9, lw=1.5)
         axes.set(yticks=range(len(ranked)), ylim=(-0.6, len(ranked) - 0.5), xlabel=figure_text(metric.removeprefix("test/")))
         axes.set_yticklabels([figure_text(comparison.label(setting, short=True)) for setting, _ in ranked])
-        axes.spines[["top", "right"]].set_visible(False)
     return figure

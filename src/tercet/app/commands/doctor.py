@@ -82,6 +82,8 @@ def run_checks(online: bool = False) -> Iterator[Check]:
 
 def check_installation() -> Iterator[Check]:
     """Tercet's version and Python's."""
+    from packaging.specifiers import SpecifierSet
+
     distribution = _distribution("tercet")
     value = f"{__version__} in {Path(__file__).parents[2]}"
     if distribution is None:
@@ -92,7 +94,7 @@ def check_installation() -> Iterator[Check]:
     else:
         yield Check("tercet", OK, value)
     asked = str(distribution.metadata["Requires-Python"] or "") if distribution else ""
-    right = not asked or _satisfies(platform.python_version(), asked)
+    right = SpecifierSet(asked).contains(platform.python_version(), prereleases=True)
     value = f"{platform.python_version()} in {sys.prefix}, {platform.system()} {platform.machine()}"
     yield Check("python", OK if right else MISSING, value, "" if right else f"Python {asked} is needed.")
 
@@ -129,8 +131,7 @@ def requirements(extra: str = "") -> list[Any]:
 
     distribution = _distribution("tercet")
     found = [Requirement(line) for line in (distribution.requires or [] if distribution else [])]
-    chosen: list[Any] = [needed for needed in found if _applies(needed, extra)]
-    return [needed for needed in chosen if not _applies(needed, "")] if extra else chosen
+    return [needed for needed in found if _applies(needed, extra) and not (extra and _applies(needed, ""))]
 
 
 def _applies(requirement: Any, extra: str) -> bool:
@@ -144,17 +145,11 @@ def _distribution(name: str) -> metadata.Distribution | None:
         return None
 
 
-def _satisfies(version: str, asked: str) -> bool:
-    from packaging.specifiers import SpecifierSet
-
-    return SpecifierSet(asked).contains(version, prereleases=True)
-
-
 def _installed(requirement: Any) -> tuple[str | None, bool]:
     """The version that is installed, and whether it is one of those asked for."""
     distribution = _distribution(requirement.name)
     version = distribution.version if distribution else None
-    return version, version is not None and _satisfies(version, str(requirement.specifier))
+    return version, version is not None and requirement.specifier.contains(version, prereleases=True)
 
 
 def check_torch() -> Iterator[Check]:

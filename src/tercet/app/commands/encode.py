@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from tercet.app import components, signals
 from tercet.app.commands.evaluate import open_member
 from tercet.errors import InputError, require
-from tercet.messages import print_status, silence_libraries
+from tercet.messages import print_status
 from tercet.models import Encoder
 from tercet.paths import locate
 from tercet.search import encode_index, encode_to
@@ -37,7 +37,6 @@ class SourceItems:
 
 def run(cfg: DictConfig, output: Path) -> None:
     """Write the file or the folder ``output``."""
-    silence_libraries()
     target = Path(cfg.output)
     is_file = target.suffix in SUFFIXES
     known = "a .npy or .parquet file, or a folder"
@@ -59,8 +58,7 @@ def run(cfg: DictConfig, output: Path) -> None:
             index = encode_index(partial(_open, model, raw), items, target, cfg.kind, **options)
             print_status(f"{describe_index(index)}. `tercet search index={target} query=...` asks it.")
     except InputError as error:
-        keys = {"path": "`output`", "folder": "`output`", "items": "`data.path`"}
-        raise InputError(error.rename(keys)) from error
+        raise InputError(error.rename({"path": "`output`", "folder": "`output`", "items": "`data.path`"})) from error
 
 
 def _describe_stop(target: Path) -> str:
@@ -73,8 +71,7 @@ def describe_index(index: Any) -> str:
     settings = index.settings
     how = f"{settings.kind}, {settings.precision}, {len(index)} x {index.dim}, {index.similarity}"
     is_exact = (settings.kind, settings.precision) == ("exact", "float32")
-    measured = "all compared" if is_exact else "measured against exact search"
-    return f"{how}; recall@10 {index.recall:.4f} ({measured})"
+    return f"{how}; recall@10 {index.recall:.4f} ({'all compared' if is_exact else 'measured against exact search'})"
 
 
 def build_source(cfg: DictConfig) -> Any:

@@ -15,7 +15,7 @@ from tercet.app import config_folder, record, run_folder
 from tercet.app.components import build, check_values, raw_config
 from tercet.app.examples import examples_beside, write_examples
 from tercet.errors import InputError, require
-from tercet.messages import print_status, silence_libraries
+from tercet.messages import print_status
 from tercet.models import CachedEncoder, ConcatEncoder, Encoder
 from tercet.models.folder import check_device, load_with_note
 from tercet.models.prompts import Prompts
@@ -27,7 +27,6 @@ SEED = 1  # of weights that a choice of conf/model leaves to chance, for command
 
 def run(cfg: DictConfig, output: Path) -> None:
     """Print the metrics, and write them to the file ``output``; figures, and the values by example, are written beside it."""
-    silence_libraries()
     target = Path(cfg.output) if cfg.output else None
     if target:
         require(target.suffix == ".json" and not target.is_dir(), f"output={target}: the name of a .json file is needed.")
@@ -71,7 +70,7 @@ def open_member(cfg: DictConfig, name: str) -> Encoder:
 
 
 def open_model(
-    name: str, pooling: str | None, device: str, seed: int = SEED, trust_remote_code: bool = False, key: str = "model"
+    name: str, pooling: str | None, device: str, seed: int | None = SEED, trust_remote_code: bool = False, key: str = "model"
 ) -> Encoder:
     """Load a run, a checkpoint, a folder, a hub id or a choice of ``conf/model`` to a device; errors name the ``key``.
 
@@ -118,11 +117,9 @@ def _make_choice(name: str, pooling: str | None, seed: int) -> Encoder:
 def initialize_from(encoder: Encoder, name: str) -> str:
     """Give ``encoder`` the weights of a model; a head of another shape starts anew. Returns what to tell the user."""
     try:
-        other, note = open_with_note(name, None, "cpu", seed=None, key="init_from")
+        other = open_model(name, None, "cpu", seed=None, key="init_from")
     except InputError as error:
         raise InputError(str(error).replace("; model.trust_remote_code=true runs it", ": init_from never runs it")) from error
-    if note:
-        print_status(note)
     words: list[dict[str, int]] = [getattr(getattr(part, "tokenizer", None), "get_vocab", dict)() for part in (encoder, other)]
     others = f"it reads other tokens ({len(words[1])}) than this model ({len(words[0])}), so that rows would be exchanged"
     advice = "Use its model.tokenizer.name; a vocabulary that is counted must be counted in the same data."

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from tercet.app.commands.evaluate import open_model
 from tercet.errors import InputError
-from tercet.messages import print_status, silence_libraries
+from tercet.messages import print_status
 from tercet.models.export import FILES, export_model
 from tercet.models.folder import save_model
 from tercet.models.vocabulary import expand_vocabulary
@@ -18,7 +18,6 @@ from tercet.paths import check_new_folder, check_writable
 
 def run(cfg: DictConfig, output: Path) -> None:
     """Write the folder of the exported file, and say how far its vectors are from the model's."""
-    silence_libraries()
     target = Path(cfg.output)
     check_new_folder(target, "output")
     encoder = open_model(cfg.model.path, cfg.model.pooling, "cpu", cfg.seed, cfg.model.trust_remote_code)
@@ -45,7 +44,6 @@ def about_model(cfg: DictConfig) -> Iterator[None]:
 
 def expand(cfg: DictConfig, output: Path) -> None:
     """Write a model folder whose words are those of training and of a file of vectors (Quick-Thoughts, section 4)."""
-    silence_libraries()
     target = Path(cfg.output)
     check_new_folder(target, "output")
     vectors = read_vectors(cfg.vectors, "vectors")

@@ -18,8 +18,9 @@ from torch import Tensor
 from tercet.app.commands.evaluate import open_model
 from tercet.app.components import build, check_values
 from tercet.errors import require
+from tercet.evaluation.inputs import Ints
 from tercet.evaluation.search import FalseNegativeFilter, hard_negatives
-from tercet.messages import print_status, silence_libraries
+from tercet.messages import print_status
 from tercet.models import CachedEncoder, Encoder
 from tercet.paths import atomic_write, check_writable
 from tercet.types import Source
@@ -44,7 +45,6 @@ class MiningPairs:
 
 def run(cfg: DictConfig, output: Path) -> None:
     """Embed, search, write ``anchor``, ``positive``, ``negative`` and the two cosines."""
-    silence_libraries()
     target = Path(cfg.output)
     require(target.suffix in KINDS, f"output={target}: a file that ends in {', '.join(KINDS)} is needed.")
     require(cfg.negatives > 0 and cfg.skip >= 0, f"negatives={cfg.negatives}, skip={cfg.skip}: 1 or more, and 0 or more.")
@@ -105,9 +105,7 @@ def pairs_of_columns(first: list[str], second: list[str], encoder: Encoder) -> M
     return MiningPairs(first, second, keys, lambda rows, at: ~torch.isin(anchor[rows, None] * len(keys) + at, known), 1)
 
 
-def pairs_of_labels(
-    texts: list[str], label: "np.ndarray[tuple[int], np.dtype[np.int64]]", seed: int, encoder: Encoder
-) -> MiningPairs:
+def pairs_of_labels(texts: list[str], label: Ints, seed: int, encoder: Encoder) -> MiningPairs:
     """Pair each labeled text with a random one of its label; negatives have another label, or none."""
     rng, anchors, positives = np.random.default_rng(seed), [], []
     number = number_inputs(texts, encoder)

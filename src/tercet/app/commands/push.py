@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from tercet.app import run_files, run_folder
 from tercet.app.model_card import CARD, PLACE, check_given, make_card
 from tercet.errors import InputError, refuse_damaged, require
-from tercet.messages import markdown_text, print_status, silence_libraries
+from tercet.messages import markdown_text, print_status
 from tercet.models.folder import load_with_note
 from tercet.models.hub import model_files, push_folder
 from tercet.paths import locate
@@ -18,7 +18,6 @@ from tercet.paths import locate
 
 def run(cfg: DictConfig, output: Path) -> None:
     """Show the files, and send them unless ``cfg.dry_run``."""
-    silence_libraries()
     name = str(cfg.model.path)
     path = locate(name)
     folder = path / "model" if run_files.is_run(path) else path
@@ -27,7 +26,7 @@ def run(cfg: DictConfig, output: Path) -> None:
     require(folder.is_dir(), f"{unfinished or f'model={name}: there is no such folder.'} {advice}")
     try:
         sizes = model_files(folder)
-        card = _card(cfg, path, folder, name).replace(PLACE, cfg.repo)
+        card = _card(cfg, path, folder).replace(PLACE, cfg.repo)
         sizes[CARD] = len(card.encode())
         width = max(map(len, sizes))
         for file, size in sorted(sizes.items()):
@@ -44,7 +43,7 @@ def run(cfg: DictConfig, output: Path) -> None:
     print_status(f"{total} sent to {where}: {address}")
 
 
-def _card(cfg: DictConfig, path: Path, folder: Path, name: str) -> str:
+def _card(cfg: DictConfig, path: Path, folder: Path) -> str:
     """The card of the folder with what ``cfg.card`` gives; a new one where there is none. The model has been opened."""
     encoder, _ = load_with_note(str(folder))  # what cannot be opened here is not sent
     given: Any = {key: value for key, value in OmegaConf.to_container(cfg.card, resolve=True).items() if value}  # type: ignore[union-attr]

@@ -19,8 +19,7 @@ PRUNED = ("failed", "dead")
 def run(cfg: DictConfig, output: Path) -> None:
     """Do what the first of ``cfg.words`` says with the runs that the others name."""
     action, *names = [str(word) for word in cfg.words] or ["list"]
-    known = ", ".join(ACTIONS)
-    require(action in ACTIONS, f"runs {action}: choose one of {known}.{did_you_mean(action, list(ACTIONS))}")
+    require(action in ACTIONS, f"runs {action}: choose one of {', '.join(ACTIONS)}.{did_you_mean(action, list(ACTIONS))}")
     function, count, what = ACTIONS[action]
     require(len(names) == count, f"runs {action} takes {what}, not {len(names)} names: {' '.join(names) or 'none were given'}.")
     states = [cfg.state] if isinstance(cfg.state, str) else list(cfg.state or STATES)
@@ -52,7 +51,7 @@ def _row(folder: Path, members: Sequence[Run], metric: str | None) -> list[str]:
     """The row of a run, or of a sweep's jobs."""
     first = members[0]
     if folder == first.folder:
-        state, seed = first.state, "" if first.seed is None else str(first.seed)
+        state, seed = first.state, _value(first.seed)
     else:
         counts = Counter(one.state for one in members)
         state = " ".join(f"{counts[name]} {name}" for name in STATES if counts[name])
@@ -67,8 +66,8 @@ def _row(folder: Path, members: Sequence[Run], metric: str | None) -> list[str]:
 
 def _best(cfg: DictConfig) -> None:
     require(cfg.metric, "metric must be given: tercet runs best metric=test/...")
-    runs = best_runs(_selected(cfg), cfg.metric)
-    rows = [[f"{one.metrics[cfg.metric]:.4f}", str(one.folder), _seed(one), " ".join(one.command)] for one in runs[: cfg.last]]
+    runs = best_runs(_selected(cfg), cfg.metric)[: cfg.last]
+    rows = [[f"{one.metrics[cfg.metric]:.4f}", str(one.folder), _value(one.seed), " ".join(one.command)] for one in runs]
     _print_table([cfg.metric, "run", "seed", "command"], rows)
 
 
@@ -76,7 +75,7 @@ def _show(cfg: DictConfig, name: str) -> None:
     one = find_run(name, cfg.folder)
     owner = " (its process is not there any more)" if one.state == "dead" and process_is_gone(one.folder) else ""
     lines = [("run", str(one.folder)), ("state", one.state + owner), ("error", one.error), ("experiment", one.name),
-             ("seed", _seed(one)), ("command", " ".join(["tercet train", *one.command])), ("started", _when(one.started)),
+             ("seed", _value(one.seed)), ("command", " ".join(["tercet train", *one.command])), ("started", _when(one.started)),
              ("last written", _when(one.updated)), ("sweep", str(one.sweep or "")),
              ("size", f"{folder_size(one.folder):,} bytes")]  # fmt: skip
     _print_table([], [[name, text] for name, text in lines if text])
@@ -145,10 +144,6 @@ ACTIONS: dict[str, tuple[Callable[..., None], int, str]] = {
     "list": (_list, 0, "no names"), "best": (_best, 0, "no names"), "show": (_show, 1, "one run"),
     "diff": (_diff, 2, "two runs"), "tail": (_tail, 1, "one run"), "prune": (_prune, 0, "no names"),
 }  # fmt: skip
-
-
-def _seed(one: Run) -> str:
-    return "" if one.seed is None else str(one.seed)
 
 
 def _when(seconds: float) -> str:

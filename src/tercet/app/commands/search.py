@@ -14,7 +14,7 @@ from tercet.data import TextFiles
 from tercet.data.file_formats import FORMATS
 from tercet.errors import InputError, require
 from tercet.images import SUFFIXES
-from tercet.messages import print_status, printable, silence_libraries
+from tercet.messages import print_status, printable
 from tercet.models import CachedEncoder
 from tercet.paths import check_new_folder, check_writable, locate
 from tercet.search import BM25, Index, check_same_model, open_vectors, search_hybrid
@@ -24,7 +24,6 @@ WORDS = "bm25"  # the folder of the index of words, inside that of the vectors
 
 def run(cfg: DictConfig, output: Path) -> None:
     """Build the index ``output`` of ``vectors``, or ask ``index`` a ``query``."""
-    silence_libraries()
     advice = "give vectors=<file> output=<folder> to build an index, index=<folder> query=... to ask one"
     require((cfg.vectors is None) != (cfg.index is None), f"vectors={cfg.vectors}, index={cfg.index}: {advice}.")
     try:

@@ -16,7 +16,7 @@ from tercet.app.commands.evaluate import open_model, open_with_note
 from tercet.app.components import build
 from tercet.app.run_files import is_run
 from tercet.errors import InputError, require
-from tercet.messages import print_status, silence_libraries
+from tercet.messages import print_status
 from tercet.models import Encoder
 from tercet.paths import locate
 from tercet.serving import Limits, create_app, require_serving
@@ -51,7 +51,6 @@ class Settings:
 def run(cfg: DictConfig, output: Path) -> None:
     """Serve until SIGTERM or Ctrl-C, then answer what has arrived."""
     require_serving()
-    silence_libraries()
     settings = serving_settings(cfg, build(cfg.limits))
     model = open_model(settings.model, settings.pooling, settings.device, trust_remote_code=settings.trust_remote_code)
     app = settings.make_app(model)  # an error is told once, before there are workers

@@ -16,7 +16,7 @@ from tercet.app.hydra_compat import quote, typed_overrides
 from tercet.app.run_files import is_smaller_better
 from tercet.errors import require
 from tercet.evaluation.direction import SMALLER_IS_BETTER
-from tercet.evaluation.figures import figure_text
+from tercet.evaluation.figures import figure_text, make_axes
 from tercet.messages import print_status
 from tercet.paths import atomic_write, check_writable, write_text
 
@@ -110,8 +110,7 @@ def _finish(cfg: DictConfig, output: Path, columns: dict[str, dict[str, float]],
     """Write the table, figure and metrics of all stages; the last stage's model is the run's."""
     metrics = {f"{stage}/{name}": x for stage, column in columns.items() for name, x in column.items()}
     metrics |= {f"test/{name}": x for name, x in list(columns.values())[-1].items()}
-    last = run_files.read_metrics(Path(model).parent)
-    metrics |= {name: x for name, x in last.items() if name.startswith("val/")}
+    metrics |= {name: x for name, x in run_files.read_metrics(Path(model).parent).items() if name.startswith("val/")}
     if record.is_main_process():
         identity = record.write_settings(output, cfg)
         (output / "model").unlink(missing_ok=True)
@@ -149,9 +148,9 @@ def draw_stages(columns: Columns, settings: DictConfig, deviations: Columns | No
     """Plot both metrics over the stages, each value with its standard deviation if ``deviations`` are given."""
     shown = [(settings.in_domain, "in the domain", "#1b7f79"), (settings.out_of_domain, "outside it", "#8a5a9e")]
     shown = [part for part in shown if all(part[0] in column for column in columns.values())]
-    figure = Figure(figsize=(4.2 * max(1, len(shown)), 3.2), layout="constrained")
-    for place, (name, title, color) in enumerate(shown, 1):
-        axes = figure.add_subplot(1, len(shown), place)
+    width = max(1, len(shown))
+    figure, panels = make_axes(4.2 * width, 3.2, 1, width, len(shown))
+    for axes, (name, title, color) in zip(panels, shown, strict=True):
         values = [column[name] for column in columns.values()]
         sds = [column[name] for column in deviations.values()] if deviations else [0.0] * len(values)
         stages = [figure_text(stage) for stage in columns]
@@ -163,6 +162,5 @@ def draw_stages(columns: Columns, settings: DictConfig, deviations: Columns | No
         axes.axhline(values[0], color="#c9c9c9", lw=0.8, zorder=0)
         axes.margins(x=0.12, y=0.25)
         axes.set_title(figure_text(f"{title}: {name}"), fontsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
     return figure

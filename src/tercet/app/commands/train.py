@@ -177,8 +177,7 @@ def is_done(cfg: DictConfig, output: Path) -> bool:
     """Whether the folder has the results of these settings."""
     if not run_files.is_finished(output):
         return False
-    settings = run_files.read_settings(output)
-    return not record.first_difference(settings, cfg, lambda key: key.split(".")[0] not in FREE_KEYS)
+    return not record.first_difference(run_files.read_settings(output), cfg, lambda key: key.split(".")[0] not in FREE_KEYS)
 
 
 def count_validation_rows(cfg: DictConfig) -> int | None:
@@ -266,8 +265,7 @@ def restore_best(trainer: pl.Trainer, objective: Contrastive, evaluation: Evalua
     Returns training's metrics and the kept weights' validation.
     """
     best: Any = trainer.checkpoint_callback
-    seen = trainer.callback_metrics.items()
-    values = {name: float(value) for name, value in seen if name.startswith(("train/", "val/"))}
+    values = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(("train/", "val/"))}
     monitor = getattr(best, "monitor", None)
     if monitor and best.best_model_score is None:
         print_status(f"No validation ran, these are the last weights: {monitor} selected none. See trainer.val_check_interval.")

@@ -149,8 +149,7 @@ def draw_before_after(before: Tensor, after: Tensor) -> Figure:
     _draw_recall(axes[0], before, after)
     own = torch.eye(len(before), dtype=torch.bool)
     for axis, scores, name in ((axes[1], before, "Before"), (axes[2], after, "After")):
-        title = f"{name}: recall@1 {100 * recall_at(1, scores):.0f} %"
-        draw_cosines(axis, title, scores[own], scores[~own], -0.4)
+        draw_cosines(axis, f"{name}: recall@1 {100 * recall_at(1, scores):.0f} %", scores[own], scores[~own], -0.4)
         axis.set_xlim(-0.4, 1)
     axes[1].legend(frameon=False)
     for axis in axes[1:]:

@@ -99,8 +99,7 @@ def embed_rows(trainer: pl.Trainer, module: Any, rows: Tensor) -> tuple[Tensor, 
 def nearest_positive(z: Tensor, label: Tensor) -> Tensor:
     """The cosine of each unit row ``(N, D)`` to the nearest other of its label ``(N,)``; NaN where there is none."""
     best = z.new_full((len(z),), torch.nan)
-    order = label.argsort(stable=True)
-    for rows in order.split(label.unique(return_counts=True)[1].tolist()):
+    for rows in label.argsort(stable=True).split(label.unique(return_counts=True)[1].tolist()):
         if len(rows) > 1:
             best[rows] = (z[rows] @ z[rows].T).fill_diagonal_(-torch.inf).amax(1)
     return best
