@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -182,7 +182,6 @@ def _compose(command: str, words: tuple[str, ...]) -> dict[str, Any]:
     from omegaconf.errors import OmegaConfBaseException
 
     from tercet.app.cli import SWITCHES
-    from tercet.app.components import walk
     from tercet.app.hydra_compat import describe_composition
 
     folders = [word.partition("=")[2] for word in words if word.startswith("--config-dir=")]
@@ -201,9 +200,7 @@ def _compose(command: str, words: tuple[str, ...]) -> dict[str, Any]:
     groups = {name: found for name, found in groups.items() if "/" not in name or name in shown}
     if "model" not in groups and "model" in config:  # a path there, or one of the names of conf/model
         groups["model"] = sorted(path.stem for path in Path(config_folder(), "model").glob("*.yaml"))
-    hidden = re.compile(r"(^|\.)(_|\d+(\.|$))")  # Hydra's own names, as _target_, and what is inside of lists
-    nodes = [(key, value) for key, value in walk(config) if not hidden.search(key)]
-    leaves = {key: value for key, value in nodes if not (isinstance(value, dict) and value)}
+    leaves = dict(_leaves(config, ""))
     switches = [key for key, value in leaves.items() if isinstance(value, bool)]
     head = Path(config_folder(), f"{command}.yaml").read_text(encoding="utf-8")
     return {
@@ -211,3 +208,12 @@ def _compose(command: str, words: tuple[str, ...]) -> dict[str, Any]:
         "options": [*OPTIONS, *(["--multirun"] if command == "train" else SWITCHES.get(command, {}))],
         "actions": sorted(set(re.findall(rf"^# tercet {command} ([a-z]+)\s", head, re.MULTILINE))),
     }  # fmt: skip
+
+
+def _leaves(node: dict[str, Any], before: str) -> Iterator[tuple[str, Any]]:
+    """Each key with its value; Hydra's own names, as ``_target_``, aside."""
+    for name, value in node.items():
+        if isinstance(value, dict) and value:
+            yield from _leaves(value, f"{before}{name}.")
+        elif not str(name).startswith("_"):
+            yield f"{before}{name}", value
