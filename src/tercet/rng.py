@@ -9,7 +9,7 @@ BITS = 1 << 16  # a draw of dropout has 16 bits: a rate is rounded to a multiple
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)  # filled with zeros, as for unsigned numbers
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)  # filled with zeros, as for unsigned numbers
 
 
 def derive_seed(seed: Tensor, number: Tensor | int) -> Tensor:

@@ -6,7 +6,9 @@ import torch.nn.functional as F
 
 from tercet.app.components import build
 from tercet.models.engine import packing
-from tercet.models.engine.packing import AttentionSettings, Packing, attend_by_length, attend_nested, attend_padded
+from tercet.models.engine.deterministic_dropout import DropoutSeeds
+from tercet.models.engine.packing import AttentionSettings, Packing, attend_by_length, attend_nested, attend_padded, attention
+from tercet.models.engine.transformers_compat import number_modules
 from tercet.types import TokenBatch
 from tests.conftest import TEXTS, composed, tiny
 
@@ -125,6 +127,41 @@ def test_gradients_of_attention_with_dropout_by_seed_are_those_of_autograd(first
     slopes = [torch.autograd.grad((out * weight).sum(), qkv) for out in (got, want)]
     for a, b in zip(*slopes, strict=True):
         assert b.abs().max() > 0
+        torch.testing.assert_close(a, b)
+
+
+def last_layer(query, hidden, rows, settings, layer):
+    """What the last layer does when only first tokens are read."""
+    rows.all_hidden, rows.dropout_seeds = hidden, DropoutSeeds()
+    rows.dropout_seeds.seed = settings.seed
+    first = layer.key(hidden[:, rows.index.start]).unflatten(-1, (3, 8)).transpose(1, 2)  # which is not used
+    return attention(layer, query, first, first, None, settings.scale, settings.dropout, rows, settings.window)[0]
+
+
+@pytest.mark.parametrize(
+    ("scale", "window", "cut", "dropout", "bias"),
+    [(None, None, False, 0.3, True), (0.5, None, True, 0.3, True), (None, 4, True, 0.0, True), (None, 4, False, 0.3, False)],
+)
+def test_first_tokens_attend_to_hidden_states_as_to_their_keys_and_values(scale, window, cut, dropout, bias):
+    lengths = [*LENGTHS, 17]
+    layer = torch.nn.Module()
+    layer.key, layer.value = (torch.nn.Linear(24, 24, bias, dtype=torch.float64) for _ in range(2))
+    number_modules(layer)
+    hidden = torch.randn(1, sum(lengths), 24, dtype=torch.float64, requires_grad=True)
+    query = torch.randn(1, 3, len(lengths), 8, dtype=torch.float64, requires_grad=True)
+    attend = torch.arange(sum(lengths)) % 3 != 1 if cut else None
+    settings = AttentionSettings(dropout, scale, window, torch.arange(len(lengths))[None] + 77)
+    inputs, found, calls = [query, hidden, *layer.parameters()], [], []
+    for by_keys in (False, True):
+        hook = layer.key.register_forward_hook(lambda *_: calls.append(1)) if by_keys else None  # hooked, it is called
+        rows = packed(lengths, first_token_only=True, attend=attend)
+        out = last_layer(query, hidden, rows, settings, layer)
+        weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view_as(out)
+        found.append([out, *torch.autograd.grad((out * weight).sum(), inputs)])
+        if hook is not None:
+            hook.remove()
+    assert len(calls) == 2  # for the first tokens and for all
+    for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b)
 
 

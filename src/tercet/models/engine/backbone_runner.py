@@ -17,6 +17,7 @@ from tercet.messages import print_status
 from tercet.models.engine import transformers_compat as compat
 from tercet.models.engine.chunking import Execution
 from tercet.models.engine.deterministic_dropout import DropoutSeeds, replace_dropouts
+from tercet.models.engine.layers import replace_layers
 from tercet.models.engine.packing import NAME, Packing, autocast_dtype, layer_stack, shorten_last_layer
 from tercet.models.weights import check_finite
 from tercet.rng import uniform
@@ -47,23 +48,6 @@ def backbone_inputs(backbone: PreTrainedModel, ids: Tensor, state: TokenState, f
             raise InputError(f"A view that shuffles tokens: {name} takes no positions. Use another view or another backbone.")
         arguments["position_ids"] = state.position + first_position
     return arguments
-
-
-class HalfLayerNorm(nn.LayerNorm):
-    """Layer normalization with bf16 results under bf16 autocast on a GPU, computed in float32.
-
-    torch's results are float32 there, and each of the linear layers that follow casts them by itself. This is faster and less
-    exact: where they are the residual stream, as in BERT, the gradient has about three times the rounding error.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``(..., H)``."""
-        half = x.is_cuda and autocast_dtype(x.device) == torch.bfloat16
-        if not half or self.weight is None or self.bias is None:
-            return super().forward(x)
-        with torch.autocast("cuda", enabled=False):
-            weight, bias = self.weight.bfloat16(), self.bias.bfloat16()
-            return nn.functional.layer_norm(x.bfloat16(), self.normalized_shape, weight, bias, self.eps)
 
 
 class BackboneRunner:
@@ -107,9 +91,7 @@ class BackboneRunner:
                 kind = "packed" if layout == "packed" else "padded"
                 problem = f"{type(self.backbone).__name__} cannot read {kind} rows: {reason}"
                 raise InputError(f"`execution.{name}`={getattr(execution, name)}: {problem}. Use `execution.{name}`=auto.")
-        for module in self.backbone.modules():
-            if type(module) is nn.LayerNorm:
-                module.__class__ = HalfLayerNorm  # the weights, their names and hooks stay
+        replace_layers(self.backbone)
         if not self.cannot_pack and execution.dropout != "torch":
             self.dropout_seeds = replace_dropouts(self.backbone)
         best = next(layout for layout in ("packed", "sorted", "equal_length") if not reasons[layout])

@@ -82,10 +82,11 @@ def attention(
     if chosen is None:
         return _attend(query, key, value, attention_mask, settings).transpose(1, 2), None
     if (hidden := packing.all_hidden) is not None:  # the query is of first tokens only, keys and values are of all
-        shape = (key.shape[1], key.shape[3])
-        projections = (getattr(module, name) for name in key_value_names(module) or ())
+        packing.all_hidden, shape = None, (key.shape[1], key.shape[3])
+        projections = [getattr(module, name) for name in key_value_names(module) or ()]
+        if chosen is attend_by_length and _are_plain(projections, query):
+            return _attend_hidden(query, hidden, projections, packing, settings), None
         key, value = (project(hidden).unflatten(-1, shape).transpose(1, 2) for project in projections)
-        packing.all_hidden = None
     return chosen(query, key, value, packing, settings), None
 
 
@@ -123,7 +124,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 def attend_by_length(q: Tensor, k: Tensor, v: Tensor, rows: Packing, settings: AttentionSettings) -> Tensor:
     """One dense call for each run of rows of equal length. Fastest on a CPU."""
-    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))  # an index's gradient would be a copy
     if settings.seed is not None:
         return _DroppedByLength.apply(q, k, v, rows, settings)[None]  # type: ignore[no-untyped-call, no-any-return]
     parts = []
@@ -131,6 +132,46 @@ def attend_by_length(q: Tensor, k: Tensor, v: Tensor, rows: Packing, settings: A
         q, k, v = (_by_head(x, n) for x in qkv)
         parts.append(_attend(q, k, v, mask, settings).transpose(1, 2).flatten(0, 1))
     return torch.cat(parts)[None]
+
+
+def _are_plain(projections: list[nn.Linear], query: Tensor) -> bool:
+    """Whether their weights are all that they compute with, in the type of the query, float32 at least."""
+    plain = all(type(x) is nn.Linear and not x._forward_hooks and not x._forward_pre_hooks for x in projections)
+    exact = query.dtype in (torch.float32, torch.float64) and autocast_dtype(query.device) is None
+    return plain and exact and all(x.weight.shape[0] == query.shape[1] * query.shape[3] for x in projections)
+
+
+def _attend_hidden(
+    q: Tensor, hidden: Tensor, projections: list[nn.Linear], rows: Packing, settings: AttentionSettings
+) -> Tensor:
+    """Attention of first tokens to ``hidden (1, T, H)``, whose keys and values are not computed.
+
+    The score of a key W x + b is q · (W x + b) = (Wᵀ q) · x + q · b, and the sum of values is W times that of hidden states, so
+    that the weights are multiplied by one vector for each row, not for each token.
+    """
+    (key, value), x = projections, hidden.squeeze(0)
+    q = q.squeeze(0) * (settings.scale or q.shape[-1] ** -0.5)
+    by_head = (q.shape[0], 1, q.shape[2])
+    of_key, of_value = (projection.weight.unflatten(0, by_head[::2]) for projection in (key, value))
+    shift = q.new_zeros(q.shape[:2]) if key.bias is None else (q * key.bias.view(by_head)).sum(-1)
+    of_rows = [torch.bmm(q, of_key).transpose(0, 1), x, shift.T]
+    if settings.seed is not None:
+        of_rows.append(derive_seed(settings.seed[0][:, None], torch.arange(len(q), device=q.device)))
+    parts = []
+    for n, mask, own, others, added, *seed in _runs(rows, settings.window, *of_rows):
+        others = others.view(n, -1, x.shape[-1])
+        scores = torch.baddbmm(added[..., None], own, others.mT)
+        if mask is not None:
+            scores = scores[:, :, None].masked_fill(~mask, torch.finfo(scores.dtype).min).squeeze(2)
+        share = scores.softmax(-1)
+        if settings.dropout > 0:
+            share = apply_dropout(share, settings.dropout, seed[0] if seed else None)
+        parts.append(torch.cat([torch.bmm(share, others), share.sum(-1, keepdim=True)], -1))
+    mixed, total = torch.cat(parts).transpose(0, 1).split([x.shape[-1], 1], -1)
+    out = torch.bmm(mixed, of_value.mT)
+    if value.bias is not None:
+        out = torch.addcmul(out, total, value.bias.view(by_head))  # after dropout the shares' sum is not 1
+    return out.transpose(0, 1).contiguous()[None]  # as the others: compiled layers are not compiled again
 
 
 def _runs(rows: Packing, window: int | None, q: Tensor, k: Tensor, *more: Tensor) -> Iterator[tuple[Any, ...]]:
@@ -161,16 +202,16 @@ class _DroppedByLength(torch.autograd.Function):
         assert settings.seed is not None
         ctx.rows, ctx.settings, ctx.scale = rows, settings, settings.scale or q.shape[-1] ** -0.5
         ctx.inputs = [(x.shape, x.dtype) for x in (q, k, v)]
-        seeds = derive_seed(settings.seed[0][:, None], torch.arange(q.shape[1], device=q.device))[..., None]
+        seeds = derive_seed(settings.seed[0][:, None], torch.arange(q.shape[1], device=q.device))
         out, saved = v.new_empty(len(q), *v.shape[1:]), []
         with torch.autocast(q.device.type, enabled=False):
-            for n, mask, *parts, seed, to in _runs(rows, settings.window, q, k, v, seeds, out):
+            runs = _runs(rows, settings.window, q, k, v, out)
+            for (n, mask, *parts, to), kept in zip(runs, _draw_by_length(rows, seeds, settings.dropout), strict=True):
                 queries, keys, values = (_matrices(x, n) for x in parts)
                 scores = torch.bmm(queries, keys.mT).mul_(ctx.scale)
                 if mask is not None:
                     scores.unflatten(0, (n, -1)).masked_fill_(~mask, torch.finfo(scores.dtype).min)
                 share = _softmax(scores)
-                kept = draw_kept(_by_head(seed, n).flatten(0, 1)[..., 0], settings.dropout, share.shape[-1])
                 dropped = share * _factor(kept, settings.dropout, share.dtype)
                 _by_head(to, n).copy_(torch.bmm(dropped, values).unflatten(0, (n, -1)))
                 saved += [queries, keys, values, share, kept]
@@ -201,8 +242,19 @@ def _matrices(x: Tensor, n: int) -> Tensor:
     return _by_head(x, n).to(torch.promote_types(x.dtype, torch.float32), memory_format=torch.contiguous_format).flatten(0, 1)
 
 
+def _draw_by_length(rows: Packing, seeds: Tensor, p: float) -> Iterator[Tensor]:
+    """Which keys are kept in each run, ``(n · heads, L, L)``, from seeds ``(T, heads)``, of queries; in few calls."""
+    one_query = len(seeds) == len(rows.index.lengths)
+    parts = seeds.split([n if one_query else n * length for n, length in rows.groups])
+    for _, same in groupby(zip(rows.groups, parts, strict=True), lambda run: -(-run[0][1] // 4)):  # a draw serves four keys
+        runs = [(length, _by_head(part[..., None], n).flatten(0, 1)) for (n, length), part in same]
+        kept = draw_kept(torch.cat([own.flatten() for _, own in runs]), p, max(length for length, _ in runs))
+        for (length, own), part in zip(runs, kept.split([own.numel() for _, own in runs]), strict=True):
+            yield part[:, :length].unflatten(0, own.shape[:2])
+
+
 def _factor(kept: Tensor, p: float, dtype: torch.dtype) -> Tensor:
-    return kept.view(torch.uint8).to(dtype).mul_(kept_scale(p))
+    return kept.view(torch.uint8).to(dtype, memory_format=torch.contiguous_format).mul_(kept_scale(p))
 
 
 def _softmax(scores: Tensor) -> Tensor:
