@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tercet import rng
 from tercet.rng import derive_seed
 
 
@@ -11,3 +12,20 @@ def test_a_number_is_the_same_as_a_tensor(number):
     seed = torch.randint(-(1 << 62), 1 << 62, (100,))
     assert torch.equal(derive_seed(seed, number), derive_seed(seed, torch.tensor(number)))
     assert len(derive_seed(seed, number).unique()) == 100
+
+
+@pytest.mark.parametrize("number", [3, -1, torch.tensor(5), torch.arange(4), torch.arange(4, dtype=torch.int32)])
+@pytest.mark.parametrize("shape", [(), (7, 1), (0, 1), (7, 4)])
+def test_a_cpu_draws_the_numbers_of_a_device(shape, number, monkeypatch):
+    seed = torch.randint(-(1 << 63), (1 << 63) - 1, shape)
+    found = [derive_seed(x, number) for x in (seed, seed.mT.contiguous().mT)]  # also where it lies in another order
+    monkeypatch.setattr(rng, "runs_on_cpu", lambda device: False)
+    want = derive_seed(seed, number)
+    for got in found:
+        assert got.dtype == want.dtype and torch.equal(got, want)
+
+
+def test_splitmix64_has_its_published_numbers():
+    """The first outputs of the reference implementation for the seed 1234567."""
+    want = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821]
+    assert [int(x) % (1 << 64) for x in derive_seed(torch.tensor(1234567), torch.arange(5))] == want

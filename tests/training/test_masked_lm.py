@@ -14,7 +14,7 @@ from tercet.training import MaskedLM, masked_lm
 from tercet.training.masked_lm import capacity
 from tercet.types import Batch, RowIndex, TokenBatch, TokenState
 from tests.conftest import MINILM, TEXTS, composed, tiny
-from tests.laws.device_operations import DeviceOperations, HostWaitsError
+from tests.laws.device_operations import DeviceOperations, HostWaitsError, do_as_on_a_gpu
 from tests.laws.recorded_graphs import replay_on_a_cpu
 
 
@@ -219,7 +219,7 @@ def test_seeded_choices_are_fifteen_percent_eighty_ten_ten(head):
 @pytest.mark.parametrize("seeded", [False, True])
 def test_nothing_is_read_and_no_shape_depends_on_the_choice(encoder, monkeypatch, whole_words, seeded):
     head = MaskedLM(weight=1.0, whole_words=whole_words).build(encoder)
-    monkeypatch.setattr(masked_lm, "runs_on_cpu", lambda device: False)  # as on a GPU
+    do_as_on_a_gpu(monkeypatch)
     inputs = of_length(*[30] * 40)
     hidden = torch.randn(len(inputs.ids), encoder.hidden, requires_grad=True)
     with DeviceOperations():
