@@ -138,3 +138,15 @@ def test_models_say_whether_their_pooler_is_optional():
         else:
             with pytest.raises(TypeError):
                 made(input_ids=ids)
+
+
+def test_a_linear_layer_with_a_hook_or_of_another_class_is_not_plain():
+    layer = torch.nn.Linear(2, 2)
+    assert compat.is_plain_linear(layer)
+    for register in (layer.register_forward_hook, layer.register_forward_pre_hook):
+        hook = register(lambda *_: None)
+        assert not compat.is_plain_linear(layer)
+        hook.remove()
+        assert compat.is_plain_linear(layer)
+    torch.nn.utils.parametrizations.weight_norm(layer)
+    assert not compat.is_plain_linear(layer)

@@ -135,10 +135,10 @@ def attend_by_length(q: Tensor, k: Tensor, v: Tensor, rows: Packing, settings: A
 
 
 def _are_plain(projections: list[nn.Linear], query: Tensor) -> bool:
-    """Whether their weights are all that they compute with, in the type of the query, float32 at least."""
-    plain = all(type(x) is nn.Linear and not x._forward_hooks and not x._forward_pre_hooks for x in projections)
+    """Whether their weights are all that they compute with, in float32 at least, for as many heads as the query has."""
     exact = query.dtype in (torch.float32, torch.float64) and autocast_dtype(query.device) is None
-    return plain and exact and all(x.weight.shape[0] == query.shape[1] * query.shape[3] for x in projections)
+    size = query.shape[1] * query.shape[3]
+    return exact and all(compat.is_plain_linear(x) and x.out_features == size for x in projections)
 
 
 def _attend_hidden(

@@ -98,3 +98,8 @@ def number_modules(root: nn.Module) -> None:
 def module_number(module: nn.Module) -> int:
     """The index that ``number_modules`` gave the module."""
     return int(getattr(module, _NUMBER))
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether ``module`` computes what its weight and bias say, without hooks."""
+    return type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks
