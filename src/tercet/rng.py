@@ -18,7 +18,7 @@ def _shift_right(x: Tensor, bits: int) -> Tensor:
 
 def derive_seed(seed: Tensor, number: Tensor | int) -> Tensor:
     """Derive a new seed from a seed and a number, elementwise: a step of SplitMix64 (Steele, Lea and Flood 2014)."""
-    if type(seed) is Tensor and runs_on_cpu(seed.device):
+    if type(seed) is Tensor and runs_on_cpu(seed.device) and seed.numel():  # numpy's empty arrays have other strides
         return _derive_on_cpu(seed, number)
     if isinstance(number, int):  # as a tensor it would be copied to the device, for which the host waits
         x = seed + ((GOLDEN * (number + 1) + (1 << 63)) % (1 << 64) - (1 << 63))
@@ -35,7 +35,7 @@ def _derive_on_cpu(seed: Tensor, number: Tensor | int) -> Tensor:
     number = number if isinstance(number, Tensor) else torch.tensor(number)
     with np.errstate(over="ignore"):  # of single numbers; others overflow without a warning
         step = (number.to("cpu", torch.long).numpy().view(np.uint64) + np.uint64(1)) * golden
-        x = np.asarray(seed.numpy().view(np.uint64) + step)
+        x = np.asarray(np.add(seed.numpy().view(np.uint64), step, order="C"))
         x ^= x >> np.uint64(30)
         x *= first
         x ^= x >> np.uint64(27)
