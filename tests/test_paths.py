@@ -4,10 +4,11 @@ import errno
 import os
 import resource
 import signal
+from pathlib import Path
 
 import pytest
 
-from tercet.paths import atomic_folder, atomic_write, remove_partials, temporary_folder
+from tercet.paths import atomic_folder, atomic_write, check_writable, remove_partials, temporary_folder
 
 
 def in_child(work):
@@ -113,3 +114,15 @@ def test_what_a_killed_process_left_is_removed_and_what_is_being_written_is_not(
         remove_partials(tmp_path)
         assert len(names(tmp_path)) == 1
     assert names(tmp_path) == ["b"]
+
+
+def test_a_folder_is_writable_while_another_process_clears_it(tmp_path, monkeypatch):
+    touch = Path.touch
+
+    def touched_and_cleared(path):
+        touch(path)
+        remove_partials(tmp_path)
+
+    monkeypatch.setattr(Path, "touch", touched_and_cleared)
+    check_writable(tmp_path, "cache")
+    assert not list(tmp_path.iterdir())

@@ -108,7 +108,7 @@ def check_writable(folder: Path, parameter: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / _partial_name()
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another process may have removed it, as one that was left behind
     except OSError as error:
         advice = f"Set `{parameter}` to another folder."
         raise InputError(f"`{parameter}`={folder} cannot be written ({error.strerror}). {advice}") from error
