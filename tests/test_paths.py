@@ -126,3 +126,21 @@ def test_a_folder_is_writable_while_another_process_clears_it(tmp_path, monkeypa
     monkeypatch.setattr(Path, "touch", touched_and_cleared)
     check_writable(tmp_path, "cache")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("make", ["touch", "mkdir"])
+def test_what_another_process_clears_before_it_is_locked_is_made_again(make, tmp_path, monkeypatch):
+    original, calls = getattr(Path, make), []
+
+    def made_and_cleared(path):
+        original(path)
+        calls.append(path)
+        if len(calls) < 3:
+            remove_partials(tmp_path)
+
+    monkeypatch.setattr(Path, make, made_and_cleared)
+    with atomic_write(tmp_path / "a") if make == "touch" else temporary_folder(tmp_path) as partial:
+        assert partial == calls[2] and partial.exists()
+        remove_partials(tmp_path)
+        assert partial.exists()
+    assert names(tmp_path) == (["a"] if make == "touch" else [])

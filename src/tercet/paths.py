@@ -1,13 +1,14 @@
 """Paths of data and models, checks of output folders, and writing whole files."""
 
+import errno
 import fcntl
 import json
 import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -138,18 +139,17 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     So a reader, also after a kill or a power failure, finds the old file or the new one, whole. At an error the old one stays
     and the new one is removed; an ``OSError`` names ``path``. Permissions are those of any new file, as the umask says.
     """
-    path = Path(path)
-    partial = path.with_name(_partial_name(path.suffix))
+    path, partial = Path(path), None
     try:
-        partial.touch()
-        with _locked(partial):
+        with _locked_partial(path.parent, Path.touch, path.suffix) as partial:
             yield partial
             _sync(partial)
             partial.replace(path)
     except BaseException as error:
         with suppress(OSError):
-            partial.unlink()
-        if isinstance(error, OSError) and error.filename in (None, str(partial)):
+            if partial is not None:
+                partial.unlink()
+        if isinstance(error, OSError) and (partial is None or error.filename in (None, str(partial))):
             error.filename = str(path)
         raise
     with suppress(OSError):  # not every file system can sync a folder
@@ -186,20 +186,37 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 @contextmanager
 def temporary_folder(parent: Path) -> Iterator[Path]:
     """Yield a new folder in ``parent``; it is removed at the end, with what is left in it."""
-    folder = parent / _partial_name()
-    folder.mkdir()
-    try:
-        with _locked(folder):
+    with _locked_partial(parent, Path.mkdir) as folder:
+        try:
             yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_partials(folder: Path) -> None:
     """Remove the unfinished files and folders that killed processes have left; what is being written is locked."""
     for path in folder.glob(f"{PARTIAL}*"):
-        with suppress(OSError), _locked(path, required=True):
+        with suppress(OSError), _locked(path):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@contextmanager
+def _locked_partial(parent: Path, make: Callable[[Path], None], suffix: str = "") -> Iterator[Path]:
+    """Make an unfinished file or folder, locked as long as this process lives.
+
+    Another process that removes what was left behind may take it before it is locked: then another is made.
+    """
+    with ExitStack() as locks:
+        path = parent / _partial_name(suffix)
+        make(path)
+        try:
+            locks.enter_context(_locked(path))
+            taken = not path.exists()
+        except OSError as error:
+            taken = error.errno in (errno.ENOENT, errno.EWOULDBLOCK)  # else this file system has no locks
+        if taken:
+            path = locks.enter_context(_locked_partial(parent, make, suffix))
+        yield path
 
 
 def _partial_name(suffix: str = "") -> str:
@@ -207,12 +224,11 @@ def _partial_name(suffix: str = "") -> str:
 
 
 @contextmanager
-def _locked(path: Path, required: bool = False) -> Iterator[None]:
-    """Lock an unfinished file as long as this process lives; if it is ``required``, ``OSError`` where it cannot be."""
+def _locked(path: Path) -> Iterator[None]:
+    """Lock an unfinished file; ``OSError`` where it cannot be."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        with nullcontext() if required else suppress(OSError):  # not every file system has locks
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
         os.close(handle)
