@@ -8,6 +8,7 @@ from tercet.types import runs_on_cpu
 
 # The constants of SplitMix64, as signed 64-bit numbers: torch has no arithmetic on unsigned ones.
 GOLDEN, FIRST, SECOND = (x - (1 << 64) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+_GOLDEN, _FIRST, _SECOND = (np.uint64(x % (1 << 64)) for x in (GOLDEN, FIRST, SECOND))  # for numpy, which has it
 
 BITS = 1 << 16  # a draw of dropout has 16 bits: a rate is rounded to a multiple of 1/65536
 
@@ -31,15 +32,14 @@ def derive_seed(seed: Tensor, number: Tensor | int) -> Tensor:
 
 def _derive_on_cpu(seed: Tensor, number: Tensor | int) -> Tensor:
     """The same by numpy, in two thirds of the time: it has unsigned numbers, and multiplies them faster."""
-    golden, first, second = (np.uint64(x % (1 << 64)) for x in (GOLDEN, FIRST, SECOND))
     number = number if isinstance(number, Tensor) else torch.tensor(number)
     with np.errstate(over="ignore"):  # of single numbers; others overflow without a warning
-        step = (number.to("cpu", torch.long).numpy().view(np.uint64) + np.uint64(1)) * golden
+        step = (number.to("cpu", torch.long).numpy().view(np.uint64) + np.uint64(1)) * _GOLDEN
         x = np.asarray(np.add(seed.numpy().view(np.uint64), step, order="C"))
         x ^= x >> np.uint64(30)
-        x *= first
+        x *= _FIRST
         x ^= x >> np.uint64(27)
-        x *= second
+        x *= _SECOND
         x ^= x >> np.uint64(31)
     return torch.from_numpy(x.view(np.int64))
 
